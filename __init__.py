@@ -1,0 +1,17 @@
+"""ComfyUI's door: it loads this folder as a node pack when it lies in custom_nodes."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+_ROOT = str(Path(__file__).parent)
+if __name__ == "comfy_tdpo":  # found from the folder above, as the checkout has the library's name: stand in for it
+    __path__.insert(0, str(Path(__file__).parent / "comfy_tdpo"))
+    from .comfy_tdpo import __version__ as __version__
+elif importlib.util.find_spec("comfy_tdpo") is None:
+    sys.path.append(_ROOT)
+
+from comfy_tdpo.nodes import comfy_entrypoint  # noqa: E402
+
+WEB_DIRECTORY = "./nodes/web"
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

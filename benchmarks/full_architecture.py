@@ -1,0 +1,202 @@
+"""Does it train the real architecture? `python benchmarks/full_architecture.py` (4.5 GB of disk, 16 GB of memory).
+
+Makes Stable Diffusion 1.x at full size with random fp16 weights (860 M U-Net, VAE, CLIP-L text encoder), as a diffusers
+folder and as one checkpoint in the original layout, and trains one epoch of two samples at 64 px on each through the
+command line. It says that every part fits together at size, not how well anything learns.
+
+Options: `--work DIR` keeps the models in DIR and finds them there again; `--make-only` trains nothing.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from comfy_tdpo import loading
+
+TRAINING = (
+    *("--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "4", "--resolution", "64"),
+    *("--prompts", "simple-animals", "--reward", "shapes-aesthetic"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for the models and the runs; the default is removed after")
+    parser.add_argument("--make-only", action="store_true", help="make the models and stop")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = args.work or Path(scratch)
+        models = make_models(work, loading.CONFIGS / "sd1")
+        for model in () if args.make_only else models:
+            subprocess.run(training_command(model, work / f"run-{model.stem}"), check=True)
+
+
+def training_command(model: Path, run: Path) -> list[str]:
+    return [sys.executable, "-m", "comfy_tdpo.trainer", "--model", str(model), "--run-dir", str(run), *TRAINING]
+
+
+def make_models(work: Path, configs: Path) -> tuple[Path, Path]:
+    """The same random weights twice, as work/folder and work/single.safetensors; `configs` gives the sizes."""
+    folder, single = work / "folder", work / "single.safetensors"
+    if not single.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        pipeline = random_pipeline(configs)
+        pipeline.save_pretrained(folder)
+        save_file(to_ldm(pipeline), single)
+    return folder, single
+
+
+def random_pipeline(configs: Path) -> StableDiffusionPipeline:
+    """Components as in `configs`, initialised at random, in float16."""
+    torch.manual_seed(0)
+
+    def config(name: str) -> dict:
+        return json.loads((configs / name).read_text(encoding="utf-8"))
+
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel.from_config(config("unet/config.json")).half(),
+        vae=AutoencoderKL.from_config(config("vae/config.json")).half(),
+        text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")).half(),
+        tokenizer=loading.clip_tokenizer(configs),
+        scheduler=DDIMScheduler.from_config(config("scheduler/scheduler_config.json")),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+# --- the original (LDM) names of diffusers' weights, written from the two architectures
+
+
+def to_ldm(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """`pipeline`'s weights under the keys of an original Stable Diffusion 1.x or 2.x checkpoint."""
+    text = sd2_text_to_ldm if pipeline.unet.config.use_linear_projection else sd1_text_to_ldm
+    parts = {
+        "model.diffusion_model.": unet_to_ldm(pipeline.unet),
+        "first_stage_model.": vae_to_ldm(pipeline.vae),
+        "cond_stage_model.": text(pipeline.text_encoder),
+    }
+    return {prefix + key: weight.contiguous() for prefix, part in parts.items() for key, weight in part.items()}
+
+
+def unet_to_ldm(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    layers = unet.config.layers_per_block
+    attention = ["CrossAttn" in block for block in unet.config.up_block_types]
+
+    def place(m: re.Match, first: int = 0) -> int:
+        """LDM numbers layers straight through; a block has one more than `layers`: a resampler, or an up layer."""
+        return first + int(m[1]) * (layers + 1) + int(m[2])
+
+    def upsampler(m: re.Match) -> str:
+        block = int(m[1])
+        return f"output_blocks.{block * (layers + 1) + layers}.{2 if attention[block] else 1}."
+
+    outer = [
+        (r"^time_embedding\.linear_1\.", "time_embed.0."),
+        (r"^time_embedding\.linear_2\.", "time_embed.2."),
+        (r"^conv_in\.", "input_blocks.0.0."),
+        (r"^conv_norm_out\.", "out.0."),
+        (r"^conv_out\.", "out.2."),
+        (r"^down_blocks\.(\d+)\.resnets\.(\d+)\.", lambda m: f"input_blocks.{place(m, 1)}.0."),
+        (r"^down_blocks\.(\d+)\.attentions\.(\d+)\.", lambda m: f"input_blocks.{place(m, 1)}.1."),
+        (r"^down_blocks\.(\d+)\.downsamplers\.(0)\.conv\.", lambda m: f"input_blocks.{place(m, layers + 1)}.0.op."),
+        (r"^mid_block\.resnets\.0\.", "middle_block.0."),
+        (r"^mid_block\.attentions\.0\.", "middle_block.1."),
+        (r"^mid_block\.resnets\.1\.", "middle_block.2."),
+        (r"^up_blocks\.(\d+)\.resnets\.(\d+)\.", lambda m: f"output_blocks.{place(m)}.0."),
+        (r"^up_blocks\.(\d+)\.attentions\.(\d+)\.", lambda m: f"output_blocks.{place(m)}.1."),
+        (r"^up_blocks\.(\d+)\.upsamplers\.0\.", upsampler),
+    ]
+    resnet = [
+        (r"\.norm1\.", ".in_layers.0."),
+        (r"\.conv1\.", ".in_layers.2."),
+        (r"\.time_emb_proj\.", ".emb_layers.1."),
+        (r"\.norm2\.", ".out_layers.0."),
+        (r"\.conv2\.", ".out_layers.3."),
+        (r"\.conv_shortcut\.", ".skip_connection."),
+    ]
+    return {
+        rename(rename(key, resnet) if ".resnets." in key else key, outer): weight
+        for key, weight in unet.state_dict().items()
+    }
+
+
+def vae_to_ldm(vae: AutoencoderKL) -> dict[str, Tensor]:
+    last = len(vae.config.block_out_channels) - 1
+    names = [
+        (r"down_blocks\.(\d+)\.resnets\.", lambda m: f"down.{m[1]}.block."),
+        (r"down_blocks\.(\d+)\.downsamplers\.0\.", lambda m: f"down.{m[1]}.downsample."),
+        (r"up_blocks\.(\d+)\.resnets\.", lambda m: f"up.{last - int(m[1])}.block."),
+        (r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{last - int(m[1])}.upsample."),
+        (r"mid_block\.resnets\.([01])\.", lambda m: f"mid.block_{int(m[1]) + 1}."),
+        (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+        (r"conv_norm_out\.", "norm_out."),
+        (r"conv_shortcut\.", "nin_shortcut."),
+        (r"group_norm\.", "norm."),
+        (r"to_([qkv])\.", lambda m: f"{m[1]}."),
+        (r"to_out\.0\.", "proj_out."),
+    ]
+    state = {rename(key, names): weight for key, weight in vae.state_dict().items()}
+    # the original's attention is made of 1x1 convolutions
+    return {key: w[:, :, None, None] if "attn_1" in key and w.ndim == 2 else w for key, w in state.items()}
+
+
+def sd1_text_to_ldm(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """transformers' own names of 2022, with the buffer they had."""
+    state = text_weights(text_encoder)
+    length = text_encoder.config.max_position_embeddings
+    named = {f"transformer.text_model.{key}": weight for key, weight in state.items()}
+    return named | {"transformer.text_model.embeddings.position_ids": torch.arange(length)[None]}
+
+
+def sd2_text_to_ldm(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """open_clip's names, with the 24th layer, projection and temperature that SD 2.x carries and does not use."""
+    state, depth, width = (
+        text_weights(text_encoder),
+        text_encoder.config.num_hidden_layers,
+        text_encoder.config.hidden_size,
+    )
+    names = [
+        (r"^embeddings\.token_embedding\.", "token_embedding."),
+        (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+        (r"^final_layer_norm\.", "ln_final."),
+        (r"^encoder\.layers\.", "transformer.resblocks."),
+        (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+        (r"\.layer_norm([12])\.", lambda m: f".ln_{m[1]}."),
+        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    ]
+    ldm = {rename(key, names): weight for key, weight in state.items() if not re.search(r"\.[qkv]_proj\.", key)}
+    for layer in range(depth):
+        for kind in ("weight", "bias"):
+            parts = [state[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            ldm[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
+    top = f"transformer.resblocks.{depth - 1}."
+    unused = {key.replace(top, f"transformer.resblocks.{depth}."): w for key, w in ldm.items() if key.startswith(top)}
+    extra = {"text_projection": torch.randn(width, width), "logit_scale": torch.tensor(4.6)}
+    return {f"model.{key}": weight.clone() for key, weight in (ldm | unused | extra).items()}
+
+
+def text_weights(text_encoder: nn.Module) -> dict[str, Tensor]:
+    """Without the level "text_model", which transformers 5 dropped."""
+    return {key.removeprefix("text_model."): weight for key, weight in text_encoder.state_dict().items()}
+
+
+def rename(key: str, names: list) -> str:
+    for pattern, name in names:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+if __name__ == "__main__":
+    main()

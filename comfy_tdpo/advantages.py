@@ -1,0 +1,82 @@
+"""From rewards to temporal rewards (arXiv 2402.08552, Eq. 5-7).
+
+Shapes: B samples, T denoising steps. With several processes every tensor here holds the samples of all of them.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+
+class RewardMoments:
+    """Normalises rewards by the mean and standard deviation of each prompt's recent rewards.
+
+    Until a prompt has `min_count` rewards in its buffer of `buffer_size`, the batch's moments stand in. (As in DDPO,
+    arXiv 2305.13301, and the authors' stat_tracking.py; the buffer takes the new rewards in first.)
+    """
+
+    def __init__(self, buffer_size: int = 32, min_count: int = 16):
+        self.buffer_size, self.min_count = buffer_size, min_count
+        self._buffers: dict[str, deque[float]] = {}
+
+    def normalize(self, prompts: list[str], rewards: Tensor) -> Tensor:
+        """Take in `rewards`, (B,), and return them normalised, (B,) float32 on the same device."""
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
+        batch = _moments(rewards.tolist())
+        moments = {prompt: self._prompt_moments(prompt) or batch for prompt in set(prompts)}
+        mean, std = torch.tensor([moments[prompt] for prompt in prompts], dtype=torch.float64).unbind(1)
+        return ((rewards.double().cpu() - mean) / (std + 1e-6)).float().to(rewards.device)
+
+    def _prompt_moments(self, prompt: str) -> tuple[float, float] | None:
+        buffer = self._buffers[prompt]
+        return _moments(list(buffer)) if len(buffer) >= self.min_count else None
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {prompt: list(buffer) for prompt, buffer in self._buffers.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        self._buffers = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state.items()}
+
+
+def _moments(values: list[float]) -> tuple[float, float]:
+    data = torch.tensor(values, dtype=torch.float64)
+    return data.mean().item(), data.std(correction=0).item()
+
+
+def returns(rewards: Tensor, kl_penalties: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_k of Eq. 5: the reward, (B,), at the last step less the penalties, (B, T), discounted backwards, (B, T)."""
+    step_rewards = -kl_penalties
+    step_rewards[:, -1] += rewards
+    result = torch.empty_like(step_rewards)
+    following = torch.zeros_like(rewards)
+    for k in reversed(range(step_rewards.shape[1])):
+        following = step_rewards[:, k] + gamma * following
+        result[:, k] = following
+    return result
+
+
+def temporal_rewards(returns: Tensor, residuals: Tensor) -> Tensor:
+    """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and steps, (B, T)."""
+    raw = returns - residuals
+    return (raw - raw.mean()) / (raw.std(correction=0) + 1e-8)
+
+
+class KLCoefficient:
+    """The weight of the KL penalty: fixed, or steered towards a target (Ziegler et al., arXiv 1909.08593, Sec. 2.2).
+
+    Args:
+        value: normalised reward per nat.
+        target: nats per trajectory to hold, or None for a fixed coefficient.
+        horizon: samples over which the coefficient may change by a factor of about 1.2.
+    """
+
+    def __init__(self, value: float, target: float | None = None, horizon: int = 10_000):
+        self.value, self.target, self.horizon = value, target, horizon
+
+    def update(self, kl: float, samples: int) -> None:
+        """Adapt to the mean `kl`, in nats per trajectory, seen over `samples` trajectories."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * samples / self.horizon

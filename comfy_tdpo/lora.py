@@ -1,0 +1,75 @@
+"""LoRA (arXiv 2106.09685) on a U-Net: adapters in, one safetensors file out that every tool loads.
+
+Files are in kohya's key format, read by ComfyUI, A1111 and diffusers alike; ComfyUI skips diffusers' own keys for
+attention projections without a word.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .randomness import seeded_at
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = {
+    "attention": ATTENTION,
+    "attention+feed-forward": (*ATTENTION, "ff.net.0.proj", "ff.net.2"),
+}
+
+
+def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int) -> None:
+    """Put trainable float32 adapters on the U-Net's `targets`; the adapted U-Net computes what it did before.
+
+    Args:
+        rank: the adapters' rank; alpha: their scale times the rank; targets: a key of TARGETS; seed: of A's draw
+            from N(0, 1/rank), as in the authors' code. B starts at zero.
+    """
+    if targets not in TARGETS:
+        raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
+    with seeded_at(seed, "lora"):
+        unet.add_adapter(
+            LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets]), init_lora_weights="gaussian"
+            )
+        )
+    for parameter in lora_parameters(unet):
+        parameter.data = parameter.data.float()
+
+
+def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters, in a fixed order."""
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def lora_state(unet: nn.Module) -> dict[str, Tensor]:
+    """The adapters' weights under peft's names, for checkpoints."""
+    return get_peft_model_state_dict(unet)
+
+
+def load_lora_state(unet: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `lora_state` gave."""
+    outcome = set_peft_model_state_dict(unet, state)
+    if outcome.unexpected_keys:
+        raise ValueError(f"got adapter weights that this model lacks ({outcome.unexpected_keys[0]!r} and maybe more)")
+
+
+def kohya_state(unet: nn.Module, alpha: float) -> dict[str, Tensor]:
+    """The adapters' weights under kohya's names: lora_unet_<path>.lora_down.weight, .lora_up.weight and .alpha."""
+    state = {}
+    for key, weight in lora_state(unet).items():
+        path, matrix, _ = key.rsplit(".", 2)  # down_blocks.0...to_q, lora_A, weight
+        module = f"lora_unet_{path.replace('.', '_')}"
+        direction = {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
+        state[f"{module}.{direction}.weight"] = weight.detach().float().cpu().contiguous()
+        state[f"{module}.alpha"] = torch.tensor(float(alpha))
+    return state
+
+
+def save_lora(unet: nn.Module, path: Path, alpha: float, metadata: dict[str, str]) -> None:
+    """Write the adapters to `path` in kohya's format; `metadata` goes into the file's header."""
+    save_file(kohya_state(unet, alpha), path, metadata={"format": "pt", **metadata})

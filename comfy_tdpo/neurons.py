@@ -1,0 +1,163 @@
+"""Neuron states and resets (arXiv 2402.08552, Eq. 11-12, Section 4.3).
+
+A neuron is one output of a hidden linear layer. Its score is the mean of |activation| over the data, relative to the
+layer's mean; it is active above a threshold and dormant otherwise. TDPO-R resets the critic's active neurons.
+
+Deviations from the authors' code: overlap counts the neurons in both sets (theirs counts the mask's elements and is always
+100 %); redraws use fresh randomness at every reset (theirs repeat the same numbers); optimizer state is looked up by
+parameter.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .critic import TemporalCritic
+
+NEURON_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu}
+RESETS = ("none", "active", "dormant", "all")
+
+
+@dataclass(frozen=True)
+class HiddenLayer:
+    """One layer of neurons: the linear layer that feeds it, the one that reads it, and how each is drawn anew."""
+
+    incoming: nn.Linear
+    outgoing: nn.Linear
+    incoming_std: float
+    outgoing_std: float
+
+
+def critic_layers(critic: TemporalCritic) -> dict[str, HiddenLayer]:
+    """The critic's hidden layers; redraws are its own initialisation, N(0, 1/(D+1))."""
+    std = critic.init_std
+    pairs = zip(critic.layers[:-1], critic.layers[1:], strict=True)
+    return {f"layers.{i}": HiddenLayer(a, b, std, std) for i, (a, b) in enumerate(pairs)}
+
+
+def lora_layers(network: nn.Module, adapter: str = "default") -> dict[str, HiddenLayer]:
+    """The rank-space layers of a network's LoRA; redraws are LoRA's initialisation, A ~ N(0, 1/rank) and B = 0."""
+    layers = {}
+    for name, module in network.named_modules():
+        if hasattr(module, "lora_A") and adapter in module.lora_A:
+            down, up = module.lora_A[adapter], module.lora_B[adapter]
+            layers[name] = HiddenLayer(down, up, 1 / down.out_features, 0.0)
+    return layers
+
+
+class ActivationRecorder:
+    """Adds up |activation| of each layer's neurons over every forward inside the block."""
+
+    def __init__(self, layers: dict[str, HiddenLayer], activation: str = "relu"):
+        self.layers = layers
+        self.activation = NEURON_ACTIVATIONS[activation]
+        self._sums: dict[str, Tensor] = {}
+        self._counts = dict.fromkeys(layers, 0)
+        self._handles: list = []
+
+    def __enter__(self) -> "ActivationRecorder":
+        self._handles = [
+            layer.incoming.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable:
+        def add(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            activation = self.activation(output.detach().float()).abs().flatten(0, -2)  # (N, H)
+            self._sums[name] = self._sums.get(name, 0) + activation.sum(0)
+            self._counts[name] += len(activation)
+
+        return add
+
+    def scores(self) -> dict[str, Tensor]:
+        """Eq. 11: each neuron's mean |activation| over its layer's mean, (H,) per layer."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        return {name: mean / (mean.mean() + 1e-9) for name, mean in means.items()}
+
+
+@torch.no_grad()
+def critic_scores(critic: TemporalCritic, embeds: Tensor, activation: str = "relu") -> dict[str, Tensor]:
+    """The scores of the critic's neurons on `embeds`, (N, D)."""
+    was_training = critic.training
+    try:
+        critic.eval()
+        with ActivationRecorder(critic_layers(critic), activation) as recorder:
+            critic(embeds)
+    finally:
+        critic.train(was_training)
+    return recorder.scores()
+
+
+def active_masks(scores: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    """Which neurons are active, boolean (H,) per layer."""
+    return {name: score > threshold for name, score in scores.items()}
+
+
+def reset_masks(active: dict[str, Tensor], reset: str) -> dict[str, Tensor]:
+    """Which neurons a reset of kind `reset` touches, boolean (H,) per layer."""
+    choose = {
+        "none": torch.zeros_like,
+        "active": torch.Tensor.clone,
+        "dormant": torch.logical_not,
+        "all": torch.ones_like,
+    }[reset]
+    return {name: choose(mask) for name, mask in active.items()}
+
+
+def dormant_percent(active: dict[str, Tensor]) -> float:
+    """Dormant neurons in percent of all."""
+    mask = _concatenate(active)
+    return 100 * (~mask).float().mean().item()
+
+
+def overlap_percent(active: dict[str, Tensor], before: dict[str, Tensor]) -> float | None:
+    """Eq. 12: |dormant now and before| / min(|now|, |before|) in percent; None where either set is empty."""
+    now, then = ~_concatenate(active), ~_concatenate(before)
+    smaller = min(now.sum().item(), then.sum().item())
+    return 100 * (now & then).sum().item() / smaller if smaller else None
+
+
+@torch.no_grad()
+def reset_neurons(
+    layers: dict[str, HiddenLayer],
+    masks: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> int:
+    """Draw the masked neurons anew and forget their Adam moments; returns how many neurons were reset.
+
+    Of each masked neuron: incoming weights and bias, outgoing column, and the moments of exactly those entries.
+    """
+    for name, layer in layers.items():
+        mask = masks[name]
+        _redraw(layer.incoming.weight, mask[:, None], layer.incoming_std, optimizer, generator)
+        if layer.incoming.bias is not None:
+            _redraw(layer.incoming.bias, mask, 0.0, optimizer, generator)
+        _redraw(layer.outgoing.weight, mask[None, :], layer.outgoing_std, optimizer, generator)
+    return int(sum(masks[name].sum().item() for name in layers))
+
+
+def _redraw(
+    parameter: nn.Parameter,
+    mask: Tensor,
+    std: float,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> None:
+    fresh = std * torch.randn(parameter.shape, generator=generator)
+    parameter.copy_(torch.where(mask, fresh.to(parameter), parameter))
+    state = optimizer.state.get(parameter, {})
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if moment in state:
+            state[moment].masked_fill_(mask, 0.0)
+
+
+def _concatenate(masks: dict[str, Tensor]) -> Tensor:
+    return torch.cat(list(masks.values()))

@@ -1,0 +1,32 @@
+"""Randomness from coordinates.
+
+Every random number is drawn by a generator whose seed derives from where it is used, such as (run seed, "noise", epoch,
+sample). So a resumed run repeats exactly, the number of micro-batches changes nothing, and no global generator's state
+has to be saved or guessed.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def derive_seed(*coordinates: int | str) -> int:
+    """A 63-bit seed from `coordinates`, the same on every machine."""
+    digest = hashlib.sha256(repr(coordinates).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_at(*coordinates: int | str) -> torch.Generator:
+    """A generator on the CPU: its numbers do not depend on the device that uses them."""
+    return torch.Generator().manual_seed(derive_seed(*coordinates))
+
+
+@contextmanager
+def seeded_at(*coordinates: int | str) -> Iterator[None]:
+    """Seed torch's global generators inside the block, for modules that take no generator, and restore them after."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(derive_seed(*coordinates))
+        yield

@@ -1,0 +1,153 @@
+"""Sampling trajectories with the current policy, and what Eq. 6 needs to know of each step.
+
+Shapes: B samples, T denoising steps, C H W latent, D embedding width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from .critic import TemporalCritic
+from .diffusion import gaussian_kl, log_prob
+from .policy import DiffusionPolicy
+from .randomness import generator_at
+from .rewards import RewardModel
+
+
+@dataclass
+class Trajectories:
+    """B sampled trajectories; tensors are float32 on the policy's device.
+
+    latents (B, T + 1, C, H, W): x_0 ... x_T in sampling order, so that `latents[:, k + 1]` is step k's sample;
+    log_probs (B, T) under the policy that sampled; kl (B, T) nats against the base model, zero where not asked for;
+    image_embeds (B, T, D) of the decoded x_k, None without a critic; rewards (B,); eval_rewards name -> (B,).
+    """
+
+    prompts: list[str]
+    latents: Tensor
+    log_probs: Tensor
+    kl: Tensor
+    rewards: Tensor
+    image_embeds: Tensor | None = None
+    eval_rewards: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @classmethod
+    def concatenate(cls, parts: list["Trajectories"]) -> "Trajectories":
+        """All samples of `parts`, in order."""
+        first = parts[0]
+        tensors = {
+            f.name: torch.cat([getattr(part, f.name) for part in parts])
+            for f in fields(cls)
+            if isinstance(getattr(first, f.name), Tensor)
+        }
+        prompts = [prompt for part in parts for prompt in part.prompts]
+        evals = {name: torch.cat([part.eval_rewards[name] for part in parts]) for name in first.eval_rewards}
+        return cls(prompts=prompts, eval_rewards=evals, **tensors)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples, decodes and scores; everything it needs but the prompts and the seeds.
+
+    Args:
+        embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
+        embed_image_size: pixels at which intermediate latents are decoded for the critic, None for full size.
+        decode_batch: images decoded and embedded at once.
+        with_kl: also run the base model, for the KL penalty.
+        check: called between model calls; may raise to stop.
+    """
+
+    policy: DiffusionPolicy
+    reward: RewardModel
+    eval_rewards: dict[str, RewardModel]
+    embed: Callable[[Tensor], Tensor] | None = None
+    embed_image_size: int | None = None
+    decode_batch: int = 32
+    with_kl: bool = False
+    check: Callable[[], None] = lambda: None
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], seeds: list[tuple[int | str, ...]]) -> Trajectories:
+        """One trajectory for each of `prompts`, its noise drawn at the coordinates in `seeds`."""
+        latents, log_probs, kl = self._denoise(prompts, self._noise(seeds))
+        images = self._decode(latents[:, -1])
+        return Trajectories(
+            prompts=prompts,
+            latents=latents,
+            log_probs=log_probs,
+            kl=kl,
+            rewards=self._score(self.reward, images, prompts),
+            image_embeds=self._embed(latents[:, :-1]),
+            eval_rewards={name: self._score(model, images, prompts) for name, model in self.eval_rewards.items()},
+        )
+
+    @torch.no_grad()
+    def draw(self, prompts: list[str], seeds: list[tuple[int | str, ...]], batch: int) -> Tensor:
+        """Only the images, (B, 3, H, W) in [0, 1], of trajectories sampled `batch` at a time."""
+        images = []
+        for begin in range(0, len(prompts), batch):
+            rows = slice(begin, begin + batch)
+            latents, _, _ = self._denoise(prompts[rows], self._noise(seeds[rows]))
+            images.append(self._decode(latents[:, -1]))
+        return torch.cat(images)
+
+    def _noise(self, seeds: list[tuple[int | str, ...]]) -> Tensor:
+        """All the noise of each trajectory, (B, T + 1, C, H, W): the start, then one draw a step."""
+        shape = (len(self.policy.schedule) + 1, *self.policy.latent_shape)
+        noise = torch.stack([torch.randn(shape, generator=generator_at(*seed)) for seed in seeds])
+        return noise.to(self.policy.device, non_blocking=True)
+
+    def _denoise(self, prompts: list[str], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of trajectories driven by `noise`."""
+        policy, embeds = self.policy, self.policy.encode_prompts(prompts)
+        latents = torch.empty_like(noise)
+        latents[:, 0] = noise[:, 0]
+        log_probs = noise.new_zeros(len(noise), len(policy.schedule))
+        kl = torch.zeros_like(log_probs)
+        for k in range(len(policy.schedule)):
+            self.check()
+            positions = torch.full((len(noise),), k, device=policy.device)
+            mean, sigma = policy.step(latents[:, k], positions, embeds)
+            latents[:, k + 1] = mean + sigma * noise[:, k + 1]
+            log_probs[:, k] = log_prob(latents[:, k + 1], mean, sigma)
+            if self.with_kl:
+                with policy.reference():
+                    reference_mean, _ = policy.step(latents[:, k], positions, embeds)
+                kl[:, k] = gaussian_kl(mean, reference_mean, sigma)
+        return latents, log_probs, kl
+
+    def _decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
+        return torch.cat([self.policy.decode(part, image_size) for part in latents.split(self.decode_batch)])
+
+    def _embed(self, latents: Tensor) -> Tensor | None:
+        """Unit embeddings, (B, T, D), of the decoded x_k, noisy as they are; (B, T, C, H, W) in."""
+        if self.embed is None:
+            return None
+        embeds = []
+        for part in latents.flatten(0, 1).split(self.decode_batch):
+            self.check()
+            embeds.append(self.embed(self.policy.decode(part, self.embed_image_size)).float())
+        return torch.cat(embeds).unflatten(0, latents.shape[:2])
+
+    def _score(self, model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
+        scores = model.score(images, prompts)
+        if scores.shape != (len(prompts),):
+            raise ValueError(
+                f"reward {model.name!r} returned shape {tuple(scores.shape)}; expected one score per image, "
+                f"({len(prompts)},)"
+            )
+        if not torch.isfinite(scores).all():
+            raise ValueError(f"reward {model.name!r} returned a score that is not finite: {scores.tolist()}")
+        return scores.float().to(images.device)
+
+
+@torch.no_grad()
+def critic_residuals(critic: TemporalCritic, image_embeds: Tensor) -> Tensor:
+    """R_phi(x_k, c) with dropout off, (B, T), from embeddings (B, T, D)."""
+    critic.eval()
+    return critic(image_embeds)

@@ -1,0 +1,305 @@
+"""Make the world of Shapes from nothing: `python -m comfy_tdpo.shapes.build`.
+
+Renders captioned scenes, trains the autoencoder, the encoders with their rewards and the U-Net on them, and writes the
+world's folder: a diffusers pipeline, two encoders, and a README with what was measured. Every batch is drawn from
+(seed, stage, step), and each stage's state is saved as it goes, so a build that was stopped goes on where it was.
+"""
+
+import argparse
+import copy
+import json
+import random
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+from . import WORLD
+from .encoders import MAX_TOKENS, ClipEncoder, JudgeEncoder, PreferenceHead, clip_config, tokenize
+from .scenes import COLOURS, COUNTS, IMAGE_SIZE, PLACES, SHAPES, Request, Scene, render, sample_request, sample_scene
+
+TRAINING_SCENES = 32_000
+
+# Steps and batch size of each stage.
+STAGES = {"vae": (2200, 32), "clip": (2400, 128), "unet": (9000, 64), "judge": (2400, 128)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m comfy_tdpo.shapes.build", description=__doc__)
+    parser.add_argument("--out", type=Path, default=WORLD, help="folder the world is written to")
+    parser.add_argument("--work", type=Path, default=Path("shapes-build"), help="folder for unfinished stages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps a stage: does it run, not does it learn")
+    args = parser.parse_args()
+    build(args.out, args.work, args.seed, steps=3 if args.quick else None)
+
+
+def build(out: Path, work: Path, seed: int, steps: int | None = None) -> None:
+    """Train every stage that `work` does not hold yet and write the world to `out`."""
+    work.mkdir(parents=True, exist_ok=True)
+    world = Builder(out, work, seed, steps)
+    tokenizer = build_tokenizer(out / "pipeline" / "tokenizer")
+    vae = world.vae()
+    world.clip(tokenizer)
+    world.unet(tokenizer, vae)
+    world.judge(tokenizer)
+
+
+class Builder:
+    """The stages of a build, each a network and its loss."""
+
+    def __init__(self, out: Path, work: Path, seed: int, steps: int | None):
+        self.out, self.work, self.seed, self.steps = out, work, seed, steps
+        count = TRAINING_SCENES if steps is None else 256
+        self.captions, self.scenes, self.images = make_scenes(seed, count)
+
+    def vae(self) -> AutoencoderKL:
+        """A KL autoencoder, 64 x 64 x 3 to 8 x 8 x 4: L1 reconstruction and a light pull towards N(0, 1)."""
+        torch.manual_seed(self.seed)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(32, 32, 64, 64),
+            layers_per_block=1,
+            latent_channels=4,
+            sample_size=IMAGE_SIZE,
+        )
+
+        def loss(vae: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+            images = self.images[rows].float() / 127.5 - 1
+            posterior = vae.encode(images).latent_dist
+            decoded = vae.decode(posterior.sample(generator)).sample
+            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
+            return F.l1_loss(decoded.float(), images) + 5e-4 * kl.float().mean()
+
+        vae = self._train("vae", vae, loss, lr=1e-3)
+        latents = self._encode(vae, rows=torch.arange(min(2048, len(self.images))))
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+        return vae
+
+    def clip(self, tokenizer: CLIPTokenizerFast) -> None:
+        """Encoder A, contrastive on captions, and its preference head, fitted to noisy ratings, together."""
+        torch.manual_seed(self.seed + 1)
+        network = nn.ModuleDict(
+            {
+                "encoder": ClipEncoder(CLIPModel(clip_config(len(tokenizer), tokenizer.eos_token_id))),
+                "head": PreferenceHead(),
+            }
+        )
+        tokens = tokenize(tokenizer, self.captions)
+        ratings = torch.tensor([preference(scene) for scene in self.scenes])
+
+        def loss(network: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+            images = _add_noise(self.images[rows].float() / 255, 0.2, generator)
+            image_embeds = network["encoder"].embed_images(images)
+            text_embeds = network["encoder"].embed_tokens(tokens[rows])
+            rated = ratings[rows] + torch.randn(len(rows), generator=generator)
+            scale = network["encoder"].clip.logit_scale
+            return contrastive(image_embeds, text_embeds, scale) + 0.2 * F.mse_loss(
+                network["head"](image_embeds), rated
+            )
+
+        network = self._train("clip", network, loss, lr=1e-3)
+        network["encoder"].clip.save_pretrained(self.out / "clip")
+        tokenizer.save_pretrained(self.out / "clip")
+        save_file(network["head"].state_dict(), self.out / "clip" / "preference_head.safetensors")
+
+    def judge(self, tokenizer: CLIPTokenizerFast) -> None:
+        """Encoder B on scenes of its own, photographed badly: blurred, tinted, noisy."""
+        torch.manual_seed(self.seed + 2)
+        captions, _, pictures = make_scenes(self.seed + 1_000_003, len(self.images))
+        tokens = tokenize(tokenizer, captions)
+        judge = JudgeEncoder(len(tokenizer))
+
+        def loss(judge: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+            images = pictures[rows].float() / 255
+            gain = 1 + 0.2 * (torch.rand(len(rows), 3, 1, 1, generator=generator) - 0.5)
+            blur = torch.rand(len(rows), 1, 1, 1, generator=generator)
+            images = torch.lerp(images, F.avg_pool2d(images, 3, stride=1, padding=1), blur)
+            images = _add_noise((images * gain).clamp(0, 1), 0.1, generator)
+            return contrastive(judge.embed_images(images), judge.embed_tokens(tokens[rows]), judge.logit_scale)
+
+        judge = self._train("judge", judge, loss, lr=1e-3)
+        (self.out / "judge").mkdir(parents=True, exist_ok=True)
+        save_file(judge.state_dict(), self.out / "judge" / "model.safetensors")
+
+    def unet(self, tokenizer: CLIPTokenizerFast, vae: AutoencoderKL) -> None:
+        """A latent U-Net and its text encoder, noise prediction, 10 % of the captions dropped for guidance."""
+        torch.manual_seed(self.seed + 3)
+        network = nn.ModuleDict({"unet": _new_unet(), "text": _new_text_encoder(tokenizer)})
+        latents = self._encode(vae, torch.arange(len(self.images))) * vae.config.scaling_factor
+        tokens, empty = tokenize(tokenizer, self.captions), tokenize(tokenizer, [""])[0]
+        scheduler = _new_scheduler()
+
+        def loss(network: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+            clean, ids = latents[rows], tokens[rows].clone()
+            ids[torch.rand(len(rows), generator=generator) < 0.1] = empty
+            noise = torch.randn(clean.shape, generator=generator)
+            timesteps = torch.randint(1000, (len(rows),), generator=generator)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            states = network["text"](input_ids=ids).last_hidden_state
+            return F.mse_loss(network["unet"](noisy, timesteps, states).sample.float(), noise)
+
+        network = self._train("unet", network, loss, lr=1e-3)
+        self._save_pipeline(network, tokenizer, vae, scheduler)
+
+    def _save_pipeline(self, network, tokenizer, vae, scheduler) -> None:
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=network["text"],
+            tokenizer=tokenizer,
+            unet=network["unet"],
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.to(torch.float16).save_pretrained(self.out / "pipeline")  # the size of the package
+
+    @torch.no_grad()
+    def _encode(self, vae: AutoencoderKL, rows: Tensor) -> Tensor:
+        """Mean latents of the images in `rows`, unscaled, (N, 4, 8, 8)."""
+        batches = tqdm(rows.split(64), desc="latents", leave=False)
+        return torch.cat([vae.encode(self.images[b].float() / 127.5 - 1).latent_dist.mean for b in batches])
+
+    def _train(self, stage: str, network: nn.Module, loss: Callable, lr: float) -> nn.Module:
+        """Fit `network` and return the moving average of its weights; continues from the work folder's state."""
+        steps, batch = STAGES[stage]
+        steps = self.steps or steps
+        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+        optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
+        parts = {"network": network, "average": average, "optimizer": optimizer, "schedule": schedule}
+        path, step = self.work / f"{stage}.pt", 0
+        if path.exists():
+            saved = torch.load(path, weights_only=True)
+            step = saved.pop("step")
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        for step in tqdm(range(step, steps), desc=stage, initial=step, total=steps, mininterval=2):
+            generator = torch.Generator().manual_seed(_seed(self.seed, stage, step))
+            rows = torch.randint(len(self.images), (batch,), generator=generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=stage == "vae"):
+                value = loss(network, rows, generator)
+            value.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            average.update_parameters(network)
+            if (step + 1) % 200 == 0 or step + 1 == steps:
+                tqdm.write(f"{stage} step {step + 1}: loss {value.item():.4f}")
+                state = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
+                torch.save(state, path.with_suffix(".tmp"))
+                path.with_suffix(".tmp").replace(path)
+        return average.module.eval().requires_grad_(False)
+
+
+def preference(scene: Scene) -> float:
+    """The taste that `shapes-aesthetic` learns, 0 to 10: large shapes on a dark ground."""
+    side = sum(figure.side for figure in scene.figures) / len(scene.figures)
+    red, green, blue = scene.ground
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return 5 * min(side / 48, 1.0) + 5 * (1 - luminance)
+
+
+def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss over a batch of pairs, (B, D) and (B, D)."""
+    logits = logit_scale.exp().clamp(max=100) * image_embeds @ text_embeds.T
+    target = torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def make_scenes(seed: int, count: int) -> tuple[list[str], list[Scene], Tensor]:
+    """`count` captions, their scenes, and the rendered images, uint8 (count, 3, 64, 64)."""
+    rng = random.Random(seed)
+    requests = [sample_request(rng) for _ in range(count)]
+    scenes = [sample_scene(request, rng) for request in requests]
+    pixels = np.stack([render(scene) for scene in tqdm(scenes, desc="scenes", leave=False)])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return [request.caption for request in requests], scenes, images
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizerFast:
+    """A CLIP tokenizer whose merges know the grammar's words, one token each; other text falls into characters."""
+    words = [" ".join(_every_word())] * 4
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False))
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokens = sorted(letters) + [f"{letter}</w>" for letter in sorted(letters)]
+    tokens += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder, model_max_length=MAX_TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _every_word() -> list[str]:
+    shapes = [Request((item,)).caption for item in _every_item()]
+    places = [f"at the {place}" for place in PLACES]
+    return " ".join([*shapes, *places, "a an on background and"]).split()
+
+
+def _every_item():
+    from .scenes import Item
+
+    return [Item(s, c, n) for s in SHAPES for c in COLOURS for n in (1, *COUNTS)]
+
+
+def _new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 8,
+        layers_per_block=1,
+        block_out_channels=(64, 96),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,  # the number of heads, under diffusers' name for it
+    )
+
+
+def _new_text_encoder(tokenizer: CLIPTokenizerFast) -> CLIPTextModel:
+    config = clip_config(len(tokenizer), tokenizer.eos_token_id).text_config
+    return CLIPTextModel(CLIPTextConfig(**config.to_dict()))
+
+
+def _new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.x's own schedule."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def _add_noise(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise of a standard deviation drawn from [0, most] for each image."""
+    sigma = most * torch.rand(len(images), 1, 1, 1, generator=generator)
+    return images + sigma * torch.randn(images.shape, generator=generator)
+
+
+def _seed(seed: int, stage: str, step: int) -> int:
+    return zlib.crc32(f"{seed}/{stage}/{step}".encode())
+
+
+if __name__ == "__main__":
+    main()

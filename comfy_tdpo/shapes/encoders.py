@@ -1,0 +1,121 @@
+"""The image-text encoders of Shapes: a tiny CLIP for the training rewards, and another architecture for the judge.
+
+Both map images in [0, 1], (B, 3, H, W), and captions to unit vectors whose cosine says how well they agree.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+
+ENCODER_IMAGE_SIZE = 64
+MAX_TOKENS = 16
+
+
+def clip_config(vocab_size: int, eos_token_id: int) -> CLIPConfig:
+    """Encoder A: CLIP (Radford et al., 2021) at toy size, ViT over 8x8 patches."""
+    return CLIPConfig(
+        projection_dim=64,
+        text_config=dict(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=64,
+            bos_token_id=eos_token_id - 1,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+        ),
+        vision_config=dict(
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            image_size=ENCODER_IMAGE_SIZE,
+            patch_size=8,
+            projection_dim=64,
+        ),
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizerFast, captions: list[str]) -> Tensor:
+    """Token ids of `captions`, (B, MAX_TOKENS), padded and cut."""
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids
+
+
+class ClipEncoder(nn.Module):
+    """Encoder A: transformers' CLIPModel behind `embed_images` and `embed_tokens`."""
+
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        vision = self.clip.vision_model(pixel_values=_preprocess(images)).pooler_output
+        return F.normalize(self.clip.visual_projection(vision), dim=-1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        text = self.clip.text_model(input_ids=tokens).pooler_output
+        return F.normalize(self.clip.text_projection(text), dim=-1)
+
+
+class JudgeEncoder(nn.Module):
+    """Encoder B: a plain convolutional network beside a recurrent reader of the caption."""
+
+    def __init__(self, vocab_size: int, width: int = 32, dim: int = 64):
+        super().__init__()
+        widths = [3, width, 2 * width, 3 * width, 4 * width]
+        self.image = nn.Sequential(
+            *[_down_block(a, b) for a, b in zip(widths, widths[1:], strict=False)],
+            nn.Flatten(),
+            nn.Linear(widths[-1] * 16, dim),
+        )
+        self.token = nn.Embedding(vocab_size, 48)
+        self.reader = nn.GRU(48, dim, batch_first=True)
+        self.text = nn.Linear(dim, dim)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # CLIP's start, ln(1 / 0.07)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return F.normalize(self.image(_preprocess(images)), dim=-1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        _, last = self.reader(self.token(tokens))
+        return F.normalize(self.text(last[0]), dim=-1)
+
+
+class PreferenceHead(nn.Module):
+    """Predicts the preference, in points of 0 to 10, from encoder A's unit embedding, (B, D) -> (B,)."""
+
+    def __init__(self, dim: int = 64, width: int = 64):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, 1))
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return self.layers(embeds)[:, 0]
+
+
+def _down_block(channels_in: int, channels_out: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1),
+        nn.GroupNorm(8, channels_out),
+        nn.SiLU(),
+        nn.Conv2d(channels_out, channels_out, 3, padding=1),
+        nn.GroupNorm(8, channels_out),
+        nn.SiLU(),
+    )
+
+
+def _preprocess(images: Tensor) -> Tensor:
+    """Resize to the encoders' input size where needed, and map [0, 1] to [-1, 1]."""
+    size = (ENCODER_IMAGE_SIZE, ENCODER_IMAGE_SIZE)
+    if images.shape[-2:] != size:
+        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+    return images.clamp(0, 1) * 2 - 1

@@ -1,0 +1,415 @@
+"""Loading: every source gives the same components, and every file that is something else gives one clear ValueError.
+
+The checkpoint in the original layout is made from a random diffusers pipeline by benchmarks/full_architecture.py, whose
+table of names is written from the two architectures and shares nothing with the conversion under test.
+"""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import open_clip
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import comfy_tdpo.loading as loading
+from comfy_tdpo.loading import load_components
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = loading.CONFIGS
+MODEL = "model.diffusion_model."
+LAST_NORM = f"{MODEL}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+
+# Sizes that make a family's architecture tiny and leave its layout as it is, layer by layer.
+TINY_UNET = {"block_out_channels": [32, 64, 64, 64]}
+TINY_SIZES = {
+    "sd1": {
+        "unet": TINY_UNET | {"cross_attention_dim": 32},
+        "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2},
+    },
+    "sd2": {
+        "unet": TINY_UNET | {"cross_attention_dim": 48, "attention_head_dim": [1, 2, 2, 2]},
+        "text_encoder": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4},
+    },
+}
+TINY_SIZES["sd2-v"] = TINY_SIZES["sd2"]
+PROMPTS = [
+    "a green colored rabbit",
+    "WOW!! it's the cat's pyjamas!",
+    "Four wolves, 3.14 cafés naïve 日本",
+    "",
+    "a " * 99,
+]
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> Path:
+    """The shipped configurations with tiny sizes."""
+    folder = tmp_path_factory.mktemp("configs") / "configs"
+    shutil.copytree(SHIPPED, folder)
+    for family, parts in TINY_SIZES.items():
+        for part, sizes in (parts | {"vae": {"block_out_channels": [32, 32, 64, 64]}}).items():
+            path = folder / family / part / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(configs, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Of each family a diffusers folder and a single file with the same random weights."""
+    make_models = runpy.run_path(str(ROOT / "benchmarks" / "full_architecture.py"))["make_models"]
+    return {family: make_models(tmp_path_factory.mktemp(family), configs / family) for family in ("sd1", "sd2")}
+
+
+@pytest.fixture(autouse=True)
+def tiny(configs, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "CONFIGS", configs)
+
+
+@pytest.fixture
+def folder(models, tmp_path) -> Path:
+    """A copy of the SD 1.x folder, to be spoiled."""
+    return shutil.copytree(models["sd1"][0], tmp_path / "model")
+
+
+def edited(source: Path, target: Path, change, metadata: dict | None = None) -> str:
+    """`source` with its weights changed in place by `change`, as `target`."""
+    weights = load_file(source)
+    change(weights)
+    save_file(weights, target, metadata)
+    return str(target)
+
+
+# --- the sources agree
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_single_file_and_folder_are_one_model(models, family):
+    folder, single = (load_components(str(path)) for path in models[family])
+    for name in ("unet", "vae", "text_encoder"):
+        expected, got = getattr(folder, name).state_dict(), getattr(single, name).state_dict()
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+    stored = load_file(models[family][0] / "unet" / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == single.unet.state_dict().keys()
+    assert all(torch.equal(stored[key].float(), weight) for key, weight in single.unet.state_dict().items())
+    for expected, got in zip(outputs(folder), outputs(single), strict=True):
+        assert torch.equal(expected, got) and got.isfinite().all() and got.std() > 0
+
+
+def outputs(parts: loading.Components) -> list[torch.Tensor]:
+    tokens = torch.tensor([[49_406, 320, 2_368, *[49_407] * 74]])  # "a cat"
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    states = parts.text_encoder(tokens).last_hidden_state  # (1, 77, D)
+    return [states, parts.unet(latents, 500, states).sample, parts.vae.decode(latents).sample]
+
+
+def test_half_precision_evaluation_mode_and_no_gradients(models):
+    for path in models["sd1"]:
+        parts = load_components(str(path), torch.bfloat16)
+        for network in (parts.unet, parts.vae, parts.text_encoder):
+            assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+            assert not network.training and not any(weight.requires_grad for weight in network.parameters())
+        assert parts.source == str(path)
+
+
+def test_weights_do_not_hang_on_the_file(models, tmp_path):
+    copy = Path(shutil.copy(models["sd1"][1], tmp_path / "model.safetensors"))
+    parts = load_components(str(copy), torch.float16)  # the dtype on disk: no conversion forces a copy
+    before = parts.unet.conv_in.weight.clone()
+    copy.write_bytes(bytes(copy.stat().st_size))
+    assert torch.equal(parts.unet.conv_in.weight, before)
+
+
+def test_a_folder_of_fp16_variants_loads(models, folder):
+    for path in folder.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    expected, got = load_components(str(models["sd1"][0])), load_components(str(folder))
+    assert all(torch.equal(a, b) for a, b in zip(expected.unet.parameters(), got.unet.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected.vae.parameters(), got.vae.parameters(), strict=True))
+
+
+def test_an_old_merge_without_the_level_text_model_loads(models, tmp_path):
+    def drop(weights):
+        for key in [key for key in weights if ".text_model." in key]:
+            weights[key.replace(".text_model.", ".")] = weights.pop(key)
+
+    got = load_components(edited(models["sd1"][1], tmp_path / "old.safetensors", drop)).text_encoder
+    expected = load_components(str(models["sd1"][0])).text_encoder
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), got.parameters(), strict=True))
+
+
+# --- the shipped facts
+
+
+@pytest.mark.parametrize(
+    ("family", "unet", "text_encoder"), [("sd1", 859_520_964, 123_060_480), ("sd2", 865_910_724, 340_387_840)]
+)
+def test_shipped_configurations_have_the_published_sizes(family, unet, text_encoder):
+    def count(make, name: str) -> int:
+        with init_empty_weights():
+            return sum(weight.numel() for weight in make(SHIPPED / family / name).parameters())
+
+    def text(path: Path) -> CLIPTextModel:
+        return CLIPTextModel(CLIPTextConfig.from_pretrained(path))
+
+    assert count(lambda path: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path)), "unet") == unet
+    assert count(lambda path: AutoencoderKL.from_config(AutoencoderKL.load_config(path)), "vae") == 83_653_863
+    assert count(text, "text_encoder") == text_encoder
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_tokens_are_open_clips(family):
+    tokenizer = loading.clip_tokenizer(SHIPPED / family)
+    got = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, 77)
+    expected = open_clip.tokenize(PROMPTS)  # padded with 0, which is "!"
+    end = 49_407
+    if family == "sd1":  # padded with the end token
+        expected[expected.argmax(dim=1)[:, None] < torch.arange(77)] = end
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2-v"])
+def test_a_single_files_schedule_is_stable_diffusions(family):
+    config = json.loads((SHIPPED / family / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[-1] == 1  # steps_offset 1: the last sigma is ALGORITHM.md's 0.02065
+    now, last = scheduler.alphas_cumprod[1], scheduler.final_alpha_cumprod
+    assert ((1 - last) / (1 - now) * (1 - now / last)).sqrt().item() == pytest.approx(0.02065, abs=5e-6)
+
+
+# --- how a model predicts
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.05, "epsilon"), (0.15, "v_prediction")])
+def test_a_silent_sd2_file_predicts_as_comfyui_takes_it(models, tmp_path, caplog, spread, expected):
+    def spread_out(weights):
+        weights[LAST_NORM] = torch.tensor([-spread, spread]).repeat(16).half()  # standard deviation `spread`
+
+    path = edited(models["sd2"][1], tmp_path / "silent.safetensors", spread_out)
+    assert load_components(path).scheduler.config.prediction_type == expected
+    assert "prediction_type overrides" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "expected", "size"),
+    [
+        ("modelspec.prediction_type", "v", "v_prediction", 96),
+        ("modelspec.prediction_type", "epsilon", "epsilon", 64),
+        ("modelspec.predict_key", "v", "v_prediction", 96),
+    ],
+)
+def test_a_files_own_word_counts(models, tmp_path, key, word, expected, size):
+    path = edited(models["sd2"][1], tmp_path / "said.safetensors", lambda weights: None, {key: word})
+    parts = load_components(path)
+    assert (parts.scheduler.config.prediction_type, parts.unet.config.sample_size) == (expected, size)
+    assert load_components(path, prediction_type="sample").scheduler.config.prediction_type == "sample"
+
+
+def test_the_argument_overrides_a_folder_and_is_checked(models):
+    path = str(models["sd1"][0])
+    assert load_components(path).scheduler.config.prediction_type == "epsilon"
+    assert load_components(path, prediction_type="v_prediction").scheduler.config.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match="prediction_type is 'v'; expected one of epsilon"):
+        load_components(path, prediction_type="v")
+
+
+def test_a_legacy_folder_keeps_its_own_schedule(folder):
+    config = {"_class_name": "PNDMScheduler", "beta_start": 0.001, "beta_end": 0.013, "beta_schedule": "scaled_linear"}
+    config |= {"skip_prk_steps": True, "steps_offset": 0, "clip_sample": True, "set_alpha_to_one": True}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    scheduler = load_components(str(folder)).scheduler
+    assert isinstance(scheduler, DDIMScheduler) and not scheduler.config.clip_sample
+    assert (scheduler.config.steps_offset, scheduler.config.set_alpha_to_one) == (0, True)
+    assert scheduler.betas[[0, -1]].tolist() == pytest.approx([0.001, 0.013])
+
+
+# --- the hub
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch) -> Path:
+    """The place of "owner/name" in a hub cache that holds nothing yet; offline."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repo, commit = tmp_path / "hub" / "models--owner--name", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    return repo / "snapshots" / commit
+
+
+def test_a_cached_hub_id_loads_offline(models, cached):
+    shutil.copytree(models["sd1"][0], cached)
+    parts = load_components("owner/name")
+    assert parts.source == "owner/name"
+    assert torch.equal(parts.unet.conv_in.weight, load_components(str(models["sd1"][0])).unet.conv_in.weight)
+
+
+def test_a_hub_id_of_another_pipeline_is_named_before_its_weights_are_fetched(cached, monkeypatch):
+    monkeypatch.setattr(loading.StableDiffusionPipeline, "download", lambda *args, **kwargs: pytest.fail("fetched"))
+    cached.mkdir(parents=True)
+    (cached / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "vae": ["diffusers", "V"]}))
+    with pytest.raises(ValueError, match="is a FluxPipeline whose unet is None"):
+        load_components("owner/name")
+
+
+def test_a_hub_id_that_cannot_be_had_is_an_error(cached):
+    with pytest.raises(
+        ValueError, match="'owner/name' is no file or folder here.*cannot be had.*(?s:.)*HF_HUB_OFFLINE"
+    ):
+        load_components("owner/name")
+
+
+# --- everything else
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model.safetensors", "nowhere/model.safetensors", "nowhere", "./a/b"])
+def test_a_missing_path_is_an_error(model):
+    with pytest.raises(ValueError, match=f"no file or folder '{model}'; expected Stable Diffusion"):
+        load_components(model)
+
+
+def test_a_pickle_is_an_error(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match="model.ckpt is no .safetensors file; expected .*; convert it"):
+        load_components(str(tmp_path / "model.ckpt"))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 100_000])
+def test_a_truncated_file_is_an_error(models, tmp_path, kept):
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(models["sd1"][1].read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"short.safetensors \({kept} bytes\) is no sound .*fetch it again"):
+        load_components(str(path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "a LoRA"),
+        (["unet.up_blocks.0.attn1.processor.to_q.lora.down.weight"], "a LoRA"),
+        (["conditioner.embedders.1.model.ln_final.bias", f"{MODEL}input_blocks.0.0.weight"], "an SDXL checkpoint"),
+        ([f"{MODEL}joint_blocks.0.context_block.attn.qkv.weight"], "an SD 3 checkpoint"),
+        (["double_blocks.0.img_attn.norm.key_norm.scale"], "a Flux checkpoint"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "one component of a diffusers folder"),
+        (["control_model.time_embed.0.weight"], "a ControlNet"),
+        (["first_stage_model.decoder.conv_in.weight"], "something else: keys like first_stage_model.decoder"),
+    ],
+)
+def test_another_kind_of_file_is_named(tmp_path, keys, what):
+    save_file({key: torch.zeros(1) for key in keys}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.safetensors is {what}.*; expected Stable Diffusion"):
+        load_components(str(tmp_path / "model.safetensors"))
+
+
+def test_an_image_conditioned_unet_is_an_error(models, tmp_path):
+    path = edited(
+        models["sd2"][1],
+        tmp_path / "unclip.safetensors",
+        lambda w: w.update({f"{MODEL}label_emb.0.0.bias": torch.zeros(4)}),
+    )
+    with pytest.raises(ValueError, match="class or image conditions"):
+        load_components(path)
+
+
+def test_inpainting_is_an_error(models, tmp_path, folder):
+    def widen(weights):
+        weights[f"{MODEL}input_blocks.0.0.weight"] = torch.zeros(32, 9, 3, 3)
+
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
+    for path in (str(folder), edited(models["sd1"][1], tmp_path / "inpaint.safetensors", widen)):
+        with pytest.raises(ValueError, match="takes 9 channels .inpainting.*expected the 4"):
+            load_components(path)
+
+
+def test_a_unet_of_another_width_is_an_error(models, tmp_path):
+    key = f"{MODEL}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    path = edited(models["sd1"][1], tmp_path / "wide.safetensors", lambda w: w.update({key: torch.zeros(32, 40)}))
+    with pytest.raises(ValueError, match="32 wide and reads text 40 wide"):
+        load_components(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "network"),
+    [
+        ("first_stage_model.", "AutoencoderKL"),
+        ("cond_stage_model.", "CLIPTextModel"),
+        (f"{MODEL}out.2.bias", "UNet2DConditionModel"),
+    ],
+)
+def test_a_missing_weight_is_an_error(models, tmp_path, part, network):
+    def drop(weights):
+        for key in [key for key in weights if key.startswith(part)]:
+            del weights[key]
+
+    path = edited(models["sd1"][1], tmp_path / "part.safetensors", drop)
+    with pytest.raises(ValueError, match=rf"part.safetensors lacks \d+ weights of the {network}, the first is .*; exp"):
+        load_components(path)
+
+
+def test_a_missing_weight_that_diffusers_trips_over_is_an_error(models, tmp_path):
+    path = edited(
+        models["sd1"][1], tmp_path / "part.safetensors", lambda w: w.pop(f"{MODEL}output_blocks.5.2.conv.bias")
+    )
+    with pytest.raises(ValueError, match="part.safetensors lacks output_blocks.5.2.conv.bias; expected"):
+        load_components(path)
+
+
+def test_a_weight_of_another_shape_is_an_error(models, tmp_path):
+    key = "first_stage_model.post_quant_conv.bias"
+    path = edited(models["sd1"][1], tmp_path / "odd.safetensors", lambda w: w.update({key: torch.zeros(5)}))
+    with pytest.raises(ValueError, match=r"post_quant_conv.bias of the AutoencoderKL in .* is \(5,\), not \(4,\)"):
+        load_components(path)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("model_index.json", "lacks model_index.json"),
+        ("unet/config.json", "lacks unet/config.json"),
+        ("vae/config.json", "lacks vae/config.json"),
+        ("scheduler/scheduler_config.json", "lacks scheduler/scheduler_config.json"),
+        ("tokenizer/tokenizer.json", "lacks tokenizer/vocab.json"),
+        ("vae/diffusion_pytorch_model.safetensors", "holds no weights as .safetensors .*got config.json.; convert"),
+    ],
+)
+def test_an_incomplete_folder_is_an_error(folder, lost, message):
+    (folder / lost).unlink()
+    with pytest.raises(ValueError, match=message):
+        load_components(str(folder))
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_a_folder_with_a_lost_weight_or_a_cut_file_is_an_error(folder, name):
+    path = folder / f"{name}.safetensors"
+    weights = load_file(path)
+    lost = sorted(weights)[-1]
+    save_file({key: weight for key, weight in weights.items() if key != lost}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights of the .*, the first is {lost}"):
+        load_components(str(folder))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="is no sound .safetensors file"):
+        load_components(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "C"]}, "two text encoders"),
+        ({"_class_name": "FluxPipeline", "unet": None}, "is a FluxPipeline whose unet is None, not UNet2D"),
+        ({"vae": ["diffusers", "ConsistencyDecoderVAE"]}, "whose vae is ConsistencyDecoderVAE, not AutoencoderKL"),
+    ],
+)
+def test_another_pipelines_folder_is_an_error(folder, changes, message):
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        load_components(str(folder))

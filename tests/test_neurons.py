@@ -1,0 +1,254 @@
+"""Neurons: scores against brute force, and resets that touch what they should and not one bit more."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from comfy_tdpo.critic import TemporalCritic
+from comfy_tdpo.neurons import (
+    ActivationRecorder,
+    HiddenLayer,
+    active_masks,
+    critic_layers,
+    critic_scores,
+    dormant_percent,
+    lora_layers,
+    overlap_percent,
+    reset_masks,
+    reset_neurons,
+)
+
+EMBED_DIM = 24
+
+
+def make_critic(activation: str = "identity") -> TemporalCritic:
+    """A critic of weights and biases that are all unlike, and not near zero."""
+    critic, generator = TemporalCritic(EMBED_DIM, activation), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    return critic
+
+
+def trained_adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW after two steps, in reversed order of `parameters`, so that a look-up by position finds the wrong state."""
+    optimizer, generator = torch.optim.AdamW(reversed(parameters), lr=1e-3), torch.Generator().manual_seed(2)
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = 1 + torch.rand(parameter.shape, generator=generator)
+        optimizer.step()
+    return optimizer
+
+
+def snapshot(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[dict[str, torch.Tensor]]:
+    """Per parameter its weights, moments and step."""
+    return [
+        {"weight": p.detach().clone(), **{name: value.clone() for name, value in optimizer.state[p].items()}}
+        for p in parameters
+    ]
+
+
+def random_masks(layers: dict[str, HiddenLayer]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {n: torch.rand(layer.incoming.out_features, generator=generator) < 0.4 for n, layer in layers.items()}
+
+
+def assert_reset_exactly(
+    touched: torch.Tensor, before: dict, after: dict, *, std: float | None, zero: torch.Tensor | None = None
+) -> None:
+    """`touched` entries were redrawn at `std` (None: set to zero, as are those in `zero`), all others kept every bit."""
+    assert torch.equal(after["step"], before["step"])
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[name][~touched], before[name][~touched])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert (before[name] != 0).all() and (after[name][touched] == 0).all()
+    zero = touched if std is None else torch.zeros_like(touched) if zero is None else zero
+    assert (after["weight"][zero] == 0).all()
+    drawn = after["weight"][touched & ~zero]
+    assert (drawn != before["weight"][touched & ~zero]).all()
+    if len(drawn) > 1:
+        # five standard errors, 1 / sqrt(2 n) each, of a standard deviation from n draws
+        assert drawn.square().mean().sqrt().item() == pytest.approx(std, rel=5 / (2 * len(drawn)) ** 0.5)
+
+
+# --- resets
+
+
+@pytest.mark.parametrize("reset", ["none", "active", "dormant", "all"])
+def test_a_reset_of_the_critic_touches_exactly_its_neurons(reset):
+    critic = make_critic()
+    layers, parameters = critic_layers(critic), list(critic.parameters())
+    optimizer, active = trained_adamw(parameters), random_masks(layers)
+    before = snapshot(parameters, optimizer)
+    count = reset_neurons(layers, reset_masks(active, reset), optimizer, torch.Generator().manual_seed(0))
+    after = snapshot(parameters, optimizer)
+
+    chosen = {
+        "none": lambda mask: mask & ~mask,
+        "active": lambda mask: mask,
+        "dormant": lambda mask: ~mask,
+        "all": lambda mask: mask | ~mask,
+    }[reset]
+    neurons = [torch.zeros(EMBED_DIM, dtype=torch.bool), *(chosen(m) for m in active.values()), torch.zeros(1).bool()]
+    assert [len(mask) for mask in neurons] == [EMBED_DIM, 1024, 128, 64, 16, 1]
+    assert count == sum(int(mask.sum()) for mask in neurons)
+    for i, (inputs, outputs) in enumerate(zip(neurons, neurons[1:], strict=False)):
+        weights = outputs[:, None] | inputs[None, :]  # rows of the neurons it feeds, columns of those it reads
+        assert_reset_exactly(weights, before[2 * i], after[2 * i], std=1 / (EMBED_DIM + 1))
+        assert_reset_exactly(outputs, before[2 * i + 1], after[2 * i + 1], std=None)
+
+
+@pytest.mark.parametrize("reset", ["none", "active", "dormant", "all"])
+def test_a_reset_of_the_lora_touches_exactly_its_neurons(make_policy, reset):
+    policy = make_policy(trained=True, rank=8)
+    layers = lora_layers(policy.unet)
+    assert len(layers) == len(policy.parameters) / 2 == 32  # 4 transformer blocks, 2 attentions, 4 projections
+    optimizer, active = trained_adamw(policy.parameters), random_masks(layers)
+    masks = reset_masks(active, reset)
+    downs, ups = ([getattr(layer, side).weight for layer in layers.values()] for side in ("incoming", "outgoing"))
+    before = snapshot(downs, optimizer), snapshot(ups, optimizer)
+    base = {name: p.clone() for name, p in policy.unet.named_parameters() if not p.requires_grad}
+    count = reset_neurons(layers, masks, optimizer, torch.Generator().manual_seed(0))
+    after = snapshot(downs, optimizer), snapshot(ups, optimizer)
+    assert count == sum(int(mask.sum()) for mask in masks.values())
+    for i, mask in enumerate(masks.values()):
+        rows, columns = mask[:, None].expand_as(downs[i]), mask[None, :].expand_as(ups[i])
+        assert_reset_exactly(rows, before[0][i], after[0][i], std=1 / 8)
+        assert_reset_exactly(columns, before[1][i], after[1][i], std=None)
+    assert all(torch.equal(p, base[name]) for name, p in policy.unet.named_parameters() if name in base)
+
+
+def test_a_policy_whose_neurons_are_all_reset_is_the_base_model(make_policy, generator):
+    policy = make_policy(trained=True)
+    layers, embeds = lora_layers(policy.unet), policy.encode_prompts(["a red circle"])
+    masks = reset_masks(random_masks(layers), "all")
+    reset_neurons(layers, masks, torch.optim.AdamW(policy.parameters), generator)  # no Adam state yet: none is needed
+    latents, position = torch.randn(1, *policy.latent_shape, generator=generator), torch.tensor([1])
+    with torch.no_grad():
+        got, _ = policy.step(latents, position, embeds)
+        with policy.reference():
+            expected, _ = policy.step(latents, position, embeds)
+    assert torch.equal(got, expected)
+
+
+def test_every_reset_draws_fresh_numbers():
+    def weights_after(*seeds: int) -> torch.Tensor:
+        critic = make_critic()
+        layers, optimizer = critic_layers(critic), trained_adamw(list(critic.parameters()))
+        for seed in seeds:
+            masks = reset_masks(random_masks(layers), "all")
+            reset_neurons(layers, masks, optimizer, torch.Generator().manual_seed(seed))
+        return torch.cat([layer.weight.detach().flatten() for layer in critic.layers])
+
+    assert torch.equal(weights_after(5), weights_after(5))
+    assert (weights_after(5) != weights_after(6)).float().mean() > 0.999  # float32 draws may coincide
+    assert torch.equal(weights_after(5, 6), weights_after(6)), "what was there before must not matter"
+
+
+# --- scores
+
+
+def brute_force_scores(outputs: list[np.ndarray], slope: float) -> np.ndarray:
+    """Eq. 11 in float64 from a layer's outputs (..., H), all rows of all forwards alike."""
+    rows = np.concatenate([output.reshape(-1, output.shape[-1]).astype(np.float64) for output in outputs])
+    means = np.abs(np.where(rows > 0, rows, slope * rows)).mean(0)
+    return means / (means.mean() + 1e-9)
+
+
+@pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("leaky_relu", 0.01)])
+def test_recorded_scores_over_several_forwards(generator, activation, slope):
+    first, second, third = nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 1)
+    layers = {"first": HiddenLayer(first, second, 1.0, 1.0), "second": HiddenLayer(second, third, 1.0, 1.0)}
+    inputs = [torch.randn(*shape, 6, generator=generator) for shape in ((7,), (2, 3), (1,))]  # unlike numbers of rows
+    with ActivationRecorder(layers, activation) as recorder:
+        for x in inputs:
+            third(second(first(x)))
+    first(torch.full((1, 6), 1e6))  # after the block: does not count
+    outputs = [first(x).detach() for x in inputs]
+    expected = {
+        "first": brute_force_scores([x.numpy() for x in outputs], slope),
+        "second": brute_force_scores([second(x).detach().numpy() for x in outputs], slope),
+    }
+    scores = recorder.scores()
+    assert scores.keys() == expected.keys()
+    for name, score in scores.items():
+        np.testing.assert_allclose(score.numpy(), expected[name], rtol=1e-5, atol=1e-7)  # float32 sums of 14 rows
+
+
+@pytest.mark.parametrize("critic_activation", ["identity", "relu"])
+def test_critic_scores(generator, critic_activation):
+    critic, x = make_critic(critic_activation).train(), torch.randn(40, EMBED_DIM, generator=generator)
+    scores = critic_scores(critic, x)
+    assert critic.training, "back in the mode it was in"
+    assert list(scores) == ["layers.0", "layers.1", "layers.2", "layers.3"]
+    x = x.double()
+    for layer, score in zip(critic.layers, scores.values(), strict=False):
+        x = x @ layer.weight.detach().double().T + layer.bias.detach().double()
+        # float32 through up to four layers of sums of up to 1024 terms
+        np.testing.assert_allclose(score.numpy(), brute_force_scores([x.numpy()], 0.0), rtol=1e-4, atol=1e-6)
+        x = x.clamp(min=0) if critic_activation == "relu" else x
+
+
+def test_lora_scores_are_of_the_rank_space(make_policy, generator):
+    policy = make_policy(trained=True, rank=8)
+    layers = lora_layers(policy.unet)
+    with torch.no_grad(), ActivationRecorder(layers) as recorder:
+        policy.step(
+            torch.randn(2, *policy.latent_shape, generator=generator),
+            torch.tensor([0, 2]),
+            policy.encode_prompts(["a red circle", "two blue squares"]),
+        )
+    scores = recorder.scores()
+    assert scores.keys() == layers.keys() and all(score.shape == (8,) for score in scores.values())
+    # a layer's scores average 1, but for the 1e-9 in the denominator and float32
+    assert all(score.mean().item() == pytest.approx(1, abs=1e-4) for score in scores.values())
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(part._forward_hooks) for part in module.modules())
+
+
+def test_hooks_are_gone_however_the_block_ends():
+    critic = make_critic()
+    with ActivationRecorder(critic_layers(critic)):
+        assert hooks(critic) == 4
+    assert hooks(critic) == 0
+    with pytest.raises(KeyboardInterrupt), ActivationRecorder(critic_layers(critic)):
+        raise KeyboardInterrupt
+    assert hooks(critic) == 0
+    with pytest.raises(RuntimeError):
+        critic_scores(critic.train(), torch.zeros(2, EMBED_DIM + 1))
+    assert hooks(critic) == 0 and critic.training
+
+
+# --- masks and their overlap
+
+NOW = {"a": torch.tensor([True, False, False, True]), "b": torch.tensor([False, False])}
+BEFORE = {"a": torch.tensor([False, False, True, True]), "b": torch.tensor([False, True])}
+ALL_ACTIVE = {"a": torch.ones(4).bool(), "b": torch.ones(2).bool()}
+
+
+def test_active_is_above_the_threshold():
+    scores = {"a": torch.tensor([0.0, 0.1, 0.2])}
+    assert active_masks(scores, 0.0)["a"].tolist() == [False, True, True]
+    assert active_masks(scores, 0.1)["a"].tolist() == [False, False, True]
+
+
+def test_dormant_percent():
+    assert dormant_percent(NOW) == pytest.approx(100 * 4 / 6, abs=1e-4)  # a float32 mean
+    assert dormant_percent(ALL_ACTIVE) == 0
+
+
+def test_overlap_counts_the_neurons_dormant_both_times():
+    """Dormant now: a1, a2, b0, b1; before: a0, a1, b0; both: a1, b0. The authors' code says 100 %."""
+    assert overlap_percent(NOW, BEFORE) == pytest.approx(100 * 2 / 3)
+    assert overlap_percent(BEFORE, NOW) == pytest.approx(100 * 2 / 3)
+    assert overlap_percent(NOW, NOW) == 100
+    disjoint = {"a": ~NOW["a"], "b": ~NOW["b"]}
+    assert overlap_percent(NOW, disjoint) == 0
+
+
+def test_an_empty_set_has_no_overlap():
+    assert overlap_percent(NOW, ALL_ACTIVE) is None
+    assert overlap_percent(ALL_ACTIVE, NOW) is None

@@ -1,0 +1,58 @@
+"""From a configuration to a training: the accelerator, the rewards, the model."""
+
+import threading
+
+import torch
+from accelerate import Accelerator
+
+from comfy_tdpo.loading import load_components
+from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.rewards import load_reward, load_rewards
+from comfy_tdpo.shapes import WORLD
+
+from .config import TrainConfig
+from .run import RunFolder
+from .training import Training, Watch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def assemble(
+    config: TrainConfig,
+    run: RunFolder,
+    stop: threading.Event | None = None,
+    watch: Watch = lambda phase, done, total: None,
+) -> Training:
+    """Load what `config` names and put it together.
+
+    Raises:
+        ValueError: something it names cannot be had; nothing was trained or written.
+    """
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        log_with=config.output.trackers or None,
+        project_dir=str(run.path),
+    )
+    reward = load_rewards(config.rewards, accelerator.device)
+    eval_rewards = {name: load_reward(name, accelerator.device) for name in config.eval_rewards}
+    policy = load_policy(config, accelerator.device)
+    return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+
+
+def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
+    """The policy that `config` describes, on `device`."""
+    model = str(WORLD / "pipeline") if config.model == "shapes" else config.model
+    dtype = DTYPES[config.precision]
+    return DiffusionPolicy(
+        load_components(model, dtype, config.prediction_type),
+        steps=config.steps,
+        guidance=config.guidance,
+        resolution=config.resolution,
+        rank=config.policy.rank,
+        alpha=config.policy.alpha,
+        targets=config.policy.targets,
+        seed=config.seed,
+        device=device,
+        autocast=None if dtype == torch.float32 else dtype,
+        gradient_checkpointing=config.policy.gradient_checkpointing,
+    )

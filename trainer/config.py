@@ -1,0 +1,260 @@
+"""One typed, frozen configuration, and how presets, files and flags make it.
+
+Later layers win: the defaults below (the paper's values), the algorithm's row of Table 1, the preset, the preset's own
+values for that algorithm, a configuration file, the command line.
+"""
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from comfy_tdpo.rewards import check_reward
+
+Positive = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Algorithm = Literal["tdpo-r", "tdpo", "ddpo-2", "ddpo-100"]
+NeuronActivation = Literal["relu", "leaky_relu"]
+
+PRESETS = Path(__file__).parent / "presets"
+
+# Table 1 of the paper, as overrides of the defaults, which are TDPO-R's.
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "tdpo-r": {},
+    "tdpo": {"neurons": {"reset": "none"}},
+    "ddpo-2": {
+        "updates": "trajectory",
+        "advantage_clip": 5.0,
+        "policy": {"lr": 3e-4},
+        "critic": {"enabled": False},
+        "neurons": {"reset": "none"},
+    },
+    "ddpo-100": {"advantage_clip": 5.0, "critic": {"enabled": False}, "neurons": {"reset": "none"}},
+}
+
+
+class Section(BaseModel):
+    """A group of fields: frozen, and unknown keys fail."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class OptimizerConfig(Section):
+    """AdamW, and the clipping of its gradients."""
+
+    lr: Rate = Field(1e-4, description="learning rate")
+    weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW's weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    eps: Positive = Field(1e-8, description="AdamW's epsilon")
+    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+
+
+class PolicyConfig(OptimizerConfig):
+    """The LoRA on the U-Net and its update (Eq. 8)."""
+
+    clip_range: Positive = Field(
+        1e-4, description="clip range of the ratio, stated for a latent of 4 x 64 x 64 and scaled to the actual one"
+    )
+    rank: int = Field(4, ge=1, le=1024, description="rank of the LoRA")
+    alpha: Positive | None = Field(None, description="alpha of the LoRA; none: the rank, so that its scale is 1")
+    targets: Literal["attention", "attention+feed-forward"] = Field(
+        "attention", description="which projections of the transformer blocks get a LoRA"
+    )
+    timestep_order: Literal["shuffled", "denoising"] = Field(
+        "shuffled", description="shuffled for each sample (the authors' code), or from noisy to clean (Algorithm 1)"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+
+
+class CriticConfig(OptimizerConfig):
+    """The temporal critic and its update (Eq. 9-10)."""
+
+    enabled: bool = Field(True, description="whether there is a critic at all; without one it is DDPO")
+    activation: Literal["identity", "relu", "leaky_relu"] = Field(
+        "identity", description="between the layers; identity is the authors' code, the others are the paper's words"
+    )
+    clip_range: Positive = Field(0.2, description="how far a prediction may move from its old value, in normalised reward")
+    encoder: str | None = Field(None, description="reward whose image encoder the critic reads; none: the training reward's")
+    image_size: int | None = Field(
+        None, ge=8, le=4096, description="pixels at which noisy latents are decoded for the critic; none: full size"
+    )
+
+
+class NeuronConfig(Section):
+    """Resets of neurons (Eq. 11-12)."""
+
+    reset: Literal["none", "active", "dormant", "all"] = Field("active", description="which of the critic's neurons")
+    threshold: float = Field(0.0, ge=0, le=1e3, description="a neuron of the critic whose score is above it is active")
+    policy_reset: Literal["none", "active", "dormant", "all"] = Field("none", description="which of the LoRA's neurons")
+    policy_threshold: float = Field(0.1, ge=0, le=1e3, description="the same threshold for the LoRA's neurons")
+    every: Count = Field(10, description="epochs between two resets")
+    activation: NeuronActivation = Field("relu", description="what is taken of a layer's output to score its neurons")
+    data: Literal["epoch", "first-step"] = Field(
+        "epoch", description="embeddings the critic's neurons are scored on: all of the epoch's, or the noisiest step's"
+    )
+
+
+class KLConfig(Section):
+    """The penalty for leaving the base model (Section 5)."""
+
+    coefficient: float = Field(0.0, ge=0, le=1e6, description="normalised reward per nat; 0: no penalty")
+    target: Positive | None = Field(None, description="nats per trajectory to steer the coefficient to; none: fixed")
+    horizon: Count = Field(10_000, description="samples over which the coefficient adapts")
+
+
+class MomentsConfig(Section):
+    """Normalisation of rewards per prompt."""
+
+    buffer_size: Count = Field(32, description="latest rewards of a prompt that are remembered")
+    min_count: Count = Field(16, description="rewards a prompt needs before its own moments are used")
+
+
+class OutputConfig(Section):
+    """What is written to the run folder, and how often."""
+
+    checkpoint_every: Count = Field(1, description="epochs between checkpoints")
+    keep_checkpoints: Count = Field(2, description="latest checkpoints that are kept")
+    samples_every: Count = Field(5, description="epochs between sample grids and LoRA snapshots")
+    grid_images: int = Field(16, ge=1, le=256, description="images in a sample grid")
+    trackers: list[str] = Field([], description="accelerate's trackers, such as tensorboard or wandb")
+
+
+def _split(value: Any) -> Any:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+class TrainConfig(Section):
+    """A whole run. The defaults are the paper's TDPO-R."""
+
+    algorithm: Algorithm = Field("tdpo-r", description="sets the values of the paper's Table 1")
+    model: str = Field("shapes", description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        None, description="what the model predicts, where its own configuration does not say"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the base model; the LoRA is always fp32")
+    rewards: dict[str, float] = Field({"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and weights")
+    eval_rewards: Annotated[list[str], BeforeValidator(_split)] = Field([], description="rewards that only watch")
+    prompts: str = Field("shapes", description="prompt set, or a text file with one prompt a line")
+    grid_prompts: str | None = Field(None, description="prompts of the sample grids; none: the training prompts")
+    seed: int = Field(42, ge=0, lt=2**63, description="every random number derives from it")
+    epochs: int = Field(100, ge=1, le=9999, description="rounds of sampling and updating")
+    samples_per_epoch: Count = Field(256, description="reward queries an epoch")
+    samples_per_update: Count = Field(128, description="samples in one gradient update; divides samples_per_epoch")
+    updates: Literal["timestep", "trajectory"] = Field(
+        "timestep", description="one gradient update a timestep (TDPO), or one for all steps of a trajectory (DDPO)"
+    )
+    micro_batch: Count | None = Field(
+        None, description="most samples in one forward; a divisor of samples_per_update is used. none: what fits"
+    )
+    decode_batch: Count = Field(16, description="images decoded and embedded at once")
+    steps: int = Field(50, ge=1, le=1000, description="denoising steps T")
+    guidance: float = Field(5.0, ge=1, le=100, description="classifier-free guidance scale; 1: none")
+    resolution: int = Field(512, ge=8, le=8192, description="pixels a side of the images")
+    gamma: Rate = Field(1.0, description="discount of the returns")
+    advantage_clip: Positive | None = Field(None, description="clip of the advantages without a critic; none: none")
+    policy: PolicyConfig = PolicyConfig()
+    critic: CriticConfig = CriticConfig()
+    neurons: NeuronConfig = NeuronConfig()
+    kl: KLConfig = KLConfig()
+    moments: MomentsConfig = MomentsConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.samples_per_epoch % self.samples_per_update:
+            raise ValueError(
+                f"samples_per_epoch {self.samples_per_epoch} is no multiple of samples_per_update "
+                f"{self.samples_per_update}; choose a divisor"
+            )
+        if self.samples_per_epoch < 2:
+            raise ValueError("samples_per_epoch is 1; at least 2 are needed to normalise rewards")
+        if self.moments.min_count > self.moments.buffer_size:
+            raise ValueError("moments.min_count is larger than moments.buffer_size; it would never be reached")
+        if self.neurons.reset != "none" and not self.critic.enabled:
+            raise ValueError("neurons.reset needs a critic; set it to none, or critic.enabled to true")
+        if not any(self.rewards.values()):
+            raise ValueError("the weights of all rewards are 0; give at least one another weight")
+        encoders = [self.critic.encoder] if self.critic.encoder else []
+        for name in [*self.rewards, *self.eval_rewards, *encoders]:
+            check_reward(name)
+        return self
+
+
+Fields = dict[str, Any]
+
+
+def presets() -> list[str]:
+    """The names of the shipped presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def make_config(preset: str = "shapes", file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
+    """The configuration of `preset`, with a TOML `file` and nested `overrides` laid over it.
+
+    Raises:
+        ValueError: a layer is not what it should be; the message is one line that names the field.
+    """
+    if preset not in presets():
+        raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
+    base = _read_toml(PRESETS / f"{preset}.toml")
+    for_algorithm = base.pop("algorithms", {})
+    layers = [base, _read_toml(file) if file else {}, overrides or {}]
+    algorithm = next((layer["algorithm"] for layer in reversed(layers) if "algorithm" in layer), "tdpo-r")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"got algorithm {algorithm!r}; expected one of {', '.join(ALGORITHMS)}")
+    merged: Fields = {}
+    for layer in (ALGORITHMS[algorithm], base, for_algorithm.get(algorithm, {}), *layers[1:]):
+        merged = _merge(merged, layer)
+    return validate(merged)
+
+
+def validate(values: Fields) -> TrainConfig:
+    """A TrainConfig from nested plain values; ValueError is one line."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from error
+
+
+def _explain(detail: Any) -> str:
+    field = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting {field!r}; --print-config lists them all"
+    if not field:
+        return message
+    return f"{field}: got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _merge(base: Fields, over: Fields) -> Fields:
+    """`over` laid over `base`; tables merge but for `rewards`, which is one value."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _read_toml(path: Path) -> Fields:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"configuration {str(path)!r} cannot be read: {error}") from error
+
+
+def leaf_fields(section: type[Section] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted name, pydantic's FieldInfo), sections opened."""
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from leaf_fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def plain_values(config: TrainConfig) -> Fields:
+    """The configuration as plain nested values without the unset ones, as TOML has no null."""
+    return config.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,142 @@
+"""A run on a background thread: start, watch, stop, wait."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .run import EpochMetrics, RunFolder
+from .training import Training, Watch
+
+State = Literal["waiting", "running", "finished", "stopped", "failed"]
+TrainingFactory = Callable[[RunFolder, threading.Event, Watch], Training]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a job stands.
+
+    epoch: epochs done of `epochs`; phase: what the current epoch does, with `phase_done` of `phase_total`;
+    eta_s: seconds the remaining epochs will take at the pace of the last ones, None before the first;
+    lora: the newest LoRA file, None before there is one; error: one sentence where the state is "failed".
+    """
+
+    id: str
+    state: State
+    epoch: int
+    epochs: int
+    phase: str = ""
+    phase_done: int = 0
+    phase_total: int = 0
+    eta_s: float | None = None
+    metrics: EpochMetrics | None = None
+    lora: Path | None = None
+    error: str | None = None
+
+
+Subscriber = Callable[[str, Status], None]  # (event: "phase" | "epoch" | "end", status)
+
+
+class Job:
+    """One run, trained on a thread of its own.
+
+    Args:
+        run: the run's folder, new or to be resumed; its name is the job's id.
+        factory: makes the Training inside the thread, so that what loads slowly or fails does so there.
+        device: where it trains. Only one job at a time may train on a device.
+    """
+
+    def __init__(self, run: RunFolder, factory: TrainingFactory, device: str = "cpu"):
+        self.run, self.device, self._factory = run, device, factory
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._subscribers: list[Subscriber] = []
+        self._thread = threading.Thread(target=self._work, name=f"tdpo-{self.id}", daemon=True)
+        config, metrics = run.config, run.metrics()
+        lora = run.latest_lora if run.latest_lora.exists() else None
+        self._status = Status(self.id, "waiting", len(metrics), config.epochs, lora=lora)
+
+    @property
+    def id(self) -> str:
+        return self.run.path.resolve().name
+
+    @property
+    def status(self) -> Status:
+        with self._lock:
+            return self._status
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call `subscriber(event, status)` on every event, from the job's thread; returns what ends it."""
+        self._subscribers.append(subscriber)
+        return lambda: self._subscribers.remove(subscriber)
+
+    def start(self) -> None:
+        """Begin; ValueError where another job trains on the same device."""
+        _register(self)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask it to end after the current micro-batch, everything saved; returns at once."""
+        self._stop.set()
+
+    def wait(self, timeout: float | None = None) -> Status:
+        """Wait for the end, for at most `timeout` seconds, and return the status."""
+        self._thread.join(timeout)
+        return self.status
+
+    def _work(self) -> None:
+        try:
+            with self.run.lock():
+                outcome: dict[str, Any] = {"state": "stopped" if self._train() else "finished"}
+        except Exception as error:  # whatever it is, it belongs to whoever watches the job
+            outcome = {"state": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())}
+        _unregister(self)
+        self._change("end", **outcome)
+
+    def _train(self) -> bool:
+        self._change("phase", state="running", phase="loading")
+        training = self._factory(self.run, self._stop, self._watch)
+        for metrics in training.epochs():
+            lora = self.run.latest_lora if self.run.latest_lora.exists() else None
+            self._change("epoch", epoch=int(metrics["epoch"]), metrics=metrics, lora=lora, eta_s=self._eta())
+        return training.stopped
+
+    def _watch(self, phase: str, done: int, total: int) -> None:
+        self._change("phase", phase=phase, phase_done=done, phase_total=total)
+
+    def _eta(self) -> float | None:
+        """Remaining epochs at the mean pace of the last five."""
+        seconds = [metrics["time/epoch_s"] for metrics in self.run.metrics()[-5:]]
+        left = self.status.epochs - len(self.run.metrics())
+        return left * sum(seconds) / len(seconds) if seconds else None
+
+    def _change(self, event: str, **changes: Any) -> None:
+        with self._lock:
+            self._status = status = replace(self._status, **changes)
+        for subscriber in list(self._subscribers):
+            subscriber(event, status)
+
+
+_jobs: dict[str, Job] = {}
+_training_on: dict[str, Job] = {}
+_registry_lock = threading.Lock()
+
+
+def find_job(job_id: str) -> Job | None:
+    """The job of that id in this process, running or ended."""
+    return _jobs.get(job_id)
+
+
+def _register(job: Job) -> None:
+    with _registry_lock:
+        other = _training_on.get(job.device)
+        if other is not None:
+            raise ValueError(
+                f"run {other.id!r} is training on {job.device}; stop it or wait for it before starting {job.id!r}"
+            )
+        _training_on[job.device] = _jobs[job.id] = job
+
+
+def _unregister(job: Job) -> None:
+    with _registry_lock:
+        _training_on.pop(job.device, None)
