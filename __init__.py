@@ -4,12 +4,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
-_ROOT = str(Path(__file__).parent)
+_ROOT = Path(__file__).parent
 if __name__ == "comfy_tdpo":  # found from the folder above, as the checkout has the library's name: stand in for it
-    __path__.insert(0, str(Path(__file__).parent / "comfy_tdpo"))
+    __path__.insert(0, str(_ROOT / "comfy_tdpo"))
     from .comfy_tdpo import __version__ as __version__
 elif importlib.util.find_spec("comfy_tdpo") is None:
-    sys.path.append(_ROOT)
+    sys.path.append(str(_ROOT))
 
 from comfy_tdpo.nodes import comfy_entrypoint  # noqa: E402
 

@@ -5,6 +5,7 @@ authors' code there is no activation between the layers by default; the paper sp
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class TemporalCritic(nn.Module):
         self.activation = activation
         self.init_std = 1 / (embed_dim + 1)
         sizes = (embed_dim, *WIDTHS)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=self.init_std)
             nn.init.zeros_(layer.bias)

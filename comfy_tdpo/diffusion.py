@@ -3,7 +3,8 @@
 Shapes: B batch, T denoising steps, C H W latent. All arithmetic is float32, whatever the model's dtype.
 
 Deviations from diffusers' DDIMScheduler: the step before the first training timestep is timestep 0 whatever
-`set_alpha_to_one` says, so that the last step keeps its variance and its log-probability exists (as in the authors' code).
+`set_alpha_to_one` says, so that the last step keeps its variance and its log-probability exists, as in the authors'
+code.
 """
 
 from dataclasses import dataclass
@@ -41,8 +42,13 @@ def make_schedule(scheduler: DDIMScheduler, steps: int, device: torch.device | s
     timesteps = scheduler.timesteps.cpu().long()
     previous = (timesteps - config.num_train_timesteps // steps).clamp(min=0)
     alpha_bar, alpha_bar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[previous]
-    tables = (timesteps, alpha_bar, alpha_bar_prev, step_sigma(alpha_bar, alpha_bar_prev))
-    return Schedule(*[table.to(device) for table in tables], prediction_type=config.prediction_type)
+    return Schedule(
+        timesteps.to(device),
+        alpha_bar.to(device),
+        alpha_bar_prev.to(device),
+        step_sigma(alpha_bar, alpha_bar_prev).to(device),
+        config.prediction_type,
+    )
 
 
 def step_sigma(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
@@ -65,9 +71,7 @@ def predict_clean_and_noise(
     raise ValueError(f"got prediction type {prediction_type!r}; expected 'epsilon', 'v_prediction' or 'sample'")
 
 
-def step_distribution(
-    output: Tensor, latents: Tensor, positions: Tensor, schedule: Schedule
-) -> tuple[Tensor, Tensor]:
+def step_distribution(output: Tensor, latents: Tensor, positions: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Mean (B, C, H, W) and standard deviation (B, 1, 1, 1) of p(x_{k+1} | x_k, c), Eq. 2.
 
     `output` is the (guided) model output for `latents` x_k at schedule `positions` k, (B,).

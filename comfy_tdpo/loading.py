@@ -15,7 +15,9 @@ import logging
 import re
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -30,6 +32,8 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .quiet import quiet_loading
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +105,9 @@ def _download(repo: str, dtype: torch.dtype) -> Path:
         _check_index(Path(hf_hub_download(repo, "model_index.json")))
         return Path(StableDiffusionPipeline.download(repo, variant=variant, use_safetensors=True, **unused))
     except OSError as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{repo!r} is no file or folder here, and as a hub id it cannot be had: {error}\n{EXPECTED}; "
+            f"{repo!r} is no file or folder here, and as a hub id it cannot be had: {reason}; {EXPECTED}; "
             "check the name, the connection and HF_HUB_OFFLINE, or log in with `hf auth login` where access is gated"
         ) from error
 
@@ -116,9 +121,9 @@ def _load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) 
         _required(folder, "tokenizer/vocab.json")
         _required(folder, "tokenizer/merges.txt")
     return {
-        "unet": _from_pretrained(UNet2DConditionModel, folder / "unet", dtype, torch_dtype=dtype),
-        "vae": _from_pretrained(AutoencoderKL, folder / "vae", dtype, torch_dtype=dtype),
-        "text_encoder": _from_pretrained(CLIPTextModel, folder / "text_encoder", dtype),
+        "unet": _from_pretrained(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
+        "vae": _from_pretrained(AutoencoderKL, folder / "vae", torch_dtype=dtype),
+        "text_encoder": _from_pretrained(CLIPTextModel, folder / "text_encoder").to(dtype),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         "scheduler": _scheduler(scheduler, prediction_type),
     }
@@ -144,19 +149,20 @@ def _required(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _from_pretrained(cls: type, folder: Path, dtype: torch.dtype, **kwargs) -> nn.Module:
+def _from_pretrained(cls: Any, folder: Path, **kwargs) -> nn.Module:
     _required(folder.parent, f"{folder.name}/config.json")
-    model, found = cls.from_pretrained(
-        folder,
-        variant=_variant(folder),
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-        **kwargs,
-    )
+    with quiet_loading():
+        model, found = cls.from_pretrained(
+            folder,
+            variant=_variant(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **kwargs,
+        )
     if found["missing_keys"]:
         raise ValueError(_missing(folder, cls, sorted(found["missing_keys"])))
-    return model.to(dtype)
+    return model
 
 
 def _variant(folder: Path) -> str | None:
@@ -317,18 +323,24 @@ def _fill(network: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) ->
 
 
 def clip_tokenizer(configs: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer out of open_clip's vocabulary, cut and padded as the family does."""
-    from open_clip.tokenizer import SimpleTokenizer  # here: importing open_clip takes seconds
-
-    clip = SimpleTokenizer()
-    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(token, token): number for token, number in clip.encoder.items()}
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in clip.bpe_ranks)]
+    """CLIP's tokenizer, cut and padded as the family of `configs` does."""
     config = _config(configs, "tokenizer/tokenizer_config.json")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-        (Path(folder) / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+        for name, text in _vocabulary().items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=config["model_max_length"])
     # after loading: given at loading, "!" would become a special token and swallow every "!" of a prompt
     tokenizer.pad_token = config["pad_token"]
     return tokenizer
+
+
+@cache
+def _vocabulary() -> dict[str, str]:
+    """A CLIP tokenizer's two files, out of open_clip's vocabulary."""
+    from open_clip.tokenizer import SimpleTokenizer  # here: importing open_clip takes seconds
+
+    clip = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    numbers = {names.get(token, token): number for token, number in clip.encoder.items()}
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in clip.bpe_ranks)]
+    return {"vocab.json": json.dumps(numbers), "merges.txt": "\n".join(merges) + "\n"}

@@ -33,9 +33,7 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: str, 
         raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
     with seeded_at(seed, "lora"):
         unet.add_adapter(
-            LoraConfig(
-                r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets]), init_lora_weights="gaussian"
-            )
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets]), init_lora_weights="gaussian")
         )
     for parameter in lora_parameters(unet):
         parameter.data = parameter.data.float()
@@ -53,9 +51,13 @@ def lora_state(unet: nn.Module) -> dict[str, Tensor]:
 
 def load_lora_state(unet: nn.Module, state: dict[str, Tensor]) -> None:
     """Put back what `lora_state` gave."""
-    outcome = set_peft_model_state_dict(unet, state)
-    if outcome.unexpected_keys:
-        raise ValueError(f"got adapter weights that this model lacks ({outcome.unexpected_keys[0]!r} and maybe more)")
+    different = sorted(state.keys() ^ lora_state(unet).keys())
+    if different:
+        raise ValueError(
+            f"got adapter weights of another model or of other targets: {different[0]!r} (and maybe more) is in one of "
+            "the two only; expected those of the same model and policy.targets"
+        )
+    set_peft_model_state_dict(unet, state)
 
 
 def kohya_state(unet: nn.Module, alpha: float) -> dict[str, Tensor]:

@@ -3,9 +3,9 @@
 A neuron is one output of a hidden linear layer. Its score is the mean of |activation| over the data, relative to the
 layer's mean; it is active above a threshold and dormant otherwise. TDPO-R resets the critic's active neurons.
 
-Deviations from the authors' code: overlap counts the neurons in both sets (theirs counts the mask's elements and is always
-100 %); redraws use fresh randomness at every reset (theirs repeat the same numbers); optimizer state is looked up by
-parameter.
+Deviations from the authors' code: overlap counts the neurons in both sets (theirs counts the mask's elements and is
+always 100 %); redraws use fresh randomness at every reset (theirs repeat the same numbers); optimizer state is looked
+up by parameter.
 """
 
 from collections.abc import Callable
@@ -59,9 +59,7 @@ class ActivationRecorder:
         self._handles: list = []
 
     def __enter__(self) -> "ActivationRecorder":
-        self._handles = [
-            layer.incoming.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()
-        ]
+        self._handles = [layer.incoming.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+Coordinates = tuple[int | str, ...]
+
 
 def derive_seed(*coordinates: int | str) -> int:
     """A 63-bit seed from `coordinates`, the same on every machine."""

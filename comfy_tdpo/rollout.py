@@ -3,7 +3,7 @@
 Shapes: B samples, T denoising steps, C H W latent, D embedding width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .critic import TemporalCritic
 from .diffusion import gaussian_kl, log_prob
 from .policy import DiffusionPolicy
-from .randomness import generator_at
+from .randomness import Coordinates, generator_at
 from .rewards import RewardModel
 
 
@@ -72,9 +72,10 @@ class Sampler:
     check: Callable[[], None] = lambda: None
 
     @torch.no_grad()
-    def sample(self, prompts: list[str], seeds: list[tuple[int | str, ...]]) -> Trajectories:
+    def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
         """One trajectory for each of `prompts`, its noise drawn at the coordinates in `seeds`."""
-        latents, log_probs, kl = self._denoise(prompts, self._noise(seeds))
+        noise = draw_noise(self.policy, seeds)
+        latents, log_probs, kl = denoise(self.policy, prompts, noise, self.with_kl, self.check)
         images = self._decode(latents[:, -1])
         return Trajectories(
             prompts=prompts,
@@ -85,41 +86,6 @@ class Sampler:
             image_embeds=self._embed(latents[:, :-1]),
             eval_rewards={name: self._score(model, images, prompts) for name, model in self.eval_rewards.items()},
         )
-
-    @torch.no_grad()
-    def draw(self, prompts: list[str], seeds: list[tuple[int | str, ...]], batch: int) -> Tensor:
-        """Only the images, (B, 3, H, W) in [0, 1], of trajectories sampled `batch` at a time."""
-        images = []
-        for begin in range(0, len(prompts), batch):
-            rows = slice(begin, begin + batch)
-            latents, _, _ = self._denoise(prompts[rows], self._noise(seeds[rows]))
-            images.append(self._decode(latents[:, -1]))
-        return torch.cat(images)
-
-    def _noise(self, seeds: list[tuple[int | str, ...]]) -> Tensor:
-        """All the noise of each trajectory, (B, T + 1, C, H, W): the start, then one draw a step."""
-        shape = (len(self.policy.schedule) + 1, *self.policy.latent_shape)
-        noise = torch.stack([torch.randn(shape, generator=generator_at(*seed)) for seed in seeds])
-        return noise.to(self.policy.device, non_blocking=True)
-
-    def _denoise(self, prompts: list[str], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of trajectories driven by `noise`."""
-        policy, embeds = self.policy, self.policy.encode_prompts(prompts)
-        latents = torch.empty_like(noise)
-        latents[:, 0] = noise[:, 0]
-        log_probs = noise.new_zeros(len(noise), len(policy.schedule))
-        kl = torch.zeros_like(log_probs)
-        for k in range(len(policy.schedule)):
-            self.check()
-            positions = torch.full((len(noise),), k, device=policy.device)
-            mean, sigma = policy.step(latents[:, k], positions, embeds)
-            latents[:, k + 1] = mean + sigma * noise[:, k + 1]
-            log_probs[:, k] = log_prob(latents[:, k + 1], mean, sigma)
-            if self.with_kl:
-                with policy.reference():
-                    reference_mean, _ = policy.step(latents[:, k], positions, embeds)
-                kl[:, k] = gaussian_kl(mean, reference_mean, sigma)
-        return latents, log_probs, kl
 
     def _decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         return torch.cat([self.policy.decode(part, image_size) for part in latents.split(self.decode_batch)])
@@ -144,6 +110,50 @@ class Sampler:
         if not torch.isfinite(scores).all():
             raise ValueError(f"reward {model.name!r} returned a score that is not finite: {scores.tolist()}")
         return scores.float().to(images.device)
+
+
+def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:
+    """All the noise of each trajectory, (B, T + 1, C, H, W): the start, then one draw a step."""
+    shape = (len(policy.schedule) + 1, *policy.latent_shape)
+    noise = torch.stack([torch.randn(shape, generator=generator_at(*seed)) for seed in seeds])
+    return noise.to(policy.device, non_blocking=True)
+
+
+@torch.no_grad()
+def denoise(
+    policy: DiffusionPolicy,
+    prompts: list[str],
+    noise: Tensor,
+    with_kl: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of the trajectories that `noise` drives."""
+    embeds = policy.encode_prompts(prompts)
+    latents = torch.empty_like(noise)
+    latents[:, 0] = noise[:, 0]
+    log_probs = noise.new_zeros(len(noise), len(policy.schedule))
+    kl = torch.zeros_like(log_probs)
+    for k in range(len(policy.schedule)):
+        check()
+        positions = torch.full((len(noise),), k, device=policy.device)
+        mean, sigma = policy.step(latents[:, k], positions, embeds)
+        latents[:, k + 1] = mean + sigma * noise[:, k + 1]
+        log_probs[:, k] = log_prob(latents[:, k + 1], mean, sigma)
+        if with_kl:
+            with policy.reference():
+                reference_mean, _ = policy.step(latents[:, k], positions, embeds)
+            kl[:, k] = gaussian_kl(mean, reference_mean, sigma)
+    return latents, log_probs, kl
+
+
+def draw_images(policy: DiffusionPolicy, prompts: list[str], seeds: Sequence[Coordinates], batch: int) -> Tensor:
+    """Only the images, (B, 3, H, W) in [0, 1], of trajectories sampled `batch` at a time."""
+    images = []
+    for begin in range(0, len(prompts), batch):
+        rows = slice(begin, begin + batch)
+        latents, _, _ = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]))
+        images.append(policy.decode(latents[:, -1]))
+    return torch.cat(images)
 
 
 @torch.no_grad()

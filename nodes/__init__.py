@@ -3,7 +3,7 @@
 
 async def comfy_entrypoint():
     """The extension ComfyUI asks for. ComfyUI is imported here, so that this package can be imported without it."""
-    from comfy_api.latest import ComfyExtension, io  # pyright: ignore[reportMissingImports]
+    from comfy_api.latest import ComfyExtension, io
 
     class Extension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:

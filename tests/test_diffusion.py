@@ -19,9 +19,9 @@ from comfy_tdpo.diffusion import (
 
 SHAPE = (4, 8, 8)
 
-# float32. From a predicted noise or v, the first step divides 6e-8 * 4 sigma by the signal of 0.068: 4e-6. From a predicted
-# sample, the last step divides latents of 5 sigma by the noise of 0.041, and the 0.0206 by which it multiplies that again
-# carries the 3.5e-5 of its sigma: 5 / 0.041 * 0.0206 * 3.5e-5 = 9e-5.
+# float32. From a predicted noise or v, the first step divides 6e-8 * 4 sigma by the signal of 0.068: 4e-6. From a
+# predicted sample, the last step divides latents of 5 sigma by the noise of 0.041, and the 0.0206 by which it
+# multiplies that again carries the 3.5e-5 of its sigma: 5 / 0.041 * 0.0206 * 3.5e-5 = 9e-5.
 MEAN_TOLERANCE = {"epsilon": 1e-5, "v_prediction": 1e-5, "sample": 1e-4}
 
 

@@ -261,9 +261,7 @@ def test_a_hub_id_of_another_pipeline_is_named_before_its_weights_are_fetched(ca
 
 
 def test_a_hub_id_that_cannot_be_had_is_an_error(cached):
-    with pytest.raises(
-        ValueError, match="'owner/name' is no file or folder here.*cannot be had.*(?s:.)*HF_HUB_OFFLINE"
-    ):
+    with pytest.raises(ValueError, match="'owner/name' is no file or folder here.*cannot be had.*HF_HUB_OFFLINE"):
         load_components("owner/name")
 
 
@@ -377,12 +375,13 @@ def test_a_weight_of_another_shape_is_an_error(models, tmp_path):
         ("unet/config.json", "lacks unet/config.json"),
         ("vae/config.json", "lacks vae/config.json"),
         ("scheduler/scheduler_config.json", "lacks scheduler/scheduler_config.json"),
-        ("tokenizer/tokenizer.json", "lacks tokenizer/vocab.json"),
+        ("tokenizer/*", "lacks tokenizer/vocab.json"),
         ("vae/diffusion_pytorch_model.safetensors", "holds no weights as .safetensors .*got config.json.; convert"),
     ],
 )
 def test_an_incomplete_folder_is_an_error(folder, lost, message):
-    (folder / lost).unlink()
+    for path in folder.glob(lost):
+        path.unlink()
     with pytest.raises(ValueError, match=message):
         load_components(str(folder))
 

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from comfy_tdpo import __version__
 
 from .config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets
@@ -27,13 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(args)
     except ValueError as error:
         return _complain(error, WRONG_INPUT)
-    except OSError as error:
-        return _complain(error, FAILED)
+    except (OSError, SafetensorError) as error:
+        return _complain(f"{error}; what was saved before is whole: mend the cause, then go on with --resume", FAILED)
 
 
-def _complain(error: Exception, status: int) -> int:
-    text = " ".join(str(error).split())
-    print(f"comfy_tdpo: {text}", file=sys.stderr)
+def _complain(error: object, status: int) -> int:
+    print(f"comfy_tdpo: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
@@ -68,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
                 dest=f"set:{name}",
                 default=argparse.SUPPRESS,
                 metavar="VALUE",
-                help=(info.description + (f" ({', '.join(ALGORITHMS)})" if name == "algorithm" else "")).replace("%", "%%"),
+                help=(info.description + (f" ({', '.join(ALGORITHMS)})" if name == "algorithm" else "")).replace(
+                    "%", "%%"
+                ),
             )
     return parser
 
@@ -128,6 +131,7 @@ def _train(args: argparse.Namespace) -> int:
         with run.lock():
             for metrics in training.epochs():
                 console.epoch(metrics)
+        training.accelerator.end_training()
     finally:
         console.close()
     return _conclude(run, training.stopped)

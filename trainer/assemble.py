@@ -4,13 +4,14 @@ import threading
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from comfy_tdpo.loading import load_components
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import load_reward, load_rewards
 from comfy_tdpo.shapes import WORLD
 
-from .config import TrainConfig
+from .config import TrainConfig, leaf_fields
 from .run import RunFolder
 from .training import Training, Watch
 
@@ -30,13 +31,37 @@ def assemble(
     """
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with=config.output.trackers or None,
+        log_with=_trackers(config.output.trackers),
         project_dir=str(run.path),
     )
     reward = load_rewards(config.rewards, accelerator.device)
     eval_rewards = {name: load_reward(name, accelerator.device) for name in config.eval_rewards}
     policy = load_policy(config, accelerator.device)
-    return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+    training = Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+    if config.output.trackers:
+        settings = {name: _setting(config, name) for name, _ in leaf_fields()}
+        accelerator.init_trackers("comfy_tdpo", config=settings)
+    return training
+
+
+def _trackers(names: list[str]) -> list[str] | None:
+    """Accelerate drops a tracker whose package is missing without a word; here that is an error."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                f"got tracker {name!r}; expected one of those installed here ({', '.join(available) or 'none'}): "
+                "pip install 'comfy-tdpo[tracking]' brings tensorboard and wandb"
+            )
+    return names or None
+
+
+def _setting(config: TrainConfig, name: str) -> int | float | str | bool:
+    """A setting by its dotted name, as a plain value that every tracker takes."""
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, int | float | str | bool) else str(value)
 
 
 def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:

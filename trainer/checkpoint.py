@@ -1,7 +1,7 @@
 """Exact state on disk: atomic to write, checked when read.
 
-A checkpoint is a folder of safetensors files and one state.json. It is written beside its place, flushed, and renamed, so
-that a folder with a checkpoint's name is always whole; the last K are kept.
+A checkpoint is a folder of safetensors files and one state.json. It is written beside its place, flushed, and renamed,
+so that a folder with a checkpoint's name is always whole; the last K are kept.
 """
 
 import json

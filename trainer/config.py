@@ -36,6 +36,10 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
+def _split(value: Any) -> Any:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
 class Section(BaseModel):
     """A group of fields: frozen, and unknown keys fail."""
 
@@ -45,117 +49,152 @@ class Section(BaseModel):
 class OptimizerConfig(Section):
     """AdamW, and the clipping of its gradients."""
 
-    lr: Rate = Field(1e-4, description="learning rate")
-    weight_decay: float = Field(1e-4, ge=0, le=1, description="AdamW's weight decay")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
-    eps: Positive = Field(1e-8, description="AdamW's epsilon")
-    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    lr: Rate = Field(default=1e-4, description="learning rate")
+    weight_decay: float = Field(default=1e-4, ge=0, le=1, description="AdamW's weight decay")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
+    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
 
 
 class PolicyConfig(OptimizerConfig):
     """The LoRA on the U-Net and its update (Eq. 8)."""
 
     clip_range: Positive = Field(
-        1e-4, description="clip range of the ratio, stated for a latent of 4 x 64 x 64 and scaled to the actual one"
+        default=1e-4,
+        description="clip range of the ratio, stated for a latent of 4 x 64 x 64 and scaled to the actual one",
     )
-    rank: int = Field(4, ge=1, le=1024, description="rank of the LoRA")
-    alpha: Positive | None = Field(None, description="alpha of the LoRA; none: the rank, so that its scale is 1")
+    rank: int = Field(default=4, ge=1, le=1024, description="rank of the LoRA")
+    alpha: Positive | None = Field(
+        default=None, description="alpha of the LoRA; none: the rank, so that its scale is 1"
+    )
     targets: Literal["attention", "attention+feed-forward"] = Field(
-        "attention", description="which projections of the transformer blocks get a LoRA"
+        default="attention", description="which projections of the transformer blocks get a LoRA"
     )
     timestep_order: Literal["shuffled", "denoising"] = Field(
-        "shuffled", description="shuffled for each sample (the authors' code), or from noisy to clean (Algorithm 1)"
+        default="shuffled",
+        description="shuffled for each sample (the authors' code), or from noisy to clean (Algorithm 1)",
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    gradient_checkpointing: bool = Field(default=False, description="less memory for about a third more time")
 
 
 class CriticConfig(OptimizerConfig):
     """The temporal critic and its update (Eq. 9-10)."""
 
-    enabled: bool = Field(True, description="whether there is a critic at all; without one it is DDPO")
+    enabled: bool = Field(default=True, description="whether there is a critic at all; without one it is DDPO")
     activation: Literal["identity", "relu", "leaky_relu"] = Field(
-        "identity", description="between the layers; identity is the authors' code, the others are the paper's words"
+        default="identity",
+        description="between the layers; identity is the authors' code, the others are the paper's words",
     )
-    clip_range: Positive = Field(0.2, description="how far a prediction may move from its old value, in normalised reward")
-    encoder: str | None = Field(None, description="reward whose image encoder the critic reads; none: the training reward's")
+    clip_range: Positive = Field(
+        default=0.2, description="how far a prediction may move from its old value, in normalised reward"
+    )
+    encoder: str | None = Field(
+        default=None, description="reward whose image encoder the critic reads; none: the training reward's"
+    )
     image_size: int | None = Field(
-        None, ge=8, le=4096, description="pixels at which noisy latents are decoded for the critic; none: full size"
+        default=None,
+        ge=8,
+        le=4096,
+        description="pixels at which noisy latents are decoded for the critic; none: full size",
     )
 
 
 class NeuronConfig(Section):
     """Resets of neurons (Eq. 11-12)."""
 
-    reset: Literal["none", "active", "dormant", "all"] = Field("active", description="which of the critic's neurons")
-    threshold: float = Field(0.0, ge=0, le=1e3, description="a neuron of the critic whose score is above it is active")
-    policy_reset: Literal["none", "active", "dormant", "all"] = Field("none", description="which of the LoRA's neurons")
-    policy_threshold: float = Field(0.1, ge=0, le=1e3, description="the same threshold for the LoRA's neurons")
-    every: Count = Field(10, description="epochs between two resets")
-    activation: NeuronActivation = Field("relu", description="what is taken of a layer's output to score its neurons")
+    reset: Literal["none", "active", "dormant", "all"] = Field(
+        default="active", description="which of the critic's neurons"
+    )
+    threshold: float = Field(
+        default=0.0, ge=0, le=1e3, description="a neuron of the critic whose score is above it is active"
+    )
+    policy_reset: Literal["none", "active", "dormant", "all"] = Field(
+        default="none", description="which of the LoRA's neurons"
+    )
+    policy_threshold: float = Field(default=0.1, ge=0, le=1e3, description="the same threshold for the LoRA's neurons")
+    every: Count = Field(default=10, description="epochs between two resets")
+    activation: NeuronActivation = Field(
+        default="relu", description="what is taken of a layer's output to score its neurons"
+    )
     data: Literal["epoch", "first-step"] = Field(
-        "epoch", description="embeddings the critic's neurons are scored on: all of the epoch's, or the noisiest step's"
+        default="epoch",
+        description="embeddings the critic's neurons are scored on: all of the epoch's, or the noisiest step's",
     )
 
 
 class KLConfig(Section):
     """The penalty for leaving the base model (Section 5)."""
 
-    coefficient: float = Field(0.0, ge=0, le=1e6, description="normalised reward per nat; 0: no penalty")
-    target: Positive | None = Field(None, description="nats per trajectory to steer the coefficient to; none: fixed")
-    horizon: Count = Field(10_000, description="samples over which the coefficient adapts")
+    coefficient: float = Field(default=0.0, ge=0, le=1e6, description="normalised reward per nat; 0: no penalty")
+    target: Positive | None = Field(
+        default=None, description="nats per trajectory to steer the coefficient to; none: fixed"
+    )
+    horizon: Count = Field(default=10_000, description="samples over which the coefficient adapts")
 
 
 class MomentsConfig(Section):
     """Normalisation of rewards per prompt."""
 
-    buffer_size: Count = Field(32, description="latest rewards of a prompt that are remembered")
-    min_count: Count = Field(16, description="rewards a prompt needs before its own moments are used")
+    buffer_size: Count = Field(default=32, description="latest rewards of a prompt that are remembered")
+    min_count: Count = Field(default=16, description="rewards a prompt needs before its own moments are used")
 
 
 class OutputConfig(Section):
     """What is written to the run folder, and how often."""
 
-    checkpoint_every: Count = Field(1, description="epochs between checkpoints")
-    keep_checkpoints: Count = Field(2, description="latest checkpoints that are kept")
-    samples_every: Count = Field(5, description="epochs between sample grids and LoRA snapshots")
-    grid_images: int = Field(16, ge=1, le=256, description="images in a sample grid")
-    trackers: list[str] = Field([], description="accelerate's trackers, such as tensorboard or wandb")
-
-
-def _split(value: Any) -> Any:
-    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    checkpoint_every: Count = Field(default=1, description="epochs between checkpoints")
+    keep_checkpoints: Count = Field(default=2, description="latest checkpoints that are kept")
+    samples_every: Count = Field(default=5, description="epochs between sample grids and LoRA snapshots")
+    grid_images: int = Field(default=16, ge=1, le=256, description="images in a sample grid")
+    trackers: Annotated[list[str], BeforeValidator(_split)] = Field(
+        default=[], description="accelerate's trackers, such as tensorboard or wandb"
+    )
 
 
 class TrainConfig(Section):
     """A whole run. The defaults are the paper's TDPO-R."""
 
-    algorithm: Algorithm = Field("tdpo-r", description="sets the values of the paper's Table 1")
-    model: str = Field("shapes", description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
-        None, description="what the model predicts, where its own configuration does not say"
+    algorithm: Algorithm = Field(default="tdpo-r", description="sets the values of the paper's Table 1")
+    model: str = Field(
+        default="shapes", description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the base model; the LoRA is always fp32")
-    rewards: dict[str, float] = Field({"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and weights")
-    eval_rewards: Annotated[list[str], BeforeValidator(_split)] = Field([], description="rewards that only watch")
-    prompts: str = Field("shapes", description="prompt set, or a text file with one prompt a line")
-    grid_prompts: str | None = Field(None, description="prompts of the sample grids; none: the training prompts")
-    seed: int = Field(42, ge=0, lt=2**63, description="every random number derives from it")
-    epochs: int = Field(100, ge=1, le=9999, description="rounds of sampling and updating")
-    samples_per_epoch: Count = Field(256, description="reward queries an epoch")
-    samples_per_update: Count = Field(128, description="samples in one gradient update; divides samples_per_epoch")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+        default=None, description="what the model predicts, where its own configuration does not say"
+    )
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the base model; the LoRA is always fp32")
+    rewards: dict[str, float] = Field(
+        default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and weights"
+    )
+    eval_rewards: Annotated[list[str], BeforeValidator(_split)] = Field(
+        default=[], description="rewards that only watch"
+    )
+    prompts: str = Field(default="shapes", description="prompt set, or a text file with one prompt a line")
+    grid_prompts: str | None = Field(
+        default=None, description="prompts of the sample grids; none: the training prompts"
+    )
+    seed: int = Field(default=42, ge=0, lt=2**63, description="every random number derives from it")
+    epochs: int = Field(default=100, ge=1, le=9999, description="rounds of sampling and updating")
+    samples_per_epoch: Count = Field(default=256, description="reward queries an epoch")
+    samples_per_update: Count = Field(
+        default=128, description="samples in one gradient update; divides samples_per_epoch"
+    )
     updates: Literal["timestep", "trajectory"] = Field(
-        "timestep", description="one gradient update a timestep (TDPO), or one for all steps of a trajectory (DDPO)"
+        default="timestep",
+        description="one gradient update a timestep (TDPO), or one for all steps of a trajectory (DDPO)",
     )
     micro_batch: Count | None = Field(
-        None, description="most samples in one forward; a divisor of samples_per_update is used. none: what fits"
+        default=None,
+        description="most samples in one forward; a divisor of samples_per_update is used. none: what fits",
     )
-    decode_batch: Count = Field(16, description="images decoded and embedded at once")
-    steps: int = Field(50, ge=1, le=1000, description="denoising steps T")
-    guidance: float = Field(5.0, ge=1, le=100, description="classifier-free guidance scale; 1: none")
-    resolution: int = Field(512, ge=8, le=8192, description="pixels a side of the images")
-    gamma: Rate = Field(1.0, description="discount of the returns")
-    advantage_clip: Positive | None = Field(None, description="clip of the advantages without a critic; none: none")
+    decode_batch: Count = Field(default=16, description="images decoded and embedded at once")
+    steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
+    guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1: none")
+    resolution: int = Field(default=512, ge=8, le=8192, description="pixels a side of the images")
+    gamma: Rate = Field(default=1.0, description="discount of the returns")
+    advantage_clip: Positive | None = Field(
+        default=None, description="clip of the advantages without a critic; none: none"
+    )
     policy: PolicyConfig = PolicyConfig()
     critic: CriticConfig = CriticConfig()
     neurons: NeuronConfig = NeuronConfig()

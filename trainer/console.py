@@ -30,15 +30,15 @@ class Console:
 
     Args:
         config: the run's configuration; first_epoch: the one that runs first, above 1 in a resumed run.
-        stream: where to write.
+        stream: where to write; none: stderr.
     """
 
-    def __init__(self, config: TrainConfig, first_epoch: int, stream: TextIO = sys.stderr):
-        self.config, self.stream = config, stream
+    def __init__(self, config: TrainConfig, first_epoch: int, stream: TextIO | None = None):
+        self.config, self.stream = config, stream or sys.stderr
         self._paces: deque[float] = deque(maxlen=PACE)
         self._end: float | None = None  # when the run will be done, on the monotonic clock
         self._results, self._warned = "", False
-        self._bar = self._make_bar(first_epoch - 1) if stream.isatty() else None
+        self._bar = self._make_bar(first_epoch - 1) if self.stream.isatty() else None
 
     def _make_bar(self, done: int) -> tqdm:
         return tqdm(
@@ -164,7 +164,8 @@ class Course:
             return 0
         variance = fmean((after - before) ** 2 for before, after in pairwise(self.means)) / 2
         error = math.sqrt(variance * (1 + 1 / len(self._latest)))
-        return 0 if abs(self.change) <= 2 * error else int(math.copysign(1, self.change))
+        noise = max(2 * error, 1e-9 * abs(self.means[0]))  # the latter is rounding, where nothing changed
+        return 0 if abs(self.change) <= noise else int(math.copysign(1, self.change))
 
     @property
     def _latest(self) -> list[float]:
@@ -193,7 +194,9 @@ def _courses(metrics: list[EpochMetrics], kind: str) -> list[Course]:
 
 
 def _table(training: Course, held_out: list[Course]) -> str:
-    rows = [("reward", "epoch 1", _last_epochs(len(training.means)), "change", "in std of epoch 1")]
+    rows: list[tuple[str, ...]] = [
+        ("reward", "epoch 1", _last_epochs(len(training.means)), "change", "in std of epoch 1")
+    ]
     rows += [_row(training, "trained on"), *(_row(course, "held out") for course in held_out)]
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{name:<{width}}  {a:>9}  {b:>15}  {c:>9}  {d:>17}" for name, a, b, c, d in rows)
@@ -208,8 +211,12 @@ def _last_epochs(epochs: int) -> str:
 
 def _row(course: Course, role: str) -> tuple[str, ...]:
     first, change = course.means[0], course.change
-    cells = (first, readable(first)), (course.last, readable(course.last, like=first))
-    cells += (change, readable(change, like=first, sign="+")), (course.change_in_std, f"{course.change_in_std:+.2f}")
+    cells = [
+        (first, readable(first)),
+        (course.last, readable(course.last, like=first)),
+        (change, readable(change, like=first, sign="+")),
+        (course.change_in_std, f"{course.change_in_std:+z.2f}"),
+    ]
     return f"{shortened(course.name, 28)} ({role})", *(text if math.isfinite(value) else "-" for value, text in cells)
 
 
@@ -220,8 +227,8 @@ def _verdict(training: Course, held_out: list[Course]) -> str:
     if training.direction > 0 and fell:
         return (
             f"Overoptimisation: {training.name} rose while the held-out {_listed(fell)} fell: later images suit the "
-            "training reward at the cost of the others. Use an earlier LoRA of this run, train for fewer epochs, or add "
-            "a KL penalty (--kl.coefficient)."
+            "training reward at the cost of the others. Use an earlier LoRA of this run, train for fewer epochs, or "
+            "add a KL penalty (--kl.coefficient)."
         )
     return f"{_training_sentence(training)} {_held_out_sentence(held_out, fell)}"
 

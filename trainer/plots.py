@@ -256,7 +256,7 @@ def _end_rows(panel: Panel, line: Line, values: list[float]) -> tuple[str, str]:
 def readable(value: float, like: float | None = None, sign: str = "") -> str:
     """A reward for people: two decimals, or three where it, or what it is set beside, is below 1."""
     decimals = 3 if abs(value if like is None else like) < 1 else 2
-    return f"{value:{sign}.{decimals}f}"
+    return f"{value:{sign}z.{decimals}f}"
 
 
 def shortened(name: str, length: int) -> str:

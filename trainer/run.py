@@ -1,11 +1,11 @@
 """A run is a folder, readable without us, and the only memory of a run.
 
-    config.toml                    everything needed to repeat it
-    metrics.jsonl                  one line an epoch, appended and flushed
-    samples/epoch-0010.png         a fixed prompt and seed grid
-    lora/epoch-0010.safetensors    and lora/latest.safetensors
-    checkpoints/epoch-0010/        exact state
-    plots/*.png
+config.toml                    everything needed to repeat it
+metrics.jsonl                  one line an epoch, appended and flushed
+samples/epoch-0010.png         a fixed prompt and seed grid
+lora/epoch-0010.safetensors    and lora/latest.safetensors
+checkpoints/epoch-0010/        exact state
+plots/*.png
 """
 
 import json
@@ -90,7 +90,9 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout as error:
-            raise ValueError(f"run directory {str(self.path)!r} is in use by another process; stop that first") from error
+            raise ValueError(
+                f"run directory {str(self.path)!r} is in use by another process; stop that first"
+            ) from error
         try:
             yield
         finally:

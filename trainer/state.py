@@ -66,15 +66,13 @@ class Progress:
         if "samples" not in groups:
             return cls()
         samples = groups["samples"]
-        part = Trajectories(
-            prompts=prompts[: len(samples["rewards"])], eval_rewards=groups["eval_rewards"], **samples
-        )
+        part = Trajectories(prompts=prompts[: len(samples["rewards"])], eval_rewards=groups["eval_rewards"], **samples)
         targets = Targets(**groups["targets"]) if "targets" in groups else None
         return cls(parts=[part], targets=targets, updates=updates, sums=groups["sums"])
 
 
 class TrainState:
-    """The policy's LoRA, the critic, their optimizers, the moments, the KL coefficient, the neurons of the epoch before.
+    """LoRA, critic, their optimizers, reward moments, KL coefficient, and which neurons were active an epoch ago.
 
     Args:
         embed_dim: width of the critic's encoder, or None for no critic.
@@ -130,9 +128,7 @@ class TrainState:
             load_optimizer_tensors(self.critic_optimizer, tensors["critic_optimizer"])
         on_device = {name: self._to_device(group) for name, group in tensors.items()}
         prefix = "active_"
-        self.active = {
-            name.removeprefix(prefix): masks for name, masks in on_device.items() if name.startswith(prefix)
-        }
+        self.active = {name.removeprefix(prefix): masks for name, masks in on_device.items() if name.startswith(prefix)}
         self.epoch, self.micro_batch = state["epoch"], state["micro_batch"]
         self.kl.value = state["kl_coefficient"]
         self.moments.load_state_dict(state["moments"])

@@ -1,9 +1,10 @@
 """Algorithm 1 of the paper, epoch by epoch: sample, temporal rewards, update, reset.
 
-One loop serves all four algorithms. DDPO is the case without a critic, whose temporal reward is the normalised reward at
-every step, and DDPO-2 the case whose update takes in all steps of a trajectory at once.
+One loop serves all four algorithms. DDPO is the case without a critic, whose temporal reward is the normalised reward
+at every step, and DDPO-2 the case whose update takes in all steps of a trajectory at once.
 
-Shapes: N samples of an epoch in this process, B of a micro-batch, M (sample, step) pairs of one gradient update, T steps.
+Shapes: N samples of an epoch in this process, B of a micro-batch, M (sample, step) pairs of one gradient update, T
+denoising steps.
 """
 
 import sys
@@ -18,13 +19,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from comfy_tdpo import __version__, advantages, neurons, objectives
+from comfy_tdpo.critic import TemporalCritic
 from comfy_tdpo.diffusion import log_prob, scaled_clip_range
 from comfy_tdpo.lora import save_lora
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.randomness import generator_at, seeded_at
 from comfy_tdpo.rewards import RewardModel, load_reward
-from comfy_tdpo.rollout import Sampler, Trajectories, critic_residuals
+from comfy_tdpo.rollout import Sampler, Trajectories, critic_residuals, draw_images
 
 from .config import TrainConfig
 from .plots import save_image_grid
@@ -123,6 +125,15 @@ class Training:
         self._finish_epoch(metrics)
         return metrics
 
+    @property
+    def _critic(self) -> TemporalCritic:
+        assert self.state.critic is not None, "the algorithm has no critic"
+        return self.state.critic
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks."""
+        return self.accelerator.gather(tensor)
+
     def _check_stop(self) -> None:
         if self.stop.is_set():
             raise Stopped
@@ -167,7 +178,7 @@ class Training:
 
     def _targets(self, batch: Trajectories, epoch: int) -> Targets:
         """Eq. 5-7. Moments are those of all processes; each keeps its own rows."""
-        gather = self.accelerator.gather
+        gather = self._gather
         kl = gather(batch.kl)
         normalized = self.state.moments.normalize(self._epoch_prompts(epoch), gather(batch.rewards))
         returns = advantages.returns(normalized, self.state.kl.value * kl, self.config.gamma)
@@ -178,7 +189,7 @@ class Training:
             clip = self.config.advantage_clip
             return Targets(returns[own].clamp(-clip, clip) if clip else returns[own], returns[own], None)
         assert batch.image_embeds is not None
-        residuals = critic_residuals(self.state.critic, batch.image_embeds)
+        residuals = critic_residuals(self._critic, batch.image_embeds)
         temporal = advantages.temporal_rewards(returns, gather(residuals))
         return Targets(temporal[own], returns[own], residuals)
 
@@ -281,9 +292,9 @@ class Training:
     ) -> None:
         """Eq. 9-10 over the M pairs at once: the critic is small, and its dropout then knows no micro-batches."""
         assert batch.image_embeds is not None and targets.residuals is not None
-        self.state.critic.train()
+        self._critic.train()
         with seeded_at(self.config.seed, "dropout", *seed, self.accelerator.process_index):
-            residuals = self.state.critic(batch.image_embeds[rows, steps])
+            residuals = self._critic(batch.image_embeds[rows, steps])
         loss = objectives.critic_loss(
             residuals, targets.residuals[rows, steps], targets.returns[rows, steps], self.config.critic.clip_range
         ).mean()
@@ -313,20 +324,19 @@ class Training:
     @torch.no_grad()
     def _score_and_reset_neurons(self, epoch: int, batch: Trajectories) -> EpochMetrics:
         """Eq. 11-12: measure every epoch, reset every F epochs."""
-        config, metrics = self.config.neurons, {}
+        config = self.config.neurons
+        metrics: EpochMetrics = {}
         if self.encoder:
             assert batch.image_embeds is not None
             embeds = batch.image_embeds[:, :1] if config.data == "first-step" else batch.image_embeds
-            scores = neurons.critic_scores(self.state.critic, embeds.flatten(0, 1), config.activation)
+            scores = neurons.critic_scores(self._critic, embeds.flatten(0, 1), config.activation)
             metrics |= self._track_neurons("neurons", scores, config.threshold)
             metrics["neurons/reset_count"] = self._reset(
-                "neurons", config.reset, neurons.critic_layers(self.state.critic), self.state.critic_optimizer, epoch
+                "neurons", config.reset, neurons.critic_layers(self._critic), self.state.critic_optimizer, epoch
             )
         if config.policy_reset != "none":
             layers = neurons.lora_layers(self.policy.unet)
-            metrics |= self._track_neurons(
-                "policy_neurons", self._lora_scores(layers, batch), config.policy_threshold
-            )
+            metrics |= self._track_neurons("policy_neurons", self._lora_scores(layers, batch), config.policy_threshold)
             metrics["policy_neurons/reset_count"] = self._reset(
                 "policy_neurons", config.policy_reset, layers, self.state.optimizer, epoch
             )
@@ -343,7 +353,7 @@ class Training:
 
     def _track_neurons(self, group: str, scores: dict[str, Tensor], threshold: float) -> EpochMetrics:
         active = neurons.active_masks(scores, threshold)
-        metrics = {f"{group}/dormant_percent": neurons.dormant_percent(active)}
+        metrics: EpochMetrics = {f"{group}/dormant_percent": neurons.dormant_percent(active)}
         overlap = neurons.overlap_percent(active, self.state.active[group]) if group in self.state.active else None
         if overlap is not None:
             metrics[f"{group}/overlap_percent"] = overlap
@@ -357,7 +367,7 @@ class Training:
         layers: dict[str, neurons.HiddenLayer],
         optimizer: torch.optim.Optimizer,
         epoch: int,
-    ) -> int:
+    ) -> float:
         if kind == "none" or epoch % self.config.neurons.every:
             return 0
         masks = neurons.reset_masks(self.state.active[group], kind)
@@ -366,7 +376,7 @@ class Training:
     # --- what is kept -----------------------------------------------------------------------------------------------
 
     def _metrics(self, epoch: int, batch: Trajectories, targets: Targets) -> EpochMetrics:
-        gather, updates = self.accelerator.gather, self.state.progress.updates
+        gather, updates = self._gather, self.state.progress.updates
         metrics: EpochMetrics = {"epoch": epoch, "reward_queries": epoch * self.config.samples_per_epoch}
         rewards = gather(batch.rewards)
         metrics[f"reward/{self.reward.name}/mean"] = rewards.mean().item()
@@ -392,6 +402,7 @@ class Training:
         epoch, config = self.state.epoch, self.config.output
         last = epoch == self.config.epochs
         self.run.append_metrics(metrics)
+        self.accelerator.log(metrics, step=epoch)
         if last or epoch % config.samples_every == 0:
             self._save_grid()
             self._save_lora(self.run.lora(epoch))
@@ -407,7 +418,7 @@ class Training:
         picked = [prompts[i * len(prompts) // count] for i in range(count)]
         seeds = [(self.config.seed, "grid", i) for i in range(count)]
         self.watch("drawing samples", 0, count)
-        images = self._sampler().draw(picked, seeds, self.state.micro_batch)
+        images = draw_images(self.policy, picked, seeds, self.state.micro_batch)
         save_image_grid(images, self.run.sample_grid(self.state.epoch))
 
     def _save_lora(self, path: Path) -> None:

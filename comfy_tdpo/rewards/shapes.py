@@ -3,25 +3,25 @@
 from functools import cache
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizerFast
 
 from ..shapes import WORLD
-from ..shapes.encoders import ClipEncoder, JudgeEncoder, PreferenceHead, tokenize
+from ..shapes.encoders import (
+    ClipEncoder,
+    JudgeEncoder,
+    load_clip_encoder,
+    load_judge_encoder,
+    load_preference_head,
+    load_tokenizer,
+    tokenize,
+)
 from ..shapes.gold import gold_scores
-
-
-@cache
-def _tokenizer() -> CLIPTokenizerFast:
-    return CLIPTokenizerFast.from_pretrained(WORLD / "clip", local_files_only=True)
 
 
 @cache
 def _clip_encoder(device: torch.device) -> ClipEncoder:
     """Encoder A: one instance serves both rewards and the critic."""
-    encoder = ClipEncoder(CLIPModel.from_pretrained(WORLD / "clip", local_files_only=True))
-    return encoder.eval().requires_grad_(False).to(device)
+    return load_clip_encoder(WORLD).to(device)
 
 
 class ShapesAesthetic:
@@ -32,25 +32,25 @@ class ShapesAesthetic:
     def __init__(self, name: str, device: torch.device):
         self.name = name
         self.encoder = _clip_encoder(device)
-        self.head = PreferenceHead().eval().requires_grad_(False).to(device)
-        self.head.load_state_dict(load_file(WORLD / "clip" / "preference_head.safetensors"))
+        self.head = load_preference_head(WORLD).to(device)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         return self.encoder.embed_images(images)
 
+    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.head(self.embed(images))
 
 
-class ShapesAlignment:
-    """Image and text: the cosine of encoder A, -1 to 1."""
+class _Agreement:
+    """Image and text: the cosine of an encoder, -1 to 1."""
 
     embed_dim = 64
 
-    def __init__(self, name: str, device: torch.device):
-        self.name = name
-        self.encoder = _clip_encoder(device)
+    def __init__(self, name: str, encoder: ClipEncoder | JudgeEncoder):
+        self.name, self.encoder = name, encoder
+        self.tokenizer = load_tokenizer(WORLD)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -58,30 +58,22 @@ class ShapesAlignment:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        text = self.encoder.embed_tokens(tokenize(_tokenizer(), prompts).to(images.device))
+        text = self.encoder.embed_tokens(tokenize(self.tokenizer, prompts).to(images.device))
         return (self.embed(images) * text).sum(-1)
 
 
-class ShapesJudge:
-    """Image and text: the cosine of encoder B, -1 to 1. For judging only: nothing is trained on it."""
-
-    embed_dim = 64
+class ShapesAlignment(_Agreement):
+    """By encoder A, which also serves the other training reward and the critic."""
 
     def __init__(self, name: str, device: torch.device):
-        self.name = name
-        weights = load_file(WORLD / "judge" / "model.safetensors")
-        self.encoder = JudgeEncoder(vocab_size=len(weights["token.weight"])).eval().requires_grad_(False)
-        self.encoder.load_state_dict(weights)
-        self.encoder.to(device)
+        super().__init__(name, _clip_encoder(device))
 
-    @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        return self.encoder.embed_images(images)
 
-    @torch.no_grad()
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        text = self.encoder.embed_tokens(tokenize(_tokenizer(), prompts).to(images.device))
-        return (self.embed(images) * text).sum(-1)
+class ShapesJudge(_Agreement):
+    """By encoder B, which nothing is trained on: the held-out judge."""
+
+    def __init__(self, name: str, device: torch.device):
+        super().__init__(name, load_judge_encoder(WORLD).to(device))
 
 
 class ShapesGold:

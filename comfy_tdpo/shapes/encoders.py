@@ -3,6 +3,7 @@
 Both map images in [0, 1], (B, 3, H, W), and captions to unit vectors whose cosine says how well they agree.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+
+from ..quiet import quiet_loading
 
 ENCODER_IMAGE_SIZE = 64
 MAX_TOKENS = 16
@@ -45,9 +48,7 @@ def clip_config(vocab_size: int, eos_token_id: int) -> CLIPConfig:
 
 def tokenize(tokenizer: CLIPTokenizerFast, captions: list[str]) -> Tensor:
     """Token ids of `captions`, (B, MAX_TOKENS), padded and cut."""
-    tokens = tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    )
+    tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return tokens.input_ids
 
 
@@ -74,7 +75,7 @@ class JudgeEncoder(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 3 * width, 4 * width]
         self.image = nn.Sequential(
-            *[_down_block(a, b) for a, b in zip(widths, widths[1:], strict=False)],
+            *[_down_block(a, b) for a, b in pairwise(widths)],
             nn.Flatten(),
             nn.Linear(widths[-1] * 16, dim),
         )
@@ -100,6 +101,33 @@ class PreferenceHead(nn.Module):
 
     def forward(self, embeds: Tensor) -> Tensor:
         return self.layers(embeds)[:, 0]
+
+
+def load_tokenizer(world: Path) -> CLIPTokenizerFast:
+    """The tokenizer of both encoders and of the pipeline in the folder `world`."""
+    return CLIPTokenizerFast.from_pretrained(world / "clip", local_files_only=True)
+
+
+def load_clip_encoder(world: Path) -> ClipEncoder:
+    """Encoder A of the folder `world`, frozen."""
+    with quiet_loading():
+        clip = CLIPModel.from_pretrained(world / "clip", local_files_only=True)
+    return ClipEncoder(clip).eval().requires_grad_(False)
+
+
+def load_judge_encoder(world: Path) -> JudgeEncoder:
+    """Encoder B of the folder `world`, frozen."""
+    weights = load_file(world / "judge" / "model.safetensors")
+    judge = JudgeEncoder(vocab_size=len(weights["token.weight"]))
+    judge.load_state_dict(weights)
+    return judge.eval().requires_grad_(False)
+
+
+def load_preference_head(world: Path) -> PreferenceHead:
+    """The head of `shapes-aesthetic` of the folder `world`, frozen."""
+    head = PreferenceHead()
+    head.load_state_dict(load_file(world / "clip" / "preference_head.safetensors"))
+    return head.eval().requires_grad_(False)
 
 
 def _down_block(channels_in: int, channels_out: int) -> nn.Module:

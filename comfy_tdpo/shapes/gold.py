@@ -96,6 +96,11 @@ def _check(image: np.ndarray) -> None:
             f"expected an image of floats in [0, 1], shape {expected}; got {image.dtype}, shape {image.shape}. "
             "Divide bytes by 255; gold_scores takes tensors of any size"
         )
+    if not 0 <= image.min() <= image.max() <= 1:
+        raise ValueError(
+            f"expected pixels in [0, 1], got {image.min():.3g} to {image.max():.3g}. Clamp what a decoder gives; NaN "
+            "comes from a model that has diverged, or overflowed in half precision"
+        )
 
 
 def _find_figure(contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray) -> FoundFigure:
@@ -116,13 +121,19 @@ def _level(contrast: np.ndarray) -> np.ndarray:
 
 
 def _coverage(contrast: np.ndarray, colour: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
-    """The share of each pixel that is of `colour`, (H, W); None when it is faint, or one of several that cancel out."""
+    """The share of each pixel that is of `colour`, (H, W), or None.
+
+    None where no figure is: the colour is faint, or one of several that cancel out, or goes on beyond the edge.
+    """
     strength = np.linalg.norm(colour)
     if strength < _FAINT:
         return None
-    near = ndimage.maximum_filter(mask, 5)  # two pixels more, for the soft edge
-    coverage = np.where(near, contrast @ colour / strength**2, 0.0)
-    return coverage if coverage.sum() >= mask.sum() / 2 else None
+    share = contrast @ colour / strength**2
+    near = ndimage.maximum_filter(mask, 2 * _EDGE - 1)  # the mask's edge is the middle of the soft edge
+    beyond = ndimage.maximum_filter(mask, 2 * _EDGE + 1) & ~near
+    coverage = np.where(near, share, 0.0)
+    flat = coverage.sum() >= mask.sum() / 2 and share[beyond].sum() <= beyond.sum() / 4
+    return coverage if flat else None
 
 
 def _recognise(coverage: np.ndarray) -> tuple[str | None, float, float, float]:

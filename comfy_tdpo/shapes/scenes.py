@@ -183,9 +183,7 @@ def _box(side: float, place: str | None, rng: random.Random) -> tuple[float, flo
     if place is None:
         return rng.uniform(low, high), rng.uniform(low, high), side
     reach = IMAGE_SIZE * 3 / 8  # the centre lies at most this far from the corner's two edges
-    centre = [
-        rng.uniform(IMAGE_SIZE - reach, high) if far else rng.uniform(low, reach) for far in PLACES[place]
-    ]
+    centre = [rng.uniform(IMAGE_SIZE - reach, high) if far else rng.uniform(low, reach) for far in PLACES[place]]
     return centre[0], centre[1], side
 
 
@@ -211,8 +209,7 @@ def _fill_box(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Stretch an outline to the square [-1, 1] x [-1, 1]."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return [
-        (2 * (x - min(xs)) / (max(xs) - min(xs)) - 1, 2 * (y - min(ys)) / (max(ys) - min(ys)) - 1)
-        for x, y in points
+        (2 * (x - min(xs)) / (max(xs) - min(xs)) - 1, 2 * (y - min(ys)) / (max(ys) - min(ys)) - 1) for x, y in points
     ]
 
 
@@ -223,7 +220,7 @@ def _around(angles: list[float], radii: list[float]) -> list[tuple[float, float]
 _ARM = 0.36  # half the width of a cross's arms
 
 # Outlines in [-1, 1] x [-1, 1], y down, each touching all four sides.
-OUTLINES = {
+OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": _around([math.tau * i / 48 for i in range(48)], [1.0] * 48),
     "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
     "triangle": [(0, -1), (1, 1), (-1, 1)],

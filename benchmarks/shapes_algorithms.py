@@ -1,0 +1,108 @@
+"""The four algorithms on Shapes after equal reward queries: `python benchmarks/shapes_algorithms.py`.
+
+Trains every algorithm on every seed with the preset `shapes`, one run after the other, and writes a table with date and
+machine. A run that is already in the folder is not repeated, and one that was stopped is continued.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
+
+ALGORITHMS = ("tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
+REWARD = "reward/shapes-aesthetic"
+WATCHED = ("eval/shapes-judge/mean", "eval/shapes-gold/mean")
+LAST = 3  # epochs whose mean is the end of a run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this for every algorithm")
+    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/shapes_algorithms.md"))
+    args, settings = parser.parse_known_args()
+    for seed in range(1, args.seeds + 1):
+        for algorithm in args.algorithms:
+            train(args.runs / f"{algorithm}-seed{seed}", algorithm, seed, settings)
+    command = " ".join(["python benchmarks/shapes_algorithms.py", *sys.argv[1:]])
+    results = {
+        name: [measure(args.runs / f"{name}-seed{s + 1}") for s in range(args.seeds)] for name in args.algorithms
+    }
+    text = report(results, command)
+    args.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def train(path: Path, algorithm: str, seed: int, settings: list[str]) -> None:
+    """One run at `path`, new or continued."""
+    new = ["--run-dir", str(path), "--algorithm", algorithm, "--seed", str(seed), *settings]
+    flags = ["--resume", str(path)] if (path / "config.toml").exists() else new
+    print(f"--- {algorithm}, seed {seed}", flush=True)
+    subprocess.run([sys.executable, "-m", "comfy_tdpo.trainer", *flags], check=True)
+
+
+def measure(path: Path) -> dict[str, float]:
+    """First epoch against the mean of the last ones, and the time of the training."""
+    metrics = RunFolder.open(path).metrics()
+    first, last = metrics[0], metrics[-LAST:]
+    result = {"queries": last[-1]["reward_queries"], "minutes": sum(m["time/epoch_s"] for m in metrics) / 60}
+    for name in (f"{REWARD}/mean", *WATCHED):
+        result[f"first {name}"], result[name] = first[name], mean_of(last, name)
+    result["gain"] = (result[f"{REWARD}/mean"] - first[f"{REWARD}/mean"]) / first[f"{REWARD}/std"]
+    return result
+
+
+def mean_of(metrics: list[EpochMetrics], name: str) -> float:
+    return statistics.fmean(m[name] for m in metrics)
+
+
+def report(results: dict[str, list[dict[str, float]]], command: str) -> str:
+    """The page: a table over seeds, and every seed's figures below it."""
+    seeds = len(next(iter(results.values())))
+    names = (f"{REWARD}/mean", *WATCHED)
+    lines = [
+        "# Four algorithms on Shapes",
+        "",
+        f"`{command}`",
+        "",
+        f"{date.today()}, {platform.processor() or platform.machine()}, {platform.system()}, Python "
+        f"{platform.python_version()}. Mean ± standard deviation over {seeds} seeds: first epoch → mean of the last "
+        f"{LAST} epochs. The gain is in standard deviations of the first epoch's rewards.",
+        "",
+        "| algorithm | reward queries | shapes-aesthetic (trained on) | gain | shapes-judge | shapes-gold | minutes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for algorithm, runs in results.items():
+        cells = [f"{spread(runs, f'first {name}')} → {spread(runs, name)}" for name in names]
+        row = [
+            algorithm,
+            f"{runs[0]['queries']:.0f}",
+            cells[0],
+            spread(runs, "gain"),
+            *cells[1:],
+            spread(runs, "minutes"),
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    lines += ["", "| algorithm | seed | gain | shapes-judge | shapes-gold |", "|---|---|---|---|---|"]
+    for algorithm, runs in results.items():
+        for seed, run in enumerate(runs, start=1):
+            lines.append(
+                f"| {algorithm} | {seed} | {run['gain']:+.2f} | {run[WATCHED[0]]:.3f} | {run[WATCHED[1]]:.3f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def spread(runs: list[dict[str, float]], name: str) -> str:
+    values = [run[name] for run in runs]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Loading models without the bars and remarks of the libraries that load them; errors are raised all the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import diffusers.utils.logging as diffusers_logging
+import transformers.utils.logging as transformers_logging
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence diffusers and transformers inside the block and restore their settings after it."""
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    try:
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bar:
+            transformers_logging.enable_progress_bar()

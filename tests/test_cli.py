@@ -1,0 +1,166 @@
+"""The command line as a user meets it: exit status, one line for a wrong input, Ctrl-C, a full disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.run import RunFolder
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [sys.executable, "-m", "comfy_tdpo.trainer"]
+QUICK = ["--epochs", "2", "--samples-per-epoch", "4", "--samples-per-update", "2", "--steps", "2"]
+QUICK += ["--output.grid-images", "2"]
+
+
+def train(*args: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([*TRAIN, *args], cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A quick run of the embedded world, through a process of its own."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    return path, train("--run-dir", str(path), *QUICK)
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    path, process = finished
+    assert process.returncode == 0, process.stderr
+    made = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    assert made >= {
+        "config.toml",
+        "metrics.jsonl",
+        "samples/epoch-0000.png",
+        "samples/epoch-0002.png",
+        "lora/epoch-0002.safetensors",
+        "lora/latest.safetensors",
+        "checkpoints/epoch-0002/state.json",
+        "plots/reward.png",
+    }
+    assert [line["epoch"] for line in RunFolder.open(path).metrics()] == [1, 2]
+
+
+def test_it_prints_lines_and_a_summary_and_nothing_else(finished):
+    _, process = finished
+    assert [line.split()[:2] for line in process.stderr.splitlines()] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert "shapes-gold (held out)" in process.stdout
+    assert "load_lora_weights" in process.stdout
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    path, _ = finished
+    before = (path / "metrics.jsonl").read_bytes(), (path / "lora" / "latest.safetensors").read_bytes()
+    process = train("--resume", str(path))
+    assert process.returncode == 0
+    assert before == ((path / "metrics.jsonl").read_bytes(), (path / "lora" / "latest.safetensors").read_bytes())
+
+
+WRONG = {
+    "an unknown preset": (["--preset", "sd99"], "got preset 'sd99'; expected one of"),
+    "an unknown flag": (["--polcy.lr", "1"], "unrecognized arguments: --polcy.lr"),
+    "an unknown reward": (["--reward", "beauty"], "got reward 'beauty'"),
+    "a weight that is no number": (["--reward", "shapes-judge=much"], "NAME=WEIGHT"),
+    "a reward of a later version": (["--preset", "sd14-pickscore"], "reward 'pickscore' is not available"),
+    "an unknown prompt set": (["--prompts", "no-such-set"], "got prompts 'no-such-set'"),
+    "prompts that need a copy": (["--prompts", "hpd-photo"], "does not ship"),
+    "a negative number": (["--epochs", "-3"], "epochs: got '-3'"),
+    "an absurd number": (["--policy.lr", "1e9"], "policy.lr: got '1e9'"),
+    "no number": (["--steps", "many"], "steps: got 'many'"),
+    "no model": (["--model", "/no/such/model"], "/no/such/model"),
+    "a missing configuration": (["--config", "/no/such.toml"], "/no/such.toml"),
+    "a resolution between latents": (["--resolution", "67"], "resolution 67"),
+    "no run to resume": (["--resume", "/no/such/run"], "got run directory '/no/such/run'"),
+    "a resume with settings": (["--resume", "/tmp", "--epochs", "3"], "--resume with other settings"),
+    "an unknown tracker": (["--output.trackers", "abacus"], "got tracker 'abacus'"),
+    "a critic without an encoder": (["--reward", "shapes-gold"], "has no image encoder"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_gives_one_line_and_status_2_and_leaves_nothing(case, tmp_path, monkeypatch, capfd):
+    flags, message = WRONG[case]
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(flags)
+    except SystemExit as exit_:  # argparse
+        status = exit_.code
+    assert status == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("comfy_tdpo:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_is_taken_is_left_alone(finished, tmp_path, capsys):
+    path, _ = finished
+    assert main(["--run-dir", str(path)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    (tmp_path / "thesis.doc").write_text("important")
+    assert main(["--run-dir", str(tmp_path)]) == 2
+    assert "expected a new or an empty folder" in capsys.readouterr().err
+
+
+def test_print_config_is_a_configuration(tmp_path, capsys):
+    assert main(["--print-config", "--epochs", "7", "--policy.alpha", "8"]) == 0
+    file = tmp_path / "printed.toml"
+    file.write_text(capsys.readouterr().out)
+    assert main(["--print-config", "--config", str(file)]) == 0
+    assert capsys.readouterr().out == file.read_text()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
+def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
+    path = tmp_path / "run"
+    flags = ["--run-dir", str(path), *QUICK, "--epochs", "500"]
+    process = subprocess.Popen([*TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {path}" in out
+    assert "Traceback" not in err
+    assert (path / "lora" / "latest.safetensors").exists()
+    assert any((path / "checkpoints").iterdir())
+
+
+LIMIT_FILE_SIZE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from comfy_tdpo.trainer.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on the size of a file")
+def test_a_disk_that_takes_no_more_ends_the_run_in_one_line_and_damages_nothing(tmp_path):
+    path = tmp_path / "run"
+    process = subprocess.run(
+        [sys.executable, "-c", LIMIT_FILE_SIZE, "--run-dir", str(path), *QUICK],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    assert [line for line in process.stderr.splitlines() if "what was saved before is whole" in line]
+    assert not list(path.rglob("*.partial*"))
+    again = train("--resume", str(path))
+    assert again.returncode == 0, again.stderr
+
+
+def test_two_processes_do_not_write_to_one_run(finished):
+    path, _ = finished
+    with RunFolder.open(path).lock():
+        process = train("--resume", str(path))
+    assert process.returncode == 2
+    assert "in use by another process" in process.stderr

@@ -1,0 +1,97 @@
+"""Layers of the configuration, Table 1's values, and what is said of wrong ones."""
+
+import pytest
+
+from comfy_tdpo.trainer.config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets, validate
+
+
+def test_the_defaults_are_the_papers_tdpo_r():
+    config = TrainConfig()
+    assert (config.samples_per_epoch, config.samples_per_update, config.steps, config.guidance) == (256, 128, 50, 5.0)
+    assert (config.policy.lr, config.policy.clip_range, config.policy.rank) == (1e-4, 1e-4, 4)
+    assert (config.critic.lr, config.critic.clip_range, config.critic.activation) == (1e-4, 0.2, "identity")
+    assert (config.neurons.reset, config.neurons.every, config.neurons.threshold) == ("active", 10, 0.0)
+    assert (config.moments.buffer_size, config.moments.min_count, config.seed, config.gamma) == (32, 16, 42, 1.0)
+
+
+# Table 1: (policy lr, gradient updates grouped by, critic, reset)
+TABLE_1 = {
+    "tdpo-r": (1e-4, "timestep", True, "active"),
+    "tdpo": (1e-4, "timestep", True, "none"),
+    "ddpo-100": (1e-4, "timestep", False, "none"),
+    "ddpo-2": (3e-4, "trajectory", False, "none"),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_algorithm_sets_its_row_of_table_1(algorithm):
+    config = make_config("sd14-aesthetic", overrides={"algorithm": algorithm})
+    found = (config.policy.lr, config.updates, config.critic.enabled, config.neurons.reset)
+    assert found == TABLE_1[algorithm]
+    assert config.advantage_clip == (None if config.critic.enabled else 5.0)
+
+
+def test_later_layers_win(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("epochs = 7\nsteps = 9\n[policy]\nlr = 5e-4\n")
+    config = make_config("shapes", file, {"steps": 11})
+    preset = make_config("shapes")
+    assert (config.epochs, config.steps, config.policy.lr) == (7, 11, 5e-4)
+    assert config.policy.rank == preset.policy.rank  # a table of the file does not wipe the preset's
+
+
+def test_rewards_are_replaced_and_not_mixed_with_the_presets():
+    config = make_config(overrides={"rewards": {"shapes-alignment": 2.0}})
+    assert config.rewards == {"shapes-alignment": 2.0}
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_survives_a_round_trip_through_plain_values(preset):
+    config = make_config(preset)
+    assert validate(plain_values(config)) == config
+
+
+def test_every_setting_says_what_it_means():
+    assert [name for name, info in leaf_fields() if not info.description] == []
+
+
+WRONG = [
+    ({"policy": {"learning_rate": 1}}, "unknown setting 'policy.learning_rate'"),
+    ({"polcy": {}}, "unknown setting 'polcy'"),
+    ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-r"),
+    ({"rewards": {"beauty": 1.0}}, "got reward 'beauty'; expected one of"),
+    ({"rewards": {"shapes-judge": 0.0}}, "weights of all rewards are 0"),
+    ({"rewards": {}}, "rewards"),
+    ({"epochs": 0}, "epochs: got 0"),
+    ({"epochs": 10**12}, "epochs: got 1000000000000"),
+    ({"epochs": 2.5}, "epochs: got 2.5"),
+    ({"policy": {"lr": float("nan")}}, "policy.lr: got nan"),
+    ({"policy": {"lr": -1}}, "policy.lr: got -1"),
+    ({"guidance": 0.5}, "guidance: got 0.5"),
+    ({"samples_per_epoch": 10, "samples_per_update": 4}, "no multiple"),
+    ({"moments": {"min_count": 40}}, "moments.min_count"),
+    ({"algorithm": "ddpo-2", "neurons": {"reset": "active"}}, "needs a critic"),
+    ({"steps": 1001}, "steps: got 1001"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG)
+def test_a_wrong_value_is_named_in_one_line(overrides, message):
+    with pytest.raises(ValueError) as error:
+        make_config(overrides=overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    file = tmp_path / "broken.toml"
+    file.write_text("epochs = = 3")
+    with pytest.raises(ValueError, match="broken.toml"):
+        make_config(file=file)
+    with pytest.raises(ValueError, match="missing.toml"):
+        make_config(file=tmp_path / "missing.toml")
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        TrainConfig().epochs = 3

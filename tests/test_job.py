@@ -1,0 +1,94 @@
+"""A real training on a background thread: watched, stopped, continued, failed."""
+
+import threading
+
+import pytest
+from toy import new_run, timeless, toy_training
+
+from comfy_tdpo.trainer.job import Job, find_job
+from comfy_tdpo.trainer.run import RunFolder
+
+
+@pytest.fixture
+def make_job(tmp_path, make_policy):
+    """A job on a toy run; jobs of one name share a run, as a resumed one does."""
+
+    def make(name: str = "run", **overrides) -> Job:
+        path = tmp_path / name
+        run = RunFolder.open(path) if path.exists() else new_run(path, **overrides)
+        return Job(run, lambda run, stop, watch: toy_training(run, make_policy, stop, watch))
+
+    return make
+
+
+def test_a_job_trains_to_its_end_and_says_so(make_job):
+    job, events = make_job(), []
+    assert (job.status.state, job.status.epoch, job.status.lora) == ("waiting", 0, None)
+    job.subscribe(lambda event, status: events.append((event, status.epoch, status.state)))
+    job.start()
+    status = job.wait(timeout=120)
+    assert (status.state, status.epoch, status.epochs, status.error) == ("finished", 3, 3, None)
+    assert status.metrics == job.run.metrics()[-1]
+    assert status.lora == job.run.latest_lora and status.lora.exists()
+    assert status.eta_s == 0
+    assert [epoch for event, epoch, _ in events if event == "epoch"] == [1, 2, 3]
+    assert events[-1] == ("end", 3, "finished")
+
+
+def test_a_job_is_found_by_its_id_and_only_by_that(make_job):
+    job = make_job("one")
+    assert find_job(job.id) is None
+    job.start()
+    assert find_job("one") is job
+    assert find_job("two") is None
+    job.wait(120)
+
+
+def test_a_stopped_job_continues_where_it_was(make_job, tmp_path, make_policy):
+    reference = toy_training(new_run(tmp_path / "whole"), make_policy)
+    list(reference.epochs())
+    job = make_job()
+    job.subscribe(lambda event, status: job.stop() if status.phase == "updating" and status.epoch == 1 else None)
+    job.start()
+    status = job.wait(120)
+    assert status.state == "stopped"
+    assert status.epoch == 1
+    again = make_job()
+    again.start()
+    assert again.wait(120).state == "finished"
+    assert timeless(again.run.metrics()) == timeless(reference.run.metrics())
+
+
+def test_one_job_at_a_time_on_a_device(make_job):
+    first, second, running = make_job("first"), make_job("second"), threading.Event()
+    first.subscribe(lambda event, status: running.set() if status.phase == "sampling" else None)
+    first.start()
+    assert running.wait(60)
+    with pytest.raises(ValueError, match="'first' is training on cpu"):
+        second.start()
+    first.stop()
+    first.wait(60)
+    second.start()
+    assert second.wait(120).state == "finished"
+
+
+def test_a_failure_is_one_sentence_and_frees_the_device(make_job, tmp_path, make_policy):
+    def fail(run, stop, watch):
+        raise ValueError("the reward\nfell over")
+
+    job = Job(new_run(tmp_path / "failing"), fail)
+    job.start()
+    status = job.wait(60)
+    assert (status.state, status.error) == ("failed", "ValueError: the reward fell over")
+    other = make_job("other")
+    other.start()
+    assert other.wait(120).state == "finished"
+
+
+def test_an_ended_subscription_hears_nothing(make_job):
+    job, events = make_job(), []
+    end = job.subscribe(lambda event, status: events.append(event))
+    end()
+    job.start()
+    job.wait(120)
+    assert events == []

@@ -1,0 +1,136 @@
+"""A run that was stopped at any moment and continued is the run that was never stopped, to the last bit."""
+
+import json
+import threading
+
+import pytest
+from safetensors.torch import load_file
+from toy import lora_of, new_run, same, timeless, toy_training
+
+from comfy_tdpo.trainer.run import RunFolder
+
+VARIANTS = {
+    "tdpo-r": {},
+    "tdpo-r with kl and resets of the policy": {
+        "kl": {"coefficient": 0.1, "target": 1.0, "horizon": 50},
+        "neurons": {"every": 2, "policy_reset": "dormant"},
+    },
+    "ddpo-2": {"algorithm": "ddpo-2"},
+    "ddpo-100": {"algorithm": "ddpo-100"},
+}
+
+
+class StopAt:
+    """A watch that sets the stop event at its n-th call."""
+
+    def __init__(self, stop: threading.Event, call: int):
+        self.stop, self.call, self.calls = stop, call, 0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        self.calls += 1
+        if self.calls == self.call:
+            self.stop.set()
+
+
+def whole_run(path, make_policy, **overrides):
+    run = new_run(path, **overrides)
+    training = toy_training(run, make_policy)
+    list(training.epochs())
+    return run, training
+
+
+def count_watch_calls(path, make_policy, **overrides) -> int:
+    calls = []
+    run = new_run(path, **overrides)
+    list(toy_training(run, make_policy, watch=lambda *call: calls.append(call)).epochs())
+    return len(calls)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stopped_anywhere_and_continued_it_ends_the_same(variant, tmp_path, make_policy):
+    overrides = VARIANTS[variant]
+    whole, reference = whole_run(tmp_path / "whole", make_policy, **overrides)
+    calls = count_watch_calls(tmp_path / "count", make_policy, **overrides)
+    for call in range(1, calls + 1, 5):
+        run = new_run(tmp_path / f"stopped-{call}", **overrides)
+        stop = threading.Event()
+        first = toy_training(run, make_policy, stop, StopAt(stop, call))
+        list(first.epochs())
+        assert first.stopped
+        second = toy_training(RunFolder.open(run.path), make_policy)
+        list(second.epochs())
+        assert same(lora_of(second), lora_of(reference)), f"stopped at call {call}"
+        assert timeless(run.metrics()) == timeless(whole.metrics()), f"stopped at call {call}"
+        a, b = load_file(run.latest_lora), load_file(whole.latest_lora)
+        assert a.keys() == b.keys() and same(list(a.values()), [b[key] for key in a])
+
+
+def test_a_run_may_be_stopped_and_continued_many_times(tmp_path, make_policy):
+    whole, reference = whole_run(tmp_path / "whole", make_policy)
+    run, training = new_run(tmp_path / "hopping"), None
+    for _ in range(100):
+        stop = threading.Event()
+        training = toy_training(run, make_policy, stop, StopAt(stop, 4))
+        list(training.epochs())
+        if not training.stopped:
+            break
+    assert training is not None and not training.stopped
+    assert same(lora_of(training), lora_of(reference))
+    assert timeless(run.metrics()) == timeless(whole.metrics())
+
+
+def test_a_stop_in_mid_epoch_does_not_lose_the_epochs_samples(tmp_path, make_policy):
+    run, stop, seen = new_run(tmp_path / "run"), threading.Event(), []
+
+    def watch(phase, done, total):
+        if phase == "updating" and done == 2:
+            stop.set()
+
+    list(toy_training(run, make_policy, stop, watch).epochs())
+    list(toy_training(run, make_policy, watch=lambda phase, done, total: seen.append((phase, done))).epochs())
+    assert seen[0] == ("updating", 2)
+
+
+def test_epochs_that_were_logged_but_not_checkpointed_are_logged_once(tmp_path, make_policy):
+    run = new_run(tmp_path / "run", output={"checkpoint_every": 2})
+    epochs = toy_training(run, make_policy).epochs()
+    for _ in range(3):
+        next(epochs)  # epoch 3 is the last and has a checkpoint
+    (sorted(run.checkpoints.glob("epoch-0003"))[0] / "state.json").unlink()  # as if killed before it was whole
+    list(toy_training(run, make_policy).epochs())
+    assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
+
+
+def test_a_line_cut_off_in_mid_write_is_dropped(tmp_path, make_policy):
+    whole, _ = whole_run(tmp_path / "whole", make_policy)
+    run, _ = whole_run(tmp_path / "run", make_policy)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "rew')
+    list(toy_training(run, make_policy).epochs())
+    assert timeless(run.metrics()) == timeless(whole.metrics())
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path, make_policy):
+    run, _ = whole_run(tmp_path / "run", make_policy, output={"keep_checkpoints": 2})
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["epoch-0002", "epoch-0003"]
+
+
+DAMAGES = {
+    "truncated tensors": lambda path: (path / "policy.safetensors").write_bytes(
+        (path / "policy.safetensors").read_bytes()[:100]
+    ),
+    "missing tensors": lambda path: (path / "critic.safetensors").unlink(),
+    "foreign tensors": lambda path: (path / "critic.safetensors").write_bytes(b"not a safetensors file at all"),
+    "broken state": lambda path: (path / "state.json").write_text("{"),
+    "another format": lambda path: (path / "state.json").write_text(json.dumps({"format": 99, "groups": []})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_nothing_is_changed(damage, tmp_path, make_policy):
+    run, _ = whole_run(tmp_path / "run", make_policy)
+    DAMAGES[damage](run.checkpoints / "epoch-0003")
+    before = {path: path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()}
+    with pytest.raises(ValueError, match="epoch-0003"):
+        list(toy_training(run, make_policy).epochs())
+    assert before == {path: path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()}

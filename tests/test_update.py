@@ -1,0 +1,193 @@
+"""The policy's update: the same for every micro-batch, from a ratio of 1, on the adapters alone."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from toy import Brightness, new_run
+
+from comfy_tdpo.rollout import Sampler
+from comfy_tdpo.trainer.training import Training
+
+PRECISIONS = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16, "autocast": torch.bfloat16},
+}
+GATE = 1e-5  # ALGORITHM.md: |ratio - 1| before the first update of an epoch
+
+
+@pytest.fixture
+def make_training(make_policy, tmp_path):
+    """Trainings of one configuration and one policy, whose LoRA is not that of the start."""
+    count = 0
+
+    def make(settings: dict | None = None, /, **overrides) -> Training:
+        nonlocal count
+        count += 1
+        run = new_run(tmp_path / str(count), **overrides)
+        config = run.config
+        policy = make_policy(steps=config.steps, guidance=config.guidance, trained=True, **(settings or {}))
+        return Training(config, policy, Brightness(), {}, run, Accelerator(cpu=True))
+
+    return make
+
+
+# --- the micro-batch
+
+
+def keep_gradients(optimizer: torch.optim.Optimizer, kept: list[torch.Tensor]) -> None:
+    """Have `kept` take in the gradients of each step of `optimizer`."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.register_step_pre_hook(lambda *_: kept.extend(parameter.grad.clone() for parameter in parameters))
+
+
+@pytest.mark.parametrize("algorithm", ["tdpo-r", "ddpo-2"])
+def test_the_update_does_not_know_the_micro_batch(make_training, algorithm):
+    settings = {"algorithm": algorithm, "samples_per_epoch": 16, "samples_per_update": 8, "policy": {"lr": 1e-4}}
+    sampled_by = make_training(micro_batch=8, **settings)
+    batch = sampled_by._sample(1)
+    targets = sampled_by._targets(batch, 1)
+    seen = {}
+    for micro_batch in (8, 1):
+        training = make_training(micro_batch=micro_batch, **settings)
+        gradients, before = [], [p.detach().clone() for p in training.policy.parameters]
+        keep_gradients(training.state.optimizer, gradients)
+        rows, steps = training._updates(1)[0]
+        assert len(rows) == (8 * len(training.policy.schedule) if algorithm == "ddpo-2" else 8)
+        training._update_policy(batch, targets, rows, steps, first=True)
+        parameters = [p.detach() for p in training.policy.parameters]
+        assert not any(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
+        seen[micro_batch] = gradients, parameters, dict(training.state.progress.sums)
+    (gradients, parameters, sums), (gradients_1, parameters_1, sums_1) = seen[8], seen[1]
+    # clipped to norm 1; float32 sums in another order
+    torch.testing.assert_close(gradients_1, gradients, rtol=0, atol=1e-6)
+    assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(1, rel=1e-4)
+    # Adam's first step is 1e-4 whatever the gradient's size; where that is 1e-6, an error of 1e-8 makes it 1e-6 off
+    torch.testing.assert_close(parameters_1, parameters, rtol=0, atol=1e-6)
+    assert sums_1["policy/loss"].item() == pytest.approx(sums["policy/loss"].item(), abs=1e-6)  # float32
+
+
+# --- the ratio gate
+
+
+def all_ratios(training: Training, batch) -> torch.Tensor:
+    """|rho - 1| of every sample and step, (N, T), in the micro-batches in which the epoch's updates compute them."""
+    drift = torch.full(batch.log_probs.shape, torch.nan)
+    for rows, steps in training._updates(1):
+        size = training.state.micro_batch
+        for micro_rows, micro_steps in zip(rows.split(size), steps.split(size), strict=True):
+            ratio, _ = training._ratio(batch, micro_rows, micro_steps)
+            assert ratio.requires_grad, "as in the update"
+            drift[micro_rows, micro_steps] = (ratio.detach() - 1).abs()
+    assert drift.isfinite().all(), "every sample and step once"
+    return drift
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 12])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_ratio_of_fresh_samples_is_1(make_training, precision, micro_batch, record_property):
+    training = make_training(
+        PRECISIONS[precision], samples_per_epoch=12, samples_per_update=12, micro_batch=micro_batch, steps=5
+    )
+    assert training.state.micro_batch == micro_batch
+    drift = all_ratios(training, training._sample(1))
+    record_property("drift", drift.max().item())
+    print(f"RATIO DRIFT {precision} micro-batch {micro_batch}: {drift.max().item():.3g}")
+    assert drift.shape == (12, 5) and drift.max() < GATE
+
+
+def test_the_gate_fails_where_latents_are_rounded_after_they_were_scored(make_training):
+    training = make_training(samples_per_epoch=4, samples_per_update=4)
+    batch = training._sample(1)
+    batch.latents = batch.latents.bfloat16().float()
+    drift = all_ratios(training, batch)
+    assert drift.max() > 10 * GATE
+    assert drift[:, -1].min() > GATE, "the last step has the smallest sigma: every sample is out"
+
+
+def test_the_gate_is_a_metric(make_training):
+    training = make_training(samples_per_epoch=4, samples_per_update=4)
+    batch = training._sample(1)
+    targets = training._targets(batch, 1)
+    batch.log_probs = batch.log_probs + 0.01
+    training._update_policy(batch, targets, *training._updates(1)[0], first=True)
+    # exp(-0.01) - 1, in float32 from log-probabilities of size 1
+    drift = training.state.progress.sums["policy/ratio_drift"].item()
+    assert drift == pytest.approx(1 - 0.990050, abs=1e-5)
+
+
+@pytest.mark.parametrize(("resolution", "factor"), [(16, 64.0), (32, 16.0)])
+def test_the_clip_range_scales_with_the_latent(make_training, resolution, factor):
+    training = make_training({"resolution": resolution}, policy={"clip_range": 1e-4})
+    assert training.policy.latent_size == 16_384 / factor
+    assert training.clip_range == pytest.approx(1e-4 * factor, rel=1e-12)  # float64
+
+
+# --- what is trained
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_epoch_trains_the_adapters_and_nothing_else(make_training, precision):
+    training = make_training(PRECISIONS[precision], epochs=1, samples_per_epoch=4, samples_per_update=4)
+    policy = training.policy
+    networks = {"unet": policy.unet, "vae": policy.vae, "text": policy.text_encoder}
+    everything = {f"{n}.{k}": p for n, network in networks.items() for k, p in network.named_parameters()}
+    before = {name: p.detach().clone() for name, p in everything.items()}
+    metrics = list(training.epochs())
+    assert len(metrics) == 1 and metrics[0]["policy/ratio_drift"] < GATE
+    for name, parameter in everything.items():
+        if "lora_" in name:
+            assert parameter.dtype == torch.float32 and parameter.requires_grad
+            assert not torch.equal(parameter, before[name])
+        else:
+            assert parameter.dtype == PRECISIONS[precision].get("dtype", torch.float32)
+            assert not parameter.requires_grad and parameter.grad is None
+            assert torch.equal(parameter, before[name])
+
+
+# --- the frozen reference
+
+
+@torch.no_grad()
+def mean_of_a_step(policy) -> torch.Tensor:
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    embeds = policy.encode_prompts(["a red circle", "two blue squares"])
+    return policy.step(latents, torch.tensor([0, 3]), embeds)[0]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_reference_is_the_base_model(make_policy, precision):
+    policy, untrained = (make_policy(trained=trained, **PRECISIONS[precision]) for trained in (True, False))
+    base = mean_of_a_step(untrained)  # B is zero
+    trained = mean_of_a_step(policy)
+    with policy.reference():
+        reference = mean_of_a_step(policy)
+    assert torch.equal(reference, base) and not torch.equal(trained, base)
+    assert torch.equal(mean_of_a_step(policy), trained)
+
+
+def test_the_adapters_are_back_and_trained_however_the_reference_ends(make_policy):
+    policy = make_policy(trained=True)
+    trained = mean_of_a_step(policy)
+    with pytest.raises(KeyboardInterrupt), policy.reference():
+        raise KeyboardInterrupt
+    assert torch.equal(mean_of_a_step(policy), trained)
+    assert policy.parameters and all(parameter.requires_grad for parameter in policy.parameters)
+
+
+def test_the_penalty_is_the_distance_from_the_base_model(make_policy):
+    prompts, seeds = ["a red circle", "two blue squares"], [(1, "noise"), (2, "noise")]
+    settings = {"reward": Brightness(), "eval_rewards": {}, "with_kl": True}
+    assert torch.equal(Sampler(make_policy(), **settings).sample(prompts, seeds).kl, torch.zeros(2, 4))
+    policy, base = make_policy(trained=True), make_policy()
+    trajectories = Sampler(policy, **settings).sample(prompts, seeds)
+    with torch.no_grad():
+        for k, sigma in enumerate(policy.schedule.sigma):
+            embeds, positions = policy.encode_prompts(prompts), torch.full((2,), k)
+            distance = (
+                policy.step(trajectories.latents[:, k], positions, embeds)[0]
+                - base.step(trajectories.latents[:, k], positions, embeds)[0]
+            )
+            expected = distance.double().square().sum((1, 2, 3)) / (2 * sigma.double() ** 2)
+            assert (expected > 0).all()
+            # a float32 sum of 256 terms: 256 * 6e-8 at worst
+            torch.testing.assert_close(trajectories.kl[:, k].double(), expected, rtol=1.5e-5, atol=0)
