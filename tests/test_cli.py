@@ -120,9 +120,8 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
     flags = ["--run-dir", str(path), *QUICK, "--epochs", "500"]
     process = subprocess.Popen([*TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not RunFolder(path).metrics() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -26,17 +26,8 @@ ARROW = {
     "trainer": {"comfy_tdpo", "trainer"},
     "nodes": {"comfy_tdpo", "trainer", "nodes", "ComfyUI"},
 }
-COMFYUI = {
-    "comfy",
-    "comfy_api",
-    "comfy_config",
-    "comfy_execution",
-    "comfy_extras",
-    "execution",
-    "folder_paths",
-    "nodes",
-}
-COMFYUI |= {"server"}
+COMFYUI = {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras"}
+COMFYUI |= {"execution", "folder_paths", "nodes", "server"}
 
 # import name -> distribution, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch"}

@@ -29,11 +29,8 @@ def assemble(
     Raises:
         ValueError: something it names cannot be had; nothing was trained or written.
     """
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with=_trackers(config.output.trackers),
-        project_dir=str(run.path),
-    )
+    # Precision is the policy's own: accelerate's would be one for all runs of a process.
+    accelerator = Accelerator(log_with=_trackers(config.output.trackers), project_dir=str(run.path))
     reward = load_rewards(config.rewards, accelerator.device)
     eval_rewards = {name: load_reward(name, accelerator.device) for name in config.eval_rewards}
     policy = load_policy(config, accelerator.device)

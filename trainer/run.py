@@ -118,6 +118,8 @@ class RunFolder:
 
     def forget_after(self, epoch: int) -> None:
         """Drop the metrics of epochs after `epoch`: they were not finished, and are run again."""
+        if not (self.path / METRICS).exists():
+            return
         kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["epoch"] <= epoch)
         write_atomically(self.path / METRICS, lambda file: _write_text(file, kept))
 

@@ -27,9 +27,9 @@ _FAINT = 0.25  # least distance of a figure's own colour; orange and yellow, the
 _NOISE = 0.1  # distance that `fidelity` forgives: two standard deviations of noise with sigma 0.03 a channel
 _SATURATION = 0.35  # below it a colour has no name; the palest of COLOURS has 0.81
 _EDGE = 3  # pixels that an edge may take to rise from the ground to the figure; the gap between figures is 4
-_SPECK = 12  # pixels; less is no figure. The smallest ever drawn, a star of side 13, covers 61
+_SPECK = 12  # pixels; less is no figure. The smallest drawn, a star of side 17, covers 110
 _LIKENESS = 0.85  # least likeness to a silhouette; circle and square, the most alike, have 0.83
-_SOFTNESS = (0.01, 0.04, 0.07, 0.1)  # blur of a figure's edges, in sides; 1 pixel is 0.08 of the smallest side
+_SOFTNESS = (0.01, 0.04, 0.07, 0.1)  # blur of a figure's edges, in sides; 1 pixel is 0.06 of the smallest side drawn
 _SMEARED = (0.13, 0.16, 0.2, 0.25, 0.3)  # a blob that is most like one of these is no figure
 
 _GRID = 40

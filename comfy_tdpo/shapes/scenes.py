@@ -164,7 +164,7 @@ def _shade(rgb: tuple[float, float, float], rng: random.Random) -> tuple[float, 
 
 def _place_boxes(count: int, place: str | None, rng: random.Random) -> list[tuple[float, float, float]]:
     """Centres and sides of `count` boxes inside the image that keep their distance from each other."""
-    smallest, largest = {1: (16, 48), 2: (15, 30), 3: (14, 24), 4: (13, 22)}[count]
+    smallest, largest = {1: (20, 48), 2: (18, 30), 3: (18, 25), 4: (17, 23)}[count]
     if place is not None:
         largest = 28
     while True:
