@@ -120,7 +120,7 @@ def test_the_last_step_keeps_its_noise_where_the_final_alpha_is_one(make_schedul
 
 
 def test_sd1_figures(sd1_scheduler_config):
-    """ALGORITHM.md: at 50 steps sigma runs from 0.454 to 0.02065."""
+    """SD 1.x: at 50 steps sigma runs from 0.454 to 0.02065."""
     config = json.loads(sd1_scheduler_config.read_text())
     schedule = make_schedule(DDIMScheduler.from_config(config), 50)
     assert schedule.timesteps[[0, -1]].tolist() == [981, 1]

@@ -180,7 +180,7 @@ def test_a_single_files_schedule_is_stable_diffusions(family):
     config = json.loads((SHIPPED / family / "scheduler" / "scheduler_config.json").read_text())
     scheduler = DDIMScheduler.from_config(config)
     scheduler.set_timesteps(50)
-    assert scheduler.timesteps[-1] == 1  # steps_offset 1: the last sigma is ALGORITHM.md's 0.02065
+    assert scheduler.timesteps[-1] == 1  # steps_offset 1: the last sigma is 0.02065
     now, last = scheduler.alphas_cumprod[1], scheduler.final_alpha_cumprod
     assert ((1 - last) / (1 - now) * (1 - now / last)).sqrt().item() == pytest.approx(0.02065, abs=5e-6)
 

@@ -12,7 +12,7 @@ PRECISIONS = {
     "fp32": {},
     "bf16": {"dtype": torch.bfloat16, "autocast": torch.bfloat16},
 }
-GATE = 1e-5  # ALGORITHM.md: |ratio - 1| before the first update of an epoch
+GATE = 1e-5  # |ratio - 1| before the first update of an epoch
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from comfy_tdpo import __version__, advantages, neurons, objectives
+from comfy_tdpo import __version__, advantages, objectives
 from comfy_tdpo.critic import TemporalCritic
 from comfy_tdpo.diffusion import log_prob, scaled_clip_range
 from comfy_tdpo.lora import save_lora
@@ -29,6 +29,7 @@ from comfy_tdpo.rewards import RewardModel, load_reward
 from comfy_tdpo.rollout import Sampler, Trajectories, critic_residuals, draw_images
 
 from .config import TrainConfig
+from .neuron_states import NeuronStates
 from .plots import save_image_grid
 from .run import EpochMetrics, RunFolder, write_atomically
 from .state import Progress, Targets, TrainState
@@ -120,7 +121,7 @@ class Training:
         if progress.targets is None:
             progress.targets = self._targets(batch, epoch)
         self._update(epoch, batch, progress.targets)
-        metrics = self._metrics(epoch, batch, progress.targets) | self._score_and_reset_neurons(epoch, batch)
+        metrics = self._metrics(epoch, batch, progress.targets) | self._score_and_reset_neurons(batch)
         metrics["time/epoch_s"] = time.perf_counter() - start
         self._finish_epoch(metrics)
         return metrics
@@ -311,6 +312,16 @@ class Training:
         optimizer.step()
         optimizer.zero_grad()
 
+    def _score_and_reset_neurons(self, batch: Trajectories) -> EpochMetrics:
+        """Eq. 11-12: measure every epoch, reset every F epochs."""
+        states = NeuronStates(self.config, self.state, self.accelerator)
+        metrics: EpochMetrics = {}
+        if batch.image_embeds is not None:
+            metrics |= states.of_critic(batch.image_embeds)
+        if self.config.neurons.policy_reset != "none":
+            metrics |= states.of_policy(batch)
+        return metrics
+
     def _add(self, name: str, value: Tensor) -> None:
         sums = self.state.progress.sums
         sums[name] = sums.get(name, 0) + value
@@ -318,60 +329,6 @@ class Training:
     def _raise_to(self, name: str, value: Tensor) -> None:
         sums = self.state.progress.sums
         sums[name] = torch.maximum(sums.get(name, value), value)
-
-    # --- neurons ----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _score_and_reset_neurons(self, epoch: int, batch: Trajectories) -> EpochMetrics:
-        """Eq. 11-12: measure every epoch, reset every F epochs."""
-        config = self.config.neurons
-        metrics: EpochMetrics = {}
-        if self.encoder:
-            assert batch.image_embeds is not None
-            embeds = batch.image_embeds[:, :1] if config.data == "first-step" else batch.image_embeds
-            scores = neurons.critic_scores(self._critic, embeds.flatten(0, 1), config.activation)
-            metrics |= self._track_neurons("neurons", scores, config.threshold)
-            metrics["neurons/reset_count"] = self._reset(
-                "neurons", config.reset, neurons.critic_layers(self._critic), self.state.critic_optimizer, epoch
-            )
-        if config.policy_reset != "none":
-            layers = neurons.lora_layers(self.policy.unet)
-            metrics |= self._track_neurons("policy_neurons", self._lora_scores(layers, batch), config.policy_threshold)
-            metrics["policy_neurons/reset_count"] = self._reset(
-                "policy_neurons", config.policy_reset, layers, self.state.optimizer, epoch
-            )
-        return metrics
-
-    def _lora_scores(self, layers: dict[str, neurons.HiddenLayer], batch: Trajectories) -> dict[str, Tensor]:
-        """Scores of the LoRA's neurons on the epoch's first micro-batch at every step."""
-        rows = torch.arange(self.state.micro_batch, device=self.policy.device)
-        embeds = self.policy.encode_prompts(batch.prompts[: self.state.micro_batch])
-        with neurons.ActivationRecorder(layers, self.config.neurons.activation) as recorder:
-            for k in range(len(self.policy.schedule)):
-                self.policy.step(batch.latents[rows, k], torch.full_like(rows, k), embeds)
-        return recorder.scores()
-
-    def _track_neurons(self, group: str, scores: dict[str, Tensor], threshold: float) -> EpochMetrics:
-        active = neurons.active_masks(scores, threshold)
-        metrics: EpochMetrics = {f"{group}/dormant_percent": neurons.dormant_percent(active)}
-        overlap = neurons.overlap_percent(active, self.state.active[group]) if group in self.state.active else None
-        if overlap is not None:
-            metrics[f"{group}/overlap_percent"] = overlap
-        self.state.active[group] = active
-        return metrics
-
-    def _reset(
-        self,
-        group: str,
-        kind: str,
-        layers: dict[str, neurons.HiddenLayer],
-        optimizer: torch.optim.Optimizer,
-        epoch: int,
-    ) -> float:
-        if kind == "none" or epoch % self.config.neurons.every:
-            return 0
-        masks = neurons.reset_masks(self.state.active[group], kind)
-        return neurons.reset_neurons(layers, masks, optimizer, generator_at(self.config.seed, group, epoch))
 
     # --- what is kept -----------------------------------------------------------------------------------------------
 
@@ -409,6 +366,15 @@ class Training:
         if last or epoch % config.checkpoint_every == 0:
             self._save_state()
 
+    def _save_unfinished(self) -> None:
+        """Stopped in mid-epoch: keep what there is of it. With several processes the epoch is run again instead."""
+        if self.accelerator.num_processes == 1 and (self.state.epoch or self.state.progress.parts):
+            self._save_state()
+
+    def _save_state(self) -> None:
+        self._save_lora(self.run.latest_lora)
+        self.state.save(self.run.checkpoints, self.config.output.keep_checkpoints)
+
     def _save_grid(self) -> None:
         """Images of fixed prompts from fixed noise."""
         if not self.accelerator.is_main_process:
@@ -423,7 +389,7 @@ class Training:
 
     def _save_lora(self, path: Path) -> None:
         metadata = {
-            "base_model": self.policy.source,
+            "base_model": _model_name(self.config.model),
             "algorithm": self.config.algorithm,
             "reward": self.reward.name,
             "epoch": str(self.state.epoch),
@@ -431,14 +397,10 @@ class Training:
         }
         write_atomically(path, lambda file: save_lora(self.policy.unet, file, self.policy.alpha, metadata))
 
-    def _save_unfinished(self) -> None:
-        """Stopped in mid-epoch: keep what there is of it. With several processes the epoch is run again instead."""
-        if self.accelerator.num_processes == 1 and (self.state.epoch or self.state.progress.parts):
-            self._save_state()
 
-    def _save_state(self) -> None:
-        self._save_lora(self.run.latest_lora)
-        self.state.save(self.run.checkpoints, self.config.output.keep_checkpoints)
+def _model_name(model: str) -> str:
+    """A model's name without the folders it lies in, which are nobody's business."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def _peak_memory(device: torch.device) -> int:
