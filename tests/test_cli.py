@@ -163,3 +163,20 @@ def test_two_processes_do_not_write_to_one_run(finished):
         process = train("--resume", str(path))
     assert process.returncode == 2
     assert "in use by another process" in process.stderr
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_on_two_processes(tmp_path):
+    path = tmp_path / "run"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "comfy_tdpo.trainer"]
+    process = subprocess.run(
+        [sys.executable, *launch, "--run-dir", str(path), *QUICK],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert [line["epoch"] for line in RunFolder.open(path).metrics()] == [1, 2]

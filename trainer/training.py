@@ -210,7 +210,7 @@ class Training:
         self.state.progress.times["train"] += time.perf_counter() - start
 
     def _updates(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
-        """The epoch's gradient updates as (rows, steps), int64 (M,) each, on the policy's device."""
+        """The epoch's gradient updates as (rows, steps), int64 (M,) each, on the CPU: naming prompts needs no sync."""
         generator = generator_at(self.config.seed, "order", epoch, self.accelerator.process_index)
         rows = torch.randperm(self.samples, generator=generator)
         steps = torch.arange(len(self.policy.schedule)).repeat(self.samples, 1)  # (N, T)
@@ -218,11 +218,8 @@ class Training:
             steps = torch.rand(steps.shape, generator=generator).argsort(dim=1)
         groups = rows.split(self.samples_per_update)
         if self.config.updates == "trajectory":
-            pairs = [(group.repeat_interleave(steps.shape[1]), steps[group].flatten()) for group in groups]
-        else:
-            pairs = [(group, steps[group, j]) for j in range(steps.shape[1]) for group in groups]
-        device = self.policy.device
-        return [(rows.to(device), steps.to(device)) for rows, steps in pairs]
+            return [(group.repeat_interleave(steps.shape[1]), steps[group].flatten()) for group in groups]
+        return [(group, steps[group, j]) for j in range(steps.shape[1]) for group in groups]
 
     def _update_policy(self, batch: Trajectories, targets: Targets, rows: Tensor, steps: Tensor, first: bool) -> None:
         """Eq. 8, averaged over the M pairs, a micro-batch at a time."""
@@ -284,6 +281,7 @@ class Training:
     def _ratio(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """rho of Eq. 8 and its logarithm for pairs of samples and steps, (B,) each."""
         prompt_embeds = self.policy.encode_prompts([batch.prompts[row] for row in rows.tolist()])
+        rows, steps = rows.to(self.policy.device), steps.to(self.policy.device)
         mean, sigma = self.policy.step(batch.latents[rows, steps], steps, prompt_embeds)
         log_ratio = log_prob(batch.latents[rows, steps + 1], mean, sigma) - batch.log_probs[rows, steps]
         return log_ratio.exp(), log_ratio

@@ -1,0 +1,104 @@
+"""The world that ships: small, whole, and as good as its README says."""
+
+import pytest
+import torch
+
+from comfy_tdpo.loading import load_components
+from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.rewards import load_reward
+from comfy_tdpo.rollout import draw_images
+from comfy_tdpo.shapes import WORLD
+from comfy_tdpo.shapes.dataset import make_scenes, preference
+from comfy_tdpo.shapes.encoders import load_tokenizer
+from comfy_tdpo.shapes.gold import gold_scores
+from comfy_tdpo.shapes.scenes import parse
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Captions, scenes and images, (B, 3, 64, 64) in [0, 1], that nothing was trained on."""
+    captions, scenes, images = make_scenes(seed=987_654_321, count=256)
+    return captions, scenes, images.float() / 255
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_components(str(WORLD / "pipeline"))
+
+
+def test_it_fits_into_the_package():
+    assert sum(path.stat().st_size for path in WORLD.rglob("*.safetensors")) <= 15e6
+
+
+def test_every_word_of_the_grammar_is_one_token(scenes):
+    tokenizer = load_tokenizer(WORLD)
+    for caption in scenes[0]:
+        assert len(tokenizer.tokenize(caption)) == len(caption.split())
+
+
+@pytest.mark.parametrize(("name", "count"), [("shapes", 45), ("shapes-unseen", 8), ("shapes-complex", 4)])
+def test_its_prompts_are_of_the_grammar(name, count):
+    prompts = load_prompts(name)
+    assert len(set(prompts)) == count
+    assert [parse(prompt).caption for prompt in prompts] == prompts
+
+
+def test_unseen_and_complex_prompts_are_in_no_other_set():
+    sets = [set(load_prompts(name)) for name in ("shapes", "shapes-unseen", "shapes-complex")]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+
+
+@pytest.mark.slow
+def test_the_base_model_is_good_enough_to_be_real_and_has_room_to_improve(pipeline):
+    policy = DiffusionPolicy(pipeline, steps=20, guidance=3.0, resolution=64, rank=1)
+    prompts = load_prompts("shapes") * 4
+    images = draw_images(policy, prompts, [("test", i) for i in range(len(prompts))], batch=30)
+    # 180 images of scores between 0 and 1: the standard error of the mean is at most 0.037
+    assert 0.5 <= gold_scores(images, prompts).mean() <= 0.85
+
+
+def test_the_autoencoder_keeps_what_is_asked_for(pipeline, scenes):
+    captions, _, images = scenes
+    vae = pipeline.vae
+    with torch.no_grad():
+        decoded = torch.cat([vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample for x in images.split(64)])
+    assert (gold_scores((decoded / 2 + 0.5).clamp(0, 1), captions) == 1).float().mean() > 0.85
+
+
+def test_the_aesthetic_reward_has_learned_the_preference_and_not_perfectly(scenes):
+    captions, pictured, images = scenes
+    scores = load_reward("shapes-aesthetic", CPU).score(images, captions)
+    wanted = torch.tensor([preference(scene) for scene in pictured])
+    correlation = torch.corrcoef(torch.stack([scores, wanted]))[0, 1]
+    assert 0.9 < correlation < 0.9999
+
+
+@pytest.mark.parametrize("name", ["shapes-alignment", "shapes-judge"])
+def test_a_picture_agrees_with_its_own_caption_more_than_with_the_next(name, scenes):
+    captions, _, images = scenes
+    reward = load_reward(name, CPU)
+    own, other = reward.score(images, captions), reward.score(images, captions[1:] + captions[:1])
+    assert (own > other).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["shapes-aesthetic", "shapes-alignment", "shapes-judge"])
+def test_a_learned_reward_keeps_the_contract(name, scenes):
+    captions, _, images = scenes
+    reward, images, captions = load_reward(name, CPU), images[:8], captions[:8]
+    embeds, scores = reward.embed(images), reward.score(images, captions)
+    assert embeds.shape == (8, reward.embed_dim)
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(8))
+    assert (scores.shape, scores.dtype) == ((8,), torch.float32)
+    # neither the batch nor its order changes a score by more than float32's rounding
+    alone = torch.cat([reward.score(images[i : i + 1], captions[i : i + 1]) for i in range(8)])
+    torch.testing.assert_close(alone, scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reward.score(images.flip(0), captions[::-1]).flip(0), scores, atol=1e-5, rtol=1e-5)
+
+
+def test_the_critic_can_share_the_encoder_of_both_training_rewards():
+    aesthetic, alignment = load_reward("shapes-aesthetic", CPU), load_reward("shapes-alignment", CPU)
+    assert aesthetic.encoder is alignment.encoder
+    assert load_reward("shapes-judge", CPU).encoder is not aesthetic.encoder
