@@ -117,7 +117,7 @@ def dormant_percent(active: dict[str, Tensor]) -> float:
 
 def overlap_percent(active: dict[str, Tensor], before: dict[str, Tensor]) -> float | None:
     """Eq. 12: |dormant now and before| / min(|now|, |before|) in percent; None where either set is empty."""
-    now, then = ~_concatenate(active), ~_concatenate(before)
+    now, then = ~_concatenate(active), ~_concatenate({name: before[name] for name in active})
     smaller = min(now.sum().item(), then.sum().item())
     return 100 * (now & then).sum().item() / smaller if smaller else None
 

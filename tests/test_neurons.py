@@ -248,3 +248,9 @@ def test_overlap_counts_the_neurons_dormant_both_times():
 def test_an_empty_set_has_no_overlap():
     assert overlap_percent(NOW, ALL_ACTIVE) is None
     assert overlap_percent(ALL_ACTIVE, NOW) is None
+
+
+def test_overlap_goes_by_the_layers_names_and_not_by_their_order():
+    before = {"a": torch.tensor([True, False]), "b": torch.tensor([False, True, True])}
+    now = {"b": torch.tensor([False, True, True]), "a": torch.tensor([True, False])}
+    assert overlap_percent(now, before) == 100

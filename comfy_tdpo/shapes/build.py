@@ -34,7 +34,7 @@ TRAINING_SCENES = 32_000
 NORM_GROUPS = 8
 
 # Steps and batch size of each stage.
-STAGES = {"vae": (6000, 16), "clip": (1800, 128), "unet": (8000, 64), "judge": (1500, 128)}
+STAGES = {"vae": (6000, 16), "clip": (1800, 128), "unet": (3400, 64), "judge": (1500, 128)}
 
 
 def main() -> None:
