@@ -56,7 +56,7 @@ def test_stopped_anywhere_and_continued_it_ends_the_same(variant, tmp_path, make
         stop = threading.Event()
         first = toy_training(run, make_policy, stop, StopAt(stop, call))
         list(first.epochs())
-        assert first.stopped
+        assert first.stopped or first.state.epoch == 3  # a stop after the last update finds nothing left to stop
         second = toy_training(RunFolder.open(run.path), make_policy)
         list(second.epochs())
         assert same(lora_of(second), lora_of(reference)), f"stopped at call {call}"

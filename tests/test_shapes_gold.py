@@ -215,12 +215,28 @@ def test_clutter_counts_as_one_thing():
 
 
 def test_shapes_outside_the_vocabulary_are_unknown():
-    """A bar, half a disc and two figures that overlap are found, and named nothing."""
-    bar, half, overlap = draw(), draw(CIRCLE), draw(CIRCLE, dataclasses.replace(STAR, x=30, y=30))
+    """A bar, half a disc, figures that overlap and squares that meet in a corner are one thing each, and unnamed."""
+    bar, half, overlap, corner = draw(), draw(CIRCLE), draw(CIRCLE, dataclasses.replace(STAR, x=30, y=30)), draw()
     bar[20:30, 10:50] = RED
     half[:18] = GREY
-    for picture in (bar, half, overlap):
+    corner[10:30, 10:30] = corner[30:50, 30:50] = RED
+    for picture in (bar, half, overlap, corner):
         assert [figure.shape for figure in find_figures(picture).figures] == [None]
+
+
+def test_colours_that_cancel_out_are_no_figure():
+    """White on black on a dark ground: of the black, as much is missing as of the white is there."""
+    picture = draw(ground=(0.4, 0.4, 0.4))
+    picture[16:46, 16:46] = 0
+    picture[24:38, 24:38] = 1
+    assert [figure.shape for figure in find_figures(picture).figures] == [None]
+
+
+def test_neighbours_stay_apart_out_of_focus():
+    """Four pixels between them, as little as scenes leave, and a blur of 1.5: the ground there is a sixth yellow."""
+    yellow = COLOURS["yellow"]
+    picture = draw(Figure("square", yellow, 18, 32, 24), Figure("square", yellow, 46, 32, 24), ground=(0.1, 0.1, 0.1))
+    assert gold_score(ndimage.gaussian_filter(picture, (1.5, 1.5, 0)), "two yellow squares") == 1
 
 
 def test_colours_without_hue_have_no_name():
@@ -277,6 +293,15 @@ def test_batches_agree_with_single_pictures(pictures, size):
     assert scores.dtype == torch.float32
     assert scores.tolist() == [1.0] * len(rows)
     assert gold_scores(tensor.flip(0), [request.caption for request, _ in rows]).sum() < len(rows)
+
+
+def test_large_pictures_are_averaged_down():
+    """Noise of 0.115, far more than is forgiven, over 16 pixels each."""
+    noise = np.random.default_rng(0).uniform(-0.2, 0.2, (256, 256, 3))
+    red = dataclasses.replace(CIRCLE, rgb=(0.8, 0.2, 0.2))
+    picture = render(Scene(GREY, (red,)), 256) / 255 + noise
+    tensor = torch.from_numpy(np.clip(picture, 0, 1)).permute(2, 0, 1)[None]
+    assert gold_scores(tensor, ["a red circle"]).tolist() == [1.0]
 
 
 def test_foreign_prompts_are_refused():

@@ -23,8 +23,8 @@ GRID_COLUMNS = 9
 
 PAGE = """# The world of Shapes
 
-Built by `python -m comfy_tdpo.shapes.build` and measured on {date} ({machine}). Everything here is random numbers and
-this program's own drawings; no outside data went in.
+Built by `python -m comfy_tdpo.shapes.build` and measured on {date} ({machine}).
+Everything here is random numbers and this program's own drawings; no outside data went in.
 
 ![Samples of the base model, one for each training prompt](samples.png)
 
