@@ -224,6 +224,12 @@ def test_shapes_outside_the_vocabulary_are_unknown():
         assert [figure.shape for figure in find_figures(picture).figures] == [None]
 
 
+def test_faint_figures_are_unknown():
+    """0.2 from the ground: nearer than any two colours of the world."""
+    faint = dataclasses.replace(CIRCLE, rgb=(0.62, 0.62, 0.62))
+    assert [figure.shape for figure in find_figures(draw(faint)).figures] == [None]
+
+
 def test_colours_that_cancel_out_are_no_figure():
     """White on black on a dark ground: of the black, as much is missing as of the white is there."""
     picture = draw(ground=(0.4, 0.4, 0.4))
