@@ -131,6 +131,16 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
     assert any((path / "checkpoints").iterdir())
 
 
+def test_ctrl_c_while_it_loads_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("comfy_tdpo.trainer.__main__.make_config", interrupted)
+    assert main(["--run-dir", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "comfy_tdpo: stopped before there was anything to save\n"
+    assert not (tmp_path / "run").exists()
+
+
 LIMIT_FILE_SIZE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -115,6 +115,21 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, make_policy):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["epoch-0002", "epoch-0003"]
 
 
+def test_a_run_goes_on_from_another_folder_and_without_the_prompts_it_was_given(tmp_path, make_policy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a red circle\na green star\n")
+    whole, _ = whole_run(tmp_path / "whole", make_policy, prompts="mine.txt")
+    run = new_run(tmp_path / "run", prompts="mine.txt")
+    next(toy_training(run, make_policy).epochs())
+    prompts.write_text("something else\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    list(toy_training(run, make_policy).epochs())
+    assert timeless(run.metrics()) == timeless(whole.metrics())
+    assert run.config.prompts == str(prompts)
+
+
 DAMAGES = {
     "truncated tensors": lambda path: (path / "policy.safetensors").write_bytes(
         (path / "policy.safetensors").read_bytes()[:100]

@@ -53,9 +53,9 @@ def test_the_update_does_not_know_the_micro_batch(make_training, algorithm):
         training = make_training(micro_batch=micro_batch, **settings)
         gradients, before = [], [p.detach().clone() for p in training.policy.parameters]
         keep_gradients(training.state.optimizer, gradients)
-        rows, steps = training._updates(1)[0]
+        rows, steps = training.updater.groups(1)[0]
         assert len(rows) == (8 * len(training.policy.schedule) if algorithm == "ddpo-2" else 8)
-        training._update_policy(batch, targets, rows, steps, first=True)
+        training.updater.update_policy(batch, targets, rows, steps)
         parameters = [p.detach() for p in training.policy.parameters]
         assert not any(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
         seen[micro_batch] = gradients, parameters, dict(training.state.progress.sums)
@@ -75,10 +75,10 @@ def test_the_update_does_not_know_the_micro_batch(make_training, algorithm):
 def all_ratios(training: Training, batch) -> torch.Tensor:
     """|rho - 1| of every sample and step, (N, T), in the micro-batches in which the epoch's updates compute them."""
     drift = torch.full(batch.log_probs.shape, torch.nan)
-    for rows, steps in training._updates(1):
+    for rows, steps in training.updater.groups(1):
         size = training.state.micro_batch
         for micro_rows, micro_steps in zip(rows.split(size), steps.split(size), strict=True):
-            ratio, _ = training._ratio(batch, micro_rows, micro_steps)
+            ratio, _ = training.updater.ratio(batch, micro_rows, micro_steps)
             assert ratio.requires_grad, "as in the update"
             drift[micro_rows, micro_steps] = (ratio.detach() - 1).abs()
     assert drift.isfinite().all(), "every sample and step once"
@@ -112,7 +112,7 @@ def test_the_gate_is_a_metric(make_training):
     batch = training._sample(1)
     targets = training._targets(batch, 1)
     batch.log_probs = batch.log_probs + 0.01
-    training._update_policy(batch, targets, *training._updates(1)[0], first=True)
+    training.updater.update_policy(batch, targets, *training.updater.groups(1)[0])
     # exp(-0.01) - 1, in float32 from log-probabilities of size 1
     drift = training.state.progress.sums["policy/ratio_drift"].item()
     assert drift == pytest.approx(1 - 0.990050, abs=1e-5)
@@ -122,7 +122,7 @@ def test_the_gate_is_a_metric(make_training):
 def test_the_clip_range_scales_with_the_latent(make_training, resolution, factor):
     training = make_training({"resolution": resolution}, policy={"clip_range": 1e-4})
     assert training.policy.latent_size == 16_384 / factor
-    assert training.clip_range == pytest.approx(1e-4 * factor, rel=1e-12)  # float64
+    assert training.updater.clip_range == pytest.approx(1e-4 * factor, rel=1e-12)  # float64
 
 
 # --- what is trained

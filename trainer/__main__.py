@@ -1,6 +1,7 @@
 """The command line: `python -m comfy_tdpo.trainer`."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             return _print_config(_config(args))
         return _train(args)
+    except KeyboardInterrupt:  # while it still loads; from then on _stopper sees to it
+        return _complain("stopped before there was anything to save", STOPPED)
     except ValueError as error:
         return _complain(error, WRONG_INPUT)
     except (OSError, SafetensorError) as error:
@@ -172,7 +175,8 @@ def _stopper(stop: threading.Event):
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         stop.set()
-        print("\nStopping after this micro-batch, then saving. Again to quit without saving.", file=sys.stderr)
+        # not print: the signal may have come in the middle of one, whose buffer cannot be entered again
+        os.write(2, b"\nStopping after this micro-batch, then saving. Again to quit without saving.\n")
 
     return handle
 

@@ -13,7 +13,8 @@ from comfy_tdpo.shapes import WORLD
 
 from .config import TrainConfig, leaf_fields
 from .run import RunFolder
-from .training import Training, Watch
+from .state import Watch
+from .training import Training
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .run import EpochMetrics, RunFolder
-from .training import Training, Watch
+from .state import Watch
+from .training import Training
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 TrainingFactory = Callable[[RunFolder, threading.Event, Watch], Training]

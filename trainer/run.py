@@ -1,6 +1,6 @@
 """A run is a folder, readable without us, and the only memory of a run.
 
-config.toml                    everything needed to repeat it
+config.toml, prompts.txt       everything needed to repeat it
 metrics.jsonl                  one line an epoch, appended and flushed
 samples/epoch-0010.png         a fixed prompt and seed grid
 lora/epoch-0010.safetensors    and lora/latest.safetensors
@@ -18,11 +18,13 @@ from pathlib import Path
 import tomli_w
 from filelock import FileLock, Timeout
 
+from comfy_tdpo.prompts import load_prompts
+
 from .config import TrainConfig, plain_values, validate
 
 EpochMetrics = dict[str, float]
 
-CONFIG, METRICS = "config.toml", "metrics.jsonl"
+CONFIG, PROMPTS, METRICS = "config.toml", "prompts.txt", "metrics.jsonl"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -63,10 +65,12 @@ class RunFolder:
             raise ValueError(f"got run directory {str(self.path)!r}; expected a new or an empty folder")
 
     def create(self, config: TrainConfig) -> "RunFolder":
-        """Make it a new run of `config`."""
+        """Make it a new run of `config`, which can be continued from any folder and whatever becomes of the prompts."""
         self.check_free()
-        text = tomli_w.dumps(plain_values(config))
+        prompts = "".join(f"{prompt}\n" for prompt in load_prompts(config.prompts))
+        text = tomli_w.dumps(plain_values(_with_absolute_paths(config)))
         write_atomically(self.path / CONFIG, lambda file: _write_text(file, text))
+        write_atomically(self.path / PROMPTS, lambda file: _write_text(file, prompts))
         return self
 
     @classmethod
@@ -82,6 +86,11 @@ class RunFolder:
             return validate(tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"{self.path / CONFIG} cannot be read: {error}") from error
+
+    def prompts(self, config: TrainConfig) -> list[str]:
+        """The training prompts, as the run began with them; before there is a run, those that `config` names."""
+        kept = self.path / PROMPTS
+        return load_prompts(str(kept) if kept.is_file() else config.prompts)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -139,6 +148,13 @@ class RunFolder:
 
     def plot(self, name: str) -> Path:
         return self.path / "plots" / f"{name}.png"
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Names of files as they are called from everywhere; names of models and prompt sets stay."""
+    named = {name: getattr(config, name) for name in ("model", "prompts", "grid_prompts")}
+    files = {name: value for name, value in named.items() if value and value != "shapes" and Path(value).exists()}
+    return config.model_copy(update={name: str(Path(value).resolve()) for name, value in files.items()})
 
 
 def epoch_name(epoch: int) -> str:

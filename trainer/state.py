@@ -3,6 +3,7 @@
 Shapes: N samples of an epoch in this process, T denoising steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .config import OptimizerConfig, TrainConfig
 from .run import epoch_name
 
 TensorGroup = dict[str, Tensor]
+Watch = Callable[[str, int, int], None]  # (phase, done, total)
 
 
 @dataclass
