@@ -27,7 +27,7 @@ class RewardMoments:
         batch = _moments(rewards.tolist())
         moments = {prompt: self._prompt_moments(prompt) or batch for prompt in set(prompts)}
         mean, std = torch.tensor([moments[prompt] for prompt in prompts], dtype=torch.float64).unbind(1)
-        return ((rewards.double().cpu() - mean) / (std + 1e-6)).float().to(rewards.device)
+        return ((rewards.cpu().double() - mean) / (std + 1e-6)).float().to(rewards.device)
 
     def _prompt_moments(self, prompt: str) -> tuple[float, float] | None:
         buffer = self._buffers[prompt]

@@ -7,6 +7,7 @@ authors' code there is no activation between the layers by default; the paper sp
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,21 +22,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TemporalCritic(nn.Module):
-    """An MLP from unit embeddings, (..., D), to the residual in units of the normalised reward, (...)."""
+    """An MLP from unit embeddings, (..., D), to the residual in units of the normalised reward, (...).
 
-    def __init__(self, embed_dim: int, activation: str = "identity"):
+    All its randomness comes from generators that the caller names: nothing here touches torch's global one, which may
+    be serving another thread.
+
+    Args:
+        embed_dim: D; activation: a key of ACTIVATIONS; generator: of the weights' draw, on the CPU.
+    """
+
+    def __init__(self, embed_dim: int, activation: str = "identity", generator: torch.Generator | None = None):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"got activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         self.activation = activation
         self.init_std = 1 / (embed_dim + 1)
         sizes = (embed_dim, *WIDTHS)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, a, b) for a, b in pairwise(sizes))
         for layer in self.layers:
-            nn.init.normal_(layer.weight, std=self.init_std)
+            nn.init.normal_(layer.weight, std=self.init_std, generator=generator)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, embeds: Tensor) -> Tensor:
-        for layer, dropout in zip(self.layers[:-1], DROPOUT, strict=True):
-            embeds = F.dropout(ACTIVATIONS[self.activation](layer(embeds)), dropout, self.training)
+    def forward(self, embeds: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        """With a generator, dropout is on and its masks come from there; without one it is off."""
+        for layer, share in zip(self.layers[:-1], DROPOUT, strict=True):
+            embeds = ACTIVATIONS[self.activation](layer(embeds))
+            if dropout is not None and share:
+                embeds = _drop(embeds, share, dropout)
         return self.layers[-1](embeds)[..., 0]
+
+
+def _drop(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Inverted dropout with a mask drawn on the CPU, so that it is the same on every device."""
+    kept = torch.rand(x.shape, generator=generator) >= share
+    return x * kept.to(x.device, non_blocking=True) / (1 - share)

@@ -40,6 +40,11 @@ def make_schedule(scheduler: DDIMScheduler, steps: int, device: torch.device | s
         raise ValueError(f"got {steps} denoising steps; expected 1 to {config.num_train_timesteps}")
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps.cpu().long()
+    if timesteps.max() >= config.num_train_timesteps:
+        raise ValueError(
+            f"got {steps} denoising steps, which with steps_offset {config.steps_offset} begin beyond the "
+            f"{config.num_train_timesteps} the model was trained on; expected fewer"
+        )
     previous = (timesteps - config.num_train_timesteps // steps).clamp(min=0)
     alpha_bar, alpha_bar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[previous]
     return Schedule(

@@ -13,7 +13,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .randomness import seeded_at
+from .randomness import generator_at
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {
@@ -31,17 +31,18 @@ def add_lora(unet: UNet2DConditionModel, rank: int, alpha: float, targets: str, 
     """
     if targets not in TARGETS:
         raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
-    with seeded_at(seed, "lora"):
-        unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets]), init_lora_weights="gaussian")
-        )
-    for parameter in lora_parameters(unet):
+    with torch.random.fork_rng([]):  # peft draws from torch's global generator; its draw of A is replaced below
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets])))
+    for name, parameter in named_lora_parameters(unet).items():
         parameter.data = parameter.data.float()
+        if "lora_A" in name:
+            fresh = torch.randn(parameter.shape, generator=generator_at(seed, "lora", name)) / rank
+            parameter.data.copy_(fresh)
 
 
-def lora_parameters(unet: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters, in a fixed order."""
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+def named_lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters under their names in the U-Net."""
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from .critic import TemporalCritic
 
 NEURON_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu}
-RESETS = ("none", "active", "dormant", "all")
 
 
 @dataclass(frozen=True)
@@ -74,23 +73,13 @@ class ActivationRecorder:
 
         return add
 
-    def scores(self) -> dict[str, Tensor]:
-        """Eq. 11: each neuron's mean |activation| over its layer's mean, (H,) per layer."""
-        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+    def scores(self, reduce: Callable[[Tensor], Tensor] = lambda mean: mean) -> dict[str, Tensor]:
+        """Eq. 11: each neuron's mean |activation| over its layer's mean, (H,) per layer.
+
+        `reduce` makes the mean of all processes of each layer's (H,) means, where there are several.
+        """
+        means = {name: reduce(total / self._counts[name]) for name, total in self._sums.items()}
         return {name: mean / (mean.mean() + 1e-9) for name, mean in means.items()}
-
-
-@torch.no_grad()
-def critic_scores(critic: TemporalCritic, embeds: Tensor, activation: str = "relu") -> dict[str, Tensor]:
-    """The scores of the critic's neurons on `embeds`, (N, D)."""
-    was_training = critic.training
-    try:
-        critic.eval()
-        with ActivationRecorder(critic_layers(critic), activation) as recorder:
-            critic(embeds)
-    finally:
-        critic.train(was_training)
-    return recorder.scores()
 
 
 def active_masks(scores: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ def critic_loss(residuals: Tensor, old_residuals: Tensor, returns: Tensor, clip_
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """An estimate of KL(old || new) per latent element from the samples' log ratios (k2: half the mean square)."""
+    """An estimate of KL(old || new) in nats from the samples' log ratios (k2: half the mean square)."""
     return 0.5 * (log_ratio**2).mean()
 
 

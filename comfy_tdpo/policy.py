@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import Schedule, guide, make_schedule, step_distribution
-from .lora import add_lora, lora_parameters
+from .lora import add_lora, named_lora_parameters
 
 if TYPE_CHECKING:
     from .loading import Components
@@ -22,6 +22,8 @@ class DiffusionPolicy:
     """p_theta(x_{k+1} | x_k, c) of Eq. 2, with guidance as a part of it.
 
     Sampling and training call the same `step`, so that the ratio of a fresh sample is 1.
+
+    It takes the components over: they go to its device, and the U-Net gets the adapters.
 
     Args:
         components: U-Net, autoencoder, text encoder, tokenizer and scheduler of one model.
@@ -54,7 +56,8 @@ class DiffusionPolicy:
         add_lora(self.unet, rank, self.alpha, targets, seed)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.parameters = lora_parameters(self.unet)
+        self.named_parameters = named_lora_parameters(self.unet)
+        self.parameters = list(self.named_parameters.values())
         self.schedule = self._make_schedule(components, steps)
         self.latent_shape = self._latent_shape(resolution)
         self._prompt_embeds: dict[str, Tensor] = {}

@@ -2,12 +2,10 @@
 
 Every random number is drawn by a generator whose seed derives from where it is used, such as (run seed, "noise", epoch,
 sample). So a resumed run repeats exactly, the number of micro-batches changes nothing, and no global generator's state
-has to be saved or guessed.
+has to be saved, guessed, or shared with another thread.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -23,12 +21,3 @@ def derive_seed(*coordinates: int | str) -> int:
 def generator_at(*coordinates: int | str) -> torch.Generator:
     """A generator on the CPU: its numbers do not depend on the device that uses them."""
     return torch.Generator().manual_seed(derive_seed(*coordinates))
-
-
-@contextmanager
-def seeded_at(*coordinates: int | str) -> Iterator[None]:
-    """Seed torch's global generators inside the block, for modules that take no generator, and restore them after."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(derive_seed(*coordinates))
-        yield

@@ -13,7 +13,7 @@ from .critic import TemporalCritic
 from .diffusion import gaussian_kl, log_prob
 from .policy import DiffusionPolicy
 from .randomness import Coordinates, generator_at
-from .rewards import RewardModel
+from .rewards import RewardError, RewardModel
 
 
 @dataclass
@@ -50,6 +50,39 @@ class Trajectories:
         return cls(prompts=prompts, eval_rewards=evals, **tensors)
 
 
+@dataclass
+class Decoder:
+    """Decodes latents some at a time. `batch` is how many, and is halved where memory runs out."""
+
+    policy: DiffusionPolicy
+    batch: int
+
+    def __call__(
+        self,
+        latents: Tensor,
+        image_size: int | None = None,
+        read: Callable[[Tensor], Tensor] = lambda images: images,
+        check: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """What `read` makes of the images, (B, 3, h, w), of latents (B, C, H, W); `check` is called between batches."""
+        parts, begin = [], 0
+        while begin < len(latents):
+            check()
+            rows = slice(begin, begin + self.batch)
+            try:
+                parts.append(read(self.policy.decode(latents[rows], image_size)))
+                begin += self.batch
+            except torch.cuda.OutOfMemoryError as error:
+                if self.batch == 1:
+                    raise ValueError(
+                        "got out of memory decoding one image at a time; expected room for that: lower resolution, "
+                        "set precision to bf16, or close what else uses the device"
+                    ) from error
+                self.batch //= 2
+                torch.cuda.empty_cache()
+        return torch.cat(parts)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Samples, decodes and scores; everything it needs but the prompts and the seeds.
@@ -57,26 +90,24 @@ class Sampler:
     Args:
         embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
         embed_image_size: pixels at which intermediate latents are decoded for the critic, None for full size.
-        decode_batch: images decoded and embedded at once.
         with_kl: also run the base model, for the KL penalty.
         check: called between model calls; may raise to stop.
     """
 
-    policy: DiffusionPolicy
+    decoder: Decoder
     reward: RewardModel
     eval_rewards: dict[str, RewardModel]
     embed: Callable[[Tensor], Tensor] | None = None
     embed_image_size: int | None = None
-    decode_batch: int = 32
     with_kl: bool = False
     check: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
         """One trajectory for each of `prompts`, its noise drawn at the coordinates in `seeds`."""
-        noise = draw_noise(self.policy, seeds)
-        latents, log_probs, kl = denoise(self.policy, prompts, noise, self.with_kl, self.check)
-        images = self._decode(latents[:, -1])
+        policy = self.decoder.policy
+        latents, log_probs, kl = denoise(policy, prompts, draw_noise(policy, seeds), self.with_kl, self.check)
+        images = self.decoder(latents[:, -1], check=self.check)
         return Trajectories(
             prompts=prompts,
             latents=latents,
@@ -87,28 +118,22 @@ class Sampler:
             eval_rewards={name: self._score(model, images, prompts) for name, model in self.eval_rewards.items()},
         )
 
-    def _decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
-        return torch.cat([self.policy.decode(part, image_size) for part in latents.split(self.decode_batch)])
-
     def _embed(self, latents: Tensor) -> Tensor | None:
         """Unit embeddings, (B, T, D), of the decoded x_k, noisy as they are; (B, T, C, H, W) in."""
         if self.embed is None:
             return None
-        embeds = []
-        for part in latents.flatten(0, 1).split(self.decode_batch):
-            self.check()
-            embeds.append(self.embed(self.policy.decode(part, self.embed_image_size)).float())
-        return torch.cat(embeds).unflatten(0, latents.shape[:2])
+        embeds = self.decoder(latents.flatten(0, 1), self.embed_image_size, self.embed, self.check)
+        return embeds.float().unflatten(0, latents.shape[:2])
 
     def _score(self, model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
         scores = model.score(images, prompts)
         if scores.shape != (len(prompts),):
-            raise ValueError(
+            raise RewardError(
                 f"reward {model.name!r} returned shape {tuple(scores.shape)}; expected one score per image, "
                 f"({len(prompts)},)"
             )
         if not torch.isfinite(scores).all():
-            raise ValueError(f"reward {model.name!r} returned a score that is not finite: {scores.tolist()}")
+            raise RewardError(f"reward {model.name!r} returned a score that is not finite: {scores.tolist()}")
         return scores.float().to(images.device)
 
 
@@ -146,18 +171,23 @@ def denoise(
     return latents, log_probs, kl
 
 
-def draw_images(policy: DiffusionPolicy, prompts: list[str], seeds: Sequence[Coordinates], batch: int) -> Tensor:
+def draw_images(
+    decoder: Decoder,
+    prompts: list[str],
+    seeds: Sequence[Coordinates],
+    batch: int,
+    check: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Only the images, (B, 3, H, W) in [0, 1], of trajectories sampled `batch` at a time."""
-    images = []
+    policy, images = decoder.policy, []
     for begin in range(0, len(prompts), batch):
         rows = slice(begin, begin + batch)
-        latents, _, _ = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]))
-        images.append(policy.decode(latents[:, -1]))
+        latents, _, _ = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]), check=check)
+        images.append(decoder(latents[:, -1], check=check))
     return torch.cat(images)
 
 
 @torch.no_grad()
 def critic_residuals(critic: TemporalCritic, image_embeds: Tensor) -> Tensor:
-    """R_phi(x_k, c) with dropout off, (B, T), from embeddings (B, T, D)."""
-    critic.eval()
+    """R_phi(x_k, c) without dropout, (B, T), from embeddings (B, T, D)."""
     return critic(image_embeds)

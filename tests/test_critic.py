@@ -13,8 +13,7 @@ from comfy_tdpo.trainer.config import CriticConfig
 
 @pytest.mark.parametrize("embed_dim", [64, 768])
 def test_layers_and_their_draw(embed_dim):
-    torch.manual_seed(0)
-    critic = TemporalCritic(embed_dim)
+    critic = TemporalCritic(embed_dim, generator=torch.Generator().manual_seed(0))
     sizes = [(layer.in_features, layer.out_features) for layer in critic.layers]
     assert sizes == [(embed_dim, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)]
     for layer in critic.layers:
@@ -25,7 +24,7 @@ def test_layers_and_their_draw(embed_dim):
 
 
 def test_identity_activation_is_a_product_of_matrices(generator):
-    critic = TemporalCritic(24).double().eval()
+    critic = TemporalCritic(24).double()
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.normal_(0, 0.2, generator=generator)
@@ -41,7 +40,7 @@ def test_identity_activation_is_a_product_of_matrices(generator):
 
 @pytest.mark.parametrize(("activation", "slope"), [("relu", 0.0), ("leaky_relu", 0.01)])
 def test_activations_lie_between_the_layers_and_not_after_the_last(generator, activation, slope):
-    critic = TemporalCritic(24, activation).double().eval()
+    critic = TemporalCritic(24, activation).double()
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.normal_(0, 0.2, generator=generator)
@@ -55,13 +54,41 @@ def test_activations_lie_between_the_layers_and_not_after_the_last(generator, ac
     assert got.min() < 0, "an activation after the last layer would hide this"
 
 
-def test_dropout_only_in_training(generator):
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_dropout_is_on_where_a_generator_is_given_and_repeats_with_its_seed(generator):
     critic, embeds = TemporalCritic(24), torch.randn(8, 24, generator=generator)
     with torch.no_grad():
         for parameter in critic.parameters():
             parameter.normal_(0, 0.2, generator=generator)
-    assert not torch.equal(critic.train()(embeds), critic(embeds))
-    assert torch.equal(critic.eval()(embeds), critic(embeds))
+    assert torch.equal(critic(embeds), critic(embeds))
+    dropped = critic(embeds, dropout=seeded(1))
+    assert not torch.equal(dropped, critic(embeds))
+    assert torch.equal(dropped, critic(embeds, dropout=seeded(1)))
+    assert not torch.equal(dropped, critic(embeds, dropout=seeded(2)))
+
+
+def test_dropout_takes_the_shares_that_are_stated_and_keeps_the_mean():
+    """With all weights 1/width and unit inputs each layer's output is the share of what was kept before it."""
+    critic = TemporalCritic(1)
+    with torch.no_grad():
+        for layer in critic.layers:
+            layer.weight.fill_(1 / layer.in_features)
+    got = critic(torch.ones(20_000, 1), dropout=seeded(0))
+    # one over 64 units of keeping 0.9 is the widest: std 1/3 / 8, over 20,000 rows a standard error of 3e-4; five
+    assert got.mean().item() == pytest.approx(1, abs=1.5e-3)
+    # variances p / (1 - p) of a mean over 1024, 128 and 64 units, each relative to what the layer before gave
+    expected = (1 + 0.25 / 1024) * (1 + 0.25 / 128) * (1 + (1 / 9) / 64) - 1
+    # five standard errors of a variance from 20,000 draws
+    assert got.var().item() == pytest.approx(expected, rel=5 * (2 / 20_000) ** 0.5)
+
+
+def test_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    TemporalCritic(24, generator=seeded(0))(torch.ones(2, 24), dropout=seeded(1))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_unknown_activation_is_refused():
@@ -83,10 +110,9 @@ def test_explained_variance_rises_where_it_can(generator, dtype):
 
     @torch.no_grad()
     def explained() -> float:
-        return explained_variance(critic.eval()(unseen), unseen_returns).item()
+        return explained_variance(critic(unseen), unseen_returns).item()
 
-    torch.manual_seed(0)
-    settings, critic = CriticConfig(), TemporalCritic(64)
+    settings, critic = CriticConfig(), TemporalCritic(64, generator=seeded(0))
     optimizer = torch.optim.AdamW(
         critic.parameters(),
         settings.lr,
@@ -99,10 +125,9 @@ def test_explained_variance_rises_where_it_can(generator, dtype):
     for _ in range(12):  # epochs of 20 updates over 24 embeddings each
         embeds, returns = draw(480)
         with torch.no_grad():
-            old = critic.eval()(embeds)
-        critic.train()
+            old = critic(embeds)
         for rows in torch.arange(480).split(24):
-            loss = critic_loss(critic(embeds[rows]), old[rows], returns[rows], settings.clip_range).mean()
+            loss = critic_loss(critic(embeds[rows], generator), old[rows], returns[rows], settings.clip_range).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(critic.parameters(), settings.max_grad_norm)
             optimizer.step()

@@ -85,6 +85,38 @@ def test_a_failure_is_one_sentence_and_frees_the_device(make_job, tmp_path, make
     assert other.wait(120).state == "finished"
 
 
+def test_a_job_starts_once_and_a_second_start_blocks_nobody(make_job):
+    job = make_job()
+    job.start()
+    with pytest.raises(ValueError, match="was started before"):
+        job.start()
+    job.wait(120)
+    with pytest.raises(ValueError, match="was started before"):
+        job.start()
+    other = make_job("other")
+    other.start()
+    assert other.wait(120).state == "finished"
+
+
+def test_a_subscriber_that_raises_disturbs_nobody(make_job, caplog):
+    job, events = make_job(), []
+
+    def raising(event, status):
+        raise RuntimeError("the display is gone")
+
+    job.subscribe(raising)
+    job.subscribe(lambda event, status: events.append(event))
+    job.start()
+    assert job.wait(120).state == "finished"
+    assert events[-1] == "end" and events.count("epoch") == 3
+    assert "the display is gone" in caplog.text
+
+
+def test_a_device_without_a_number_is_the_first(tmp_path):
+    run = new_run(tmp_path / "run")
+    assert Job(run, lambda *_: None, "cuda").device == Job(run, lambda *_: None, "cuda:0").device
+
+
 def test_an_ended_subscription_hears_nothing(make_job):
     job, events = make_job(), []
     end = job.subscribe(lambda event, status: events.append(event))

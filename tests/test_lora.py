@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfy_tdpo.lora import ATTENTION, TARGETS, add_lora, load_lora_state, lora_parameters, lora_state, save_lora
+from comfy_tdpo.lora import ATTENTION, TARGETS, add_lora, load_lora_state, lora_state, named_lora_parameters, save_lora
 
 RANK = 4
 BLOCKS = (  # of the tiny U-Net's transformers, by hand
@@ -112,7 +112,7 @@ def test_state_goes_round_without_losing_a_bit(trained, make_policy, tmp_path):
     load_lora_state(other.unet, load_file(tmp_path / "state.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(other.parameters, trained.parameters, strict=True))
     assert torch.equal(output(other.unet), output(trained.unet))
-    assert all(a is b for a, b in zip(other.parameters, lora_parameters(other.unet), strict=True)), (
+    assert all(a is b for a, b in zip(other.parameters, named_lora_parameters(other.unet).values(), strict=True)), (
         "an optimizer made before holds the same parameters"
     )
 
@@ -154,7 +154,7 @@ def test_only_the_adapters_are_trained_in_float32_over_a_bf16_base(make_componen
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert all(p.dtype == torch.bfloat16 for name, p in unet.named_parameters() if name not in trained)
-    assert len(trained) == len(lora_parameters(unet)) == 2 * len(BLOCKS) * len(PROJECTIONS[targets])
+    assert len(trained) == len(named_lora_parameters(unet)) == 2 * len(BLOCKS) * len(PROJECTIONS[targets])
 
 
 def test_unknown_targets_are_refused(make_components):

@@ -48,3 +48,33 @@ def test_memory_that_runs_out_in_mid_epoch_changes_no_update(tmp_path, make_poli
 def test_no_room_for_one_sample_says_what_to_lower(tmp_path, make_policy):
     with pytest.raises(ValueError, match="lower resolution"):
         train(tmp_path / "run", make_policy, micro_batch=4, rows=0)
+
+
+class ShortOfMemoryToDecode:
+    """A policy's `decode` that has room for `rows` latents."""
+
+    def __init__(self, policy, rows: int):
+        self.decode, self.rows = policy.decode, rows
+
+    def __call__(self, latents, image_size=None):
+        if len(latents) > self.rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.decode(latents, image_size)
+
+
+def test_memory_that_runs_out_in_decoding_leaves_the_micro_batch_alone(tmp_path, make_policy):
+    short = toy_training(new_run(tmp_path / "short", decode_batch=8), make_policy)
+    short.policy.decode = ShortOfMemoryToDecode(short.policy, rows=3)
+    list(short.epochs())
+    given = toy_training(new_run(tmp_path / "given", decode_batch=2), make_policy)
+    list(given.epochs())
+    assert (short.decoder.batch, short.state.micro_batch) == (2, 2)
+    assert same(lora_of(short), lora_of(given))
+    assert timeless(short.run.metrics()) == timeless(given.run.metrics())
+
+
+def test_no_room_to_decode_one_image_says_what_to_lower(tmp_path, make_policy):
+    training = toy_training(new_run(tmp_path / "run"), make_policy)
+    training.policy.decode = ShortOfMemoryToDecode(training.policy, rows=0)
+    with pytest.raises(ValueError, match="lower resolution"):
+        list(training.epochs())

@@ -11,7 +11,6 @@ from comfy_tdpo.neurons import (
     HiddenLayer,
     active_masks,
     critic_layers,
-    critic_scores,
     dormant_percent,
     lora_layers,
     overlap_percent,
@@ -174,9 +173,10 @@ def test_recorded_scores_over_several_forwards(generator, activation, slope):
 
 @pytest.mark.parametrize("critic_activation", ["identity", "relu"])
 def test_critic_scores(generator, critic_activation):
-    critic, x = make_critic(critic_activation).train(), torch.randn(40, EMBED_DIM, generator=generator)
-    scores = critic_scores(critic, x)
-    assert critic.training, "back in the mode it was in"
+    critic, x = make_critic(critic_activation), torch.randn(40, EMBED_DIM, generator=generator)
+    with ActivationRecorder(critic_layers(critic)) as recorder:
+        critic(x)
+    scores = recorder.scores()
     assert list(scores) == ["layers.0", "layers.1", "layers.2", "layers.3"]
     x = x.double()
     for layer, score in zip(critic.layers, scores.values(), strict=False):
@@ -213,9 +213,25 @@ def test_hooks_are_gone_however_the_block_ends():
     with pytest.raises(KeyboardInterrupt), ActivationRecorder(critic_layers(critic)):
         raise KeyboardInterrupt
     assert hooks(critic) == 0
-    with pytest.raises(RuntimeError):
-        critic_scores(critic.train(), torch.zeros(2, EMBED_DIM + 1))
-    assert hooks(critic) == 0 and critic.training
+
+
+def test_the_mean_of_several_processes_is_taken_before_scores_are_relative(generator):
+    """Two processes of unlike data: the scores are those of all rows together, not the mean of two scores."""
+    critic, x = make_critic(), torch.randn(2, 30, EMBED_DIM, generator=generator)
+    x[1] *= 10
+    parts = []
+    for rows in x:
+        with ActivationRecorder(critic_layers(critic)) as recorder:
+            critic(rows)
+        parts.append(recorder)
+    with ActivationRecorder(critic_layers(critic)) as whole:
+        critic(x.flatten(0, 1))
+    means: list[torch.Tensor] = []
+    parts[1].scores(reduce=lambda mean: means.append(mean) or mean)
+    others = iter(means)
+    got = parts[0].scores(reduce=lambda mean: (mean + next(others)) / 2)
+    for name, score in whole.scores().items():
+        torch.testing.assert_close(got[name], score, rtol=1e-5, atol=1e-6)  # float32 sums of 30 and 60 rows
 
 
 # --- masks and their overlap

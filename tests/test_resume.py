@@ -4,9 +4,11 @@ import json
 import threading
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from toy import lora_of, new_run, same, timeless, toy_training
 
+from comfy_tdpo.trainer.keeping import TrainingError
 from comfy_tdpo.trainer.run import RunFolder
 
 VARIANTS = {
@@ -17,6 +19,7 @@ VARIANTS = {
     },
     "ddpo-2": {"algorithm": "ddpo-2"},
     "ddpo-100": {"algorithm": "ddpo-100"},
+    "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None},
 }
 
 
@@ -128,6 +131,35 @@ def test_a_run_goes_on_from_another_folder_and_without_the_prompts_it_was_given(
     list(toy_training(run, make_policy).epochs())
     assert timeless(run.metrics()) == timeless(whole.metrics())
     assert run.config.prompts == str(prompts)
+
+
+def test_what_a_killed_process_left_half_done_is_in_nobodys_way(tmp_path, make_policy):
+    whole, _ = whole_run(tmp_path / "whole", make_policy)
+    run = new_run(tmp_path / "run")
+    next(toy_training(run, make_policy).epochs())
+    for name in ("epoch-0002", ".epoch-0001-samples-000004-updates-000000.partial"):
+        (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "policy.safetensors").write_bytes(b"half")
+    list(toy_training(run, make_policy).epochs())
+    assert timeless(run.metrics()) == timeless(whole.metrics())
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["epoch-0002", "epoch-0003"]
+    assert all((path / "state.json").is_file() for path in run.checkpoints.iterdir())
+
+
+def test_what_has_diverged_is_not_kept(tmp_path, make_policy):
+    run = new_run(tmp_path / "run")
+    training = toy_training(run, make_policy)
+    epochs = training.epochs()
+    next(epochs)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        training.policy.parameters[0][0, 0] = torch.nan
+    training.stop.set()
+    with pytest.raises(TrainingError, match="diverged"):
+        list(epochs)
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    list(toy_training(run, make_policy).epochs())
+    assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
 
 
 DAMAGES = {

@@ -36,6 +36,9 @@ class Brightness:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return images.mean(dim=(1, 2, 3))
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        pass
+
 
 def toy_config(**overrides) -> TrainConfig:
     """The preset `shapes` at toy size; `overrides` are nested values."""

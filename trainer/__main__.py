@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from comfy_tdpo import __version__
+from comfy_tdpo.rewards import RewardError
 
 from .config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets
+from .keeping import TrainingError
 from .run import RunFolder
 
 FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
@@ -28,12 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             return _print_config(_config(args))
         return _train(args)
-    except KeyboardInterrupt:  # while it still loads; from then on _stopper sees to it
+    except KeyboardInterrupt:  # while it still loads; from then on _stopping_on_signals sees to it
         return _complain("stopped before there was anything to save", STOPPED)
     except ValueError as error:
         return _complain(error, WRONG_INPUT)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RewardError) as error:
         return _complain(f"{error}; what was saved before is whole: mend the cause, then go on with --resume", FAILED)
+    except TrainingError as error:
+        return _complain(error, FAILED)
 
 
 def _complain(error: object, status: int) -> int:
@@ -88,7 +93,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
             target = values
             for section in sections:
                 target = target.setdefault(section, {})
-            target[name] = None if value == "none" and not name.endswith("reset") else value
+            target[name] = value
     if args.reward:
         values["rewards"] = dict(_weighted(text) for text in args.reward)
     if args.eval_reward:
@@ -121,23 +126,21 @@ def _train(args: argparse.Namespace) -> int:
 
     run, config = _resumed_run(args) if args.resume else _new_run(args)
     stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stopper(stop))
     console = Console(config, first_epoch=len(run.metrics()) + 1)
     try:
         training = assemble(config, run, stop, console.watch)
-        if not training.accelerator.is_main_process:
-            deque(training.epochs(), maxlen=0)  # the main process tells of them
-            return FINISHED
-        if not args.resume:
-            run.create(config)  # only now, that everything it needs is loaded
-        with run.lock():
-            for metrics in training.epochs():
-                console.epoch(metrics)
-        training.accelerator.end_training()
+        with _stopping_on_signals(stop):
+            if not training.accelerator.is_main_process:
+                deque(training.epochs(), maxlen=0)  # the main process tells of them
+                return STOPPED if training.stopped else FINISHED
+            if not args.resume:
+                run.create(config)  # only now, that everything it needs is loaded
+            with run.lock():
+                for metrics in training.epochs():
+                    console.epoch(metrics)
+            return _conclude(run, training.stopped)
     finally:
         console.close()
-    return _conclude(run, training.stopped)
 
 
 def _resumed_run(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig]:
@@ -167,8 +170,9 @@ def _conclude(run: RunFolder, stopped: bool) -> int:
     return FINISHED
 
 
-def _stopper(stop: threading.Event):
-    """A signal handler that asks the training to stop; a second signal ends the program at once."""
+@contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Inside the block a signal to end asks the training to stop; a second one ends the program at once."""
 
     def handle(signum: int, _frame: Any) -> None:
         if stop.is_set():
@@ -176,9 +180,14 @@ def _stopper(stop: threading.Event):
             signal.raise_signal(signum)
         stop.set()
         # not print: the signal may have come in the middle of one, whose buffer cannot be entered again
-        os.write(2, b"\nStopping after this micro-batch, then saving. Again to quit without saving.\n")
+        os.write(2, b"\nStopping as soon as it can, then saving. Again to quit without saving.\n")
 
-    return handle
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import load_reward, load_rewards
 from comfy_tdpo.shapes import WORLD
 
-from .config import TrainConfig, leaf_fields
+from .config import TrainConfig
 from .run import RunFolder
 from .state import Watch
 from .training import Training
@@ -35,11 +35,7 @@ def assemble(
     reward = load_rewards(config.rewards, accelerator.device)
     eval_rewards = {name: load_reward(name, accelerator.device) for name in config.eval_rewards}
     policy = load_policy(config, accelerator.device)
-    training = Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
-    if config.output.trackers:
-        settings = {name: _setting(config, name) for name, _ in leaf_fields()}
-        accelerator.init_trackers("comfy_tdpo", config=settings)
-    return training
+    return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
 
 
 def _trackers(names: list[str]) -> list[str] | None:
@@ -52,14 +48,6 @@ def _trackers(names: list[str]) -> list[str] | None:
                 "pip install 'comfy-tdpo[tracking]' brings tensorboard and wandb"
             )
     return names or None
-
-
-def _setting(config: TrainConfig, name: str) -> int | float | str | bool:
-    """A setting by its dotted name, as a plain value that every tracker takes."""
-    value = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value if isinstance(value, int | float | str | bool) else str(value)
 
 
 def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .run import flush_to_disk
 
-STATE = "state.json"
-FORMAT = 1
+STATE, PARTIAL = "state.json", ".partial"
+FORMAT = 2
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -27,10 +27,11 @@ def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, 
 
     A checkpoint's name says how far the run had come, so one that is there already holds the same state.
     """
-    place, beside = folder / name, folder / f".{name}.partial"
-    if place.exists():
+    place, beside = folder / name, folder / f".{name}{PARTIAL}"
+    if (place / STATE).is_file():
         return place
-    shutil.rmtree(beside, ignore_errors=True)
+    for broken in (place, beside):
+        shutil.rmtree(broken, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         for group, content in tensors.items():
@@ -45,8 +46,16 @@ def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, 
         shutil.rmtree(beside, ignore_errors=True)
     flush_to_disk(folder)
     for old in _whole_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        doomed = old.with_name(f".{old.name}{PARTIAL}")
+        old.replace(doomed)  # so that one that is killed in mid-removal leaves no half a checkpoint under its name
+        shutil.rmtree(doomed)
     return place
+
+
+def remove_partial(folder: Path) -> None:
+    """Clear away what a process that was killed while saving left in `folder`."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        shutil.rmtree(path)
 
 
 def _whole_checkpoints(folder: Path) -> list[Path]:
@@ -75,16 +84,24 @@ def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     return tensors, state
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state, keyed by the position of each parameter in its one group and the name of the moment."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, moments in state.items() for name, value in moments.items()}
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's state as <parameter's name>:<moment's name>."""
+    return {
+        f"{name}:{moment}": value
+        for name, parameter in parameters.items()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, to the parameters of the same names in the optimizer's one group."""
+    (group,) = optimizer.param_groups
+    names = {parameter: name for name, parameter in parameters.items()}
+    state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        name, _, moment = key.rpartition(":")
+        state.setdefault(name, {})[moment] = value
+    by_position = {i: state[names[p]] for i, p in enumerate(group["params"]) if names[p] in state}
+    optimizer.load_state_dict({"state": by_position, "param_groups": optimizer.state_dict()["param_groups"]})

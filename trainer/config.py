@@ -36,8 +36,20 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 
 
+NONE = "none"  # TOML and a command line have no null
+
+
+def _unset(value: Any) -> Any:
+    return None if value == NONE else value
+
+
 def _split(value: Any) -> Any:
-    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    parts = value.split(",") if isinstance(value, str) else value
+    return [] if parts == [NONE] else [part for part in parts if part]
+
+
+Unset = BeforeValidator(_unset)
+Names = Annotated[list[str], BeforeValidator(_split)]
 
 
 class Section(BaseModel):
@@ -65,7 +77,7 @@ class PolicyConfig(OptimizerConfig):
         description="clip range of the ratio, stated for a latent of 4 x 64 x 64 and scaled to the actual one",
     )
     rank: int = Field(default=4, ge=1, le=1024, description="rank of the LoRA")
-    alpha: Positive | None = Field(
+    alpha: Annotated[Positive | None, Unset] = Field(
         default=None, description="alpha of the LoRA; none: the rank, so that its scale is 1"
     )
     targets: Literal["attention", "attention+feed-forward"] = Field(
@@ -89,10 +101,10 @@ class CriticConfig(OptimizerConfig):
     clip_range: Positive = Field(
         default=0.2, description="how far a prediction may move from its old value, in normalised reward"
     )
-    encoder: str | None = Field(
+    encoder: Annotated[str | None, Unset] = Field(
         default=None, description="reward whose image encoder the critic reads; none: the training reward's"
     )
-    image_size: int | None = Field(
+    image_size: Annotated[int | None, Unset] = Field(
         default=None,
         ge=8,
         le=4096,
@@ -127,7 +139,7 @@ class KLConfig(Section):
     """The penalty for leaving the base model (Section 5)."""
 
     coefficient: float = Field(default=0.0, ge=0, le=1e6, description="normalised reward per nat; 0: no penalty")
-    target: Positive | None = Field(
+    target: Annotated[Positive | None, Unset] = Field(
         default=None, description="nats per trajectory to steer the coefficient to; none: fixed"
     )
     horizon: Count = Field(default=10_000, description="samples over which the coefficient adapts")
@@ -147,9 +159,7 @@ class OutputConfig(Section):
     keep_checkpoints: Count = Field(default=2, description="latest checkpoints that are kept")
     samples_every: Count = Field(default=5, description="epochs between sample grids and LoRA snapshots")
     grid_images: int = Field(default=16, ge=1, le=256, description="images in a sample grid")
-    trackers: Annotated[list[str], BeforeValidator(_split)] = Field(
-        default=[], description="accelerate's trackers, such as tensorboard or wandb"
-    )
+    trackers: Names = Field(default=[], description="accelerate's trackers, such as tensorboard or wandb")
 
 
 class TrainConfig(Section):
@@ -159,18 +169,16 @@ class TrainConfig(Section):
     model: str = Field(
         default="shapes", description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint"
     )
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = Field(
+    prediction_type: Annotated[Literal["epsilon", "v_prediction", "sample"] | None, Unset] = Field(
         default=None, description="what the model predicts, where its own configuration does not say"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the base model; the LoRA is always fp32")
-    rewards: dict[str, float] = Field(
+    rewards: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and weights"
     )
-    eval_rewards: Annotated[list[str], BeforeValidator(_split)] = Field(
-        default=[], description="rewards that only watch"
-    )
+    eval_rewards: Names = Field(default=[], description="rewards that only watch")
     prompts: str = Field(default="shapes", description="prompt set, or a text file with one prompt a line")
-    grid_prompts: str | None = Field(
+    grid_prompts: Annotated[str | None, Unset] = Field(
         default=None, description="prompts of the sample grids; none: the training prompts"
     )
     seed: int = Field(default=42, ge=0, lt=2**63, description="every random number derives from it")
@@ -183,7 +191,7 @@ class TrainConfig(Section):
         default="timestep",
         description="one gradient update a timestep (TDPO), or one for all steps of a trajectory (DDPO)",
     )
-    micro_batch: Count | None = Field(
+    micro_batch: Annotated[Count | None, Unset] = Field(
         default=None,
         description="most samples in one forward; a divisor of samples_per_update is used. none: what fits",
     )
@@ -192,7 +200,7 @@ class TrainConfig(Section):
     guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1: none")
     resolution: int = Field(default=512, ge=8, le=8192, description="pixels a side of the images")
     gamma: Rate = Field(default=1.0, description="discount of the returns")
-    advantage_clip: Positive | None = Field(
+    advantage_clip: Annotated[Positive | None, Unset] = Field(
         default=None, description="clip of the advantages without a critic; none: none"
     )
     policy: PolicyConfig = PolicyConfig()
@@ -215,6 +223,15 @@ class TrainConfig(Section):
             raise ValueError("moments.min_count is larger than moments.buffer_size; it would never be reached")
         if self.neurons.reset != "none" and not self.critic.enabled:
             raise ValueError("neurons.reset needs a critic; set it to none, or critic.enabled to true")
+        if self.kl.target is not None and not self.kl.coefficient:
+            raise ValueError("kl.target steers kl.coefficient, which is 0; give it a value to start from")
+        if self.kl.target is not None and self.kl.horizon < self.samples_per_epoch:
+            raise ValueError(
+                f"kl.horizon {self.kl.horizon} is less than the {self.samples_per_epoch} samples of an epoch; the "
+                "coefficient would jump; give it several times as many"
+            )
+        if self.advantage_clip is not None and self.critic.enabled:
+            raise ValueError("advantage_clip is for algorithms without a critic; set it to none")
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one another weight")
         encoders = [self.critic.encoder] if self.critic.encoder else []
@@ -245,6 +262,12 @@ def make_config(preset: str = "shapes", file: Path | None = None, overrides: Fie
     algorithm = next((layer["algorithm"] for layer in reversed(layers) if "algorithm" in layer), "tdpo-r")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"got algorithm {algorithm!r}; expected one of {', '.join(ALGORITHMS)}")
+    in_file = layers[1].get("algorithm", algorithm)
+    if in_file != algorithm:
+        raise ValueError(
+            f"got algorithm {algorithm!r} over a file that is made for {in_file!r} and whose values would stay; "
+            "expected the same: take the algorithm and what belongs to it out of the file"
+        )
     merged: Fields = {}
     for layer in (ALGORITHMS[algorithm], base, for_algorithm.get(algorithm, {}), *layers[1:]):
         merged = _merge(merged, layer)
@@ -295,5 +318,12 @@ def leaf_fields(section: type[Section] = TrainConfig, prefix: str = "") -> Itera
 
 
 def plain_values(config: TrainConfig) -> Fields:
-    """The configuration as plain nested values without the unset ones, as TOML has no null."""
-    return config.model_dump(mode="json", exclude_none=True)
+    """The configuration as plain nested values; what is unset is "none"."""
+    return _spell_out(config.model_dump(mode="json"))
+
+
+def _spell_out(values: Fields) -> Fields:
+    return {
+        name: _spell_out(value) if isinstance(value, dict) else NONE if value is None else value
+        for name, value in values.items()
+    }

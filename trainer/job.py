@@ -1,14 +1,19 @@
 """A run on a background thread: start, watch, stop, wait."""
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .run import EpochMetrics, RunFolder
 from .state import Watch
 from .training import Training
+
+logger = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 TrainingFactory = Callable[[RunFolder, threading.Event, Watch], Training]
@@ -48,8 +53,9 @@ class Job:
         device: where it trains. Only one job at a time may train on a device.
     """
 
-    def __init__(self, run: RunFolder, factory: TrainingFactory, device: str = "cpu"):
-        self.run, self.device, self._factory = run, device, factory
+    def __init__(self, run: RunFolder, factory: TrainingFactory, device: torch.device | str = "cpu"):
+        self.run, self._factory = run, factory
+        self.device = torch.device(torch.device(device).type, torch.device(device).index or 0)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._subscribers: list[Subscriber] = []
         self._thread = threading.Thread(target=self._work, name=f"tdpo-{self.id}", daemon=True)
@@ -67,12 +73,17 @@ class Job:
             return self._status
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call `subscriber(event, status)` on every event, from the job's thread; returns what ends it."""
+        """Call `subscriber(event, status)` on every event, from the job's thread; returns what ends it.
+
+        What a subscriber raises is logged, and disturbs neither the training nor the others.
+        """
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber)
 
     def start(self) -> None:
-        """Begin; ValueError where another job trains on the same device."""
+        """Begin; ValueError where another job trains on the same device, or this one has been started before."""
+        if self._thread.ident is not None:
+            raise ValueError(f"job {self.id!r} was started before; make a new one to continue its run")
         _register(self)
         self._thread.start()
 
@@ -81,7 +92,7 @@ class Job:
         self._stop.set()
 
     def wait(self, timeout: float | None = None) -> Status:
-        """Wait for the end, for at most `timeout` seconds, and return the status."""
+        """Wait for the end of a job that was started, for at most `timeout` seconds, and return the status."""
         self._thread.join(timeout)
         return self.status
 
@@ -90,6 +101,7 @@ class Job:
             with self.run.lock():
                 outcome: dict[str, Any] = {"state": "stopped" if self._train() else "finished"}
         except Exception as error:  # whatever it is, it belongs to whoever watches the job
+            logger.exception("run %s failed", self.id)
             outcome = {"state": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())}
         _unregister(self)
         self._change("end", **outcome)
@@ -115,11 +127,14 @@ class Job:
         with self._lock:
             self._status = status = replace(self._status, **changes)
         for subscriber in list(self._subscribers):
-            subscriber(event, status)
+            try:
+                subscriber(event, status)
+            except Exception:  # a watcher's mistake is not the training's
+                logger.exception("a subscriber of run %s failed", self.id)
 
 
 _jobs: dict[str, Job] = {}
-_training_on: dict[str, Job] = {}
+_training_on: dict[torch.device, Job] = {}
 _registry_lock = threading.Lock()
 
 
@@ -135,6 +150,9 @@ def _register(job: Job) -> None:
             raise ValueError(
                 f"run {other.id!r} is training on {job.device}; stop it or wait for it before starting {job.id!r}"
             )
+        same_name = _jobs.get(job.id)
+        if same_name in _training_on.values():
+            raise ValueError(f"another run named {job.id!r} is training; stop it or wait for it")
         _training_on[job.device] = _jobs[job.id] = job
 
 

@@ -34,9 +34,10 @@ class NeuronStates:
         config, critic = self.config.neurons, self.state.critic
         assert critic is not None, "there are embeddings for a critic alone"
         embeds = image_embeds[:, :1] if config.data == "first-step" else image_embeds
-        scores = neurons.critic_scores(critic, embeds.flatten(0, 1), config.activation)
-        metrics = self._measure("neurons", scores, config.threshold)
         layers, optimizer = neurons.critic_layers(critic), self.state.critic_optimizer
+        with neurons.ActivationRecorder(layers, config.activation) as recorder:
+            critic(embeds.flatten(0, 1))
+        metrics = self._measure("neurons", recorder, config.threshold)
         return metrics | self._reset("neurons", config.reset, layers, optimizer)
 
     @torch.no_grad()
@@ -47,12 +48,12 @@ class NeuronStates:
         with neurons.ActivationRecorder(layers, config.activation) as recorder:
             for k in range(len(policy.schedule)):
                 policy.step(batch.latents[:size, k], torch.full((size,), k, device=policy.device), embeds)
-        metrics = self._measure("policy_neurons", recorder.scores(), config.policy_threshold)
+        metrics = self._measure("policy_neurons", recorder, config.policy_threshold)
         return metrics | self._reset("policy_neurons", config.policy_reset, layers, self.state.optimizer)
 
-    def _measure(self, group: str, scores: dict[str, Tensor], threshold: float) -> EpochMetrics:
-        """Dormant neurons now, and their overlap with those of the epoch before; scores are (H,) per layer."""
-        scores = {name: self.accelerator.reduce(score, "mean") for name, score in scores.items()}
+    def _measure(self, group: str, recorder: neurons.ActivationRecorder, threshold: float) -> EpochMetrics:
+        """Dormant neurons now, and their overlap with those of the epoch before."""
+        scores = recorder.scores(reduce=lambda mean: self.accelerator.reduce(mean, "mean"))
         active, before = neurons.active_masks(scores, threshold), self.state.active.get(group)
         self.state.active[group] = active
         metrics: EpochMetrics = {f"{group}/dormant_percent": neurons.dormant_percent(active)}

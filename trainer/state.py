@@ -15,7 +15,7 @@ from comfy_tdpo.advantages import KLCoefficient, RewardMoments
 from comfy_tdpo.critic import TemporalCritic
 from comfy_tdpo.lora import load_lora_state, lora_state
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.randomness import seeded_at
+from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rollout import Trajectories
 
 from .checkpoint import load_latest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
@@ -78,17 +78,24 @@ class TrainState:
 
     Args:
         embed_dim: width of the critic's encoder, or None for no critic.
-        micro_batch: rows of every forward.
+        micro_batch: rows of every forward; processes: how many train together.
     """
 
-    def __init__(self, config: TrainConfig, policy: DiffusionPolicy, embed_dim: int | None, micro_batch: int):
-        self.policy, self.micro_batch = policy, micro_batch
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: DiffusionPolicy,
+        embed_dim: int | None,
+        micro_batch: int,
+        processes: int = 1,
+    ):
+        self.policy, self.micro_batch, self.processes = policy, micro_batch, processes
         self.epoch, self.progress = 0, Progress()
         self.optimizer = _adamw(policy.parameters, config.policy)
         self.critic = None
         if embed_dim is not None:
-            with seeded_at(config.seed, "critic"):
-                self.critic = TemporalCritic(embed_dim, config.critic.activation).to(policy.device)
+            draw = generator_at(config.seed, "critic")
+            self.critic = TemporalCritic(embed_dim, config.critic.activation, draw).to(policy.device)
             self.critic_optimizer = _adamw(list(self.critic.parameters()), config.critic)
         self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
         self.kl = KLCoefficient(config.kl.coefficient, config.kl.target, config.kl.horizon)
@@ -102,10 +109,13 @@ class TrainState:
 
     def save(self, folder: Path, keep: int) -> None:
         """Write this state as a checkpoint in `folder`."""
-        tensors = {"policy": lora_state(self.policy.unet), "policy_optimizer": optimizer_tensors(self.optimizer)}
+        tensors = {
+            "policy": lora_state(self.policy.unet),
+            "policy_optimizer": optimizer_tensors(self.optimizer, self.policy.named_parameters),
+        }
         if self.critic:
             tensors["critic"] = self.critic.state_dict()
-            tensors["critic_optimizer"] = optimizer_tensors(self.critic_optimizer)
+            tensors["critic_optimizer"] = optimizer_tensors(self.critic_optimizer, dict(self.critic.named_parameters()))
         tensors |= {f"active_{group}": masks for group, masks in self.active.items()}
         tensors |= self.progress.tensors()
         state = {
@@ -123,11 +133,17 @@ class TrainState:
         if found is None:
             return
         tensors, state = found
+        if self.processes > 1 and "samples" in tensors:
+            raise ValueError(
+                f"got {self.processes} processes for a run that one process left in the middle of an epoch; expected "
+                f"one process until that epoch ends, or delete its newest checkpoint in {str(folder)!r} to go back"
+            )
         load_lora_state(self.policy.unet, tensors["policy"])
-        load_optimizer_tensors(self.optimizer, tensors["policy_optimizer"])
+        load_optimizer_tensors(self.optimizer, self.policy.named_parameters, tensors["policy_optimizer"])
         if self.critic:
             self.critic.load_state_dict(tensors["critic"])
-            load_optimizer_tensors(self.critic_optimizer, tensors["critic_optimizer"])
+            named = dict(self.critic.named_parameters())
+            load_optimizer_tensors(self.critic_optimizer, named, tensors["critic_optimizer"])
         on_device = {name: self._to_device(group) for name, group in tensors.items()}
         prefix = "active_"
         self.active = {name.removeprefix(prefix): masks for name, masks in on_device.items() if name.startswith(prefix)}

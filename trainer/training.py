@@ -20,8 +20,9 @@ from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel, load_reward
-from comfy_tdpo.rollout import Sampler, Trajectories, critic_residuals
+from comfy_tdpo.rollout import Decoder, Sampler, Trajectories, critic_residuals
 
+from .checkpoint import remove_partial
 from .config import TrainConfig
 from .keeping import Keeper
 from .memory import first_micro_batch, fitting_micro_batch, peak_memory, smaller_micro_batch
@@ -34,7 +35,7 @@ RATIO_TOLERANCE = 1e-5  # of the ratio gate: |ratio - 1| before the first update
 
 
 class Stopped(Exception):
-    """The stop event was set; raised between micro-batches."""
+    """The stop event was set; raised between micro-batches, with several processes between epochs."""
 
 
 class Training:
@@ -61,15 +62,19 @@ class Training:
         self.reward, self.eval_rewards = reward, eval_rewards
         self.stop, self.watch = stop or threading.Event(), watch
         self.prompts = run.prompts(config)
+        for model in (reward, *eval_rewards.values()):
+            model.check_prompts(self.prompts)
         self.stopped = False
         self.samples = self._own_share(config.samples_per_epoch)
         self.samples_per_update = self._own_share(config.samples_per_update)
         self.encoder = self._critic_encoder() if config.critic.enabled else None
+        self.decoder = Decoder(policy, config.decode_batch)
         micro_batch = first_micro_batch(config.micro_batch, self.samples_per_update, policy.device)
-        self.state = TrainState(config, policy, self.encoder.embed_dim if self.encoder else None, micro_batch)
+        embed_dim = self.encoder.embed_dim if self.encoder else None
+        self.state = TrainState(config, policy, embed_dim, micro_batch, accelerator.num_processes)
         self.updater = Updater(config, self.state, accelerator, self.samples, self.samples_per_update, self._check_stop)
         grid_prompts = load_prompts(config.grid_prompts) if config.grid_prompts else self.prompts
-        self.keeper = Keeper(config, self.state, run, accelerator, reward.name, grid_prompts, self.watch)
+        self.keeper = Keeper(config, self.decoder, self.state, run, accelerator, reward.name, grid_prompts, self.watch)
 
     def _own_share(self, samples: int) -> int:
         processes = self.accelerator.num_processes
@@ -90,27 +95,38 @@ class Training:
     # --- the epochs -------------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Run the epochs that are left, from the newest checkpoint on, and yield the metrics of each."""
+        """Run the epochs that are left, from the newest checkpoint on, and yield the metrics of each.
+
+        Raises:
+            ValueError: there is nothing to go on from: a damaged checkpoint, too little memory for one sample.
+            TrainingError, RewardError: it cannot go on; the last checkpoint is whole.
+        """
         state = self.state
         state.restore(self.run.checkpoints, self._epoch_prompts)
         if self.accelerator.is_main_process:
+            remove_partial(self.run.checkpoints)
             self.run.forget_after(state.epoch)
+        self.keeper.open_trackers()
         try:
             if state.epoch == 0 and not state.progress.parts:
                 self._begin()
             while state.epoch < self.config.epochs:
+                self._agree_to_stop()
                 yield self._run_epoch()
         except Stopped:
             self.stopped = True
             self._save_unfinished()
+        finally:
+            self.keeper.close_trackers()
 
     def _begin(self) -> None:
         """What comes before the first epoch: the micro-batch that fits, and what the model draws untrained."""
+        self._check_stop()
         self.state.micro_batch = fitting_micro_batch(
             self.policy, self.prompts[0], self.state.micro_batch, self.samples_per_update
         )
         if self.accelerator.is_main_process:
-            self.keeper.keep_grid()
+            self.keeper.keep_grid(self._check_stop)
 
     def _run_epoch(self) -> EpochMetrics:
         epoch, progress, start = self.state.epoch + 1, self.state.progress, time.perf_counter()
@@ -133,7 +149,14 @@ class Training:
         return self.accelerator.gather(tensor)
 
     def _check_stop(self) -> None:
-        if self.stop.is_set():
+        """Several processes wait for one another in mid-epoch, so there none of them may leave alone."""
+        if self.stop.is_set() and self.accelerator.num_processes == 1:
+            raise Stopped
+
+    def _agree_to_stop(self) -> None:
+        """One process that is asked to stop takes all others with it."""
+        asked = torch.tensor([self.stop.is_set()], dtype=torch.int, device=self.accelerator.device)
+        if self._gather(asked).any():
             raise Stopped
 
     # --- sampling ---------------------------------------------------------------------------------------------------
@@ -151,17 +174,17 @@ class Training:
             except torch.cuda.OutOfMemoryError:
                 self.state.micro_batch = smaller_micro_batch(self.state.micro_batch, self.samples_per_update)
         progress.times["sample"] += time.perf_counter() - start
-        return Trajectories.concatenate(progress.parts)
+        progress.parts = [Trajectories.concatenate(progress.parts)]
+        return progress.parts[0]
 
     def _sampler(self) -> Sampler:
         config = self.config
         return Sampler(
-            self.policy,
+            self.decoder,
             self.reward,
             self.eval_rewards,
             embed=self.encoder.embed if self.encoder else None,
             embed_image_size=config.critic.image_size,
-            decode_batch=config.decode_batch,
             with_kl=config.kl.coefficient > 0,
             check=self._check_stop,
         )
@@ -184,8 +207,8 @@ class Training:
         begin = self.accelerator.process_index * self.samples
         own = slice(begin, begin + self.samples)
         if self.encoder is None:
-            clip = self.config.advantage_clip
-            return Targets(returns[own].clamp(-clip, clip) if clip else returns[own], returns[own], None)
+            clip = self.config.advantage_clip or torch.inf
+            return Targets(returns[own].clamp(-clip, clip), returns[own], None)
         assert batch.image_embeds is not None
         residuals = critic_residuals(self._critic, batch.image_embeds)
         temporal = advantages.temporal_rewards(returns, gather(residuals))
@@ -223,7 +246,8 @@ class Training:
         for name, scores in batch.eval_rewards.items():
             metrics[f"eval/{name}/mean"] = gather(scores).mean().item()
         for name, total in self.state.progress.sums.items():
-            metrics[name] = total.item() if name == "policy/ratio_drift" else total.item() / updates
+            mean = gather(total[None]).mean().item() / updates
+            metrics[name] = gather(total[None]).max().item() if name == "policy/ratio_drift" else mean
         if targets.residuals is not None:
             explained = objectives.explained_variance(gather(targets.residuals), gather(targets.returns))
             metrics["critic/explained_variance"] = explained.item()
@@ -239,6 +263,6 @@ class Training:
             self.keeper.keep_epoch(metrics)
 
     def _save_unfinished(self) -> None:
-        """Stopped in mid-epoch: keep what there is of it. With several processes the epoch is run again instead."""
-        if self.accelerator.num_processes == 1 and (self.state.epoch or self.state.progress.parts):
+        """Stopped: keep what there is, of an unfinished epoch too."""
+        if self.accelerator.is_main_process and (self.state.epoch or self.state.progress.parts):
             self.keeper.keep_state()

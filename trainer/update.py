@@ -14,7 +14,7 @@ from torch import Tensor
 from comfy_tdpo import objectives
 from comfy_tdpo.diffusion import log_prob, scaled_clip_range
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.randomness import generator_at, seeded_at
+from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rollout import Trajectories
 
 from .config import TrainConfig
@@ -115,10 +115,8 @@ class Updater:
         state, config = self.state, self.config
         assert state.critic is not None and batch.image_embeds is not None and targets.residuals is not None
         state.critic_optimizer.zero_grad()
-        state.critic.train()
         seed = (config.seed, "dropout", state.epoch + 1, state.progress.updates, self.accelerator.process_index)
-        with seeded_at(*seed):
-            residuals = state.critic(batch.image_embeds[rows, steps])
+        residuals = state.critic(batch.image_embeds[rows, steps], dropout=generator_at(*seed))
         loss = objectives.critic_loss(
             residuals, targets.residuals[rows, steps], targets.returns[rows, steps], config.critic.clip_range
         ).mean()

@@ -4,12 +4,13 @@ A reward model scores images, and may lend its image encoder to the critic. One 
 """
 
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from .shared import shared_while_used
 
 
 @runtime_checkable
@@ -30,6 +31,14 @@ class RewardModel(Protocol):
         """Scores in upstream's units, float32 (B,), on the images' device."""
         ...
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Raise ValueError where it cannot score images of one of `prompts`; asked before a training begins."""
+        ...
+
+
+class RewardError(RuntimeError):
+    """A reward model failed in the middle of a training; the message names it."""
+
 
 # name -> "module:callable", where the callable takes (name, device) and returns a RewardModel.
 REWARDS = {
@@ -49,9 +58,9 @@ def check_reward(name: str) -> None:
         raise ValueError(f"got reward {name!r}; expected one of {', '.join((*REWARDS, *PLANNED))}")
 
 
-@cache
+@shared_while_used
 def load_reward(name: str, device: torch.device) -> RewardModel:
-    """The reward `name` on `device`; asking again gives the same instance."""
+    """The reward `name` on `device`; asking again gives the same instance, for as long as anybody holds it."""
     check_reward(name)
     if name in PLANNED:
         raise ValueError(f"reward {name!r} is not available in this version; available are {', '.join(REWARDS)}")
@@ -72,6 +81,10 @@ class WeightedSum:
     def embed(self, images: Tensor) -> Tensor:
         assert self._encoder is not None, "embed_dim is None: there is no encoder"
         return self._encoder.embed(images)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        for model, _ in self.parts:
+            model.check_prompts(prompts)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return sum(weight * model.score(images, prompts) for model, weight in self.parts)

@@ -1,7 +1,5 @@
 """The rewards of Shapes: three learned and imperfect ones, and the measure of what they stand for."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,11 @@ from ..shapes.encoders import (
     tokenize,
 )
 from ..shapes.gold import gold_scores
+from ..shapes.scenes import parse
+from .shared import shared_while_used
 
 
-@cache
+@shared_while_used
 def _clip_encoder(device: torch.device) -> ClipEncoder:
     """Encoder A: one instance serves both rewards and the critic."""
     return load_clip_encoder(WORLD).to(device)
@@ -42,6 +42,9 @@ class ShapesAesthetic:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.head(self.embed(images))
 
+    def check_prompts(self, prompts: list[str]) -> None:
+        """It looks at images alone."""
+
 
 class _Agreement:
     """Image and text: the cosine of an encoder, -1 to 1."""
@@ -60,6 +63,9 @@ class _Agreement:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         text = self.encoder.embed_tokens(tokenize(self.tokenizer, prompts).to(images.device))
         return (self.embed(images) * text).sum(-1)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """Words it does not know fall into letters: it has an opinion on every text."""
 
 
 class ShapesAlignment(_Agreement):
@@ -89,3 +95,13 @@ class ShapesGold:
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return gold_scores(images, prompts)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        for prompt in prompts:
+            try:
+                parse(prompt)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.name} judges prompts of Shapes only: {error}; take it out of the rewards "
+                    "(--eval-reward none watches none), or train on prompts of Shapes"
+                ) from error

@@ -245,7 +245,7 @@ def gold_scores(images: Tensor, prompts: Sequence[str]) -> Tensor:
     if len(images) != len(prompts):
         raise ValueError(f"expected a prompt for each image; got {len(images)} images and {len(prompts)} prompts")
     resized = F.interpolate(images.detach().float(), (IMAGE_SIZE, IMAGE_SIZE), mode="area")
-    pictures = resized.permute(0, 2, 3, 1).double().cpu().numpy()
+    pictures = resized.permute(0, 2, 3, 1).cpu().double().numpy()
     scores = [gold_score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     return torch.tensor(scores, dtype=torch.float32, device=images.device)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..loading import load_components
 from ..policy import DiffusionPolicy
 from ..prompts import load_prompts
-from ..rollout import draw_images
+from ..rollout import Decoder, draw_images
 from .dataset import make_scenes, preference
 from .encoders import load_clip_encoder, load_judge_encoder, load_preference_head, load_tokenizer, tokenize
 from .gold import diversity, fidelity, gold_scores
@@ -80,7 +80,7 @@ def write_report(world: Path) -> None:
 def _draw(world: Path, prompts: list[str]) -> Tensor:
     components = load_components(str(world / "pipeline"))
     policy = DiffusionPolicy(components, steps=STEPS, guidance=GUIDANCE, resolution=64, rank=1)
-    return draw_images(policy, prompts, [("report", i) for i in range(len(prompts))], batch=30)
+    return draw_images(Decoder(policy, batch=30), prompts, [("report", i) for i in range(len(prompts))], batch=30)
 
 
 def _row(world: Path, name: str, images: Tensor, prompts: list[str]) -> str:
