@@ -25,7 +25,7 @@ from comfy_tdpo import loading
 
 TRAINING = (
     *("--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "4", "--resolution", "64"),
-    *("--prompts", "simple-animals", "--eval-reward", "shapes-alignment", "--output.grid-images", "1"),
+    *("--reward", "shapes-aesthetic", "--eval-reward", "shapes-alignment", "--output.grid-images", "1"),
 )
 
 

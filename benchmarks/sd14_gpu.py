@@ -20,9 +20,10 @@ from comfy_tdpo.diffusion import log_prob, scaled_clip_range
 from comfy_tdpo.loading import CONFIGS, Components, clip_tokenizer
 from comfy_tdpo.objectives import policy_loss
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.randomness import generator_at
+from comfy_tdpo.rollout import Decoder, denoise, draw_noise
 
 PROMPT = "a photo of a cat"
+DECODE_BATCH = 16  # as the configuration's default
 
 
 def main() -> None:
@@ -86,10 +87,12 @@ def measure(
 ) -> dict[str, float]:
     """One trajectory batch of `size` samples through every phase; seconds are per sample."""
     torch.cuda.reset_peak_memory_stats()
-    latents, log_probs, sampling = timed(lambda: sample(policy, size))
-    images, decoding = timed(lambda: [policy.decode(latents[:, k]) for k in range(latents.shape[1])])
-    _, encoding = timed(lambda images=images: [encoder(part) for part in images])
-    del images
+    noise = draw_noise(policy, [("benchmark", row) for row in range(size)])
+    latents, log_probs, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
+    decode, count = Decoder(policy, DECODE_BATCH), size * len(policy.schedule)
+    _, decoding = timed(lambda: decode(latents[:, :-1].flatten(0, 1), read=lambda images: images[:, :, 0, 0]))
+    images = decode(latents[:1, -1]).expand(DECODE_BATCH, -1, -1, -1)
+    _, encoding = timed(lambda: [encoder(images) for _ in range(0, count, DECODE_BATCH)])
     drift, training = timed(lambda: train(policy, latents, log_probs, train_steps))
     return {
         "micro_batch": size,
@@ -110,19 +113,6 @@ def timed(work: Callable) -> tuple:
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     return (*result, seconds) if isinstance(result, tuple) else (result, seconds)
-
-
-@torch.no_grad()
-def sample(policy: DiffusionPolicy, size: int) -> tuple[Tensor, Tensor]:
-    """Latents (B, T + 1, C, H, W) and log-probabilities (B, T)."""
-    steps = len(policy.schedule)
-    noise = torch.randn(size, steps + 1, *policy.latent_shape, generator=generator_at(0, "benchmark")).to(policy.device)
-    embeds, log_probs = policy.encode_prompts([PROMPT] * size), []
-    for k in range(steps):
-        mean, sigma = policy.step(noise[:, k], torch.full((size,), k, device=policy.device), embeds)
-        noise[:, k + 1] = mean + sigma * noise[:, k + 1]
-        log_probs.append(log_prob(noise[:, k + 1], mean, sigma))
-    return noise, torch.stack(log_probs, dim=1)
 
 
 def train(policy: DiffusionPolicy, latents: Tensor, log_probs: Tensor, train_steps: int) -> float:

@@ -12,6 +12,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 
 ALGORITHMS = ("tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
@@ -21,15 +22,15 @@ LAST = 3  # epochs whose mean is the end of a run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this for every algorithm")
     parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/shapes_algorithms.md"))
-    args, settings = parser.parse_known_args()
+    args = parser.parse_args()
     for seed in range(1, args.seeds + 1):
         for algorithm in args.algorithms:
-            train(args.runs / f"{algorithm}-seed{seed}", algorithm, seed, settings)
+            train(args.runs / f"{algorithm}-seed{seed}", algorithm, seed)
     command = " ".join(["python benchmarks/shapes_algorithms.py", *sys.argv[1:]])
     results = {
         name: [measure(args.runs / f"{name}-seed{s + 1}") for s in range(args.seeds)] for name in args.algorithms
@@ -39,10 +40,13 @@ def main() -> None:
     print(text)
 
 
-def train(path: Path, algorithm: str, seed: int, settings: list[str]) -> None:
+def train(path: Path, algorithm: str, seed: int) -> None:
     """One run at `path`, new or continued."""
-    new = ["--run-dir", str(path), "--algorithm", algorithm, "--seed", str(seed), *settings]
-    flags = ["--resume", str(path)] if (path / "config.toml").exists() else new
+    flags = ["--run-dir", str(path), "--algorithm", algorithm, "--seed", str(seed)]
+    if (path / "config.toml").exists():
+        if RunFolder.open(path).config != make_config(overrides={"algorithm": algorithm, "seed": seed}):
+            raise SystemExit(f"{path} was made with other settings than the preset has now; delete it, or give --runs")
+        flags = ["--resume", str(path)]
     print(f"--- {algorithm}, seed {seed}", flush=True)
     subprocess.run([sys.executable, "-m", "comfy_tdpo.trainer", *flags], check=True)
 

@@ -1,7 +1,12 @@
 """Layers of the configuration, Table 1's values, and what is said of wrong ones."""
 
+from typing import get_args
+
 import pytest
 
+from comfy_tdpo.critic import ACTIVATIONS
+from comfy_tdpo.lora import TARGETS
+from comfy_tdpo.neurons import NEURON_ACTIVATIONS, reset_masks
 from comfy_tdpo.trainer.config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets, validate
 
 
@@ -40,6 +45,33 @@ def test_later_layers_win(tmp_path):
     assert config.policy.rank == preset.policy.rank  # a table of the file does not wipe the preset's
 
 
+def test_another_model_than_shapes_begins_from_the_papers_values(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('model = "mine"\n')
+    for config in (make_config(overrides={"model": "mine"}), make_config(file=file)):
+        assert config.model == "mine"
+        assert (config.policy.lr, config.policy.rank, config.steps, config.resolution) == (1e-4, 4, 50, 512)
+    assert make_config("shapes", overrides={"model": "mine"}).resolution == 64
+    assert make_config(file=file, overrides={"model": "shapes"}) == make_config()
+
+
+def test_an_algorithm_over_a_file_of_another_is_refused(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('algorithm = "tdpo"\n')
+    assert make_config(file=file, overrides={"algorithm": "tdpo"}).neurons.reset == "none"
+    with pytest.raises(ValueError, match="got algorithm 'ddpo-2' over a file made for 'tdpo'"):
+        make_config(file=file, overrides={"algorithm": "ddpo-2"})
+
+
+def test_none_unsets(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('eval_rewards = ["none"]\n[critic]\nimage_size = "none"\n')
+    for config in (make_config(file=file), make_config(overrides={"eval_rewards": "none"})):
+        assert config.eval_rewards == []
+    assert make_config(file=file).critic.image_size is None
+    assert make_config(overrides={"neurons": {"reset": "none"}}).neurons.reset == "none"
+
+
 def test_rewards_are_replaced_and_not_mixed_with_the_presets():
     config = make_config(overrides={"rewards": {"shapes-alignment": 2.0}})
     assert config.rewards == {"shapes-alignment": 2.0}
@@ -51,11 +83,30 @@ def test_every_preset_survives_a_round_trip_through_plain_values(preset):
     assert validate(plain_values(config)) == config
 
 
+def choices(name: str) -> tuple:
+    """The values a setting may have, by its dotted name."""
+    (info,) = (info for found, info in leaf_fields() if found == name)
+    return get_args(info.annotation)
+
+
+def test_a_setting_offers_what_the_library_has():
+    assert set(choices("policy.targets")) == TARGETS.keys()
+    assert set(choices("critic.activation")) == ACTIVATIONS.keys()
+    assert set(choices("neurons.activation")) == NEURON_ACTIVATIONS.keys()
+    for kind in (*choices("neurons.reset"), *choices("neurons.policy_reset")):
+        assert reset_masks({}, kind) == {}
+    assert set(choices("algorithm")) == ALGORITHMS.keys()
+
+
 def test_every_setting_says_what_it_means():
     assert [name for name, info in leaf_fields() if not info.description] == []
 
 
 WRONG = [
+    ({"kl": {"target": 5.0}}, "kl.target steers kl.coefficient, which is 0"),
+    ({"kl": {"coefficient": 0.1, "target": 5.0, "horizon": 10}}, "kl.horizon 10 is less than"),
+    ({"advantage_clip": 5.0}, "advantage_clip is for algorithms without a critic"),
+    ({"rewards": {"shapes-judge": float("nan")}}, "rewards.shapes-judge: got nan"),
     ({"policy": {"learning_rate": 1}}, "unknown setting 'policy.learning_rate'"),
     ({"polcy": {}}, "unknown setting 'polcy'"),
     ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-r"),

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from toy import lora_of, new_run, same, timeless, toy_training
 
+from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.keeping import TrainingError
 from comfy_tdpo.trainer.run import RunFolder
 
@@ -122,15 +123,34 @@ def test_a_run_goes_on_from_another_folder_and_without_the_prompts_it_was_given(
     monkeypatch.chdir(tmp_path)
     prompts = tmp_path / "mine.txt"
     prompts.write_text("a red circle\na green star\n")
-    whole, _ = whole_run(tmp_path / "whole", make_policy, prompts="mine.txt")
-    run = new_run(tmp_path / "run", prompts="mine.txt")
+    settings = {"prompts": "mine.txt", "grid_prompts": "mine.txt"}
+    whole, _ = whole_run(tmp_path / "whole", make_policy, **settings)
+    run = new_run(tmp_path / "run", **settings)
     next(toy_training(run, make_policy).epochs())
-    prompts.write_text("something else\n")
+    prompts.unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     list(toy_training(run, make_policy).epochs())
     assert timeless(run.metrics()) == timeless(whole.metrics())
-    assert run.config.prompts == str(prompts)
+    assert run.sample_grid(3).read_bytes() == whole.sample_grid(3).read_bytes()
+
+
+def test_a_run_that_was_killed_while_it_was_made_is_made_again(tmp_path, make_policy):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("prompts.txt", "grid-prompts.txt", ".config.toml.partial.toml"):
+        (folder / name).write_text("half")
+    run = new_run(folder)
+    assert run.prompts(run.config) == load_prompts("shapes")
+
+
+def test_a_model_keeps_its_name_and_a_file_gets_its_whole_path(tmp_path, make_policy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert new_run(tmp_path / "a").config.model == "shapes"
+    assert new_run(tmp_path / "b", model="owner/name").config.model == "owner/name"
+    assert new_run(tmp_path / "c", model="mine").config.model == str(tmp_path / "mine")
 
 
 def test_what_a_killed_process_left_half_done_is_in_nobodys_way(tmp_path, make_policy):

@@ -145,6 +145,14 @@ def test_an_epoch_trains_the_adapters_and_nothing_else(make_training, precision)
             assert torch.equal(parameter, before[name])
 
 
+def test_a_training_leaves_torchs_global_generator_alone(make_training):
+    """Another thread may be using it: ComfyUI seeds it to draw a sampler's noise."""
+    training = make_training(epochs=2, samples_per_epoch=4, samples_per_update=4, neurons={"every": 1})
+    state = torch.get_rng_state()
+    assert len(list(training.epochs())) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # --- the frozen reference
 
 

@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
     where = parser.add_argument_group("what to run and where")
-    where.add_argument("--preset", default="shapes", metavar="NAME", help=f"one of {', '.join(presets())}")
+    where.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"one of {', '.join(presets())} (default: shapes; sd14-aesthetic where --model is another)",
+    )
     where.add_argument("--config", type=Path, metavar="FILE", help="TOML file laid over the preset")
     where.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
     where.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in this folder")
@@ -144,7 +148,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _resumed_run(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig]:
-    if args.run_dir or args.config or args.preset != "shapes" or _overrides(args):
+    if args.run_dir or args.config or args.preset or _overrides(args):
         raise ValueError("got --resume with other settings; expected it alone: a run continues as it was configured")
     run = RunFolder.open(args.resume)
     return run, run.config

@@ -124,6 +124,9 @@ class NeuronConfig(Section):
     policy_reset: Literal["none", "active", "dormant", "all"] = Field(
         default="none", description="which of the LoRA's neurons"
     )
+    policy_measure: bool = Field(
+        default=False, description="measure the LoRA's neurons every epoch even where none of them is reset"
+    )
     policy_threshold: float = Field(default=0.1, ge=0, le=1e3, description="the same threshold for the LoRA's neurons")
     every: Count = Field(default=10, description="epochs between two resets")
     activation: NeuronActivation = Field(
@@ -248,30 +251,43 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def make_config(preset: str = "shapes", file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
+def make_config(preset: str | None = None, file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
     """The configuration of `preset`, with a TOML `file` and nested `overrides` laid over it.
+
+    Without a preset it is the one made for the model: `shapes` for the embedded world, the paper's for any other.
 
     Raises:
         ValueError: a layer is not what it should be; the message is one line that names the field.
     """
+    above = [_read_toml(file) if file else {}, overrides or {}]
+    if preset is None:
+        preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd14-aesthetic"
     if preset not in presets():
         raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
     base = _read_toml(PRESETS / f"{preset}.toml")
     for_algorithm = base.pop("algorithms", {})
-    layers = [base, _read_toml(file) if file else {}, overrides or {}]
-    algorithm = next((layer["algorithm"] for layer in reversed(layers) if "algorithm" in layer), "tdpo-r")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"got algorithm {algorithm!r}; expected one of {', '.join(ALGORITHMS)}")
-    in_file = layers[1].get("algorithm", algorithm)
-    if in_file != algorithm:
-        raise ValueError(
-            f"got algorithm {algorithm!r} over a file that is made for {in_file!r} and whose values would stay; "
-            "expected the same: take the algorithm and what belongs to it out of the file"
-        )
+    algorithm = _algorithm(*above)
     merged: Fields = {}
-    for layer in (ALGORITHMS[algorithm], base, for_algorithm.get(algorithm, {}), *layers[1:]):
+    for layer in (ALGORITHMS[algorithm], base, for_algorithm.get(algorithm, {}), *above):
         merged = _merge(merged, layer)
     return validate(merged)
+
+
+def _algorithm(in_file: Fields, overrides: Fields) -> str:
+    """Its values lie below those of a file, so a file that is made for another one would mix the two."""
+    algorithm = _topmost([in_file, overrides], "algorithm", "tdpo-r")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"got algorithm {algorithm!r}; expected one of {', '.join(ALGORITHMS)}")
+    if in_file.get("algorithm", algorithm) != algorithm:
+        raise ValueError(
+            f"got algorithm {algorithm!r} over a file made for {in_file['algorithm']!r}, whose values would stay; "
+            "expected the same: take the algorithm and what belongs to it out of the file"
+        )
+    return algorithm
+
+
+def _topmost(layers: list[Fields], name: str, default: Any) -> Any:
+    return next((layer[name] for layer in reversed(layers) if name in layer), default)
 
 
 def validate(values: Fields) -> TrainConfig:

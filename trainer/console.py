@@ -86,9 +86,8 @@ class Console:
         config = self.config
         self._print(
             f"warning: ratio drift {_tiny(drift)}, expected at most {_tiny(RATIO_TOLERANCE)}: sampling and training "
-            "disagree about one and the same model, so updates are clipped that should not be. Set precision to fp32, "
-            "or micro_batch to a divisor of samples_per_update; they are "
-            f"{config.precision}, {config.micro_batch or 'what fits'} and {config.samples_per_update}."
+            "disagree about one and the same model, so updates are clipped that should not be. Set precision to fp32 "
+            f"(it is {config.precision}), or another micro_batch (it is {config.micro_batch or 'what fits'})."
         )
 
     def _print(self, line: str) -> None:

@@ -1,6 +1,6 @@
 """A run is a folder, readable without us, and the only memory of a run.
 
-config.toml, prompts.txt       everything needed to repeat it
+config.toml, prompts.txt       everything needed to repeat it, with grid-prompts.txt
 metrics.jsonl                  one line an epoch, appended and flushed
 samples/epoch-0010.png         a fixed prompt and seed grid
 lora/epoch-0010.safetensors    and lora/latest.safetensors
@@ -24,7 +24,7 @@ from .config import TrainConfig, plain_values, validate
 
 EpochMetrics = dict[str, float]
 
-CONFIG, PROMPTS, METRICS = "config.toml", "prompts.txt", "metrics.jsonl"
+CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -61,17 +61,22 @@ class RunFolder:
         """Raise ValueError where a new run cannot be made here."""
         if (self.path / CONFIG).exists():
             raise ValueError(f"run directory {str(self.path)!r} holds a run; --resume continues it, or choose another")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
             raise ValueError(f"got run directory {str(self.path)!r}; expected a new or an empty folder")
 
     def create(self, config: TrainConfig) -> "RunFolder":
-        """Make it a new run of `config`, which can be continued from any folder and whatever becomes of the prompts."""
+        """Make it a new run of `config`, which can be continued from any folder and whatever becomes of the prompts.
+
+        The configuration goes last: where it is, there is a run.
+        """
         self.check_free()
-        prompts = "".join(f"{prompt}\n" for prompt in load_prompts(config.prompts))
-        text = tomli_w.dumps(plain_values(_with_absolute_paths(config)))
-        write_atomically(self.path / CONFIG, lambda file: _write_text(file, text))
-        write_atomically(self.path / PROMPTS, lambda file: _write_text(file, prompts))
+        for name, source in ((PROMPTS, config.prompts), (GRID_PROMPTS, config.grid_prompts or config.prompts)):
+            self._write_text(name, "".join(f"{prompt}\n" for prompt in load_prompts(source)))
+        self._write_text(CONFIG, tomli_w.dumps(plain_values(_with_absolute_model(config))))
         return self
+
+    def _write_text(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, lambda file: _write_text(file, text))
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -89,8 +94,14 @@ class RunFolder:
 
     def prompts(self, config: TrainConfig) -> list[str]:
         """The training prompts, as the run began with them; before there is a run, those that `config` names."""
-        kept = self.path / PROMPTS
-        return load_prompts(str(kept) if kept.is_file() else config.prompts)
+        return self._kept_prompts(PROMPTS) or load_prompts(config.prompts)
+
+    def grid_prompts(self, config: TrainConfig) -> list[str]:
+        """The same for those of the sample grids."""
+        return self._kept_prompts(GRID_PROMPTS) or load_prompts(config.grid_prompts or config.prompts)
+
+    def _kept_prompts(self, name: str) -> list[str]:
+        return load_prompts(str(self.path / name)) if (self.path / CONFIG).is_file() else []
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -129,8 +140,7 @@ class RunFolder:
         """Drop the metrics of epochs after `epoch`: they were not finished, and are run again."""
         if not (self.path / METRICS).exists():
             return
-        kept = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["epoch"] <= epoch)
-        write_atomically(self.path / METRICS, lambda file: _write_text(file, kept))
+        self._write_text(METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics() if line["epoch"] <= epoch))
 
     @property
     def checkpoints(self) -> Path:
@@ -150,11 +160,16 @@ class RunFolder:
         return self.path / "plots" / f"{name}.png"
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Names of files as they are called from everywhere; names of models and prompt sets stay."""
-    named = {name: getattr(config, name) for name in ("model", "prompts", "grid_prompts")}
-    files = {name: value for name, value in named.items() if value and value != "shapes" and Path(value).exists()}
-    return config.model_copy(update={name: str(Path(value).resolve()) for name, value in files.items()})
+def _is_foreign(path: Path) -> bool:
+    """Whether it is something else than what a process killed while it made the run has left."""
+    return path.name not in (PROMPTS, GRID_PROMPTS) and ".partial" not in path.name
+
+
+def _with_absolute_model(config: TrainConfig) -> TrainConfig:
+    """A model's file or folder as it is called from everywhere; a name stays."""
+    if config.model == "shapes" or not Path(config.model).expanduser().exists():
+        return config
+    return config.model_copy(update={"model": str(Path(config.model).expanduser().resolve())})
 
 
 def epoch_name(epoch: int) -> str:

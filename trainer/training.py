@@ -17,7 +17,6 @@ from torch import Tensor
 from comfy_tdpo import advantages, objectives
 from comfy_tdpo.critic import TemporalCritic
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel, load_reward
 from comfy_tdpo.rollout import Decoder, Sampler, Trajectories, critic_residuals
@@ -73,7 +72,7 @@ class Training:
         embed_dim = self.encoder.embed_dim if self.encoder else None
         self.state = TrainState(config, policy, embed_dim, micro_batch, accelerator.num_processes)
         self.updater = Updater(config, self.state, accelerator, self.samples, self.samples_per_update, self._check_stop)
-        grid_prompts = load_prompts(config.grid_prompts) if config.grid_prompts else self.prompts
+        grid_prompts = run.grid_prompts(config)
         self.keeper = Keeper(config, self.decoder, self.state, run, accelerator, reward.name, grid_prompts, self.watch)
 
     def _own_share(self, samples: int) -> int:
@@ -231,7 +230,7 @@ class Training:
         metrics: EpochMetrics = {}
         if batch.image_embeds is not None:
             metrics |= states.of_critic(batch.image_embeds)
-        if self.config.neurons.policy_reset != "none":
+        if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
             metrics |= states.of_policy(batch)
         return metrics
 
