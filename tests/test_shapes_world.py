@@ -65,6 +65,7 @@ def test_the_autoencoder_keeps_what_is_asked_for(pipeline, scenes):
     vae = pipeline.vae
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample for x in images.split(64)])
+    # measured 0.91 here, and 0.93 on the report's scenes; of 256 scenes the standard error is 0.02: three below
     assert (gold_scores((decoded / 2 + 0.5).clamp(0, 1), captions) == 1).float().mean() > 0.85
 
 
@@ -73,7 +74,8 @@ def test_the_aesthetic_reward_has_learned_the_preference_and_not_perfectly(scene
     scores = load_reward("shapes-aesthetic", CPU).score(images, captions)
     wanted = torch.tensor([preference(scene) for scene in pictured])
     correlation = torch.corrcoef(torch.stack([scores, wanted]))[0, 1]
-    assert 0.9 < correlation < 0.9999
+    # measured 0.964; a head that read the scene itself would have 1, and one that saw size or ground alone about 0.7
+    assert 0.9 < correlation < 0.99
 
 
 @pytest.mark.parametrize("name", ["shapes-alignment", "shapes-judge"])
@@ -81,6 +83,7 @@ def test_a_picture_agrees_with_its_own_caption_more_than_with_the_next(name, sce
     captions, _, images = scenes
     reward = load_reward(name, CPU)
     own, other = reward.score(images, captions), reward.score(images, captions[1:] + captions[:1])
+    # measured 0.992 and 1.0; by chance 0.5, with a standard error of 0.03
     assert (own > other).float().mean() > 0.95
 
 
@@ -90,7 +93,7 @@ def test_a_learned_reward_keeps_the_contract(name, scenes):
     reward, images, captions = load_reward(name, CPU), images[:8], captions[:8]
     embeds, scores = reward.embed(images), reward.score(images, captions)
     assert embeds.shape == (8, reward.embed_dim)
-    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(8))
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(8), atol=1e-6, rtol=0)  # float32
     assert (scores.shape, scores.dtype) == ((8,), torch.float32)
     # neither the batch nor its order changes a score by more than float32's rounding
     alone = torch.cat([reward.score(images[i : i + 1], captions[i : i + 1]) for i in range(8)])
