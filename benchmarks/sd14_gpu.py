@@ -21,18 +21,19 @@ from comfy_tdpo.loading import CONFIGS, Components, clip_tokenizer
 from comfy_tdpo.objectives import policy_loss
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rollout import Decoder, denoise, draw_noise
+from comfy_tdpo.trainer.memory import peak_memory
 
 PROMPT = "a photo of a cat"
 DECODE_BATCH = 16  # as the configuration's default
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--train-steps", type=int, default=10, help="timesteps that are trained for the timing")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cpu, with few steps and pixels, shows that the script runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/sd14_gpu.md"))
     args = parser.parse_args()
     policy = make_policy(args.steps, args.resolution, args.device)
@@ -86,13 +87,14 @@ def measure(
     policy: DiffusionPolicy, encoder: Callable[[Tensor], Tensor], size: int, train_steps: int
 ) -> dict[str, float]:
     """One trajectory batch of `size` samples through every phase; seconds are per sample."""
-    torch.cuda.reset_peak_memory_stats()
+    if policy.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     noise = draw_noise(policy, [("benchmark", row) for row in range(size)])
     latents, log_probs, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
     decode, count = Decoder(policy, DECODE_BATCH), size * len(policy.schedule)
     _, decoding = timed(lambda: decode(latents[:, :-1].flatten(0, 1), read=lambda images: images[:, :, 0, 0]))
     images = decode(latents[:1, -1]).expand(DECODE_BATCH, -1, -1, -1)
-    _, encoding = timed(lambda: [encoder(images) for _ in range(0, count, DECODE_BATCH)])
+    _, encoding = timed(lambda: [encoder(images[: count - begin]) for begin in range(0, count, DECODE_BATCH)])
     drift, training = timed(lambda: train(policy, latents, log_probs, train_steps))
     return {
         "micro_batch": size,
@@ -101,18 +103,23 @@ def measure(
         "decoding": decoding / size,
         "encoding": encoding / size,
         "training": training / size * len(policy.schedule) / train_steps,
-        "peak": torch.cuda.max_memory_allocated() / 2**30,
+        "peak": peak_memory(policy.device) / 2**30,
     }
 
 
 def timed(work: Callable) -> tuple:
     """What `work` gives, and the seconds it took on the device."""
-    torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
     result = work()
-    torch.cuda.synchronize()
+    synchronize()
     seconds = time.perf_counter() - start
     return (*result, seconds) if isinstance(result, tuple) else (result, seconds)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def train(policy: DiffusionPolicy, latents: Tensor, log_probs: Tensor, train_steps: int) -> float:
