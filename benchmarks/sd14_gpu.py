@@ -54,7 +54,7 @@ def make_policy(steps: int, resolution: int, device: str) -> DiffusionPolicy:
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(sd1 / "text_encoder")).to(torch.bfloat16)
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(sd1 / "scheduler"))
     components = Components(unet, vae, text, clip_tokenizer(sd1), scheduler, "random SD 1.x")
-    policy = DiffusionPolicy(
+    policy = DiffusionPolicy.from_components(
         components, steps=steps, guidance=5.0, resolution=resolution, rank=4, device=device, autocast=torch.bfloat16
     )
     for parameter in policy.parameters:

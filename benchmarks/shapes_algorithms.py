@@ -52,10 +52,10 @@ def train(path: Path, algorithm: str, seed: int) -> None:
 
 
 def measure(path: Path) -> dict[str, float]:
-    """First epoch against the mean of the last ones, and the time of the training."""
+    """First epoch against the mean of the last ones."""
     metrics = RunFolder.open(path).metrics()
     first, last = metrics[0], metrics[-LAST:]
-    result = {"queries": last[-1]["reward_queries"], "minutes": sum(m["time/epoch_s"] for m in metrics) / 60}
+    result = {"queries": last[-1]["reward_queries"]}
     for name in (f"{REWARD}/mean", *WATCHED):
         result[f"first {name}"], result[name] = first[name], mean_of(last, name)
     result["gain"] = (result[f"{REWARD}/mean"] - first[f"{REWARD}/mean"]) / first[f"{REWARD}/std"]
@@ -79,19 +79,12 @@ def report(results: dict[str, list[dict[str, float]]], command: str) -> str:
         f"{platform.python_version()}. Mean ± standard deviation over {seeds} seeds: first epoch → mean of the last "
         f"{LAST} epochs. The gain is in standard deviations of the first epoch's rewards.",
         "",
-        "| algorithm | reward queries | shapes-aesthetic (trained on) | gain | shapes-judge | shapes-gold | minutes |",
-        "|---|---|---|---|---|---|---|",
+        "| algorithm | reward queries | shapes-aesthetic (trained on) | gain | shapes-judge | shapes-gold |",
+        "|---|---|---|---|---|---|",
     ]
     for algorithm, runs in results.items():
         cells = [f"{spread(runs, f'first {name}')} → {spread(runs, name)}" for name in names]
-        row = [
-            algorithm,
-            f"{runs[0]['queries']:.0f}",
-            cells[0],
-            spread(runs, "gain"),
-            *cells[1:],
-            spread(runs, "minutes"),
-        ]
+        row = [algorithm, f"{runs[0]['queries']:.0f}", cells[0], spread(runs, "gain"), *cells[1:]]
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", "| algorithm | seed | gain | shapes-judge | shapes-gold |", "|---|---|---|---|---|"]
     for algorithm, runs in results.items():

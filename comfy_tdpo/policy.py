@@ -3,13 +3,15 @@
 Shapes: B batch, C H W latent, L tokens, E text width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from .diffusion import Schedule, guide, make_schedule, step_distribution
 from .lora import add_lora, named_lora_parameters
@@ -17,16 +19,56 @@ from .lora import add_lora, named_lora_parameters
 if TYPE_CHECKING:
     from .loading import Components
 
+PromptEncoder = Callable[[list[str]], Tensor]  # prompts -> (B, L, E), on the policy's device
+
+
+class LatentDecoder(Protocol):
+    """From latents to pixels, `factor` of them a side for one element of a latent."""
+
+    factor: int
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean."""
+        ...
+
+
+class ClipText:
+    """A PromptEncoder: the last hidden state of a CLIP text model, every prompt padded to its full length."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return self.text_encoder(input_ids=tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+
+
+class Autoencoder:
+    """A LatentDecoder: diffusers' KL autoencoder."""
+
+    def __init__(self, vae: AutoencoderKL):
+        self.vae, self.factor = vae, 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
 
 class DiffusionPolicy:
     """p_theta(x_{k+1} | x_k, c) of Eq. 2, with guidance as a part of it.
 
     Sampling and training call the same `step`, so that the ratio of a fresh sample is 1.
 
-    It takes the components over: they go to its device, and the U-Net gets the adapters.
-
     Args:
-        components: U-Net, autoencoder, text encoder, tokenizer and scheduler of one model.
+        unet: taken over: it goes to `device` and gets the adapters; scheduler: its noise schedule.
+        encode, decode: prompts to embeddings, latents to images, both on `device`.
+        source: what the model is called in messages.
         steps: denoising steps T; guidance: classifier-free guidance scale (1: none); resolution: pixels a side.
         rank, alpha, targets, seed: of the LoRA, see `lora.add_lora`.
         device: where it runs; autocast: the dtype of the U-Net's arithmetic, or None for that of its weights.
@@ -34,8 +76,12 @@ class DiffusionPolicy:
 
     def __init__(
         self,
-        components: "Components",
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        encode: PromptEncoder,
+        decode: LatentDecoder,
         *,
+        source: str,
         steps: int,
         guidance: float,
         resolution: int,
@@ -48,33 +94,48 @@ class DiffusionPolicy:
         gradient_checkpointing: bool = False,
     ):
         self.device, self.guidance, self.autocast = torch.device(device), guidance, autocast
-        self.source, self.alpha = components.source, float(rank if alpha is None else alpha)
-        self.tokenizer = components.tokenizer
-        self.unet = components.unet.requires_grad_(False).eval().to(self.device)
-        self.vae = components.vae.requires_grad_(False).eval().to(self.device)
-        self.text_encoder = components.text_encoder.requires_grad_(False).eval().to(self.device)
+        self.source, self.alpha = source, float(rank if alpha is None else alpha)
+        self.prompt_encoder, self.latent_decoder = encode, decode
+        self.unet = unet.requires_grad_(False).eval().to(self.device)
         add_lora(self.unet, rank, self.alpha, targets, seed)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.named_parameters = named_lora_parameters(self.unet)
         self.parameters = list(self.named_parameters.values())
-        self.schedule = self._make_schedule(components, steps)
+        self.schedule = self._make_schedule(scheduler, steps)
         self.latent_shape = self._latent_shape(resolution)
         self._prompt_embeds: dict[str, Tensor] = {}
 
-    def _make_schedule(self, components: "Components", steps: int) -> Schedule:
-        schedule = make_schedule(components.scheduler, steps, self.device)
+    @classmethod
+    def from_components(
+        cls, components: "Components", device: torch.device | str = "cpu", **settings
+    ) -> "DiffusionPolicy":
+        """The policy of a loaded model, which is taken over; `settings` are those of the class."""
+        for network in (components.vae, components.text_encoder):
+            network.requires_grad_(False).eval().to(device)
+        return cls(
+            components.unet,
+            components.scheduler,
+            ClipText(components.tokenizer, components.text_encoder),
+            Autoencoder(components.vae),
+            source=components.source,
+            device=device,
+            **settings,
+        )
+
+    def _make_schedule(self, scheduler: DDIMScheduler, steps: int) -> Schedule:
+        schedule = make_schedule(scheduler, steps, self.device)
         if schedule.sigma.min() <= 0:
             position = int(schedule.sigma.argmin())
             raise ValueError(
                 f"got a schedule whose step {position + 1} of {steps} has no noise, so that its log-probability does "
-                f"not exist; expected sigma > 0 everywhere: set steps_offset to 1 in {components.source}'s "
-                f"scheduler configuration (it is {components.scheduler.config.steps_offset}) or choose other steps"
+                f"not exist; expected sigma > 0 everywhere: set steps_offset to 1 in {self.source}'s scheduler "
+                f"configuration (it is {scheduler.config.steps_offset}) or choose other steps"
             )
         return schedule
 
     def _latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        factor = self.latent_decoder.factor
         if resolution <= 0 or resolution % factor:
             raise ValueError(f"got resolution {resolution}; expected a positive multiple of {factor} pixels")
         return self.unet.config.in_channels, resolution // factor, resolution // factor
@@ -89,15 +150,7 @@ class DiffusionPolicy:
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """Text embeddings, (B, L, E); each prompt is encoded once in the policy's life."""
         for prompt in set(prompts) - self._prompt_embeds.keys():
-            tokens = self.tokenizer(
-                [prompt],
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            states = self.text_encoder(input_ids=tokens.input_ids.to(self.device)).last_hidden_state
-            self._prompt_embeds[prompt] = states[0]
+            self._prompt_embeds[prompt] = self.prompt_encoder([prompt])[0]
         return torch.stack([self._prompt_embeds[prompt] for prompt in prompts])
 
     def step(self, latents: Tensor, positions: Tensor, prompt_embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +193,6 @@ class DiffusionPolicy:
         With `image_size` the latents are averaged down first, so that the image comes out at about that many pixels.
         """
         if image_size is not None:
-            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            latents = F.adaptive_avg_pool2d(latents, max(1, min(image_size // factor, self.latent_shape[-1])))
-        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+            size = max(1, min(image_size // self.latent_decoder.factor, self.latent_shape[-1]))
+            latents = F.adaptive_avg_pool2d(latents, size)
+        return self.latent_decoder(latents)

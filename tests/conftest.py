@@ -66,7 +66,9 @@ def make_policy(make_components) -> Callable[..., DiffusionPolicy]:
         **settings,
     ) -> DiffusionPolicy:
         defaults = {"steps": 4, "guidance": 3.0, "resolution": RESOLUTION, "rank": 4}
-        policy = DiffusionPolicy(make_components(seed, dtype, **(schedule or {})), **(defaults | settings))
+        policy = DiffusionPolicy.from_components(
+            make_components(seed, dtype, **(schedule or {})), **(defaults | settings)
+        )
         if trained:
             generator = torch.Generator().manual_seed(seed)
             for name, parameter in policy.unet.named_parameters():

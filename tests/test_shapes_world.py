@@ -53,7 +53,7 @@ def test_unseen_and_complex_prompts_are_in_no_other_set():
 
 @pytest.mark.slow
 def test_the_base_model_is_good_enough_to_be_real_and_has_room_to_improve(pipeline):
-    policy = DiffusionPolicy(pipeline, steps=20, guidance=3.0, resolution=64, rank=1)
+    policy = DiffusionPolicy.from_components(pipeline, steps=20, guidance=3.0, resolution=64, rank=1)
     prompts = load_prompts("shapes") * 4
     images = draw_images(Decoder(policy, batch=30), prompts, [("test", i) for i in range(len(prompts))], batch=30)
     # 180 images of scores between 0 and 1: the standard error of the mean is at most 0.037

@@ -54,7 +54,7 @@ def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     """The policy that `config` describes, on `device`."""
     model = str(WORLD / "pipeline") if config.model == "shapes" else config.model
     dtype = DTYPES[config.precision]
-    return DiffusionPolicy(
+    return DiffusionPolicy.from_components(
         load_components(model, dtype, config.prediction_type),
         steps=config.steps,
         guidance=config.guidance,

@@ -79,7 +79,7 @@ def write_report(world: Path) -> None:
 
 def _draw(world: Path, prompts: list[str]) -> Tensor:
     components = load_components(str(world / "pipeline"))
-    policy = DiffusionPolicy(components, steps=STEPS, guidance=GUIDANCE, resolution=64, rank=1)
+    policy = DiffusionPolicy.from_components(components, steps=STEPS, guidance=GUIDANCE, resolution=64, rank=1)
     return draw_images(Decoder(policy, batch=30), prompts, [("report", i) for i in range(len(prompts))], batch=30)
 
 
