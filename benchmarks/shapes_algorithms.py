@@ -5,6 +5,7 @@ machine. A run that is already in the folder is not repeated, and one that was s
 """
 
 import argparse
+import os
 import platform
 import statistics
 import subprocess
@@ -44,8 +45,11 @@ def train(path: Path, algorithm: str, seed: int) -> None:
     """One run at `path`, new or continued."""
     flags = ["--run-dir", str(path), "--algorithm", algorithm, "--seed", str(seed)]
     if (path / "config.toml").exists():
-        if RunFolder.open(path).config != make_config(overrides={"algorithm": algorithm, "seed": seed}):
+        run = RunFolder.open(path)
+        if run.config != make_config(overrides={"algorithm": algorithm, "seed": seed}):
             raise SystemExit(f"{path} was made with other settings than the preset has now; delete it, or give --runs")
+        if len(run.metrics()) == run.config.epochs:
+            return
         flags = ["--resume", str(path)]
     print(f"--- {algorithm}, seed {seed}", flush=True)
     subprocess.run([sys.executable, "-m", "comfy_tdpo.trainer", *flags], check=True)
@@ -71,11 +75,11 @@ def report(results: dict[str, list[dict[str, float]]], command: str) -> str:
     seeds = len(next(iter(results.values())))
     names = (f"{REWARD}/mean", *WATCHED)
     lines = [
-        "# Four algorithms on Shapes",
+        "# Algorithms on Shapes",
         "",
         f"`{command}`",
         "",
-        f"{date.today()}, {platform.processor() or platform.machine()}, {platform.system()}, Python "
+        f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python "
         f"{platform.python_version()}. Mean ± standard deviation over {seeds} seeds: first epoch → mean of the last "
         f"{LAST} epochs. The gain is in standard deviations of the first epoch's rewards.",
         "",
