@@ -276,7 +276,7 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
 def _algorithm(in_file: Fields, overrides: Fields) -> str:
     """Its values lie below those of a file, so a file that is made for another one would mix the two."""
     algorithm = _topmost([in_file, overrides], "algorithm", "tdpo-r")
-    if algorithm not in ALGORITHMS:
+    if algorithm not in tuple(ALGORITHMS):  # a file may hold a list, which no dictionary looks up
         raise ValueError(f"got algorithm {algorithm!r}; expected one of {', '.join(ALGORITHMS)}")
     if in_file.get("algorithm", algorithm) != algorithm:
         raise ValueError(
