@@ -103,6 +103,7 @@ def test_every_setting_says_what_it_means():
 
 
 WRONG = [
+    ({"eval_rewards": 5}, "eval_rewards: got 5; input should be a valid list"),
     ({"algorithm": ["tdpo"]}, "got algorithm ['tdpo']; expected one of tdpo-r"),
     ({"kl": {"target": 5.0}}, "kl.target steers kl.coefficient, which is 0"),
     ({"kl": {"coefficient": 0.1, "target": 5.0, "horizon": 10}}, "kl.horizon 10 is less than"),

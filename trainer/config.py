@@ -45,7 +45,9 @@ def _unset(value: Any) -> Any:
 
 def _split(value: Any) -> Any:
     parts = value.split(",") if isinstance(value, str) else value
-    return [] if parts == [NONE] else [part for part in parts if part]
+    if parts == [NONE]:
+        return []
+    return [part for part in parts if part] if isinstance(parts, list) else parts
 
 
 Unset = BeforeValidator(_unset)
