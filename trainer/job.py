@@ -55,7 +55,8 @@ class Job:
 
     def __init__(self, run: RunFolder, factory: TrainingFactory, device: torch.device | str = "cpu"):
         self.run, self._factory = run, factory
-        self.device = torch.device(torch.device(device).type, torch.device(device).index or 0)
+        device = torch.device(device)
+        self.device = torch.device(device.type, device.index or 0)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._subscribers: list[Subscriber] = []
         self._thread = threading.Thread(target=self._work, name=f"tdpo-{self.id}", daemon=True)

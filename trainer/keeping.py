@@ -59,10 +59,13 @@ class Keeper:
             self.keep_grid()
             self._keep_lora(self.run.lora(epoch))
         if last or epoch % config.checkpoint_every == 0:
-            self.keep_state()
+            self._keep_checked_state()
 
     def keep_state(self) -> None:
         self._check_finite()
+        self._keep_checked_state()
+
+    def _keep_checked_state(self) -> None:
         self._keep_lora(self.run.latest_lora)
         self.state.save(self.run.checkpoints, self.config.output.keep_checkpoints)
 

@@ -27,7 +27,7 @@ EpochMetrics = dict[str, float]
 CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file beside `path`, flush it to the disk, and put it in place; never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial{path.suffix}")
@@ -76,7 +76,7 @@ class RunFolder:
         return self
 
     def _write_text(self, name: str, text: str) -> None:
-        write_atomically(self.path / name, lambda file: _write_text(file, text))
+        write_atomically(self.path / name, lambda file: file.write_text(text, encoding="utf-8"))
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -174,7 +174,3 @@ def _with_absolute_model(config: TrainConfig) -> TrainConfig:
 
 def epoch_name(epoch: int) -> str:
     return f"epoch-{epoch:04d}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from comfy_tdpo import advantages, objectives
-from comfy_tdpo.critic import TemporalCritic
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel, load_reward
@@ -138,11 +137,6 @@ class Training:
         self._finish_epoch(metrics)
         return metrics
 
-    @property
-    def _critic(self) -> TemporalCritic:
-        assert self.state.critic is not None, "the algorithm has no critic"
-        return self.state.critic
-
     def _gather(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks."""
         return self.accelerator.gather(tensor)
@@ -208,8 +202,8 @@ class Training:
         if self.encoder is None:
             clip = self.config.advantage_clip or torch.inf
             return Targets(returns[own].clamp(-clip, clip), returns[own], None)
-        assert batch.image_embeds is not None
-        residuals = critic_residuals(self._critic, batch.image_embeds)
+        assert self.state.critic is not None and batch.image_embeds is not None
+        residuals = critic_residuals(self.state.critic, batch.image_embeds)
         temporal = advantages.temporal_rewards(returns, gather(residuals))
         return Targets(temporal[own], returns[own], residuals)
 
@@ -245,8 +239,8 @@ class Training:
         for name, scores in batch.eval_rewards.items():
             metrics[f"eval/{name}/mean"] = gather(scores).mean().item()
         for name, total in self.state.progress.sums.items():
-            mean = gather(total[None]).mean().item() / updates
-            metrics[name] = gather(total[None]).max().item() if name == "policy/ratio_drift" else mean
+            totals = gather(total[None])
+            metrics[name] = totals.max().item() if name == "policy/ratio_drift" else totals.mean().item() / updates
         if targets.residuals is not None:
             explained = objectives.explained_variance(gather(targets.residuals), gather(targets.returns))
             metrics["critic/explained_variance"] = explained.item()
