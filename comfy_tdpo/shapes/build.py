@@ -7,8 +7,10 @@ world's folder: a diffusers pipeline, two encoders, and a README with what was m
 
 import argparse
 import json
+import shutil
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,19 +39,32 @@ NORM_GROUPS = 8
 STAGES = {"vae": (6000, 16), "clip": (1800, 128), "unet": (3400, 64), "judge": (1500, 128)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 built, 1 failed, 2 wrong input, 130 stopped by the user."""
     parser = argparse.ArgumentParser(prog="python -m comfy_tdpo.shapes.build", description=__doc__)
     parser.add_argument("--out", type=Path, default=WORLD, help="folder the world is written to")
     parser.add_argument("--work", type=Path, default=Path("shapes-build"), help="folder for unfinished stages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps a stage: does it run, not does it learn")
-    args = parser.parse_args()
-    build(args.out, args.work, args.seed, steps=3 if args.quick else None)
+    args = parser.parse_args(argv)
+    try:
+        build(args.out, args.work, args.seed, steps=3 if args.quick else None)
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on from what {args.work} holds.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"comfy_tdpo.shapes.build: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
 
 
 def build(out: Path, work: Path, seed: int, steps: int | None = None) -> None:
-    """Train every stage that `work` does not hold yet and write the world to `out`."""
-    work.mkdir(parents=True, exist_ok=True)
+    """Train every stage that `work` does not hold yet and write the world to `out`.
+
+    Raises:
+        ValueError: `work` is of a build with other settings.
+    """
+    _claim(work, {"seed": seed, "steps": steps})
     world = Builder(out, work, seed, steps)
     tokenizer = build_tokenizer(out / "pipeline" / "tokenizer")
     vae = world.vae()
@@ -57,6 +72,15 @@ def build(out: Path, work: Path, seed: int, steps: int | None = None) -> None:
     world.unet(tokenizer, vae)
     world.judge(tokenizer)
     write_report(out)
+
+
+def _claim(work: Path, settings: dict[str, int | None]) -> None:
+    """Mark `work` as the folder of a build with `settings`; stages of another build cannot be continued."""
+    work.mkdir(parents=True, exist_ok=True)
+    mark = work / "build.json"
+    if mark.exists() and (found := json.loads(mark.read_text(encoding="utf-8"))) != settings:
+        raise ValueError(f"{work} holds a build with {found}; expected {settings}: name another --work")
+    mark.write_text(json.dumps(settings), encoding="utf-8")
 
 
 class Builder:
@@ -171,6 +195,10 @@ class Builder:
             requires_safety_checker=False,
         )
         pipeline.to(torch.float16).save_pretrained(self.out / "pipeline")  # the size of the package
+        # transformers would load the text encoder in the type named here, and diffusers all other parts in float32
+        config = self.out / "pipeline" / "text_encoder" / "config.json"
+        values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def _encode(self, vae: AutoencoderKL, rows: Tensor) -> Tensor:
@@ -219,15 +247,25 @@ def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizerFast:
     """A CLIP tokenizer whose merges know the grammar's words, one token each; other text falls into characters."""
-    words = [" ".join(_every_word())] * 4
+    words = _every_word()
+    # The trainer breaks ties between merges by the ids of their letters, which it gives out in the order of a hash map;
+    # special tokens have the ids of the order they are given in.
+    known = sorted(set("".join(words)))
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=known + [f"{letter}</w>" for letter in reversed(known)],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False))
+    bpe.train_from_iterator([" ".join(words)], trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     letters = pre_tokenizers.ByteLevel.alphabet()
     tokens = sorted(letters) + [f"{letter}</w>" for letter in sorted(letters)]
     tokens += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a tokenizer.json in it would be read in place of what is written here
+    folder.mkdir(parents=True)
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
@@ -288,4 +326,4 @@ def _seed(seed: int, stage: str, step: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
