@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from comfy_tdpo import __version__
-from comfy_tdpo.rewards import RewardError
+from comfy_tdpo.rewards import RewardError, allow_functions
 
 from .config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets
 from .keeping import TrainingError
@@ -26,6 +26,12 @@ FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 finished, 1 failed, 2 wrong input, 130 stopped by the user."""
+    allow_functions()  # whoever types a command may name his own function
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["score"]:
+        from .score import main as score
+
+        return score(argv[1:])
     args = _parser().parse_args(argv)
     try:
         if args.print_config:

@@ -1,0 +1,20 @@
+"""How a reward is to be loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """dtype: of an encoder's weights and activations; weights: a file or folder to use instead of looking for one."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    weights: Path | None = None
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """For what a reward needs beside its main file: a file that is named stands for the main one alone."""
+        return self.weights if self.weights is not None and not self.weights.is_file() else None
