@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,20 @@ def bert_vocabulary(size: int) -> str:
     ]
     tokens += ["painting", "light", "##house"]
     return "\n".join(tokens + [f"filler{i}" for i in range(size - len(tokens))]) + "\n"
+
+
+def remembered(encode: Callable) -> Callable:
+    """`encode`, asked once for each image: upstream asks anew for every prompt, and hours are too long."""
+    known: dict[bytes, Any] = {}
+
+    def once(pixels: torch.Tensor | None = None, **kwargs):
+        given = pixels if pixels is not None else kwargs["pixel_values"]
+        key = given.float().numpy().tobytes()
+        if key not in known:
+            known[key] = encode(pixels, **kwargs) if pixels is not None else encode(**kwargs)
+        return known[key]
+
+    return once
 
 
 # --- the architectures
@@ -151,6 +166,7 @@ def clip_reference(name: str, size: str, work: Path) -> tuple[dict, Callable]:
     # buffers that transformers kept in its files until version 4.31
     shapes |= {"text_model.embeddings.position_ids": [1, 77], "vision_model.embeddings.position_ids": [1, patches]}
     fill(model, shapes)
+    model.get_image_features = remembered(model.get_image_features)
     processor = CLIPProcessor(clip_image_processor(), clip_tokenizer(work))
     head, head_shapes = aesthetic_head(CLIPS[name, size]["projection_dim"])
 
@@ -218,6 +234,7 @@ def hps_reference(name: str, size: str, work: Path) -> tuple[dict, Callable]:
     from hpsv2.src.open_clip.transform import image_transform  # type: ignore[import-not-found]
 
     model = CLIP(**OPEN_CLIPS[size], output_dict=True)
+    model.encode_image = remembered(model.encode_image)
     img_score.model_dict |= {"model": model, "preprocess_val": image_transform(224, is_train=False)}
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     file = "HPS_v2_compressed.pt"  # that of version 2.1 is made alike
@@ -257,6 +274,7 @@ def image_reward_reference(name: str, size: str, work: Path) -> tuple[dict, Call
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     fill(model, shapes)
     model.eval()
+    model.blip.visual_encoder.forward = remembered(model.blip.visual_encoder.forward)
 
     def score(pictures: list[Image.Image], prompt: str) -> list[float]:
         return [model.score(prompt, picture) for picture in pictures]
