@@ -53,13 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rewards", nargs="*", default=REFERENCE["REWARDS"])
     parser.add_argument("--upstream", type=Path, required=True, help="the interpreter that has upstream's packages")
-    parser.add_argument("--size", choices=("small", "full"), default="full")
     parser.add_argument("--work", type=Path, default=Path("build/parity"), help="folder for checkpoints and scores")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints, and use those that are there")
     parser.add_argument("--out", type=Path, default=HERE / "reward_parity.md")
     args = parser.parse_args()
     results = [compare(name, args) for name in args.rewards]
-    text = report(results, " ".join(["python benchmarks/reward_parity.py", *sys.argv[1:]]), args)
+    text = report(results, " ".join(["python benchmarks/reward_parity.py", *sys.argv[1:]]))
     args.out.write_text(text, encoding="utf-8")
     print(text)
     if any(result.relative > TOLERANCE for result in results):
@@ -70,26 +69,15 @@ def compare(name: str, args: argparse.Namespace) -> Result:
     done = args.work / f"{name}-result.json"
     if done.exists():
         return Result(**json.loads(done.read_text(encoding="utf-8")))
-    script = [HERE / "reward_reference.py", name, "--size", args.size, "--work", args.work, "--out", args.work]
+    script = [HERE / "reward_reference.py", name, "--size", "full", "--work", args.work, "--out", args.work]
     subprocess.run([str(part) for part in (args.upstream, "-W", "ignore", *script)], check=True)
     record = json.loads((args.work / f"{name}.json").read_text(encoding="utf-8"))
-    use_architecture(args.size)
     result = measure(name, record, {name: str(args.work / name)})
     done.write_text(json.dumps(vars(result)), encoding="utf-8")
     if not args.keep:
         shutil.rmtree(args.work / name)
     print(f"{name}: {result.relative:.1e} relative, bf16 {result.bf16:.1e}", flush=True)
     return result
-
-
-def use_architecture(size: str) -> None:
-    """The toy's, with what the tests use, where that is asked for."""
-    if size == "small":
-        sys.path.append(str(HERE.parent / "tests"))
-        from pytest import MonkeyPatch
-        from small_rewards import use_small_architectures
-
-        use_small_architectures(MonkeyPatch())
 
 
 def measure(name: str, record: dict, weights: dict[str, str]) -> Result:
@@ -137,7 +125,7 @@ def parts(reward: RewardModel) -> list[Tensor]:
     return [parameter for network in networks for parameter in network.parameters()]
 
 
-def report(results: list[Result], command: str, args: argparse.Namespace) -> str:
+def report(results: list[Result], command: str) -> str:
     lines = [
         "# Rewards against upstream",
         "",
@@ -145,7 +133,7 @@ def report(results: list[Result], command: str, args: argparse.Namespace) -> str
         "",
         f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. Random weights, "
-        f"{args.size} size, 16 images of 64 to 768 px, 4 prompts.",
+        "the true architectures, 16 images of 64 to 768 px, 4 prompts.",
         "",
         "- spread: standard deviation over the images, mean over the prompts;",
         "- upstream: largest difference from upstream's own code in float32, relative to the score, or to a hundredth "

@@ -22,9 +22,10 @@ import math
 import platform
 import re
 import sys
+import tomllib
 import zlib
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from PIL import Image
 
 PROMPTS = ["a red fox", "Two dogs & a cat, playing chess!", "an oil painting of a lighthouse at night " * 12, "snail"]
 SIZES = [(224, 224), (64, 64), (512, 512), (300, 200), (225, 338), (331, 226), (768, 512), (96, 131)]
+PUBLISHED = Path(__file__).parent.parent / "tests" / "golden" / "checkpoints.toml"
 REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward", "clipscore")
 
 
@@ -56,6 +58,23 @@ def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def checkpoint(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     return {name: weight(name, tuple(shape)) for name, shape in shapes.items()}
+
+
+def published(file: str) -> dict[str, list[int]]:
+    """Keys and shapes of a published file, as tests/golden/checkpoints.toml has them with its braces opened."""
+    tables = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return {key: shape for pattern, shape in tables[file].items() for key in opened(pattern)}
+
+
+def opened(pattern: str) -> list[str]:
+    parts = re.split(r"\{(.*?)\}", pattern)
+    choices = [[part] if i % 2 == 0 else alternatives(part) for i, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def alternatives(text: str) -> list[str]:
+    first, dots, last = text.partition("..")
+    return [str(n) for n in range(int(first), int(last) + 1)] if dots else text.split(",")
 
 
 def images() -> list[Image.Image]:

@@ -1,15 +1,13 @@
 """Where published weights are looked for, what is said where they are not there, and that nothing else is loaded."""
 
 import re
-import tomllib
-from itertools import product
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_rewards import CPU, GOLDEN, REFERENCE, golden, save_small_weights, use_small_architectures
+from small_rewards import CPU, REFERENCE, golden, save_small_weights, use_small_architectures
 from torch import nn
 from transformers import CLIPModel
 
@@ -182,28 +180,11 @@ def test_half_precision_files_are_loaded_in_the_precision_asked_for(tmp_path):
 # --- keys and shapes of the published files
 
 
-def published(file: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes in golden/checkpoints.toml, with its braces opened."""
-    tables = tomllib.loads((GOLDEN / "checkpoints.toml").read_text(encoding="utf-8"))
-    return {key: tuple(shape) for pattern, shape in tables[file].items() for key in opened(pattern)}
+def shapes(module: nn.Module, key=lambda name: name) -> dict[str, list[int]]:
+    return {key(name): list(weight.shape) for name, weight in module.state_dict().items()}
 
 
-def opened(pattern: str) -> list[str]:
-    parts = re.split(r"\{(.*?)\}", pattern)
-    choices = [[part] if i % 2 == 0 else choice(part) for i, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in product(*choices)]
-
-
-def choice(text: str) -> list[str]:
-    first, dots, last = text.partition("..")
-    return [str(n) for n in range(int(first), int(last) + 1)] if dots else text.split(",")
-
-
-def shapes(module: nn.Module, key=lambda name: name) -> dict[str, tuple[int, ...]]:
-    return {key(name): tuple(weight.shape) for name, weight in module.state_dict().items()}
-
-
-def full_size() -> dict[str, dict[str, tuple[int, ...]]]:
+def full_size() -> dict[str, dict[str, list[int]]]:
     """What the loader asks of each published file, at full size; nothing takes memory."""
     with torch.device("meta"):
         blip = imagereward.ImageGroundedText()
@@ -228,7 +209,7 @@ NOT_READ = {
 
 def test_the_loader_asks_for_the_published_keys_and_shapes():
     for file, asked in full_size().items():
-        there = published(file)
+        there = REFERENCE.published(file)
         assert asked.items() <= there.items(), file
         left = {key for key in there.keys() - asked.keys() if not re.match(NOT_READ.get(file, "$"), key)}
         assert left == set(), file
@@ -241,7 +222,9 @@ def test_what_is_written_down_is_transformers_clip(file, config):
     """An independent look at the list itself: the whole of the library's model, not the part we ask for."""
     with torch.device("meta"):
         model = CLIPModel(config)
-    assert shapes(model) == {key: shape for key, shape in published(file).items() if "position_ids" not in key}
+    assert shapes(model) == {
+        key: shape for key, shape in REFERENCE.published(file).items() if "position_ids" not in key
+    }
 
 
 def test_the_small_checkpoints_have_the_published_keys(tmp_path):
@@ -249,6 +232,6 @@ def test_the_small_checkpoints_have_the_published_keys(tmp_path):
     for name in REFERENCE.REWARDS:
         for file, layout in golden(name)["files"].items():
             names = {"sac+logos+ava1-l14-linearMSE.pth": "aesthetic-model.pth"}
-            there = published(f"{name}/{names.get(file, file)}")
+            there = REFERENCE.published(f"{name}/{names.get(file, file)}")
             first_layers = {key for key in there if not re.search(r"\.([2-9]|\d\d)\.(?!weight$|bias$)", key)}
             assert layout["shapes"].keys() == first_layers, (name, file)

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m comfy_tdpo.trainer",
         description="Align a diffusion model with a reward by TDPO-R (arXiv 2402.08552). "
         "Without arguments it trains on the embedded world, Shapes, in a few minutes.",
+        epilog="`score --help` tells how to score image files with rewards.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -86,6 +86,9 @@ def _find_given(reward: str, source: Source, given: Path) -> Path:
 
 
 def _download(reward: str, source: Source) -> Path:
+    cached = try_to_load_from_cache(source.repo, source.file)
+    if isinstance(cached, str):  # whose freshness nobody needs to ask the hub for
+        return Path(cached)
     try:
         return Path(hf_hub_download(source.repo, source.file))
     except OSError as error:
