@@ -109,14 +109,14 @@ def bert_vocabulary(size: int) -> str:
 
 
 def remembered(encode: Callable) -> Callable:
-    """`encode`, asked once for each image: upstream asks anew for every prompt, and hours are too long."""
+    """`encode`, asked once for each image or text: upstream asks anew for every pair, and hours are too long."""
     known: dict[bytes, Any] = {}
 
-    def once(pixels: torch.Tensor | None = None, **kwargs):
-        given = pixels if pixels is not None else kwargs["pixel_values"]
+    def once(*args, **kwargs):
+        given = args[0] if args else kwargs["pixel_values"]
         key = given.float().numpy().tobytes()
         if key not in known:
-            known[key] = encode(pixels, **kwargs) if pixels is not None else encode(**kwargs)
+            known[key] = encode(*args, **kwargs)
         return known[key]
 
     return once
@@ -253,7 +253,7 @@ def hps_reference(name: str, size: str, work: Path) -> tuple[dict, Callable]:
     from hpsv2.src.open_clip.transform import image_transform  # type: ignore[import-not-found]
 
     model = CLIP(**OPEN_CLIPS[size], output_dict=True)
-    model.encode_image = remembered(model.encode_image)
+    model.encode_image, model.encode_text = remembered(model.encode_image), remembered(model.encode_text)
     img_score.model_dict |= {"model": model, "preprocess_val": image_transform(224, is_train=False)}
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
     file = "HPS_v2_compressed.pt"  # that of version 2.1 is made alike

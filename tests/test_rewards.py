@@ -1,6 +1,7 @@
 """The registry, sums, JPEG and users' functions, one encoder for reward and critic, and rewards that fail."""
 
 import gc
+import importlib.util
 import io
 import weakref
 
@@ -161,7 +162,9 @@ def test_a_function_scores(mine):
     assert red.embed_dim is None
 
 
-@pytest.mark.parametrize("name", ["python:my_rewards", "python:my_rewards:", "python::red", "python:my/rewards:red"])
+@pytest.mark.parametrize(
+    "name", ["python:my_rewards", "python:my_rewards:", "python::red", "python:my/rewards:red", "python:.my:red"]
+)
 def test_a_malformed_function_is_refused(mine, name):
     with pytest.raises(ValueError, match="expected python:module:function"):
         check_reward(name)
@@ -178,6 +181,14 @@ def test_a_malformed_function_is_refused(mine, name):
 def test_a_function_that_is_not_there_is_refused(mine, name, complaint):
     with pytest.raises(ValueError, match=complaint):
         load_reward(name, CPU)
+
+
+def test_functions_are_refused_from_the_start():
+    spec = importlib.util.spec_from_file_location("comfy_tdpo.rewards.anew", function.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    with pytest.raises(ValueError, match="runs code"):
+        anew.check_function("python:mine:red")
 
 
 def test_a_function_runs_only_where_it_was_allowed(tmp_path, monkeypatch):
@@ -312,7 +323,7 @@ def test_a_reward_that_fails_is_named(failure):
     with pytest.raises(RewardError, match=complaint):
         score_images(Failing(how, good=0), IMAGES[:2], PROMPTS[:2])
     total = WeightedSum([(Brightness(), 1.0, 1.0), (Failing(how, good=0), 1.0, 1.0)])
-    with pytest.raises(RewardError, match=complaint):  # not the sum
+    with pytest.raises(RewardError, match=f"^{complaint}"):  # the part, and not the sum
         score_images(total, IMAGES[:2], PROMPTS[:2])
 
 
