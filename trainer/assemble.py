@@ -1,5 +1,6 @@
 """From a configuration to a training: the accelerator, the rewards, the model."""
 
+import os
 import threading
 
 import torch
@@ -32,10 +33,21 @@ def assemble(
     """
     # Precision is the policy's own: accelerate's would be one for all runs of a process.
     accelerator = Accelerator(log_with=_trackers(config.output.trackers), project_dir=str(run.path))
+    _check_processes(accelerator.num_processes)
     reward = load_rewards(config.rewards, accelerator.device)
     eval_rewards = {name: load_reward(name, accelerator.device) for name in config.eval_rewards}
     policy = load_policy(config, accelerator.device)
     return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+
+
+def _check_processes(found: int) -> None:
+    """A launcher's processes that do not know of each other would all write to one run."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != found:
+        raise ValueError(
+            f"got {launched} processes of which accelerate joins {found}; expected one, or a GPU for each: set "
+            "ACCELERATE_USE_CPU=true to have them train together without GPUs"
+        )
 
 
 def _trackers(names: list[str]) -> list[str] | None:
