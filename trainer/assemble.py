@@ -57,7 +57,7 @@ def _trackers(names: list[str]) -> list[str] | None:
         if name not in available:
             raise ValueError(
                 f"got tracker {name!r}; expected one of those installed here ({', '.join(available) or 'none'}): "
-                "pip install 'comfy-tdpo[tracking]' brings tensorboard and wandb"
+                "install its package, as pip install tensorboard"
             )
     return names or None
 

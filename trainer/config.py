@@ -276,7 +276,8 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     for_algorithm = base.pop("algorithms", {})
     algorithm = _algorithm(*above)
     trained_on = _topmost(above, "rewards", {})
-    base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in trained_on]
+    if isinstance(trained_on, dict):  # whatever else a file holds there is refused below
+        base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in trained_on]
     merged: Fields = {}
     for layer in (ALGORITHMS[algorithm], base, for_algorithm.get(algorithm, {}), *above):
         merged = _merge(merged, layer)
