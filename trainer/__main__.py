@@ -160,7 +160,11 @@ def _print_config(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     if args.resume:
         run = RunFolder.open(args.resume)
-        return _run(run, _resumed_config(args, run), new=False)
+        config = _resumed_config(args, run)
+        if config != run.config:
+            with run.lock():
+                run.write_config(config)
+        return _run(run, config, new=False)
     config, run = make_config(args.preset, args.config, _overrides(args)), RunFolder(args.run_dir or _default_folder())
     if IS_MAIN_PROCESS:
         run.check_free()
@@ -185,8 +189,6 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
             console.begin(training.policy.device)
             if new:
                 run.create(config)  # only now, that everything it needs is loaded
-            else:
-                run.write_config(config)
             for metrics in training.epochs():
                 console.epoch(metrics)
             return _conclude(run, training.stopped)
