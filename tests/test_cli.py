@@ -102,7 +102,7 @@ def test_a_preset_does_not_watch_what_is_trained_on(capsys):
 
 
 def test_the_help_needs_no_torch():
-    code = "import sys, comfy_tdpo.trainer.__main__ as m; m._parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys, comfy_tdpo.trainer.__main__ as m; m.make_parser(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -12,23 +12,22 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from comfy_tdpo import __version__
-from comfy_tdpo.prompts import prompt_sets
-from comfy_tdpo.rewards import REWARDS, RewardError
+from comfy_tdpo.rewards import RewardError
 
-from .config import NONE, TrainConfig, leaf_fields, make_config, override, plain_values, presets
-from .run import RunFolder, TrainingError
+from .arguments import WRONG_INPUT, make_parser, overrides, with_dashes
+from .config import TrainConfig, make_config, override, plain_values
+from .run import CONFIG, RunFolder, TrainingError
 
-FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
+FINISHED, FAILED, STOPPED = 0, 1, 130
 LONGEST = 900  # characters of an error, which may hold what a user gave
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # as launchers of several processes say it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 finished, 1 failed, 2 wrong input, 130 stopped by the user."""
-    args = _parser().parse_args([_with_dashes(text) for text in (sys.argv[1:] if argv is None else argv)])
+    args = make_parser().parse_args([with_dashes(text) for text in (sys.argv[1:] if argv is None else argv)])
     try:
         return _print_config(args) if args.print_config else _train(args)
     except KeyboardInterrupt:  # while it still loads; from then on _stopping_on_signals sees to it
@@ -45,109 +44,10 @@ def _complain(error: object, status: int) -> int:
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; --help lists what there is\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m comfy_tdpo.trainer",
-        usage="%(prog)s [--preset NAME] [--config FILE] [--run-dir DIR] [--reward NAME] [--SETTING VALUE ...]\n"
-        "       %(prog)s --resume DIR [--epochs N]",
-        description="Align a diffusion model with a reward by TDPO-R (arXiv 2402.08552). "
-        "Without arguments it trains on the embedded world, Shapes, in a few minutes.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
-    where = parser.add_argument_group("what to run and where")
-    where.add_argument(
-        "--preset",
-        metavar="NAME",
-        help=f"one of {', '.join(presets())} (default: shapes; sd14-aesthetic where --model is another)",
-    )
-    where.add_argument("--config", type=Path, metavar="FILE", help="TOML file laid over the preset")
-    where.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
-    where.add_argument(
-        "--resume", type=Path, metavar="DIR", help="continue the run in this folder; --epochs and --output.* may change"
-    )
-    where.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
-    where.add_argument(
-        "--reward",
-        action="append",
-        metavar="NAME[=WEIGHT]",
-        help=f"training reward, may be given several times: {', '.join(REWARDS)}",
-    )
-    where.add_argument("--eval-reward", action="append", metavar="NAME", help="reward that only watches; likewise")
-    settings = parser.add_argument_group(
-        "settings", "the defaults are the paper's; over them lie the algorithm, the preset, --config, then these flags"
-    )
-    for name, info in leaf_fields():
-        if name not in ("rewards", "eval_rewards"):
-            settings.add_argument(
-                "--" + name.replace("_", "-"),
-                dest=f"set:{name}",
-                default=argparse.SUPPRESS,
-                metavar="VALUE",
-                help=_help(name, info).replace("%", "%%"),
-            )
-    return parser
-
-
-def _help(name: str, info: Any) -> str:
-    """What a setting means, its choices, and its default."""
-    choices = prompt_sets() if name == "prompts" else _choices(info.annotation)
-    default = NONE if info.default is None else info.default
-    return f"{info.description}{': ' + ', '.join(choices) if choices else ''} (default: {default})"
-
-
-def _choices(annotation: Any) -> list[str]:
-    """The values of a Literal, which may be one of several types."""
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
-
-
-def _with_dashes(text: str) -> str:
-    """A flag may be spelt as its TOML key is, with underscores."""
-    flag, equals, value = text.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else text
-
-
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line, as nested values."""
-    values: dict[str, Any] = {}
-    for key, value in vars(args).items():
-        if key.startswith("set:"):
-            *sections, name = key.removeprefix("set:").split(".")
-            target = values
-            for section in sections:
-                target = target.setdefault(section, {})
-            target[name] = value
-    if args.reward:
-        values["rewards"] = _weighted(args.reward)
-    if args.eval_reward:
-        values["eval_rewards"] = args.eval_reward
-    return values
-
-
-def _weighted(texts: list[str]) -> dict[str, float]:
-    weights: dict[str, float] = {}
-    for text in texts:
-        name, _, weight = text.partition("=")
-        if name in weights:
-            raise ValueError(f"got --reward {name!r} twice; expected each reward once: NAME=WEIGHT weighs it")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"got --reward {text!r}; expected NAME or NAME=WEIGHT with a number") from None
-    return weights
-
-
 def _config(args: argparse.Namespace) -> TrainConfig:
     if args.resume:
         return _resumed_config(args, RunFolder.open(args.resume))
-    return make_config(args.preset, args.config, _overrides(args))
+    return make_config(args.preset, args.config, overrides(args))
 
 
 def _print_config(args: argparse.Namespace) -> int:
@@ -165,7 +65,7 @@ def _train(args: argparse.Namespace) -> int:
             with run.lock():
                 run.write_config(config)
         return _run(run, config, new=False)
-    config, run = make_config(args.preset, args.config, _overrides(args)), RunFolder(args.run_dir or _default_folder())
+    config, run = make_config(args.preset, args.config, overrides(args)), RunFolder(args.run_dir or _default_folder())
     if IS_MAIN_PROCESS:
         run.check_free()
     with _made(run.path):
@@ -200,7 +100,7 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
 
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
     """The run's own, with what may be changed."""
-    changes, config = _overrides(args), run.config
+    changes, config = overrides(args), run.config
     if args.run_dir or args.config or args.preset or changes.keys() - {"epochs", "output"}:
         raise ValueError(
             "got --resume with other settings; expected it alone, or with --epochs and --output.*: a run continues as "
@@ -235,9 +135,9 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _what_is_left(run: RunFolder) -> str:
-    if any(run.checkpoints.glob("epoch-*")):
+    if (run.path / CONFIG).exists():
         return f"what was saved before is whole: mend the cause, then go on with: {_resume_command(run)}"
-    return "no epoch was saved yet: mend the cause, then start again"
+    return "nothing was saved yet: mend the cause, then start again"
 
 
 def _resume_command(run: RunFolder) -> str:
