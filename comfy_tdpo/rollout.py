@@ -13,7 +13,7 @@ from .critic import TemporalCritic
 from .diffusion import gaussian_kl, log_prob
 from .policy import DiffusionPolicy
 from .randomness import Coordinates, generator_at
-from .rewards import RewardError, RewardModel
+from .rewards import RewardModel, score_images
 
 
 @dataclass
@@ -113,9 +113,9 @@ class Sampler:
             latents=latents,
             log_probs=log_probs,
             kl=kl,
-            rewards=self._score(self.reward, images, prompts),
+            rewards=score_images(self.reward, images, prompts),
             image_embeds=self._embed(latents[:, :-1]),
-            eval_rewards={name: self._score(model, images, prompts) for name, model in self.eval_rewards.items()},
+            eval_rewards={name: score_images(model, images, prompts) for name, model in self.eval_rewards.items()},
         )
 
     def _embed(self, latents: Tensor) -> Tensor | None:
@@ -124,17 +124,6 @@ class Sampler:
             return None
         embeds = self.decoder(latents.flatten(0, 1), self.embed_image_size, self.embed, self.check)
         return embeds.float().unflatten(0, latents.shape[:2])
-
-    def _score(self, model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
-        scores = model.score(images, prompts)
-        if scores.shape != (len(prompts),):
-            raise RewardError(
-                f"reward {model.name!r} returned shape {tuple(scores.shape)}; expected one score per image, "
-                f"({len(prompts)},)"
-            )
-        if not torch.isfinite(scores).all():
-            raise RewardError(f"reward {model.name!r} returned a score that is not finite: {scores.tolist()}")
-        return scores.float().to(images.device)
 
 
 def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:

@@ -120,7 +120,11 @@ WRONG = {
     "an unknown flag": (["--polcy.lr", "1"], "unrecognized arguments: --polcy.lr"),
     "an unknown reward": (["--reward", "beauty"], "got reward 'beauty'"),
     "a weight that is no number": (["--reward", "shapes-judge=much"], "NAME=WEIGHT"),
-    "a reward of a later version": (["--preset", "sd14-pickscore"], "reward 'pickscore' is not available"),
+    "no weights": (
+        ["--preset", "sd14-pickscore", "--reward-weights", "pickscore=/no/such/file"],
+        "got /no/such/file as the weights of reward 'pickscore', where nothing is",
+    ),
+    "a function that is nowhere": (["--reward", "python:no_such_module:f"], "cannot be imported"),
     "an unknown prompt set": (["--prompts", "no-such-set"], "got prompts 'no-such-set'"),
     "prompts that need a copy": (["--prompts", "hpd-photo"], "does not ship"),
     "a negative number": (["--epochs", "-3"], "epochs: got '-3'"),

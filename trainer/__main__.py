@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_tdpo.rewards import RewardError
+from comfy_tdpo.rewards.function import allow_functions
 
 from .arguments import WRONG_INPUT, make_parser, overrides, with_dashes
 from .config import TrainConfig, make_config, override, plain_values
@@ -27,7 +28,13 @@ IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # as launchers of several 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 finished, 1 failed, 2 wrong input, 130 stopped by the user."""
-    args = make_parser().parse_args([with_dashes(text) for text in (sys.argv[1:] if argv is None else argv)])
+    allow_functions()  # whoever types a command may name his own function
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["score"]:
+        from .score import main as score
+
+        return score(argv[1:])
+    args = make_parser().parse_args([with_dashes(text) for text in argv])
     try:
         return _print_config(args) if args.print_config else _train(args)
     except KeyboardInterrupt:  # while it still loads; from then on _stopping_on_signals sees to it
@@ -141,7 +148,7 @@ def _what_is_left(run: RunFolder) -> str:
 
 
 def _resume_command(run: RunFolder) -> str:
-    return shlex.join([sys.executable, "-m", "comfy_tdpo.trainer", "--resume", str(run.path)])
+    return shlex.join([sys.executable, "-m", str(__package__), "--resume", str(run.path)])
 
 
 def _conclude(run: RunFolder, stopped: bool) -> int:

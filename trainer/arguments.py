@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from comfy_tdpo import __version__
 from comfy_tdpo.prompts import prompt_sets
-from comfy_tdpo.rewards import REWARDS
+from comfy_tdpo.rewards import reward_names
 
 from .config import NONE, leaf_fields, presets
 
@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
         "       %(prog)s --resume DIR [--epochs N]",
         description="Align a diffusion model with a reward by TDPO-R (arXiv 2402.08552). "
         "Without arguments it trains on the embedded world, Shapes, in a few minutes.",
+        epilog="`score --help` tells how to score image files with rewards.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help=f"training reward, may be given several times: {', '.join(REWARDS)}",
+        help=f"training reward, may be given several times: {', '.join(reward_names())}",
     )
     where.add_argument("--eval-reward", action="append", metavar="NAME", help="reward that only watches; likewise")
     settings = parser.add_argument_group(

@@ -1,5 +1,6 @@
 """From a configuration to a training: the accelerator, the rewards, the model."""
 
+import logging
 import os
 import threading
 
@@ -9,13 +10,15 @@ from accelerate.tracking import get_available_trackers
 
 from comfy_tdpo.loading import load_components
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.rewards import load_reward, load_rewards
+from comfy_tdpo.rewards import encoder_name, load_reward, load_rewards
 from comfy_tdpo.shapes import WORLD
 
 from .config import TrainConfig
 from .run import RunFolder
 from .state import Watch
 from .training import Training
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,10 +37,14 @@ def assemble(
     # Precision is the policy's own: accelerate's would be one for all runs of a process.
     accelerator = Accelerator(log_with=_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
-    reward = load_rewards(config.rewards, accelerator.device)
-    eval_rewards = {name: load_reward(name, accelerator.device) for name in config.eval_rewards}
+    how = (accelerator.device, config.reward_precision, config.reward_weights)
+    reward = load_rewards(config.rewards, *how, config.reward_scales)
+    eval_rewards = {name: load_reward(name, *how) for name in config.eval_rewards}
     policy = load_policy(config, accelerator.device)
-    return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+    training = Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+    if training.encoder is not None:
+        logger.info("the critic reads images by the encoder of %s", encoder_name(training.encoder))
+    return training
 
 
 def _check_processes(found: int) -> None:

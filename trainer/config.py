@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from comfy_tdpo.rewards import check_reward
 
@@ -50,8 +50,23 @@ def _split(value: Any) -> Any:
     return [part for part in parts if part] if isinstance(parts, list) else parts
 
 
+def named_values(text: str) -> dict[str, str]:
+    """NAME=VALUE,NAME=VALUE, as a command line has it."""
+    return dict(part.partition("=")[::2] for part in text.split(",") if part)
+
+
+def _pairs(value: Any) -> Any:
+    return named_values(value) if isinstance(value, str) else value
+
+
+def _absolute(paths: dict[str, str]) -> dict[str, str]:
+    """A run resumes from anywhere."""
+    return {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
+
+
 Unset = BeforeValidator(_unset)
 Names = Annotated[list[str], BeforeValidator(_split)]
+Pairs = BeforeValidator(_pairs)  # NAME=VALUE,NAME=VALUE on a command line, a table in TOML
 
 
 class Section(BaseModel):
@@ -183,7 +198,16 @@ class TrainConfig(Section):
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and weights"
     )
-    eval_rewards: Names = Field(default=[], description="rewards that only watch")
+    eval_rewards: Names = Field(default=[], description="rewards that only watch, or parts of a sum")
+    reward_scales: Annotated[dict[str, Positive], Pairs] = Field(
+        default={},
+        description="what training rewards are divided by before they are weighted and summed, such as their standard "
+        "deviations, which `score` prints; NAME=NUMBER,...",
+    )
+    reward_weights: Annotated[dict[str, Annotated[str, Field(min_length=1)]], Pairs, AfterValidator(_absolute)] = Field(
+        default={}, description="files or folders to load rewards from instead of the hub; NAME=PATH,..."
+    )
+    reward_precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the rewards' encoders")
     prompts: str = Field(default="shapes", description="prompt set, or a text file with one prompt a line")
     grid_prompts: Annotated[str | None, Unset] = Field(
         default=None, description="prompts of the sample grids; none: the training prompts"
@@ -217,6 +241,11 @@ class TrainConfig(Section):
     moments: MomentsConfig = MomentsConfig()
     output: OutputConfig = OutputConfig()
 
+    @property
+    def trained_on(self) -> list[str]:
+        """The rewards that count in training."""
+        return [name for name, weight in self.rewards.items() if weight]
+
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.samples_per_epoch % self.samples_per_update:
@@ -239,14 +268,20 @@ class TrainConfig(Section):
             )
         if self.advantage_clip is not None and self.critic.enabled:
             raise ValueError("advantage_clip is for algorithms without a critic; set it to none")
-        both = sorted(self.rewards.keys() & set(self.eval_rewards))
-        if both:
-            raise ValueError(f"eval_rewards lists {both[0]!r}, which is trained on; a held-out reward is another one")
+        if len(self.trained_on) == 1 and self.trained_on[0] in self.eval_rewards:
+            raise ValueError(
+                f"eval_rewards lists {self.trained_on[0]!r}, which is trained on; a held-out reward is another one"
+            )
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one another weight")
         encoders = [self.critic.encoder] if self.critic.encoder else []
-        for name in [*self.rewards, *self.eval_rewards, *encoders]:
+        used = [*self.rewards, *self.eval_rewards, *encoders]
+        for name in used:
             check_reward(name)
+        for name in self.reward_scales.keys() - set(self.rewards):
+            raise ValueError(f"reward_scales names {name}, which is not trained on; take it out, or add it to rewards")
+        for name in self.reward_weights.keys() - set(used):
+            raise ValueError(f"reward_weights names {name}, which is not used; take it out, or use it")
         return self
 
 

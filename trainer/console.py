@@ -13,7 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from .config import TrainConfig
-from .plots import readable, reward_names, shortened
+from .plots import readable, reward_names, role, shortened
 from .run import EpochMetrics, RunFolder
 from .training import RATIO_TOLERANCE
 
@@ -196,9 +196,11 @@ def summary(run: RunFolder) -> str:
     metrics = run.metrics()
     if not metrics:
         return f"No epoch has finished yet in {run.path}."
-    (training,), held_out = _courses(metrics, "reward"), _courses(metrics, "eval")
+    (training,), watching = _courses(metrics, "reward"), _courses(metrics, "eval")
+    roles = {course.name: role(course.name, run.config) for course in watching}
+    held_out = [course for course in watching if roles[course.name] == "held out"]
     verdict = textwrap.fill(_verdict(training, held_out, run), COLUMNS)
-    return "\n\n".join([_table(training, held_out), verdict, _facts(run, metrics)])
+    return "\n\n".join([_table(training, watching, roles), verdict, _facts(run, metrics)])
 
 
 def _courses(metrics: list[EpochMetrics], kind: str) -> list[Course]:
@@ -212,11 +214,11 @@ def _courses(metrics: list[EpochMetrics], kind: str) -> list[Course]:
     ]
 
 
-def _table(training: Course, held_out: list[Course]) -> str:
+def _table(training: Course, watching: list[Course], roles: dict[str, str]) -> str:
     rows: list[tuple[str, ...]] = [
         ("reward", "epoch 1", _last_epochs(len(training.means)), "change", "in std of epoch 1")
     ]
-    rows += [_row(training, "trained on"), *(_row(course, "held out") for course in held_out)]
+    rows += [_row(training, "trained on"), *(_row(course, roles[course.name]) for course in watching)]
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{name:<{width}}  {a:>9}  {b:>15}  {c:>9}  {d:>17}" for name, a, b, c, d in rows)
 

@@ -7,8 +7,9 @@ from comfy_tdpo.policy import DiffusionPolicy
 
 from .config import Fields, TrainConfig, plain_values
 
-# A run may go on for more epochs, write something else, and find its model at another place: the weights are compared.
-FREE = ("epochs", "output", "model")
+# A run may go on for more epochs, write something else, and find its files at another place; the model's weights are
+# compared.
+FREE = ("epochs", "output", "model", "reward_weights")
 
 
 def identity(config: TrainConfig, policy: DiffusionPolicy, prompts: list[str]) -> dict[str, Any]:

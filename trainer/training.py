@@ -84,7 +84,8 @@ class Training:
 
     def _critic_encoder(self) -> RewardModel:
         name = self.config.critic.encoder
-        model = load_reward(name, self.policy.device) if name else self.reward
+        how = (self.policy.device, self.config.reward_precision, self.config.reward_weights)
+        model = load_reward(name, *how) if name else self.reward
         if model.embed_dim is None:
             raise ValueError(
                 f"reward {model.name!r} has no image encoder to serve the critic; set critic.encoder to a reward that "

@@ -6,15 +6,20 @@ torch with it, so that names can be checked at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from .function import check_function, is_function
+from .options import Options
 from .shared import shared_while_used
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from .weights import Source
 
 
 @runtime_checkable
@@ -40,62 +45,157 @@ class RewardModel(Protocol):
         ...
 
 
+class RewardClass(Protocol):
+    """What makes a reward; `sources` are the published files that it reads."""
+
+    sources: tuple[Source, ...]
+
+    def __call__(self, name: str, options: Options) -> RewardModel: ...
+
+
 class RewardError(RuntimeError):
     """A reward model failed in the middle of a training; the message names it."""
 
 
-# name -> "module:callable", where the callable takes (name, device) and returns a RewardModel.
+# name -> "module:class", where the class is a RewardClass.
 REWARDS = {
+    "aesthetic": "comfy_tdpo.rewards.aesthetic:Aesthetic",
+    "pickscore": "comfy_tdpo.rewards.pickscore:PickScore",
+    "hpsv2": "comfy_tdpo.rewards.hpsv2:HPSv2",
+    "hpsv2.1": "comfy_tdpo.rewards.hpsv2:HPSv21",
+    "imagereward": "comfy_tdpo.rewards.imagereward:ImageReward",
+    "clipscore": "comfy_tdpo.rewards.clipscore:ClipScore",
+    "jpeg-compressibility": "comfy_tdpo.rewards.jpeg:JpegSize",
+    "jpeg-incompressibility": "comfy_tdpo.rewards.jpeg:JpegSize",
     "shapes-aesthetic": "comfy_tdpo.rewards.shapes:ShapesAesthetic",
     "shapes-alignment": "comfy_tdpo.rewards.shapes:ShapesAlignment",
     "shapes-judge": "comfy_tdpo.rewards.shapes:ShapesJudge",
     "shapes-gold": "comfy_tdpo.rewards.shapes:ShapesGold",
 }
 
-# Known by name, so that a preset can name them; they are not written yet.
-PLANNED = ("aesthetic", "pickscore", "hpsv2", "hpsv2.1", "imagereward", "clipscore")
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name for each
+
+
+def reward_names() -> list[str]:
+    """Every reward that can be asked for by name alone, for a list to choose from."""
+    return list(REWARDS)
 
 
 def check_reward(name: str) -> None:
     """Raise ValueError where nothing is known of a reward `name`."""
-    if name not in (*REWARDS, *PLANNED):
-        raise ValueError(f"got reward {name!r}; expected one of {', '.join((*REWARDS, *PLANNED))}")
+    if is_function(name):
+        check_function(name)
+    elif name not in REWARDS:
+        raise ValueError(f"got reward {name!r}; expected one of {', '.join(REWARDS)}, or python:module:function")
+
+
+def reward_class(name: str) -> RewardClass:
+    """What makes the reward `name`."""
+    check_reward(name)
+    place = "comfy_tdpo.rewards.function:UserFunction" if is_function(name) else REWARDS[name]
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def load_reward(
+    name: str, device: torch.device, precision: str = "fp32", weights: Mapping[str, str] | None = None
+) -> RewardModel:
+    """The reward `name` on `device`; asking again gives the same instance, for as long as anybody holds it.
+
+    precision: "fp32" or "bf16", of its encoder; weights: name -> file or folder, for rewards that are not to be looked
+    for. Raises ValueError where it cannot be had.
+    """
+    import torch
+
+    path = (weights or {}).get(name)
+    dtype = getattr(torch, PRECISIONS[precision])
+    return _load(name, Options(device, dtype, Path(path).expanduser() if path else None))
 
 
 @shared_while_used
-def load_reward(name: str, device: torch.device) -> RewardModel:
-    """The reward `name` on `device`; asking again gives the same instance, for as long as anybody holds it."""
-    check_reward(name)
-    if name in PLANNED:
-        raise ValueError(f"reward {name!r} is not available in this version; available are {', '.join(REWARDS)}")
-    module, _, attribute = REWARDS[name].partition(":")
-    factory: Callable[[str, torch.device], RewardModel] = getattr(import_module(module), attribute)
-    return factory(name, device)
+def _load(name: str, options: Options) -> RewardModel:
+    make = reward_class(name)
+    if options.weights and not make.sources:
+        raise ValueError(f"got {options.weights} as the weights of reward {name!r}, which has none; take that away")
+    return make(name, options)
 
 
 class WeightedSum:
-    """sum_i w_i R_i: several rewards as one. The first that has an encoder lends it to the critic."""
+    """sum_i w_i R_i / s_i: several rewards as one. The first that has an encoder lends it to the critic.
 
-    def __init__(self, weights: dict[str, float], device: torch.device):
-        self.parts = [(load_reward(name, device), weight) for name, weight in weights.items()]
-        self.name = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
-        self._encoder = next((model for model, _ in self.parts if model.embed_dim), None)
-        self.embed_dim = self._encoder.embed_dim if self._encoder else None
+    The scales s_i are numbers that the user states once, so that a sum has no state: nothing to save with a run, and
+    the same on every batch. A training normalises the sum again, per prompt (advantages.py).
+
+    Args:
+        parts: (model, w_i, s_i) of each.
+    """
+
+    def __init__(self, parts: list[tuple[RewardModel, float, float]]):
+        self.parts = parts
+        self.name = " + ".join(_term(model.name, weight, scale) for model, weight, scale in parts)
+        self.encoder = next((model for model, _, _ in parts if model.embed_dim), None)
+        self.embed_dim = self.encoder.embed_dim if self.encoder else None
 
     def embed(self, images: Tensor) -> Tensor:
-        assert self._encoder is not None, "embed_dim is None: there is no encoder"
-        return self._encoder.embed(images)
+        assert self.encoder is not None, "embed_dim is None: there is no encoder"
+        return self.encoder.embed(images)
 
     def check_prompts(self, prompts: list[str]) -> None:
-        for model, _ in self.parts:
+        for model, _, _ in self.parts:
             model.check_prompts(prompts)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return sum(weight * model.score(images, prompts) for model, weight in self.parts)
+        return sum(weight / scale * score_images(model, images, prompts) for model, weight, scale in self.parts)
 
 
-def load_rewards(weights: dict[str, float], device: torch.device) -> RewardModel:
-    """The weighted sum of the rewards in `weights`; a single one of weight 1 is itself."""
-    if list(weights.values()) == [1.0]:
-        return load_reward(next(iter(weights)), device)
-    return WeightedSum(weights, device)
+def encoder_name(model: RewardModel) -> str:
+    """The reward whose encoder `model` lends: its own, or that of a part of a sum."""
+    return model.encoder.name if isinstance(model, WeightedSum) and model.encoder else model.name
+
+
+def _term(name: str, weight: float, scale: float) -> str:
+    return (f"{weight:g} " if weight != 1 else "") + name + (f" / {scale:g}" if scale != 1 else "")
+
+
+def load_rewards(
+    terms: Mapping[str, float],
+    device: torch.device,
+    precision: str = "fp32",
+    weights: Mapping[str, str] | None = None,
+    scales: Mapping[str, float] | None = None,
+) -> RewardModel:
+    """The sum of the rewards in `terms`, name -> weight in the sum, each divided by its scale if it has one.
+
+    A single one of weight 1 is itself, and one of weight 0 is not loaded. The rest is as in load_reward.
+    """
+    parts = [
+        (load_reward(name, device, precision, weights), weight, (scales or {}).get(name, 1.0))
+        for name, weight in terms.items()
+        if weight
+    ]
+    (model, weight, scale), *others = parts
+    return model if not others and weight == scale == 1 else WeightedSum(parts)
+
+
+def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
+    """`model`'s scores, float32 (B,), on the images' device; RewardError names it where it does not give that."""
+    import torch
+
+    try:
+        scores = model.score(images, prompts)
+    except (torch.cuda.OutOfMemoryError, RewardError):
+        raise  # the former is the caller's to mend, the latter names the part of a sum that failed
+    except Exception as error:  # it may be anybody's code, and the user must learn whose
+        raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error
+    if scores.shape != (len(prompts),):
+        raise RewardError(
+            f"reward {model.name!r} returned shape {tuple(scores.shape)}; expected one score per image, "
+            f"({len(prompts)},)"
+        )
+    if scores.device != images.device:
+        raise RewardError(
+            f"reward {model.name!r} returned scores on {scores.device}; expected {images.device}, where the images are"
+        )
+    if not torch.isfinite(scores).all():
+        raise RewardError(f"reward {model.name!r} returned a score that is not finite: {scores.tolist()}")
+    return scores.float()

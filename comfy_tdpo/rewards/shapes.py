@@ -15,6 +15,7 @@ from ..shapes.encoders import (
 )
 from ..shapes.gold import gold_scores
 from ..shapes.scenes import parse
+from .options import Options
 from .shared import shared_while_used
 
 
@@ -27,12 +28,13 @@ def _clip_encoder(device: torch.device) -> ClipEncoder:
 class ShapesAesthetic:
     """Image only: encoder A's prediction of a rater's preference, about 0 to 10 points."""
 
+    sources = ()
     embed_dim = 64
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, options: Options):
         self.name = name
-        self.encoder = _clip_encoder(device)
-        self.head = load_preference_head(WORLD).to(device)
+        self.encoder = _clip_encoder(options.device)
+        self.head = load_preference_head(WORLD).to(options.device)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -49,6 +51,7 @@ class ShapesAesthetic:
 class _Agreement:
     """Image and text: the cosine of an encoder, -1 to 1."""
 
+    sources = ()
     embed_dim = 64
 
     def __init__(self, name: str, encoder: ClipEncoder | JudgeEncoder):
@@ -71,23 +74,24 @@ class _Agreement:
 class ShapesAlignment(_Agreement):
     """By encoder A, which also serves the other training reward and the critic."""
 
-    def __init__(self, name: str, device: torch.device):
-        super().__init__(name, _clip_encoder(device))
+    def __init__(self, name: str, options: Options):
+        super().__init__(name, _clip_encoder(options.device))
 
 
 class ShapesJudge(_Agreement):
     """By encoder B, which nothing is trained on: the held-out judge."""
 
-    def __init__(self, name: str, device: torch.device):
-        super().__init__(name, load_judge_encoder(WORLD).to(device))
+    def __init__(self, name: str, options: Options):
+        super().__init__(name, load_judge_encoder(WORLD).to(options.device))
 
 
 class ShapesGold:
     """What the prompt asks for, measured by a program: 0 to 1."""
 
+    sources = ()
     embed_dim = None
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, options: Options):
         self.name = name
 
     def embed(self, images: Tensor) -> Tensor:

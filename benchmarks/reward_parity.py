@@ -1,0 +1,157 @@
+"""Do the rewards agree with upstream at full size? `python benchmarks/reward_parity.py --upstream OLD/bin/python`
+
+OLD is the environment that benchmarks/reward_reference.py describes. For each learned reward, one after the other,
+upstream's code makes a checkpoint of the true architecture with random weights and scores 16 images with 4 prompts;
+ours loads that file, scores the same, and is compared. Measured besides: what bf16 changes, memory, and time per image.
+The results go into a page with date and machine; one that has been measured before (--work) is not measured again.
+Needs 12 GB of memory, and 4 GB of disk for the largest checkpoint, which is removed after it (--keep keeps it).
+"""
+
+import argparse
+import json
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from comfy_tdpo.rewards import RewardModel, load_reward
+
+HERE = Path(__file__).parent
+REFERENCE = runpy.run_path(str(HERE / "reward_reference.py"))
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of a score, and of the largest where a score is next to nothing
+BF16_IMAGES = 4  # few, since many CPUs are slow in bf16
+
+
+@dataclass
+class Result:
+    """What was measured of one reward; differences in upstream's units unless they are relative."""
+
+    name: str
+    low: float
+    high: float
+    deviation: float
+    relative: float
+    batch: float
+    bf16: float
+    megabytes: float
+    seconds: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rewards", nargs="*", default=REFERENCE["REWARDS"])
+    parser.add_argument("--upstream", type=Path, required=True, help="the interpreter that has upstream's packages")
+    parser.add_argument("--work", type=Path, default=Path("build/parity"), help="folder for checkpoints and scores")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints, and use those that are there")
+    parser.add_argument("--out", type=Path, default=HERE / "reward_parity.md")
+    args = parser.parse_args()
+    results = [compare(name, args) for name in args.rewards]
+    text = report(results, " ".join(["python benchmarks/reward_parity.py", *sys.argv[1:]]))
+    args.out.write_text(text, encoding="utf-8")
+    print(text)
+    if any(result.relative > TOLERANCE for result in results):
+        sys.exit("not at parity")
+
+
+def compare(name: str, args: argparse.Namespace) -> Result:
+    done = args.work / f"{name}-result.json"
+    if done.exists():
+        return Result(**json.loads(done.read_text(encoding="utf-8")))
+    script = [HERE / "reward_reference.py", name, "--size", "full", "--work", args.work, "--out", args.work]
+    subprocess.run([str(part) for part in (args.upstream, "-W", "ignore", *script)], check=True)
+    record = json.loads((args.work / f"{name}.json").read_text(encoding="utf-8"))
+    result = measure(name, record, {name: str(args.work / name)})
+    done.write_text(json.dumps(vars(result)), encoding="utf-8")
+    if not args.keep:
+        shutil.rmtree(args.work / name)
+    print(f"{name}: {result.relative:.1e} relative, bf16 {result.bf16:.1e}", flush=True)
+    return result
+
+
+def measure(name: str, record: dict, weights: dict[str, str]) -> Result:
+    images = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in REFERENCE["images"]()]
+    expected, prompts = torch.tensor(record["scores"]), record["prompts"]
+    reward = load_reward(name, CPU, weights=weights)
+    megabytes = sum(part.nbytes for part in parts(reward)) / 2**20
+    begin = time.perf_counter()
+    together = reward.score(torch.cat(images[::8]), prompts[:2])  # two of one size
+    seconds = (time.perf_counter() - begin) / 2
+    encode_once(reward)
+    scores = torch.stack([score_all(reward, images, prompt) for prompt in prompts])
+    alone = torch.stack([scores[0, 0], scores[1, 8]])
+    del reward
+    half = score_all(load_reward(name, CPU, "bf16", weights), images[:BF16_IMAGES], prompts[0])
+    return Result(
+        name,
+        low=scores.min().item(),
+        high=scores.max().item(),
+        deviation=scores.std(1).mean().item(),
+        relative=((scores - expected).abs() / expected.abs().clamp(min=1e-2 * expected.abs().max())).max().item(),
+        batch=(together - alone).abs().max().item(),
+        bf16=(half - scores[0, :BF16_IMAGES]).abs().max().item(),
+        megabytes=megabytes,
+        seconds=seconds,
+    )
+
+
+def encode_once(reward: Any) -> None:
+    remembered, encoder = REFERENCE["remembered"], reward.encoder
+    if hasattr(encoder, "encode_image"):
+        encoder.encode_image = remembered(encoder.encode_image)
+    else:
+        image = getattr(encoder, "vision", encoder)
+        image.forward = remembered(image.forward)
+
+
+def score_all(reward: RewardModel, images: list[Tensor], prompt: str) -> Tensor:
+    return torch.cat([reward.score(image, [prompt]) for image in images])
+
+
+def parts(reward: RewardModel) -> list[Tensor]:
+    """The weights of every network the reward holds."""
+    networks = [value for value in vars(reward).values() if isinstance(value, nn.Module)]
+    return [parameter for network in networks for parameter in network.parameters()]
+
+
+def report(results: list[Result], command: str) -> str:
+    lines = [
+        "# Rewards against upstream",
+        "",
+        f"`{command}`",
+        "",
+        f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, "
+        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. Random weights, "
+        "the true architectures, 16 images of 64 to 768 px, 4 prompts.",
+        "",
+        "- spread: standard deviation over the images, mean over the prompts;",
+        "- upstream: largest difference from upstream's own code in float32, relative to the score, or to a hundredth "
+        "of the largest where the score is smaller;",
+        "- batch: largest difference of two scores that are computed together from the same computed alone;",
+        f"- bf16: largest difference from float32, {BF16_IMAGES} images;",
+        "- memory of the weights and time per image in float32.",
+        "",
+        "| reward | scores | spread | upstream | batch | bf16 | weights | time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r.name} | {r.low:.4g} to {r.high:.4g} | {r.deviation:.2g} | {r.relative:.1e} | {r.batch:.1e} "
+            f"| {r.bf16:.1e} | {r.megabytes:,.0f} MiB | {r.seconds:.2f} s |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""What upstream's own code scores, on random weights: `python benchmarks/reward_reference.py --work DIR --out DIR`.
+
+Runs in an environment of its own, which has the old packages `hpsv2` and `image-reward`; nothing of comfy_tdpo is
+imported. How to make one:
+
+    python3.11 -m venv old && old/bin/pip install torch==2.4.1 torchvision==0.19.1 transformers==4.33.3 timm==0.6.13 \\
+        'numpy<2' 'pandas<2.2' 'pyarrow<16' ftfy fairscale==0.4.13 einops datasets==2.14.7 diffusers==0.21.4 \\
+        accelerate==0.23 'huggingface_hub<0.25' clint braceexpand webdataset sentencepiece protobuf
+    old/bin/pip install --no-deps hpsv2==1.2.0 image-reward==1.5
+
+hpsv2's wheel lacks its vocabulary: put open_clip's bpe_simple_vocab_16e6.txt.gz into hpsv2/src/open_clip. image-reward
+imports OpenAI's clip for other rewards than ours: an empty clip.py will do.
+
+For each reward it makes a checkpoint in upstream's file format in --work, has upstream score 16 images with 4 prompts,
+and writes NAME.json to --out: keys and shapes of the checkpoint, versions, prompts and scores. Every weight derives
+from its name, so that others can make the same checkpoint from such a file. `--size small` is what the tests use.
+"""
+
+import argparse
+import json
+import math
+import platform
+import re
+import sys
+import tomllib
+import zlib
+from collections.abc import Callable
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+PROMPTS = ["a red fox", "Two dogs & a cat, playing chess!", "an oil painting of a lighthouse at night " * 12, "snail"]
+SIZES = [(224, 224), (64, 64), (512, 512), (300, 200), (225, 338), (331, 226), (768, 512), (96, 131)]
+PUBLISHED = Path(__file__).parent.parent / "tests" / "golden" / "checkpoints.toml"
+REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward", "clipscore")
+
+
+# --- what both sides can make alike
+
+
+def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight that is worth something: large enough for scores to differ from image to image."""
+    draw = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if name.endswith("logit_scale"):
+        return torch.tensor(math.log(100.0))
+    if "position_ids" in name:
+        return torch.arange(shape[1])[None]
+    if any(part in name for part in ("embed", "cls_token")) and "proj" not in name:
+        return torch.from_numpy(0.3 * draw)
+    if len(shape) == 1:
+        return torch.from_numpy((1 if name.endswith("weight") else 0) + 0.1 * draw)
+    return torch.from_numpy(draw / math.sqrt(math.prod(shape[1:])))
+
+
+def checkpoint(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {name: weight(name, tuple(shape)) for name, shape in shapes.items()}
+
+
+def published(file: str) -> dict[str, list[int]]:
+    """Keys and shapes of a published file, as tests/golden/checkpoints.toml has them with its braces opened."""
+    tables = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return {key: shape for pattern, shape in tables[file].items() for key in opened(pattern)}
+
+
+def opened(pattern: str) -> list[str]:
+    parts = re.split(r"\{(.*?)\}", pattern)
+    choices = [[part] if i % 2 == 0 else alternatives(part) for i, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def alternatives(text: str) -> list[str]:
+    first, dots, last = text.partition("..")
+    return [str(n) for n in range(int(first), int(last) + 1)] if dots else text.split(",")
+
+
+def images() -> list[Image.Image]:
+    """16 of different sizes: blocks of colour under noise."""
+    made = []
+    for i in range(16):
+        random, (height, width) = np.random.RandomState(i), SIZES[i % len(SIZES)]
+        blocks = random.randint(0, 256, (5, 4, 3))
+        rows, columns = np.arange(height) * 5 // height, np.arange(width) * 4 // width
+        noise = random.randint(-24, 25, (height, width, 3))
+        made.append(Image.fromarray((blocks[rows][:, columns] + noise).clip(0, 255).astype(np.uint8)))
+    return made
+
+
+def bert_vocabulary(size: int) -> str:
+    """Letters, signs and some words, filled up to `size` lines."""
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{c}" for c in letters),
+        "red",
+        "dogs",
+        "cat",
+    ]
+    tokens += ["painting", "light", "##house"]
+    return "\n".join(tokens + [f"filler{i}" for i in range(size - len(tokens))]) + "\n"
+
+
+def remembered(encode: Callable) -> Callable:
+    """`encode`, asked once for each image: upstream asks anew for every prompt, and hours are too long."""
+    known: dict[bytes, Any] = {}
+
+    def once(pixels: torch.Tensor | None = None, **kwargs):
+        given = pixels if pixels is not None else kwargs["pixel_values"]
+        key = given.float().numpy().tobytes()
+        if key not in known:
+            known[key] = encode(pixels, **kwargs) if pixels is not None else encode(**kwargs)
+        return known[key]
+
+    return once
+
+
+# --- the architectures
+
+
+def clip_config(vision: tuple[int, int, int], text: tuple[int, int, int], patch: int, dim: int, act: str) -> dict:
+    def tower(width: int, layers: int, heads: int) -> dict:
+        return dict(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            hidden_act=act,
+            projection_dim=dim,
+        )
+
+    return dict(
+        projection_dim=dim,
+        vision_config=dict(**tower(*vision), image_size=224, patch_size=patch),
+        text_config=tower(*text),
+    )
+
+
+SMALL_CLIP = clip_config((64, 2, 4), (48, 2, 4), patch=32, dim=32, act="quick_gelu")
+CLIPS = {
+    ("aesthetic", "small"): SMALL_CLIP,
+    ("clipscore", "small"): SMALL_CLIP,
+    ("pickscore", "small"): clip_config((64, 2, 4), (48, 2, 4), patch=32, dim=32, act="gelu"),
+    ("aesthetic", "full"): clip_config((1024, 24, 16), (768, 12, 12), patch=14, dim=768, act="quick_gelu"),
+    ("clipscore", "full"): clip_config((768, 12, 12), (512, 12, 8), patch=32, dim=512, act="quick_gelu"),
+    ("pickscore", "full"): clip_config((1280, 32, 16), (1024, 24, 16), patch=14, dim=1024, act="gelu"),
+}
+OPEN_CLIPS = {
+    "small": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 16, "patch_size": 32},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 4, "layers": 2},
+    },
+    "full": {
+        "embed_dim": 1024,
+        "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+    },
+}
+# patch, width, layers, heads of the image encoder; width, layers, heads, vocabulary of the text encoder
+BLIPS = {
+    "small": ((32, 64, 2, 4), (48, 2, 4, 300)),
+    "full": ((16, 1024, 24, 16), (768, 12, 12, 30524)),
+}
+
+
+# --- upstream's lines
+
+
+def clip_reference(name: str, size: str, work: Path) -> tuple[dict, Callable]:
+    """PickScore's and improved-aesthetic-predictor's READMEs and clipscore.py, with transformers' CLIP."""
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+    model = CLIPModel(CLIPConfig(**CLIPS[name, size])).eval()
+    vision = model.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    # buffers that transformers kept in its files until version 4.31
+    shapes |= {"text_model.embeddings.position_ids": [1, 77], "vision_model.embeddings.position_ids": [1, patches]}
+    fill(model, shapes)
+    model.get_image_features = remembered(model.get_image_features)
+    processor = CLIPProcessor(clip_image_processor(), clip_tokenizer(work))
+    head, head_shapes = aesthetic_head(CLIPS[name, size]["projection_dim"])
+
+    def image_embeds(pictures: list[Image.Image]) -> torch.Tensor:
+        embeds = model.get_image_features(**processor(images=pictures, return_tensors="pt"))
+        return embeds / torch.norm(embeds, dim=-1, keepdim=True)
+
+    def text_embeds(prompt: str) -> torch.Tensor:
+        tokens = processor(text=[prompt], padding=True, truncation=True, max_length=77, return_tensors="pt")
+        embeds = model.get_text_features(**tokens)
+        return embeds / torch.norm(embeds, dim=-1, keepdim=True)
+
+    def score(pictures: list[Image.Image], prompt: str) -> list[float]:
+        seen = torch.cat([image_embeds([picture]) for picture in pictures])
+        if name == "aesthetic":
+            return head(seen)[:, 0].tolist()
+        if name == "clipscore":
+            return (2.5 * (seen @ text_embeds(f"A photo depicts {prompt}").T).clamp(min=0))[:, 0].tolist()
+        return (model.logit_scale.exp() * (text_embeds(prompt) @ seen.T))[0].tolist()
+
+    files = {"model.safetensors": {"shapes": shapes}}
+    if name == "aesthetic":
+        files = {"sac+logos+ava1-l14-linearMSE.pth": {"shapes": head_shapes}} | files
+    return files, score
+
+
+def aesthetic_head(dim: int) -> tuple[torch.nn.Sequential, dict[str, list[int]]]:
+    """Five linear layers, numbered as upstream's, whose dropout counts."""
+    widths = (dim, 1024, 128, 64, 16, 1)
+    head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in pairwise(widths)))
+    shapes = {}
+    for number, layer in zip((0, 2, 4, 6, 7), head, strict=True):
+        for kind, parameter in layer.named_parameters():
+            shapes[f"layers.{number}.{kind}"] = list(parameter.shape)
+            parameter.data = weight(f"layers.{number}.{kind}", tuple(parameter.shape))
+    return head, shapes
+
+
+def clip_image_processor():
+    from transformers import CLIPImageProcessor
+
+    return CLIPImageProcessor()  # its defaults are the configuration published with these models
+
+
+def clip_tokenizer(work: Path):
+    """transformers' tokenizer, its files made of the vocabulary in hpsv2."""
+    from hpsv2.src.open_clip.tokenizer import SimpleTokenizer  # type: ignore[import-not-found]
+    from transformers import CLIPTokenizerFast
+
+    clip = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    folder = work / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {names.get(token, token): number for token, number in clip.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in clip.bpe_ranks)]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    return CLIPTokenizerFast.from_pretrained(folder, model_max_length=77)
+
+
+def hps_reference(name: str, size: str, work: Path) -> tuple[dict, Callable]:
+    """`hpsv2.score`, but for the download of the weights that its checkpoint replaces."""
+    from hpsv2 import img_score  # type: ignore[import-not-found]
+    from hpsv2.src.open_clip.model import CLIP  # type: ignore[import-not-found]
+    from hpsv2.src.open_clip.transform import image_transform  # type: ignore[import-not-found]
+
+    model = CLIP(**OPEN_CLIPS[size], output_dict=True)
+    model.encode_image = remembered(model.encode_image)
+    img_score.model_dict |= {"model": model, "preprocess_val": image_transform(224, is_train=False)}
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    file = "HPS_v2_compressed.pt"  # that of version 2.1 is made alike
+
+    def score(pictures: list[Image.Image], prompt: str) -> list[float]:
+        return [float(value) for value in img_score.score(pictures, prompt, cp=str(work / file))]
+
+    return {file: {"shapes": shapes, "inside": "state_dict"}}, score
+
+
+def image_reward_reference(name: str, size: str, work: Path) -> tuple[dict, Callable]:
+    """`ImageReward.score`, with other sizes where that is asked for."""
+    from ImageReward.ImageReward import MLP, ImageReward  # type: ignore[import-not-found]
+    from ImageReward.models.BLIP import blip_pretrain  # type: ignore[import-not-found]
+    from ImageReward.models.BLIP.vit import VisionTransformer  # type: ignore[import-not-found]
+    from transformers import BertTokenizer
+
+    (patch, width, layers, heads), (text_width, text_layers, text_heads, vocabulary) = BLIPS[size]
+    config = dict(
+        hidden_size=text_width,
+        intermediate_size=4 * text_width,
+        num_hidden_layers=text_layers,
+        num_attention_heads=text_heads,
+        vocab_size=vocabulary,
+        layer_norm_eps=1e-12,
+        max_position_embeddings=512,
+        encoder_width=width,
+        add_cross_attention=True,
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "med_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (work / "vocab.txt").write_text(bert_vocabulary(vocabulary - 2), encoding="utf-8")
+    blip_pretrain.create_vit = lambda *_: (VisionTransformer(224, patch, 3, 0, width, layers, heads), width)
+    blip_pretrain.init_tokenizer = lambda: BertTokenizer(str(work / "vocab.txt"))
+    model = ImageReward(med_config=str(work / "med_config.json"))
+    model.mlp = MLP(text_width)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    fill(model, shapes)
+    model.eval()
+    model.blip.visual_encoder.forward = remembered(model.blip.visual_encoder.forward)
+
+    def score(pictures: list[Image.Image], prompt: str) -> list[float]:
+        return [model.score(prompt, picture) for picture in pictures]
+
+    return {"ImageReward.pt": {"shapes": shapes}}, score
+
+
+def fill(model: torch.nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Give `model` the weights of those names; one by one, so that there is one copy of them."""
+    for key, value in model.state_dict().items():
+        value.copy_(weight(key, tuple(shapes[key])))
+
+
+def save(path: Path, shapes: dict[str, list[int]], inside: str = "") -> None:
+    """A checkpoint as upstream publishes it; what lies in `work` already is left alone."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights = checkpoint(shapes)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    else:
+        torch.save({inside: weights} if inside else weights, path)
+
+
+REFERENCES = {"imagereward": image_reward_reference, "hpsv2": hps_reference}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rewards", nargs="*", default=REWARDS, help=f"of {', '.join(REWARDS)}; none: all")
+    parser.add_argument("--size", choices=("small", "full"), default="small")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what upstream says")
+    args = parser.parse_args()
+    for name in args.rewards:
+        work = args.work / name
+        files, score = REFERENCES.get(name, clip_reference)(name, args.size, work)
+        for file, layout in files.items():
+            save(work / file, **layout)
+        with torch.no_grad():
+            scores = [score(images(), prompt) for prompt in PROMPTS]
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "python": platform.python_version(),
+            "versions": versions(),
+            "files": files,
+            "prompts": PROMPTS,
+            "scores": scores,
+        }
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{name}.json").write_text(one_line_lists(json.dumps(record, indent=1)) + "\n", encoding="utf-8")
+        print(name, "min", np.min(scores), "max", np.max(scores), "std", np.std(scores), flush=True)
+
+
+def one_line_lists(text: str) -> str:
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), text)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "torchvision", "transformers", "timm", "pillow", "hpsv2", "image-reward")
+    return {name: version(name) for name in names}
+
+
+if __name__ == "__main__":
+    main()

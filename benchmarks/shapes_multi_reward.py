@@ -1,0 +1,111 @@
+"""Two rewards at once on Shapes: `python benchmarks/shapes_multi_reward.py`.
+
+Trains on shapes-aesthetic and shapes-alignment with weights 1:0, 0:1 and 1:1, each divided by its standard deviation
+in the base model's images, over three seeds, with the preset `shapes`; watches both; and writes a table with date and
+machine. More weight on a reward should leave it higher. A run that is in the folder already is not repeated, and one
+that was stopped is continued.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.run import RunFolder
+
+HERE = Path(__file__).parent
+A, B = "shapes-aesthetic", "shapes-alignment"
+SCALES = {A: 1.24, B: 0.115}
+MIXES = {"1:0": (1.0, 0.0), "1:1": (1.0, 1.0), "0:1": (0.0, 1.0)}
+WATCHED = (A, B, "shapes-gold")
+LAST = 3  # epochs whose mean is the end of a run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--runs", type=Path, default=Path("runs/multi-reward"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this for every mix")
+    parser.add_argument("--epochs", type=int, default=None, help="fewer than the preset's, for a quick look")
+    parser.add_argument("--out", type=Path, default=HERE / "shapes_multi_reward.md")
+    args = parser.parse_args()
+    runs = {
+        (mix, seed): train(args.runs / f"{mix.replace(':', '-')}-seed{seed}", mix, seed, args.epochs)
+        for seed in range(1, args.seeds + 1)
+        for mix in MIXES
+    }
+    text = report(runs, args.seeds, " ".join(["python benchmarks/shapes_multi_reward.py", *sys.argv[1:]]))
+    args.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
+    """One run at `path`, new or continued."""
+    rewards = {name: weight for name, weight in zip((A, B), MIXES[mix], strict=True) if weight}
+    overrides = {"rewards": rewards, "reward_scales": {name: SCALES[name] for name in rewards}, "seed": seed}
+    overrides |= {"eval_rewards": list(WATCHED)} | ({"epochs": epochs} if epochs else {})
+    run = RunFolder(path)
+    if (path / "config.toml").exists():
+        if run.config != make_config(overrides=overrides):
+            raise SystemExit(f"{path} was made with other settings; delete it, or give --runs")
+        flags = ["--resume", str(path)]
+    else:
+        flags = ["--run-dir", str(path), "--seed", str(seed)] + (["--epochs", str(epochs)] if epochs else [])
+        flags += [flag for name, weight in rewards.items() for flag in ("--reward", f"{name}={weight:g}")]
+        flags += [flag for name in WATCHED for flag in ("--eval-reward", name)]
+        flags += ["--reward-scales", ",".join(f"{name}={SCALES[name]}" for name in rewards)]
+    if not (path / "config.toml").exists() or len(run.metrics()) < run.config.epochs:
+        print(f"--- {mix}, seed {seed}", flush=True)
+        subprocess.run([sys.executable, "-m", "comfy_tdpo.trainer", *flags], check=True)
+    return run
+
+
+def change(run: RunFolder, reward: str) -> float:
+    """From the first epoch to the mean of the last ones, in standard deviations of the base model's images."""
+    means = [epoch[f"eval/{reward}/mean"] for epoch in run.metrics()]
+    return (statistics.fmean(means[-LAST:]) - means[0]) / SCALES.get(reward, 1)
+
+
+def report(runs: dict[tuple[str, int], RunFolder], seeds: int, command: str) -> str:
+    epochs = next(iter(runs.values())).config.epochs
+    lines = [
+        "# Two rewards on Shapes",
+        "",
+        f"`{command}`",
+        "",
+        f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python "
+        f"{platform.python_version()}. Preset `shapes`, TDPO-R, {epochs} epochs. Change from the first epoch to the "
+        f"mean of the last {LAST}, mean ± standard deviation over {seeds} seeds: of the two rewards in the standard "
+        f"deviations they are divided by ({SCALES[A]} and {SCALES[B]}), of shapes-gold as it is.",
+        "",
+        f"| {A} : {B} | {A} | {B} | shapes-gold |",
+        "|---|---|---|---|",
+    ]
+    for mix in MIXES:
+        cells = [spread([change(runs[mix, seed + 1], name) for seed in range(seeds)]) for name in WATCHED]
+        lines.append("| " + " | ".join([mix, *cells]) + " |")
+    lines += ["", f"| {A} : {B} | seed | {A} | {B} | shapes-gold |", "|---|---|---|---|---|"]
+    for (mix, seed), run in sorted(runs.items()):
+        lines.append(f"| {mix} | {seed} | " + " | ".join(f"{change(run, name):+.2f}" for name in WATCHED) + " |")
+    order = [orders(runs, seed + 1) for seed in range(seeds)]
+    lines += ["", f"In {sum(order)} of {seeds} seeds both rewards end in the order of their weights."]
+    return "\n".join(lines) + "\n"
+
+
+def orders(runs: dict[tuple[str, int], RunFolder], seed: int) -> bool:
+    """Whether more weight on a reward left it higher, for both."""
+    a, b = ([change(runs[mix, seed], name) for mix in MIXES] for name in (A, B))
+    return a[0] > a[1] > a[2] and b[0] < b[1] < b[2]
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.2f}{deviation}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A user's own function as a reward: `python:module:function`, called with images and prompts.
+
+Naming one imports its module, so it is code that runs. A name must therefore not come from a file or a graph that
+somebody else made: functions are refused until `allow_functions` is called, which the command line does, whose user
+named the file, and ComfyUI's nodes do not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .options import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "python:"
+_allowed = False
+
+
+def allow_functions() -> None:
+    """Let rewards be named `python:module:function` in this process from now on."""
+    global _allowed
+    _allowed = True
+
+
+def is_function(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def check_function(name: str) -> None:
+    """Raise ValueError where `name` is not of the form, or functions are not allowed here. Nothing is imported."""
+    if not _allowed:
+        raise ValueError(f"got reward {name!r}, which runs code; expected that only on the command line")
+    if not all(part.isidentifier() for part in _module(name).split(".")) or not _function(name).isidentifier():
+        raise ValueError(f"got reward {name!r}; expected python:module:function, as in python:mine.rewards:brightness")
+
+
+def _module(name: str) -> str:
+    return name.removeprefix(PREFIX).partition(":")[0]
+
+
+def _function(name: str) -> str:
+    return name.removeprefix(PREFIX).partition(":")[2]
+
+
+class UserFunction:
+    """Any callable of images, float (B, 3, H, W) in [0, 1], and a list of B prompts that returns B numbers."""
+
+    sources = ()
+    embed_dim = None
+
+    def __init__(self, name: str, options: Options):
+        check_function(name)
+        self.name = name
+        try:
+            module = importlib.import_module(_module(name))
+        except ImportError as error:
+            raise ValueError(
+                f"reward {name!r} cannot be imported: {error}; run in the folder of its file, or put that on PYTHONPATH"
+            ) from error
+        self.function: Callable[[Tensor, list[str]], Any] | None = getattr(module, _function(name), None)
+        if not callable(self.function):
+            raise ValueError(f"got reward {name!r}, but {module.__file__} has no function {_function(name)!r}")
+
+    def embed(self, images: Tensor) -> Tensor:
+        raise TypeError(f"{self.name} is a function and has no encoder")
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        import torch
+
+        assert self.function is not None
+        with torch.no_grad():
+            scores = self.function(images, prompts)
+        return scores if isinstance(scores, torch.Tensor) else torch.as_tensor(scores, device=images.device)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """What it can judge only its author knows."""

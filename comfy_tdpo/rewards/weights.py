@@ -1,0 +1,168 @@
+"""Where published weights are, and how they come into a model: named, checked against it, and never run as code.
+
+They are looked for in this order: the path a user gives, the folders a host has added (ComfyUI's models/tdpo_rewards),
+the hub's cache, the hub. A file is checked by its keys and shapes before any of it is used, and what a model does not
+use is not read.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+Shape = tuple[int, ...]
+
+ANY_MODEL = "model.safetensors"
+
+_folders: list[Path] = []
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published file: its repository and name on the hub, and other names it goes by."""
+
+    repo: str
+    file: str
+    size: str
+    licence: str
+    aliases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        also = "".join(f", also called {name}," for name in self.aliases)
+        return f"{self.file}{also} of huggingface.co/{self.repo} ({self.size}, licence {self.licence})"
+
+    @property
+    def own_folder(self) -> str:
+        return self.repo.rpartition("/")[2]
+
+    def inside(self, folder: Path, shared: bool) -> Path | None:
+        """This file in `folder`, or in a folder there that is called like its repository.
+
+        shared: with other models' files, where the name that every CLIP has says nothing.
+        """
+        names = (self.file, *self.aliases)
+        places = [folder / self.own_folder / name for name in names]
+        if not (shared and self.file == ANY_MODEL):
+            places += [folder / name for name in names]
+        return next((place for place in places if place.is_file()), None)
+
+
+def add_weights_folder(folder: Path) -> None:
+    """Have weights looked for in `folder` too, from now on."""
+    if folder not in _folders:
+        _folders.append(folder)
+
+
+def find_weights(reward: str, source: Source, given: Path | None = None) -> Path:
+    """The file of `source` on this machine, downloaded where it has to be.
+
+    given: the file itself, or a folder that holds it, as a user named it for `reward`.
+    Raises ValueError where it cannot be had; the message says what it is and where to put it.
+    """
+    if given is not None:
+        return _find_given(reward, source, given)
+    for folder in _folders:
+        if found := source.inside(folder, shared=True):
+            return found
+    return _download(reward, source)
+
+
+def _find_given(reward: str, source: Source, given: Path) -> Path:
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        raise ValueError(f"got {given} as the weights of reward {reward!r}, where nothing is; expected {source}")
+    if found := source.inside(given, shared=False):
+        return found
+    raise ValueError(f"{given}, given as the weights of reward {reward!r}, does not hold {source}; put it there")
+
+
+def _download(reward: str, source: Source) -> Path:
+    cached = try_to_load_from_cache(source.repo, source.file)
+    if isinstance(cached, str):  # whose freshness nobody needs to ask the hub for
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(source.repo, source.file))
+    except OSError as error:
+        folders = "".join(f"at {folder / source.own_folder / source.file}, or " for folder in _folders)
+        raise ValueError(
+            f"reward {reward!r} needs {source}, which cannot be had: {' '.join(str(error).split())}; check the "
+            f"connection and HF_HUB_OFFLINE, or put it {folders}anywhere else and say where: reward_weights "
+            f"{reward}=PATH"
+        ) from error
+
+
+def load_weights(
+    module: Module,
+    path: Path,
+    source: Source,
+    dtype: torch.dtype = torch.float32,
+    key: Callable[[str], str] = lambda name: name,
+    inside: str = "",
+) -> Module:
+    """`module`, made without memory, with its weights copied out of the file at `path`, frozen.
+
+    dtype: of the weights, but for single numbers, which stay float32: a temperature in bf16 is off by one in a hundred.
+    key: the file's name for each of the module's; inside: the entry of a checkpoint that holds the weights.
+    Raises ValueError where the file is damaged, or is not the one expected, before anything of it is used.
+    """
+    names = {name: key(name) for name in module.state_dict()}
+    expected = {names[name]: tuple(empty.shape) for name, empty in module.state_dict().items()}
+    with _open(path, source, inside) as (shapes, read):
+        _check(path, source, expected, shapes)
+        weights = {}
+        for name, stored in names.items():
+            weight = read(stored)
+            weights[name] = weight.to(dtype if weight.ndim else torch.float32, copy=True)
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _check(path: Path, source: Source, expected: dict[str, Shape], shapes: dict[str, Shape]) -> None:
+    missing = sorted(expected.keys() - shapes.keys())
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of {len(expected)} weights, the first is {missing[0]}; expected {source}; "
+            "it looks like another model: fetch it again, or give the right path"
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{name} in {path} is {shapes[name]}, not {shape}; expected {source}; give the right path")
+
+
+@contextmanager
+def _open(path: Path, source: Source, inside: str) -> Iterator[tuple[dict[str, Shape], Callable[[str], Tensor]]]:
+    """The shapes of what lies in a file, by name, and what reads one of them."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                yield {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor
+        else:
+            tensors = _tensors(path, source, inside)
+            yield {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
+    except SafetensorError as error:
+        raise _damaged(path, source, error) from error
+
+
+def _tensors(path: Path, source: Source, inside: str) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        found = found[inside] if inside else found
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    except Exception as error:  # what torch raises for a file that is no checkpoint is as various as files are
+        raise _damaged(path, source, error) from error
+
+
+def _damaged(path: Path, source: Source, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} ({path.stat().st_size} bytes) cannot be read as {source}: {type(error).__name__} "
+        f"{' '.join(str(error).split())[:200]}; it looks like an unfinished download or another format; fetch it again"
+    )

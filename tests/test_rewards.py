@@ -1,0 +1,349 @@
+"""The registry, sums, JPEG and users' functions, one encoder for reward and critic, and rewards that fail."""
+
+import gc
+import io
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from small_rewards import CPU, WITH_ENCODER, save_small_weights, use_small_architectures
+from toy import Brightness, lora_of, new_run, same, timeless, toy_config, toy_training
+
+from comfy_tdpo.rewards import (
+    REWARDS,
+    RewardError,
+    WeightedSum,
+    check_reward,
+    encoder_name,
+    function,
+    load_reward,
+    load_rewards,
+    reward_class,
+    reward_names,
+    score_images,
+)
+from comfy_tdpo.rewards.function import allow_functions
+from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.assemble import assemble
+from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.training import Training
+
+IMAGES = torch.rand(3, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a red circle", "two squares", "a star"]
+
+
+# --- the registry
+
+
+def test_every_name_leads_to_a_class_that_says_what_it_reads():
+    assert reward_names() == list(REWARDS)
+    for name in reward_names():
+        make = reward_class(name)
+        assert all(source.licence and source.repo and source.file for source in make.sources)
+        assert {"score", "embed", "check_prompts"} <= set(dir(make))
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"got reward 'beauty'; expected one of aesthetic, .*, or python:module"):
+        check_reward("beauty")
+
+
+def test_asking_again_gives_the_same_instance_however_it_is_asked():
+    first = load_reward("shapes-aesthetic", CPU)
+    assert load_reward("shapes-aesthetic", CPU, "fp32", {}) is first
+    assert load_reward("shapes-aesthetic", CPU, "bf16") is not first
+    assert load_reward("shapes-alignment", CPU).encoder is first.encoder
+
+
+# --- sums
+
+
+def test_a_sum_weighs_and_scales():
+    terms = {"shapes-aesthetic": 1.0, "shapes-alignment": -2.0}
+    total = load_rewards(terms, CPU, scales={"shapes-alignment": 0.25})
+    a, b = (load_reward(name, CPU).score(IMAGES, PROMPTS) for name in terms)
+    torch.testing.assert_close(total.score(IMAGES, PROMPTS), a - 8 * b)
+    assert total.name == "shapes-aesthetic + -2 shapes-alignment / 0.25"
+    assert total.embed_dim == 64 and torch.equal(
+        total.embed(IMAGES), load_reward("shapes-aesthetic", CPU).embed(IMAGES)
+    )
+
+
+def test_one_reward_of_weight_1_is_itself_and_one_of_weight_0_is_not_loaded():
+    alone = load_rewards({"shapes-aesthetic": 1.0, "pickscore": 0.0}, CPU)
+    assert alone is load_reward("shapes-aesthetic", CPU)
+    assert isinstance(load_rewards({"shapes-aesthetic": 2.0}, CPU), WeightedSum)
+    assert isinstance(load_rewards({"shapes-aesthetic": 1.0}, CPU, scales={"shapes-aesthetic": 2.0}), WeightedSum)
+
+
+def test_a_sum_lends_the_first_encoder_there_is():
+    total = load_rewards({"jpeg-compressibility": 1.0, "shapes-judge": 1.0}, CPU)
+    assert encoder_name(total) == "shapes-judge"
+    assert total.embed(IMAGES).shape == (3, 64)
+    none = load_rewards({"jpeg-compressibility": 1.0, "shapes-gold": 1.0}, CPU)
+    assert none.embed_dim is None
+
+
+def test_scales_equal_what_weights_of_their_inverse_do():
+    scaled = make_config(overrides={"rewards": {"shapes-aesthetic": 1}, "reward_scales": "shapes-aesthetic=0.5"})
+    assert scaled.reward_scales == {"shapes-aesthetic": 0.5}
+    ours = load_rewards(scaled.rewards, CPU, scales=scaled.reward_scales)
+    theirs = load_rewards({"shapes-aesthetic": 2.0}, CPU)
+    assert torch.equal(ours.score(IMAGES, PROMPTS), theirs.score(IMAGES, PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"reward_scales": {"shapes-judge": 2}}, "reward_scales names shapes-judge, which is not trained on"),
+        ({"reward_scales": "shapes-aesthetic=0"}, "reward_scales.shapes-aesthetic: got '0'"),
+        ({"reward_scales": "shapes-aesthetic"}, "reward_scales.shapes-aesthetic: got ''"),
+        ({"reward_weights": {"pickscore": "/x"}}, "reward_weights names pickscore, which is not used"),
+        ({"reward_weights": "shapes-gold"}, "reward_weights.shapes-gold: got ''"),
+        ({"reward_precision": "fp8"}, "reward_precision: got 'fp8'"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(overrides, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_config(overrides=overrides)
+
+
+def test_paths_are_kept_as_they_are_called_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = {"rewards": {"hpsv2": 1}, "eval_rewards": [], "reward_weights": "hpsv2=weights/hps.pt"}
+    assert make_config(overrides=overrides).reward_weights == {"hpsv2": str(tmp_path / "weights" / "hps.pt")}
+
+
+# --- JPEG
+
+
+@pytest.mark.parametrize(("name", "sign"), [("jpeg-compressibility", -1), ("jpeg-incompressibility", 1)])
+def test_jpeg_is_the_size_of_the_file(name, sign):
+    flat, noisy = torch.full((3, 48, 64), 0.5), IMAGES[0]
+    scores = load_reward(name, CPU).score(torch.stack([flat, noisy]), ["", ""])
+    sizes = []
+    for image in (flat, noisy):
+        file = io.BytesIO()
+        levels = (image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        Image.fromarray(levels).save(file, "JPEG", quality=95)
+        sizes.append(len(file.getvalue()) / 1000)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, sign * torch.tensor(sizes))
+    assert abs(scores[0]) < abs(scores[1])
+
+
+# --- a user's own function
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's, with functions allowed as on the command line."""
+    (tmp_path / "my_rewards.py").write_text(
+        "calls = []\n"
+        "def red(images, prompts):\n    calls.append(len(prompts))\n    return images[:, 0].mean((1, 2))\n"
+        "def lengths(images, prompts):\n    return [float(len(prompt)) for prompt in prompts]\n"
+        "def broken(images, prompts):\n    raise KeyError('no such thing')\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(function, "_allowed", True)
+
+
+def test_a_function_scores(mine):
+    red = load_reward("python:my_rewards:red", CPU)
+    torch.testing.assert_close(red.score(IMAGES, PROMPTS), IMAGES[:, 0].mean((1, 2)))
+    scores = score_images(load_reward("python:my_rewards:lengths", CPU), IMAGES, PROMPTS)
+    assert scores.tolist() == [12, 11, 6] and scores.dtype == torch.float32
+    assert red.embed_dim is None
+
+
+@pytest.mark.parametrize("name", ["python:my_rewards", "python:my_rewards:", "python::red", "python:my/rewards:red"])
+def test_a_malformed_function_is_refused(mine, name):
+    with pytest.raises(ValueError, match="expected python:module:function"):
+        check_reward(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("python:no_such_module:red", "cannot be imported: No module named 'no_such_module'"),
+        ("python:my_rewards:blue", "has no function 'blue'"),
+        ("python:my_rewards:number", "has no function 'number'"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused(mine, name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        load_reward(name, CPU)
+
+
+def test_a_function_runs_only_where_it_was_allowed(tmp_path, monkeypatch):
+    """Not from a configuration or a graph that somebody else made; the command line allows it."""
+    monkeypatch.setattr(function, "_allowed", False)
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="runs code"):
+        make_config(overrides={"rewards": {"python:evil:f": 1}})
+    with pytest.raises(ValueError, match="runs code"):
+        load_reward("python:evil:f", CPU)
+    allow_functions()
+    check_reward("python:evil:f")  # which imports nothing yet
+    assert not any(name.startswith("python:") for name in reward_names())
+
+
+def test_the_command_line_trains_on_a_function(mine, tmp_path):
+    quick = ["--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "2"]
+    quick += ["--output.grid-images", "1", "--eval-reward", "none", "--algorithm", "ddpo-2"]
+    assert main(["--run-dir", str(tmp_path / "run"), "--reward", "python:my_rewards:red", *quick]) == 0
+    assert RunFolder.open(tmp_path / "run").metrics()[0]["reward/python:my_rewards:red/mean"] > 0
+
+
+# --- one encoder for reward and critic
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_architectures(patch)
+        yield save_small_weights(tmp_path_factory.mktemp("weights"))
+
+
+def assembled(tmp_path, **overrides) -> Training:
+    config = toy_config(**overrides)
+    return assemble(config, RunFolder(tmp_path / "run").create(config))
+
+
+@pytest.mark.parametrize("algorithm", ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"])
+@pytest.mark.parametrize("preset", ["sd14-aesthetic", "sd14-pickscore", "sd14-hpsv2"])
+def test_the_papers_presets_train_with_small_encoders(small, tmp_path, make_policy, preset, algorithm):
+    """The rewards of the presets and their held-out reward, on a tiny policy; the critic reads the reward's encoder."""
+    overrides = {"algorithm": algorithm, "prompts": "shapes", "precision": "fp32", "resolution": 16, "steps": 2}
+    overrides |= {"epochs": 1, "samples_per_epoch": 4, "samples_per_update": 2, "output": {"grid_images": 1}}
+    config = make_config(preset, overrides=overrides | {"reward_weights": paths(small, preset)})
+    run = RunFolder(tmp_path / "run").create(config)
+    how = (CPU, config.reward_precision, config.reward_weights)
+    reward, held_out = (
+        load_rewards(config.rewards, *how),
+        {name: load_reward(name, *how) for name in config.eval_rewards},
+    )
+    policy = make_policy(steps=config.steps, guidance=config.guidance, seed=config.seed)
+    training = Training(config, policy, reward, held_out, run, Accelerator(cpu=True))
+    (metrics,) = training.epochs()
+    assert {f"reward/{reward.name}/mean", "eval/imagereward/mean"} <= metrics.keys()
+    assert (training.encoder is reward) == config.critic.enabled
+    assert ("critic/loss" in metrics) == config.critic.enabled
+
+
+def paths(small: dict[str, str], preset: str) -> dict[str, str]:
+    return {name: small[name] for name in (preset.removeprefix("sd14-"), "imagereward")}
+
+
+@pytest.mark.parametrize("name", WITH_ENCODER)
+def test_there_is_one_copy_of_an_encoder(small, tmp_path, name):
+    """In a sum, watching, and named for the critic: one instance, and one set of weights in memory."""
+    gc.collect()
+    before = modules()
+    terms = {name: 1.0, "jpeg-compressibility": 0.1}
+    training = assembled(
+        tmp_path, rewards=terms, eval_rewards=[name], critic={"encoder": name}, reward_weights={name: small[name]}
+    )
+    assert training.encoder is training.eval_rewards[name]
+    assert training.encoder is training.reward.parts[0][0]
+    kind = type(training.encoder.encoder)
+    assert sum(type(module) is kind for module in modules() - before) == 1
+
+
+def modules() -> set[torch.nn.Module]:
+    return {thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)}
+
+
+def test_an_encoder_is_let_go_with_its_last_user(small):
+    reward = load_reward("aesthetic", CPU, weights=small)
+    encoder = weakref.ref(reward.encoder)
+    del reward
+    gc.collect()
+    assert encoder() is None
+
+
+def test_the_log_names_the_encoder_the_critic_reads(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        assembled(tmp_path, rewards={"jpeg-compressibility": 1.0}, critic={"encoder": "shapes-alignment"})
+    assert "the critic reads images by the encoder of shapes-alignment" in caplog.text
+    assert 'encoder = "shapes-alignment"' in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_reward_without_an_encoder_asks_for_one(tmp_path):
+    with pytest.raises(ValueError, match="'jpeg-compressibility' has no image encoder .* set critic.encoder"):
+        assembled(tmp_path, rewards={"jpeg-compressibility": 1.0})
+
+
+# --- rewards that fail
+
+
+class Failing(Brightness):
+    """Well behaved for `good` calls, then not."""
+
+    def __init__(self, how, good: int):
+        self.how, self.left = how, good
+
+    def score(self, images, prompts):
+        self.left -= 1
+        return super().score(images, prompts) if self.left >= 0 else self.how(super().score(images, prompts))
+
+
+def raising(scores):
+    raise ZeroDivisionError("division by zero")
+
+
+FAILURES = {
+    "raises": (raising, "reward 'brightness' failed: ZeroDivisionError: division by zero"),
+    "NaN": (lambda scores: scores * torch.nan, "reward 'brightness' returned a score that is not finite"),
+    "shape": (lambda scores: scores[:, None], r"reward 'brightness' returned shape \(2, 1\)"),
+    "device": (lambda scores: scores.to("meta"), "reward 'brightness' returned scores on meta; expected cpu"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_reward_that_fails_is_named(failure):
+    how, complaint = FAILURES[failure]
+    with pytest.raises(RewardError, match=complaint):
+        score_images(Failing(how, good=0), IMAGES[:2], PROMPTS[:2])
+    total = WeightedSum([(Brightness(), 1.0, 1.0), (Failing(how, good=0), 1.0, 1.0)])
+    with pytest.raises(RewardError, match=complaint):  # not the sum
+        score_images(total, IMAGES[:2], PROMPTS[:2])
+
+
+def test_too_little_memory_is_not_the_rewards_fault():
+    def exhausted(scores):
+        raise torch.cuda.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        score_images(Failing(exhausted, good=0), IMAGES, PROMPTS)
+
+
+def test_a_failing_reward_ends_the_run_with_everything_before_it_saved(tmp_path, make_policy):
+    """It fails in the second of two epochs; mended, the run ends as if it had never failed."""
+    whole = toy_training(new_run(tmp_path / "whole", epochs=2), make_policy)
+    list(whole.epochs())
+    training = toy_training(new_run(tmp_path / "run", epochs=2), make_policy)
+    training.reward = Failing(raising, good=4 + 1)  # four micro-batches an epoch
+    with pytest.raises(RewardError, match="'brightness' failed"):
+        list(training.epochs())
+    run = RunFolder.open(tmp_path / "run")
+    assert [line["epoch"] for line in run.metrics()] == [1]
+    assert run.latest_lora.exists() and (run.checkpoints / "epoch-0001").is_dir()
+    again = toy_training(run, make_policy)
+    list(again.epochs())
+    assert timeless(run.metrics()) == timeless(whole.run.metrics())
+    assert same(lora_of(again), lora_of(whole))
+
+
+def test_the_command_line_says_it_in_one_line(mine, tmp_path, capsys):
+    quick = ["--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "2"]
+    quick += ["--output.grid-images", "1", "--eval-reward", "none", "--algorithm", "ddpo-2"]
+    assert main(["--run-dir", str(tmp_path / "run"), "--reward", "python:my_rewards:broken", *quick]) == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("comfy_tdpo:")]
+    assert "reward 'python:my_rewards:broken' failed: KeyError: 'no such thing'; what was saved" in line
