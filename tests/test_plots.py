@@ -90,7 +90,7 @@ def test_a_run_without_an_epoch_has_no_plots_but_a_figure(tmp_path):
 
 
 def test_each_reward_has_a_panel_the_training_reward_first():
-    panels = reward_panels(epochs(2))
+    panels = reward_panels(epochs(2), make_config())
     assert [panel.title for panel in panels] == ["shapes-aesthetic", "shapes-judge", "shapes-gold"]
     assert [line.band for panel in panels for line in panel.lines] == ["reward/shapes-aesthetic/std", None, None]
 

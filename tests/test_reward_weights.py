@@ -11,7 +11,7 @@ from small_rewards import CPU, REFERENCE, golden, save_small_weights, use_small_
 from torch import nn
 from transformers import CLIPModel
 
-from comfy_tdpo.rewards import REWARDS, add_weights_folder, hpsv2, imagereward, load_reward, reward_class, weights
+from comfy_tdpo.rewards import REWARDS, hpsv2, imagereward, load_reward, reward_class, weights
 from comfy_tdpo.rewards.clip import VIT_B_32, VIT_H_14, VIT_L_14, Clip, ClipImages, empty_clip
 from comfy_tdpo.rewards.head import LinearHead
 from comfy_tdpo.rewards.pickscore import CLIP
@@ -31,7 +31,7 @@ def offline(monkeypatch, tmp_path):
 def folder(monkeypatch, tmp_path) -> Path:
     """A host's folder of weights."""
     monkeypatch.setattr(weights, "_folders", [])
-    add_weights_folder(tmp_path / "tdpo_rewards")
+    weights.add_weights_folder(tmp_path / "tdpo_rewards")
     (tmp_path / "tdpo_rewards").mkdir()
     return tmp_path / "tdpo_rewards"
 

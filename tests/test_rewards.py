@@ -17,7 +17,6 @@ from comfy_tdpo.rewards import (
     REWARDS,
     RewardError,
     WeightedSum,
-    allow_functions,
     check_reward,
     encoder_name,
     function,
@@ -27,6 +26,7 @@ from comfy_tdpo.rewards import (
     reward_names,
     score_images,
 )
+from comfy_tdpo.rewards.function import allow_functions
 from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.assemble import assemble
 from comfy_tdpo.trainer.config import make_config

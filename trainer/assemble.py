@@ -1,6 +1,7 @@
 """From a configuration to a training: the accelerator, the rewards, the model."""
 
 import logging
+import os
 import threading
 
 import torch
@@ -35,6 +36,7 @@ def assemble(
     """
     # Precision is the policy's own: accelerate's would be one for all runs of a process.
     accelerator = Accelerator(log_with=_trackers(config.output.trackers), project_dir=str(run.path))
+    _check_processes(accelerator.num_processes)
     how = (accelerator.device, config.reward_precision, config.reward_weights)
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.eval_rewards}
@@ -45,6 +47,16 @@ def assemble(
     return training
 
 
+def _check_processes(found: int) -> None:
+    """A launcher's processes that do not know of each other would all write to one run."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != found:
+        raise ValueError(
+            f"got {launched} processes of which accelerate joins {found}; expected one, or a GPU for each: set "
+            "ACCELERATE_USE_CPU=true to have them train together without GPUs"
+        )
+
+
 def _trackers(names: list[str]) -> list[str] | None:
     """Accelerate drops a tracker whose package is missing without a word; here that is an error."""
     available = [str(tracker) for tracker in get_available_trackers()]
@@ -52,7 +64,7 @@ def _trackers(names: list[str]) -> list[str] | None:
         if name not in available:
             raise ValueError(
                 f"got tracker {name!r}; expected one of those installed here ({', '.join(available) or 'none'}): "
-                "pip install 'comfy-tdpo[tracking]' brings tensorboard and wandb"
+                "install its package, as pip install tensorboard"
             )
     return names or None
 

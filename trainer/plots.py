@@ -76,7 +76,11 @@ def save_image_grid(images: Tensor, path: Path) -> None:
 def save_plots(run: RunFolder) -> list[Path]:
     """Draw what the run has metrics for into its plots folder, and say which files were written."""
     metrics, config = run.metrics(), run.config
-    panels = {"reward": reward_panels(metrics), "neurons": neuron_panels(metrics), "critic": critic_panels(metrics)}
+    panels = {
+        "reward": reward_panels(metrics, config),
+        "neurons": neuron_panels(metrics),
+        "critic": critic_panels(metrics),
+    }
     paths = []
     for name in [name for name in panels if panels[name]]:
         write_atomically(run.plot(name), _render(panels[name], metrics, config).save)
@@ -86,13 +90,18 @@ def save_plots(run: RunFolder) -> list[Path]:
 
 def reward_figure(metrics: list[EpochMetrics], config: TrainConfig) -> Image.Image:
     """The rewards so far as an RGB image, 1600 pixels wide; without an epoch it says so."""
-    return _render(reward_panels(metrics), metrics, config)
+    return _render(reward_panels(metrics, config), metrics, config)
 
 
-def reward_panels(metrics: list[EpochMetrics]) -> list[Panel]:
-    """The training reward, then each held-out reward: one panel each, as their units differ."""
+def reward_panels(metrics: list[EpochMetrics], config: TrainConfig) -> list[Panel]:
+    """The training reward, then each one that watches: one panel each, as their units differ."""
     training = [_training_panel(name) for name in reward_names(metrics, "reward")]
-    return training + [_held_out_panel(name) for name in reward_names(metrics, "eval")]
+    return training + [_watching_panel(name, role(name, config)) for name in reward_names(metrics, "eval")]
+
+
+def role(name: str, config: TrainConfig) -> str:
+    """What a reward that watches is to the training: a part of the sum that it trains on, or held out."""
+    return "part of the sum" if name in config.trained_on else "held out"
 
 
 def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
@@ -106,8 +115,8 @@ def _training_panel(name: str) -> Panel:
     return Panel(name, "trained on: mean ± 1 std, and change since epoch 1", (line,), height=2.1)
 
 
-def _held_out_panel(name: str) -> Panel:
-    return Panel(name, "held out: mean, and change since epoch 1", (Line(f"eval/{name}/mean", VERMILION),))
+def _watching_panel(name: str, role: str) -> Panel:
+    return Panel(name, f"{role}: mean, and change since epoch 1", (Line(f"eval/{name}/mean", VERMILION),))
 
 
 def neuron_panels(metrics: list[EpochMetrics]) -> list[Panel]:
@@ -225,7 +234,8 @@ def _style(axes: "Axes", panel: Panel) -> None:
 
 def _draw_line(axes: "Axes", line: Line, metrics: list[EpochMetrics]) -> None:
     x, y = _series(metrics, line.key)
-    axes.plot(x, y, color=line.color, linewidth=1.8, marker="o" if len(x) <= 30 else "", markersize=3.2)
+    queries, values = [e["reward_queries"] for e in metrics], [e.get(line.key, math.nan) for e in metrics]
+    axes.plot(queries, values, color=line.color, linewidth=1.8, marker="o" if len(x) <= 30 else "", markersize=3.2)
     if line.band:
         spread = _series(metrics, line.band)[1]
         low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))

@@ -19,11 +19,11 @@ from comfy_tdpo.rewards import (
     PRECISIONS,
     RewardError,
     RewardModel,
-    allow_functions,
     load_reward,
     reward_names,
     score_images,
 )
+from comfy_tdpo.rewards.function import allow_functions
 
 from .config import named_values
 

@@ -1,22 +1,25 @@
 """Reward models and their registry.
 
-A reward model scores images, and may lend its image encoder to the critic. One is loaded only when it is asked for.
+A reward model scores images, and may lend its image encoder to the critic. One is loaded only when it is asked for, and
+torch with it, so that names can be checked at once.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
-from .function import allow_functions as allow_functions
 from .function import check_function, is_function
 from .options import Options
 from .shared import shared_while_used
-from .weights import Source
-from .weights import add_weights_folder as add_weights_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .weights import Source
 
 
 @runtime_checkable
@@ -70,7 +73,7 @@ REWARDS = {
     "shapes-gold": "comfy_tdpo.rewards.shapes:ShapesGold",
 }
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name for each
 
 
 def reward_names() -> list[str]:
@@ -102,8 +105,11 @@ def load_reward(
     precision: "fp32" or "bf16", of its encoder; weights: name -> file or folder, for rewards that are not to be looked
     for. Raises ValueError where it cannot be had.
     """
+    import torch
+
     path = (weights or {}).get(name)
-    return _load(name, Options(device, PRECISIONS[precision], Path(path).expanduser() if path else None))
+    dtype = getattr(torch, PRECISIONS[precision])
+    return _load(name, Options(device, dtype, Path(path).expanduser() if path else None))
 
 
 @shared_while_used
@@ -139,8 +145,7 @@ class WeightedSum:
             model.check_prompts(prompts)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        scores = [weight / scale * score_images(model, images, prompts) for model, weight, scale in self.parts]
-        return torch.stack(scores).sum(0)
+        return sum(weight / scale * score_images(model, images, prompts) for model, weight, scale in self.parts)
 
 
 def encoder_name(model: RewardModel) -> str:
@@ -174,6 +179,8 @@ def load_rewards(
 
 def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
     """`model`'s scores, float32 (B,), on the images' device; RewardError names it where it does not give that."""
+    import torch
+
     try:
         scores = model.score(images, prompts)
     except (torch.cuda.OutOfMemoryError, RewardError):

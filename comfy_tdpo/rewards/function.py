@@ -5,14 +5,16 @@ somebody else made: functions are refused until `allow_functions` is called, whi
 named the file, and ComfyUI's nodes do not.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .options import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "python:"
 _allowed = False
@@ -66,11 +68,13 @@ class UserFunction:
     def embed(self, images: Tensor) -> Tensor:
         raise TypeError(f"{self.name} is a function and has no encoder")
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        import torch
+
         assert self.function is not None
-        scores = self.function(images, prompts)
-        return scores if isinstance(scores, Tensor) else torch.as_tensor(scores, device=images.device)
+        with torch.no_grad():
+            scores = self.function(images, prompts)
+        return scores if isinstance(scores, torch.Tensor) else torch.as_tensor(scores, device=images.device)
 
     def check_prompts(self, prompts: list[str]) -> None:
         """What it can judge only its author knows."""

@@ -1,9 +1,13 @@
 """How a reward is to be loaded."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -11,7 +15,7 @@ class Options:
     """dtype: of an encoder's weights and activations; weights: a file or folder to use instead of looking for one."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype
     weights: Path | None = None
 
     @property
