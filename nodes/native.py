@@ -1,12 +1,16 @@
 """Between ComfyUI's own MODEL, CLIP and VAE and what the trainer works on.
 
 Nothing that comes in is shared with the training: weights are copied, with the LoRAs that are applied to a MODEL baked
-in, and the copies belong to the caller. Imports ComfyUI, so it is itself imported by the nodes only.
+in, and the copies belong to the caller. They are made outside of inference mode, in which ComfyUI runs its nodes and
+whose tensors can never be trained. Imports ComfyUI, so it is itself imported by the nodes only.
 """
 
 import copy
+import hashlib
 import math
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import comfy.latent_formats
 import comfy.lora
@@ -31,17 +35,19 @@ SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
 # --- out of ComfyUI: what is trained
 
 
-def diffusers_unet(model: comfy.model_patcher.ModelPatcher) -> UNet2DConditionModel:
-    """The U-Net of a MODEL as diffusers', float32 on the CPU, with the LoRAs that are applied to it baked in.
+def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """The U-Net of a MODEL as diffusers', in `dtype` on the CPU, with the LoRAs that are applied to it baked in.
 
     Raises:
         ValueError: the MODEL is not Stable Diffusion 1.x or 2.x.
     """
     config = diffusers_config(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    weights = baked_weights(model)
-    unet = UNet2DConditionModel(**config)
-    unet.load_state_dict({name: weights[names[name]] for name in unet.state_dict()})
+    with torch.inference_mode(False), torch.no_grad():
+        weights = baked_weights(model, dtype)
+        with torch.device("meta"):  # its own weights are not drawn, as none of them stays
+            unet = UNet2DConditionModel(**config)
+        unet.load_state_dict({name: weights[names[name]] for name in unet.state_dict()}, assign=True)
     return unet.eval()
 
 
@@ -74,15 +80,40 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
     }
 
 
-def baked_weights(model: comfy.model_patcher.ModelPatcher) -> dict[str, Tensor]:
-    """Copies of the U-Net's weights, patched as ComfyUI would patch them, float32 on the CPU."""
+def baked_weights(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the U-Net's weights, patched in float32 as ComfyUI would patch them, in `dtype` on the CPU."""
     prefix, weights = "diffusion_model.", {}
     for key, ((weight, convert), *patches) in model.get_key_patches(prefix).items():
         weight = weight.to("cpu", torch.float32, copy=True)
         if convert is not None:
             weight = convert(weight, inplace=True)
-        weights[key.removeprefix(prefix)] = comfy.lora.calculate_weight(patches, weight, key) if patches else weight
+        weight = comfy.lora.calculate_weight(patches, weight, key) if patches else weight
+        weights[key.removeprefix(prefix)] = weight.to(dtype)
     return weights
+
+
+def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
+    """What a MODEL is called in a run's configuration: where it came from, its family, and a digest of its weights and of
+    the LoRAs on them. It tells two of them apart, and is nothing that could be loaded again.
+    """
+    digest = hashlib.sha256()
+    for key, ((weight, _), *patches) in model.get_key_patches("diffusion_model.").items():
+        for value in _values((key, weight, patches)):
+            digest.update(value)
+    return f"comfyui:{type(model.model.model_config).__name__}:{digest.hexdigest()[:12]}"
+
+
+def _values(part: Any) -> Iterator[bytes]:
+    """What tells a weight or a patch of one from others: the first values of each tensor, and every number."""
+    if isinstance(part, Tensor):
+        yield part.flatten()[:256].float().cpu().numpy().tobytes()
+    elif isinstance(part, list | tuple):
+        for item in part:
+            yield from _values(item)
+    elif hasattr(part, "weights"):  # of a LoRA
+        yield from _values(part.weights)
+    elif isinstance(part, int | float | str):
+        yield repr(part).encode()
 
 
 def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
@@ -114,10 +145,11 @@ class EncodedPrompts:
         embeds = {prompt: clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in dict.fromkeys([*prompts, ""])}
         # long prompts come out longer; tokens that are repeated as a whole leave cross-attention as it is
         length = math.lcm(*(embed.shape[1] for embed in embeds.values()))
-        self._embeds = {
-            prompt: embed[0].float().repeat(length // embed.shape[1], 1).clone().to(device)
-            for prompt, embed in embeds.items()
-        }
+        with torch.inference_mode(False), torch.no_grad():
+            self._embeds = {
+                prompt: embed[0].to(device, torch.float32, copy=True).repeat(length // embed.shape[1], 1)
+                for prompt, embed in embeds.items()
+            }
 
     def __call__(self, prompts: list[str]) -> Tensor:
         return torch.stack([self._embeds[prompt] for prompt in prompts])
@@ -133,8 +165,9 @@ class ComfyDecoder:
     def __init__(self, vae: comfy.sd.VAE, model: comfy.model_patcher.ModelPatcher, device: torch.device):
         vae.throw_exception_if_invalid()
         self.factor, self._dtype = vae.downscale_ratio, vae.vae_dtype
-        self._process_output, self._process_latents = vae.process_output, model.model.process_latent_out
-        self._network = copy.deepcopy(vae.first_stage_model).requires_grad_(False).to(device)
+        self._process_output, self._process_latents = vae.process_output, model.model.latent_format.process_out
+        with torch.inference_mode(False):
+            self._network = copy.deepcopy(vae.first_stage_model).requires_grad_(False).to(device)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -159,6 +192,10 @@ class ShapesConfig(comfy.supported_models.SD15):
 
     unet_config: dict = {}
     unet_extra_config: dict = {}
+
+
+def is_shapes(model: comfy.model_patcher.ModelPatcher) -> bool:
+    return isinstance(model.model.model_config, ShapesConfig)
 
 
 def shapes_native() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:

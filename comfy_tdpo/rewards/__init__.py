@@ -69,12 +69,17 @@ def load_reward(name: str, device: torch.device) -> RewardModel:
     return factory(name, device)
 
 
+def name_of_sum(weights: dict[str, float]) -> str:
+    """What the sum of the rewards in `weights` is called."""
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+
+
 class WeightedSum:
     """sum_i w_i R_i: several rewards as one. The first that has an encoder lends it to the critic."""
 
     def __init__(self, weights: dict[str, float], device: torch.device):
         self.parts = [(load_reward(name, device), weight) for name, weight in weights.items()]
-        self.name = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+        self.name = name_of_sum(weights)
         self._encoder = next((model for model, _ in self.parts if model.embed_dim), None)
         self.embed_dim = self._encoder.embed_dim if self._encoder else None
 
