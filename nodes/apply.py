@@ -1,14 +1,13 @@
 """A run's LoRA on a MODEL."""
 
+from pathlib import Path
 from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
 from .wires import CATEGORY, Run
-
-NO_FILE = "none"
-SNAPSHOTS = ["latest", "best training reward", "best held-out reward", "epoch"]
+from .words import LATEST, NO_FILE, SNAPSHOTS
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -18,8 +17,8 @@ class ApplyLoRA(io.ComfyNode):
             node_id="TDPOApplyLoRA",
             display_name="TDPO LoRA Apply",
             category=CATEGORY,
-            description="Puts the LoRA of a run, or one of a file, on a model. It says so where nothing fits, instead of "
-            "sampling from the model as it was.",
+            description="Puts the LoRA of a run, or one of a file, on a model. Where nothing of it fits, it says so, "
+            "instead of sampling from the model as it was.",
             inputs=[
                 io.Model.Input("model", tooltip="The model the run was trained on."),
                 io.Float.Input(
@@ -34,9 +33,9 @@ class ApplyLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "snapshot",
                     SNAPSHOTS,
-                    default="latest",
-                    tooltip="Which LoRA of the run: the newest, the one whose images scored best on the training reward or "
-                    "on the first held-out one, or that of the epoch below.",
+                    default=LATEST,
+                    tooltip="Which LoRA of the run: the newest, the one whose images scored best on the training "
+                    "reward or on the first held-out one, or that of the epoch below.",
                 ),
                 io.Int.Input(
                     "epoch", default=1, min=1, max=9999, tooltip="Counts where the snapshot is 'epoch'; some are kept."
@@ -57,8 +56,9 @@ class ApplyLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = NO_FILE, **_: Any) -> str:
-        path = folder_paths.get_full_path("loras", lora_name) if lora_name != NO_FILE else None
-        return str(_changed(path)) if path else ""
+        """A file may be overwritten; a newer snapshot of a run shows in the fingerprint of its Train node."""
+        path = folder_paths.get_full_path("loras", lora_name)
+        return str(Path(path).stat().st_mtime_ns) if path else ""
 
     @classmethod
     def execute(cls, model, strength: float, snapshot: str, epoch: int, lora_name: str, run=None) -> io.NodeOutput:
@@ -67,9 +67,3 @@ class ApplyLoRA(io.ComfyNode):
         if run is not None:
             return io.NodeOutput(*apply_run(model, run, snapshot, epoch, strength))
         return io.NodeOutput(*apply_file(model, lora_name, strength))
-
-
-def _changed(path: str) -> int:
-    from pathlib import Path
-
-    return Path(path).stat().st_mtime_ns

@@ -37,8 +37,8 @@ def apply_weights(model: Any, weights: dict[str, Tensor], strength: float, what:
     patched, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
     if patched.patches_uuid == model.patches_uuid or not _added(patched, model):
         raise ValueError(
-            f"got a LoRA ({what}) of which nothing fits this MODEL; expected one that was trained on this kind of model: "
-            "wire in the MODEL of the Train node"
+            f"got a LoRA ({what}) of which nothing fits this MODEL; expected one that was trained on this kind of "
+            "model: wire in the MODEL of the Train node"
         )
     return patched
 

@@ -6,9 +6,7 @@ from ..trainer.run import CONFIG, RunFolder
 from .configure import difference
 from .names import check_run_name, later_name
 from .runs import Runs
-
-CONTINUE, NEW, AS_IT_IS = "continue", "new", "as it is"
-RESUME = [CONTINUE, NEW, AS_IT_IS]
+from .words import AS_IT_IS, NEW
 
 
 def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
@@ -27,8 +25,8 @@ def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: lis
         changed = difference(run, config, prompts)
         if changed:
             raise ValueError(
-                f"run {name!r} was begun with other settings: {changed}; put that back to go on with it, or set resume to "
-                f"'{NEW}' to begin {later_name(name, 2)!r}, or choose another run name"
+                f"run {name!r} was begun with other settings: {changed}; put that back to go on with it, or set resume "
+                f"to '{NEW}' to begin {later_name(name, 2)!r}, or choose another run name"
             )
     return run
 

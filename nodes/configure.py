@@ -14,9 +14,9 @@ from comfy_tdpo.prompts import load_prompts
 from ..trainer.config import Fields, TrainConfig, make_config, plain_values
 from ..trainer.run import RunFolder
 from .scoring import RewardChoice
+from .words import AUTO
 
 SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: of the embedded world, and the paper's
-AUTO = "auto"
 INPUTS = ("algorithm", "model", "rewards", "eval_rewards", "prompts", "grid_prompts", "seed")
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: as the preset has them
 MAY_CHANGE = ("epochs", "output.", "prompts", "grid_prompts")  # on the way; prompts are compared by their words

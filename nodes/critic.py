@@ -48,7 +48,7 @@ class TemporalCritic(io.ComfyNode):
                     "reset",
                     RESETS,
                     default="active",
-                    tooltip="Which neurons are drawn anew: the active ones (TDPO-R), the dormant ones, all, or none (TDPO).",
+                    tooltip="Which neurons are drawn anew: the active (TDPO-R), the dormant, all, or none (TDPO).",
                 ),
                 io.Int.Input(
                     "reset_every", default=10, min=1, max=10_000, tooltip="Epochs between two resets of neurons."

@@ -15,10 +15,11 @@ from ..trainer.config import TrainConfig
 from ..trainer.job import ENDED, TrainingFactory
 from ..trainer.run import RunFolder
 from . import native, quitting
-from .choosing import AS_IT_IS, choose, is_done
+from .choosing import choose, is_done
 from .configure import Wanted
 from .place import all_runs, tell
 from .starting import check_device_free, prepare, start, wait_for
+from .words import AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Wires:
         for name, part in (("CLIP", self.clip), ("VAE", self.vae)):
             if part is None:
                 raise ValueError(
-                    f"got no {name}; expected the checkpoint's own: this file has none, load one beside it"
+                    f"got no {name}, as the checkpoint has none; expected one: load it from a file of its own"
                 )
         native.diffusers_config(self.model)
         return Wanted(model=native.model_name(self.model), shapes=native.is_shapes(self.model), **inputs)
@@ -70,8 +71,7 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node
     job = runs.job(run)
     if job is None or job.status.state in ENDED:
         check_device_free(run, device)
-        everything = [*prompts, *run.grid_prompts(config)]
-        factory = wires.factory(config, everything, device)
+        factory = wires.factory(config, prompts, device)
         prepare(runs, run, config, prompts)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()

@@ -93,8 +93,9 @@ def baked_weights(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype) -
 
 
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
-    """What a MODEL is called in a run's configuration: where it came from, its family, and a digest of its weights and of
-    the LoRAs on them. It tells two of them apart, and is nothing that could be loaded again.
+    """What a MODEL is called in a run's configuration: its family and a digest of its weights and the LoRAs on them.
+
+    It tells two of them apart, and is nothing that could be loaded again.
     """
     digest = hashlib.sha256()
     for key, ((weight, _), *patches) in model.get_key_patches("diffusion_model.").items():
@@ -118,10 +119,10 @@ def _values(part: Any) -> Iterator[bytes]:
 
 def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
     """The noise schedule of a MODEL, with the steps' offset that leaves noise in the last one."""
-    sampling, kind = model.model.model_sampling, model.model.model_type.name
-    predicts = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}
-    if kind not in predicts:
-        raise ValueError(f"got a MODEL that predicts {kind}; {SUPPORTED}")
+    sampling = model.get_model_object("model_sampling")  # a node may have put another one in the place of the model's
+    bases = {base.__name__ for base in type(sampling).__mro__}
+    if bases & {"EDM", "X0", "CONST"} or not bases & {"EPS", "V_PREDICTION"}:
+        raise ValueError(f"got a MODEL that predicts neither noise nor v ({', '.join(sorted(bases))}); {SUPPORTED}")
     alpha_bar = 1 / (1 + sampling.sigmas.double().cpu() ** 2)
     betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     return DDIMScheduler(
@@ -130,7 +131,7 @@ def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type=predicts[kind],
+        prediction_type="v_prediction" if "V_PREDICTION" in bases else "epsilon",
     )
 
 

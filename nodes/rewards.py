@@ -26,7 +26,7 @@ class RewardModel(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     round=0.0001,
-                    tooltip="What its score is multiplied by in the sum. Held-out rewards only watch: theirs does not count.",
+                    tooltip="What its score is multiplied by in the sum. That of a held-out reward does not count.",
                 ),
                 Reward.Input("also", optional=True, tooltip="Another Reward Model, whose weighted score is added."),
             ],
@@ -49,8 +49,8 @@ class ScoreImages(io.ComfyNode):
             node_id="TDPOScoreImages",
             display_name="TDPO Score Images",
             category=CATEGORY,
-            description="Asks a reward what it thinks of images: as numbers, as text, and written under the images. One "
-            "before and one after alignment show what has changed.",
+            description="Asks a reward what it thinks of images: as numbers, as text, and written under the images. "
+            "One before and one after alignment show what has changed.",
             inputs=[
                 io.Image.Input("images", tooltip="The images to score."),
                 Reward.Input("reward", tooltip="What scores them; several in a chain are summed by weight."),

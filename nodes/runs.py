@@ -15,7 +15,7 @@ from comfy_tdpo.rewards import name_of_sum
 
 from ..trainer.job import ENDED, Job, find_job
 from ..trainer.run import CONFIG, EpochMetrics, RunFolder, write_atomically
-from .names import check_run_name
+from .names import check_run_name, problem_with
 
 Fields = dict[str, Any]
 
@@ -61,7 +61,7 @@ class Runs:
 
     def all(self) -> list[RunFolder]:
         """Newest first; folders that are no runs are left alone."""
-        found = [path.parent for path in self.root.glob(f"*/{CONFIG}") if _is_name(path.parent.name)]
+        found = [path.parent for path in self.root.glob(f"*/{CONFIG}") if not problem_with(path.parent.name)]
         return [RunFolder(path) for path in sorted(found, key=lambda path: -(path / CONFIG).stat().st_mtime)]
 
     def job(self, run: RunFolder) -> Job | None:
@@ -133,13 +133,6 @@ class Runs:
 
 # an absolute path up to its last part, of Windows or of others
 _FOLDERS = re.compile(r"(?<![\w.~/\\])(?:[A-Za-z]:|~)?[/\\](?:[^/\\'\"\n:]+[/\\])+")
-
-
-def _is_name(text: str) -> bool:
-    try:
-        return bool(check_run_name(text))
-    except ValueError:
-        return False
 
 
 def _of_job(job: Job) -> Fields:

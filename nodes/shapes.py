@@ -12,14 +12,13 @@ class ShapesModel(io.ComfyNode):
             node_id="TDPOShapesModel",
             display_name="Shapes Model",
             category=CATEGORY,
-            description="A tiny text-to-image world of coloured shapes that ships with the pack: 64 x 64 pixels, minutes "
-            "to align on any machine, nothing to download. Prompts are like 'two red circles above a blue square'.",
+            description="A tiny text-to-image world of coloured shapes that ships with the pack: 64 x 64 pixels, "
+            "minutes to align on any machine, nothing to download. It draws prompts such as 'a red circle on a blue "
+            "background'.",
             inputs=[],
             outputs=[
                 io.Model.Output("model", display_name="MODEL", tooltip="The U-Net. It draws 64 x 64 pixels."),
-                io.Clip.Output(
-                    "clip", display_name="CLIP", tooltip="The text encoder. It knows the words of Shapes only."
-                ),
+                io.Clip.Output("clip", display_name="CLIP", tooltip="The text encoder. It knows the words of Shapes."),
                 io.Vae.Output("vae", display_name="VAE", tooltip="The autoencoder, 8 pixels to one latent."),
             ],
         )

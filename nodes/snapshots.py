@@ -8,9 +8,7 @@ from torch import Tensor
 
 from ..trainer.plots import reward_names
 from ..trainer.run import EpochMetrics, RunFolder
-
-LATEST, BEST_TRAINING, BEST_HELD_OUT, EPOCH = "latest", "best training reward", "best held-out reward", "epoch"
-SNAPSHOTS = [LATEST, BEST_TRAINING, BEST_HELD_OUT, EPOCH]
+from .words import BEST_TRAINING, EPOCH, LATEST
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
@@ -23,8 +21,8 @@ def read_lora(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"got LoRA file {path.name!r}, which cannot be read ({error}); expected a whole .safetensors file: download "
-            "or save it again, and never use a .pt or .ckpt from somebody you do not trust"
+            f"got LoRA file {path.name!r}, which cannot be read ({error}); expected a whole .safetensors file: "
+            "download or save it again, and never use a .pt or .ckpt from somebody you do not trust"
         ) from error
 
 
@@ -39,9 +37,7 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
     kept = snapshots(run)
     if which == EPOCH:
         if epoch not in kept:
-            raise ValueError(
-                f"got epoch {epoch} of run {run.path.name!r}; expected one with a snapshot: {_listed(kept)}"
-            )
+            raise ValueError(f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of {_listed(kept)}")
         return kept[epoch]
     kind = "reward" if which == BEST_TRAINING else "eval"
     metrics = run.metrics()

@@ -3,15 +3,17 @@
 import atexit
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+import tomli_w
 import torch
 
 from ..trainer import job as jobs
-from ..trainer.config import TrainConfig
+from ..trainer.config import TrainConfig, plain_values
 from ..trainer.job import ENDED, Job, Status, TrainingFactory
 from ..trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
 from .choosing import is_blank
-from .runs import Fields, Runs, finite, mark_node
+from .runs import NODE, Fields, Runs, finite, mark_node
 
 SECONDS_TO_SAVE = 60  # that a training gets when ComfyUI quits: the step it is in, and a checkpoint
 SECONDS_BETWEEN_EVENTS = 0.2
@@ -31,15 +33,16 @@ def check_device_free(run: RunFolder, device: torch.device) -> None:
 def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
     """Make the folder of a new run, or have one that goes on do so for as many epochs as are wanted now."""
     if (run.path / CONFIG).exists() and not is_blank(runs, run):
-        before = run.config
-        if config.epochs > before.epochs:
-            run.write_config(before.model_copy(update={"epochs": config.epochs}))
+        free = {"epochs": config.epochs, "output": config.output}
+        text = tomli_w.dumps(plain_values(run.config.model_copy(update=free)))
+        write_atomically(run.path / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
         return
-    for left in (run.path / CONFIG, run.sample_grid(0)):
-        left.unlink(missing_ok=True)
+    for name in (CONFIG, NODE, ".lock", f"samples/{run.sample_grid(0).name}"):  # of one that never got to train
+        (run.path / name).unlink(missing_ok=True)
+    with suppress(OSError):  # there is none, or it holds what somebody else put there
+        (run.path / "samples").rmdir()
     write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts), encoding="utf-8"))
-    own = {"prompts": str(run.path / PROMPTS), "grid_prompts": None}
-    run.create(config.model_copy(update=own))
+    run.create(config.model_copy(update={"prompts": str(run.path / PROMPTS)}))
 
 
 def start(
@@ -106,6 +109,7 @@ def wait_for(job: Job, show: Callable[[int, int], None]) -> Status:
         job.stop()
         job.wait()
         raise
+    job.wait()  # for what is still written after the end
     if status.state == "failed":
         raise RuntimeError(f"run {job.id!r} failed: {status.error}")
     return status

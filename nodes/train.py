@@ -7,10 +7,9 @@ from comfy_api.latest import io
 from comfy_tdpo.prompts import prompt_sets
 
 from .wires import CATEGORY, Critic, Reward, Run
+from .words import AUTO, CONTINUE, MODES, RESUME, WAIT
 
 ALGORITHMS = ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"]
-RESUME = ["continue", "new", "as it is"]
-WAIT, BACKGROUND = "wait", "background"
 AS_PRESET = " 0: as in the preset, which is 'shapes' for the Shapes Model and the paper's for any other."
 
 
@@ -21,21 +20,19 @@ class Train(io.ComfyNode):
             node_id="TDPOTrain",
             display_name="TDPO-R Train",
             category=CATEGORY,
-            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA on what scored well. "
-            "Runs are kept in output/tdpo, and go on where they were stopped.",
+            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA on what scored "
+            "well. Runs are kept in output/tdpo, and go on where they were stopped.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x or 2.x, or Shapes. LoRAs that are applied to it become a part of what is "
-                    "trained upon.",
+                    tooltip="Stable Diffusion 1.x or 2.x, or Shapes. LoRAs that are applied to it become a part of "
+                    "what is trained upon.",
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts, once, before the training begins."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),
-                Reward.Input(
-                    "reward", tooltip="What the images are to score well on: a TDPO Reward Model, or a chain."
-                ),
+                Reward.Input("reward", tooltip="What the images are to score well on: a Reward Model, or a chain."),
                 io.String.Input(
                     "run_name",
                     default="my run",
@@ -44,23 +41,23 @@ class Train(io.ComfyNode):
                 io.Combo.Input(
                     "resume",
                     RESUME,
-                    default="continue",
+                    default=CONTINUE,
                     tooltip="Where a run of that name is there. continue: go on with it, or give what it came to. new: "
                     "leave one that was stopped or had other settings, and begin 'name-2'. as it is: train nothing.",
                 ),
                 io.Combo.Input(
                     "mode",
-                    [WAIT, BACKGROUND],
+                    MODES,
                     default=WAIT,
-                    tooltip="wait: the graph goes on when the training ends; Cancel stops it, saved. background: the graph "
-                    "goes on at once with what the run has so far; queue it again for more.",
+                    tooltip="wait: the graph goes on when the training ends; Cancel stops it, saved. background: the "
+                    "graph goes on at once with what the run has so far; queue it again for more.",
                 ),
                 io.Combo.Input(
                     "algorithm",
                     ALGORITHMS,
                     default="tdpo-r",
-                    tooltip="tdpo-r: with critic and neuron resets. tdpo: without resets. ddpo-100 and ddpo-2: without a "
-                    "critic, one update a step or one for all steps.",
+                    tooltip="tdpo-r: with critic and neuron resets. tdpo: without resets. ddpo-100 and ddpo-2: without "
+                    "a critic, one update a step or one for all steps.",
                 ),
                 io.Int.Input(
                     "epochs", default=0, min=0, max=9999, tooltip="Rounds of drawing and learning." + AS_PRESET
@@ -109,8 +106,8 @@ class Train(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "prompt_set",
-                    ["auto", *prompt_sets()],
-                    default="auto",
+                    [AUTO, *prompt_sets()],
+                    default=AUTO,
                     tooltip="Prompts to train on, where there are none below. auto: the preset's.",
                 ),
                 io.String.Input(
@@ -147,7 +144,15 @@ class Train(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, run_name: str, mode: str, **_: Any) -> str:
+    def validate_inputs(cls, run_name: str | None) -> bool | str:
+        from .names import problem_with
+
+        return (run_name is not None and problem_with(run_name)) or True  # None: it comes along a wire, and later
+
+    @classmethod
+    def fingerprint_inputs(cls, run_name: str | None, mode: str | None, **_: Any) -> str | float:
+        if run_name is None:
+            return float("nan")  # equals nothing, so that the node runs whenever it is queued
         from .choosing import token
         from .place import all_runs
 

@@ -156,7 +156,8 @@ def _sentence(error: Exception) -> str:
             "out of memory: lower resolution, micro_batch or decode_batch, set policy.gradient_checkpointing to true, "
             "precision to bf16, or close what else uses the device; what was saved before is whole"
         )
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"  # those are for users
+    return " ".join(text.split())
 
 
 _jobs: dict[str, Job] = {}
