@@ -8,6 +8,7 @@ import { runs } from "./runs.js";
 const NODE = "TDPOTrain";
 const WIDGET = "tdpo_live"; // a type of our own: the Vue renderer replaces those it knows
 const REMEMBERED = "tdpo_run"; // property of the node: "id of the node|id of the run"; a copy has another id
+const WIDTH = 600; // pixels of a new node
 const MARGIN = 10; // pixels around a widget, where nothing else is said
 const LOOK = 500; // milliseconds between two looks at whether the page still shows the element
 
@@ -37,6 +38,9 @@ class LiveView {
       getMinHeight: () => leastHeight(node.size[0] - 2 * MARGIN),
     });
     widget.serialize = false; // nor of the saved workflow
+    keepSeed(node);
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(width, WIDTH), height]);
     passToCanvas(element);
     after(node, "onAdded", () => this.#begin());
     after(node, "onRemoved", () => this.#finish());
@@ -79,6 +83,12 @@ class LiveView {
   #remember(run) {
     if (typeof run === "string") this.node.properties[REMEMBERED] = `${this.node.id}|${run}`;
   }
+}
+
+/** Another seed is another run: ComfyUI must not draw a new one after each, unless it is asked to. */
+function keepSeed(node) {
+  const control = node.widgets.find(({ name }) => name === "control_after_generate");
+  if (control) control.value = "fixed";
 }
 
 function after(object, method, extra) {
