@@ -34,6 +34,8 @@ class RewardChoice:
 
 def prompt_of_each(text: str, images: int) -> list[str]:
     """One prompt an image: the lines of `text`, or its only line for all."""
+    if not images:
+        raise ValueError("got no images; expected at least one to score")
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     if len(lines) not in (1, images):
         raise ValueError(f"got {len(lines)} prompts for {images} images; expected one line for all, or one an image")

@@ -183,8 +183,9 @@ class Train(io.ComfyNode):
         held_out=None,
         settings: str = "",
     ) -> io.NodeOutput:
-        from .graph import Wires, train
+        from .graph import Wires
         from .results import lora_weights, plot_image, sample_image
+        from .training import train
 
         numbers = {
             "epochs": epochs,

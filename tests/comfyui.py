@@ -1,4 +1,4 @@
-"""A real ComfyUI server for tests: started in a folder of its own with the pack in it, asked over HTTP and WebSocket."""
+"""A real ComfyUI server for tests, started in a folder of its own with the pack in it and asked over the network."""
 
 import json
 import os

@@ -15,7 +15,7 @@ from comfy_tdpo.nodes.starting import prepare, start
 from comfy_tdpo.trainer.job import Job
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder, write_atomically
 
-REWARD = "shapes-aesthetic"
+REWARD, CPU = "shapes-aesthetic", torch.device("cpu")
 
 
 class FakeTraining:
@@ -55,7 +55,9 @@ def wanted(epochs: int = 2, **changes) -> Wanted:
     return Wanted(**(asked | {"numbers": {"epochs": epochs, "samples_per_epoch": 4}} | changes))
 
 
-def begin(runs: Runs, name: str = "one", go: threading.Semaphore | None = None, tell=lambda detail: None, **asked) -> Job:
+def begin(
+    runs: Runs, name: str = "one", go: threading.Semaphore | None = None, tell=lambda detail: None, **asked
+) -> Job:
     """A job on a run of that name, started."""
     run, want = runs.folder(name), wanted(**asked)
     prepare(runs, run, want.config(), want.prompts())

@@ -58,12 +58,17 @@ def test_train_and_sample_in_one_graph(server):
     again = server.ended(server.queue(graph))
     assert {"train", "apply", "sampler"} <= set(again["messages"]["execution_cached"]["nodes"])
 
-    told = [m["data"] for m in events.until(lambda m: m["type"] == "tdpo.progress" and m["data"]["state"] == "finished")]
+    told = [
+        m["data"] for m in events.until(lambda m: m["type"] == "tdpo.progress" and m["data"]["state"] == "finished")
+    ]
     events.close()
     progress = [data for data in told if "reward" in data]
     assert [data["metrics"]["epoch"] for data in progress if data["metrics"]][-1] == 2
     assert {"node": "train", "lora": "tdpo/whole.safetensors"}.items() <= progress[-1].items()
-    assert "tdpo/whole.safetensors" in server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+    assert (
+        "tdpo/whole.safetensors"
+        in server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+    )
     for picture in ("samples", "reward"):
         status, body = server.raw(f"/api/tdpo/runs/whole/pictures/{picture}")
         assert status == 200 and body.startswith(b"\x89PNG")

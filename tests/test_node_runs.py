@@ -11,7 +11,9 @@ from comfy_tdpo.nodes.choosing import choose, is_done, token
 from comfy_tdpo.nodes.runs import finite, newest_grid
 from comfy_tdpo.nodes.starting import check_device_free, prepare, wait_for
 
-KEYS = "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
+KEYS = (
+    "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
+)
 
 
 @pytest.fixture
@@ -112,7 +114,15 @@ def test_a_status_has_what_the_browser_reads(runs):
     finish(runs, held_out=None)
     status = runs.status(runs.find("one"))
     assert set(status) == set(KEYS.split())
-    expected = {"id": "one", "node": "7", "state": "finished", "epoch": 2, "epochs": 2, "samples_epoch": 2, "error": None}
+    expected = {
+        "id": "one",
+        "node": "7",
+        "state": "finished",
+        "epoch": 2,
+        "epochs": 2,
+        "samples_epoch": 2,
+        "error": None,
+    }
     expected |= {"reward": "shapes-aesthetic", "eval_rewards": [], "lora": "tdpo/one.safetensors", "eta_s": 0.0}
     assert status.items() >= expected.items()
     assert runs.lora_name(runs.find("one")) == "tdpo/one.safetensors"
@@ -257,7 +267,12 @@ def test_nothing_but_known_runs_is_answered_for(runs, name):
     finish(runs)
     (runs.root.parent / "config.toml").write_text("", encoding="utf-8")
     expected = 404 if name == "two" else 400
-    asked = (answers.status, answers.stop, lambda *a: answers.metrics(*a, "0"), lambda *a: answers.picture(*a, "samples"))
+    asked = (
+        answers.status,
+        answers.stop,
+        lambda *a: answers.metrics(*a, "0"),
+        lambda *a: answers.picture(*a, "samples"),
+    )
     for ask in asked:
         status, answer = ask(runs, name)
         assert status == expected and set(answer) == {"error"} and "\n" not in answer["error"]

@@ -57,9 +57,7 @@ def _recorded(run: RunFolder) -> tuple[list[EpochMetrics], list[NeuronRecord]]:
     records = read_neurons(run.path, len(metrics))
     if not records:
         reason = "no epoch is finished" if run.config.critic.enabled else "its algorithm has no critic"
-        raise ValueError(
-            f"got run {run.path.name!r} without a record of neurons: {reason}; expected one of tdpo-r or tdpo"
-        )
+        raise ValueError(f"run {run.path.name!r} has no record of neurons: {reason}; expected one of tdpo-r or tdpo")
     return metrics, records
 
 
