@@ -14,9 +14,12 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -114,9 +117,8 @@ def _download(repo: str, dtype: torch.dtype) -> Path:
 
 def _load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
     _check_index(_required(folder, "model_index.json"))
-    unet_config = json.loads(_required(folder, "unet/config.json").read_text(encoding="utf-8"))
-    _check_channels(unet_config.get("in_channels", 4), folder)
-    scheduler = json.loads(_required(folder, "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    _check_channels(_read_json(_required(folder, "unet/config.json")).get("in_channels", 4), folder)
+    scheduler = _required(folder, "scheduler/scheduler_config.json")
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         _required(folder, "tokenizer/vocab.json")
         _required(folder, "tokenizer/merges.txt")
@@ -124,20 +126,21 @@ def _load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) 
         "unet": _from_pretrained(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
         "vae": _from_pretrained(AutoencoderKL, folder / "vae", torch_dtype=dtype),
         "text_encoder": _from_pretrained(CLIPTextModel, folder / "text_encoder").to(dtype),
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        "tokenizer": _tokenizer(folder / "tokenizer"),
         "scheduler": _scheduler(scheduler, prediction_type),
     }
 
 
 def _check_index(index: Path) -> None:
     """The pipeline's classes, before anything big is loaded."""
-    parts = json.loads(index.read_text(encoding="utf-8"))
+    parts = _read_json(index)
     kind = parts.get("_class_name")
     for name, expected in Components.__annotations__.items():
         if name in ("scheduler", "source"):
             continue
-        found = (parts.get(name) or [None, None])[1]
-        if found is None or found.removesuffix("Fast") != expected.__name__:
+        part = parts.get(name)
+        found = part[-1] if isinstance(part, list) and part else part  # [library, class]
+        if str(found).removesuffix("Fast") != expected.__name__:
             raise ValueError(f"{index.parent} is a {kind} whose {name} is {found}, not {expected.__name__}; {EXPECTED}")
     if "text_encoder_2" in parts:
         raise ValueError(f"{index.parent} is a {kind} with two text encoders (SDXL); {EXPECTED}")
@@ -149,12 +152,38 @@ def _required(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; fetch or save the whole folder again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {shorten(repr(values), 60)}; expected a JSON object; fetch the folder again")
+    return values
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Inside the block whatever a library makes of a bad configuration becomes one error that names `path`."""
+    try:
+        yield
+    except Exception as error:  # a constructor fed with odd values raises anything
+        reason = shorten(str(error), 300)
+        raise ValueError(f"{path} cannot be loaded: {reason}; {EXPECTED}; fetch or save it again") from error
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    with _naming(folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 def _from_pretrained(cls: Any, folder: Path, **kwargs) -> nn.Module:
     _required(folder.parent, f"{folder.name}/config.json")
-    with quiet_loading():
+    variant = _variant(folder)
+    with quiet_loading(), _naming(folder):
         model, found = cls.from_pretrained(
             folder,
-            variant=_variant(folder),
+            variant=variant,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -182,10 +211,11 @@ def _variant(folder: Path) -> str | None:
     return None if plain else "fp16"
 
 
-def _scheduler(config: dict, prediction_type: str | None) -> DDIMScheduler:
-    """DDIM on the model's own noise schedule. Latents are not in [-1, 1]: never clipped."""
+def _scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
+    """DDIM on the noise schedule in the file `path`. Latents are not in [-1, 1]: never clipped."""
     changes = {"clip_sample": False} | ({"prediction_type": prediction_type} if prediction_type else {})
-    return DDIMScheduler.from_config(config | changes)
+    with _naming(path):
+        return DDIMScheduler.from_config(_read_json(path) | changes)
 
 
 def _check_channels(channels: int, source: Path) -> None:
@@ -225,7 +255,7 @@ def _load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> d
             _check_weights(path, network, weights)
         return {name: _fill(network, weights, dtype) for name, (network, weights) in networks.items()} | {
             "tokenizer": clip_tokenizer(configs),
-            "scheduler": _scheduler(_config(configs, "scheduler/scheduler_config.json"), prediction_type),
+            "scheduler": _scheduler(configs / "scheduler" / "scheduler_config.json", prediction_type),
         }
 
 
@@ -245,8 +275,10 @@ def _family(file: safe_open, path: Path) -> str:
     other = next((what for part, what in _OTHER_FILES.items() if any(part in key for key in keys)), None)
     if other or not {_CONV_IN, _CONTEXT} <= keys:
         raise ValueError(f"{path} is {other or 'something else: keys like ' + min(keys, default='none')}; {EXPECTED}")
-    width, channels = file.get_slice(_CONV_IN).get_shape()[:2]
-    text_width = file.get_slice(_CONTEXT).get_shape()[1]
+    shapes = [tuple(file.get_slice(key).get_shape()) for key in (_CONV_IN, _CONTEXT)]
+    if [len(shape) for shape in shapes] != [4, 2]:
+        raise ValueError(f"{path} has weights of the shapes {shapes} where a U-Net begins; {EXPECTED}")
+    (width, channels, _, _), (_, text_width) = shapes
     _check_channels(channels, path)
     known = {}
     for family in ("sd1", "sd2"):

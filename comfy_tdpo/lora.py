@@ -10,10 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .randomness import generator_at
+from .tensor_files import write_tensors
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {
@@ -68,11 +68,11 @@ def kohya_state(unet: nn.Module, alpha: float) -> dict[str, Tensor]:
         path, matrix, _ = key.rsplit(".", 2)  # down_blocks.0...to_q, lora_A, weight
         module = f"lora_unet_{path.replace('.', '_')}"
         direction = {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
-        state[f"{module}.{direction}.weight"] = weight.detach().float().cpu().contiguous()
+        state[f"{module}.{direction}.weight"] = weight.detach().float()
         state[f"{module}.alpha"] = torch.tensor(float(alpha))
     return state
 
 
 def save_lora(unet: nn.Module, path: Path, alpha: float, metadata: dict[str, str]) -> None:
     """Write the adapters to `path` in kohya's format; `metadata` goes into the file's header."""
-    save_file(kohya_state(unet, alpha), path, metadata={"format": "pt", **metadata})
+    write_tensors(path, kohya_state(unet, alpha), {"format": "pt", **metadata})

@@ -3,6 +3,7 @@
 Shapes: B batch, C H W latent, L tokens, E text width.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -145,6 +146,15 @@ class DiffusionPolicy:
         """C * H * W."""
         channels, height, width = self.latent_shape
         return channels * height * width
+
+    def fingerprint(self) -> str:
+        """Tells the base U-Net from others: the SHA-256 of its weights' names and first values."""
+        digest = hashlib.sha256()
+        for name, weight in self.unet.named_parameters():
+            if not weight.requires_grad:
+                values = weight.detach().flatten()[:256].float().cpu().numpy()
+                digest.update(name.encode() + values.tobytes())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from toy import new_run, toy_training
 
-from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.__main__ import _default_folder, main
 from comfy_tdpo.trainer.run import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,10 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_it_prints_lines_and_a_summary_and_nothing_else(finished):
     _, process = finished
-    assert [line.split()[:2] for line in process.stderr.splitlines()] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    loading, training, *epochs = process.stderr.splitlines()
+    assert loading.startswith("run ") and loading.endswith("loading")
+    assert training == "training shapes by tdpo-r on cpu, 4 samples an epoch"
+    assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert "shapes-gold (held out)" in process.stdout
     assert "load_lora_weights" in process.stdout
 
@@ -64,6 +68,51 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     process = train("--resume", str(path))
     assert process.returncode == 0
     assert before == ((path / "metrics.jsonl").read_bytes(), (path / "lora" / "latest.safetensors").read_bytes())
+
+
+def test_a_finished_run_is_trained_longer(finished, tmp_path):
+    path = shutil.copytree(finished[0], tmp_path / "longer")
+    process = train("--resume", str(path), "--epochs", "3", "--output.samples_every", "1")
+    assert process.returncode == 0, process.stderr
+    assert [line["epoch"] for line in RunFolder.open(path).metrics()] == [1, 2, 3]
+    assert RunFolder.open(path).config.epochs == 3
+
+
+def test_resumed_settings_are_the_runs_own(finished, capsys):
+    path, _ = finished
+    assert main(["--resume", str(path), "--print-config"]) == 0
+    assert capsys.readouterr().out == (path / "config.toml").read_text()
+    assert main(["--resume", str(path), "--policy.lr", "0.1"]) == 2
+    assert "--resume with other settings" in capsys.readouterr().err
+    assert main(["--resume", str(path), "--epochs", "1"]) == 2
+    assert "got --epochs 1 for a run of 2 epochs" in capsys.readouterr().err
+
+
+def test_equal_runs_leave_equal_files_that_others_can_read(finished, tmp_path):
+    path = tmp_path / "again"
+    assert train("--run-dir", str(path), *QUICK).returncode == 0
+    for name in ("lora/latest.safetensors", "checkpoints/epoch-0002/policy.safetensors"):
+        assert (path / name).read_bytes() == (finished[0] / name).read_bytes(), name
+        assert (path / name).stat().st_mode == (path / "metrics.jsonl").stat().st_mode
+
+
+def test_a_preset_does_not_watch_what_is_trained_on(capsys):
+    assert main(["--reward", "shapes-judge", "--print-config"]) == 0
+    assert 'eval_rewards = [\n    "shapes-gold",\n]' in capsys.readouterr().out
+
+
+def test_the_help_needs_no_torch():
+    code = "import sys, comfy_tdpo.trainer.__main__ as m; m.make_parser(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_default_folders_differ_within_a_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for _ in range(3):
+        folders.append(_default_folder())
+        folders[-1].mkdir(parents=True)
+    assert len(set(folders)) == 3
 
 
 WRONG = {
@@ -81,7 +130,12 @@ WRONG = {
     "a missing configuration": (["--config", "/no/such.toml"], "/no/such.toml"),
     "a resolution between latents": (["--resolution", "67"], "resolution 67"),
     "no run to resume": (["--resume", "/no/such/run"], "got run directory '/no/such/run'"),
-    "a resume with settings": (["--resume", "/tmp", "--epochs", "3"], "--resume with other settings"),
+    "a folder under a file": (["--run-dir", f"{__file__}/run"], "cannot be made"),
+    "no model at all": (["--model", ""], "model: got ''"),
+    "a reward twice": (["--reward", "shapes-gold", "--reward", "shapes-gold=2"], "'shapes-gold' twice"),
+    "a weight beyond reason": (["--reward", "shapes-aesthetic=1e308"], "rewards.shapes-aesthetic: got 1e+308"),
+    "a held-out reward that is trained on": (["--eval-reward", "shapes-aesthetic"], "which is trained on"),
+    "a prompt for a file": (["--prompts", "a red circle " * 3000], "got prompts 'a red circle"),
     "an unknown tracker": (["--output.trackers", "abacus"], "got tracker 'abacus'"),
     "prompts that a reward cannot read": (["--prompts", "simple-animals"], "shapes-gold judges prompts of Shapes only"),
     "more steps than the schedule has": (["--steps", "1000"], "begin beyond the 1000"),
@@ -100,7 +154,7 @@ def test_a_wrong_input_gives_one_line_and_status_2_and_leaves_nothing(case, tmp_
     assert status == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("comfy_tdpo:")]
     assert len(lines) == 1
-    assert message in lines[0]
+    assert message in lines[0] and len(lines[0]) < 1000
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +203,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"--resume {path}" in out
+    assert f"{sys.executable} -m comfy_tdpo.trainer --resume {path}" in out
     assert "Traceback" not in err
     assert (path / "lora" / "latest.safetensors").exists()
     assert any((path / "checkpoints").iterdir())
@@ -216,7 +270,7 @@ def test_ctrl_c_while_it_loads_is_one_line_and_leaves_nothing(tmp_path, monkeypa
 LIMIT_FILE_SIZE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.__main__ import _default_folder, main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -233,7 +287,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_one_line_and_damages_nothing(
     )
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
-    assert [line for line in process.stderr.splitlines() if "what was saved before is whole" in line]
+    assert [line for line in process.stderr.splitlines() if "File too large" in line and str(path) in line]
     assert not list(path.rglob("*.partial*"))
     again = train("--resume", str(path))
     assert again.returncode == 0, again.stderr

@@ -47,7 +47,9 @@ def courses(
 
 
 def make_summary(tmp_path, metrics: list[dict[str, float]]) -> str:
-    run = RunFolder(tmp_path / "run").create(make_config())
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir(exist_ok=True)
+    run.write_config(make_config())
     for line in metrics:
         run.append_metrics(line)
     return summary(run)
@@ -137,10 +139,11 @@ def test_a_terminal_shows_one_bar_with_phase_reward_and_eta(monkeypatch):
     console.watch("updating", 7, 20)
     console.close()
     drawn = [part.rstrip() for part in stream.getvalue().split("\r") if part.strip()]
+    held_out = "shapes-judge 0.610  shapes-gold 0.724"
     assert drawn[0].startswith("epochs 1/40 |")
     assert drawn[1].endswith("| sampling 24/48")
-    assert drawn[2].startswith("epochs 2/40 |") and drawn[2].endswith("6.31 ± 1.20  EV 0.31  ETA 2:40")
-    assert drawn[3].endswith("| updating 7/20    reward 6.31 ± 1.20  EV 0.31  ETA 2:36")
+    assert drawn[2].startswith("epochs 2/40 |") and drawn[2].endswith(f"6.31 ± 1.20  EV 0.31  ETA 2:40  {held_out}")
+    assert drawn[3].endswith(f"| updating 7/20    reward 6.31 ± 1.20  EV 0.31  ETA 2:36  {held_out}")
     assert stream.getvalue().count("\n") == 1 and stream.getvalue().endswith("\n")
 
 
@@ -234,6 +237,18 @@ def test_overoptimisation_names_every_reward_that_fell(tmp_path):
 )
 def test_a_plain_sentence_says_what_happened(tmp_path, training, judge, sentences):
     assert sentences in make_summary(tmp_path, courses(training, judge)).replace("\n", " ")
+
+
+@pytest.mark.parametrize(("kept", "named"), [([2, 5, 8], "epoch-0005"), ([8], None), ([], None)])
+def test_it_names_the_last_lora_from_before_the_fall(tmp_path, kept, named):
+    late = [0.6, 0.6, 0.601, 0.6, 0.6, 0.601, 0.55, 0.4, 0.3, 0.2]
+    for epoch in kept:
+        path = tmp_path / "run" / "lora" / f"epoch-{epoch:04d}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    text = make_summary(tmp_path, courses(UP, late)).replace("\n", " ")
+    assert "Overoptimisation" in text
+    assert (f"such as lora/{named}.safetensors" in text) if named else ("such as" not in text)
 
 
 def test_without_held_out_rewards_it_says_how_to_watch_one(tmp_path):

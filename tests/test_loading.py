@@ -412,3 +412,44 @@ def test_another_pipelines_folder_is_an_error(folder, changes, message):
     index.write_text(json.dumps(json.loads(index.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         load_components(str(folder))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "\xff"])
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_folder_with_damaged_json_is_named(folder, name, text):
+    (folder / name).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{name} .*again"):
+        load_components(str(folder))
+
+
+@pytest.mark.parametrize("part", [3, "AutoencoderKL2", [], {}, ["diffusers"], [None]])
+def test_an_index_with_odd_parts_is_an_error(folder, part):
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": part}))
+    with pytest.raises(ValueError, match="whose vae is"):
+        load_components(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("unet/config.json", {"block_out_channels": "wide"}),
+        ("unet/config.json", {"down_block_types": ["NoSuchBlock"] * 4}),
+        ("vae/config.json", {"block_out_channels": [7]}),
+        ("text_encoder/config.json", {"hidden_size": "large"}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "no such schedule"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "many"}),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_named(folder, name, changes):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"{name.split('/')[0]}.* cannot be loaded"):
+        load_components(str(folder))
+
+
+def test_key_weights_without_their_dimensions_are_an_error(models, tmp_path):
+    key = f"{MODEL}input_blocks.0.0.weight"
+    path = edited(models["sd1"][1], tmp_path / "flat.safetensors", lambda w: w.update({key: torch.zeros(32)}))
+    with pytest.raises(ValueError, match=r"flat.safetensors has weights of the shapes \[\(32,\)"):
+        load_components(path)

@@ -1,16 +1,18 @@
 """A run that was stopped at any moment and continued is the run that was never stopped, to the last bit."""
 
 import json
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import lora_of, new_run, same, timeless, toy_training
+from toy import lora_of, new_run, same, timeless, toy_config, toy_training
 
 from comfy_tdpo.prompts import load_prompts
-from comfy_tdpo.trainer.keeping import TrainingError
-from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.config import override
+from comfy_tdpo.trainer.run import RunFolder, TrainingError
 
 VARIANTS = {
     "tdpo-r": {},
@@ -41,6 +43,11 @@ def whole_run(path, make_policy, **overrides):
     training = toy_training(run, make_policy)
     list(training.epochs())
     return run, training
+
+
+def files_in(folder):
+    """What the files in `folder` hold, but for the lock, which is empty."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def count_watch_calls(path, make_policy, **overrides) -> int:
@@ -171,13 +178,13 @@ def test_what_has_diverged_is_not_kept(tmp_path, make_policy):
     training = toy_training(run, make_policy)
     epochs = training.epochs()
     next(epochs)
-    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    before = files_in(run.path)
     with torch.no_grad():
         training.policy.parameters[0][0, 0] = torch.nan
     training.stop.set()
     with pytest.raises(TrainingError, match="diverged"):
         list(epochs)
-    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert before == files_in(run.path)
     list(toy_training(run, make_policy).epochs())
     assert [line["epoch"] for line in run.metrics()] == [1, 2, 3]
 
@@ -190,14 +197,121 @@ DAMAGES = {
     "foreign tensors": lambda path: (path / "critic.safetensors").write_bytes(b"not a safetensors file at all"),
     "broken state": lambda path: (path / "state.json").write_text("{"),
     "another format": lambda path: (path / "state.json").write_text(json.dumps({"format": 99, "groups": []})),
+    "another epoch": lambda path: edit_state(path, epoch=-5),
+    "another micro-batch": lambda path: edit_state(path, micro_batch=0),
+    "no groups": lambda path: edit_state(path, groups=[]),
+    "tensors of another epoch": lambda path: shutil.copy(
+        path.with_name("epoch-0002") / "policy_optimizer.safetensors", path
+    ),
+    "no sums": lambda path: (path / "SHA256SUMS").unlink(),
 }
 
 
+def edit_state(path, **changes):
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | changes))
+
+
+@pytest.fixture(scope="module")
+def finished_path(tmp_path_factory, make_policy):
+    run, _ = whole_run(tmp_path_factory.mktemp("finished") / "run", make_policy)
+    return run.path
+
+
+@pytest.fixture
+def finished(finished_path, tmp_path):
+    """A finished run to do with as one likes."""
+    return RunFolder.open(Path(shutil.copytree(finished_path, tmp_path / "finished")))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_nothing_is_changed(damage, tmp_path, make_policy):
-    run, _ = whole_run(tmp_path / "run", make_policy)
+def test_a_damaged_checkpoint_is_named_and_nothing_is_changed(damage, finished, make_policy):
+    run = finished
     DAMAGES[damage](run.checkpoints / "epoch-0003")
-    before = {path: path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()}
+    before = files_in(run.path)
     with pytest.raises(ValueError, match="epoch-0003"):
         list(toy_training(run, make_policy).epochs())
-    assert before == {path: path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()}
+    assert before == files_in(run.path)
+
+
+CHANGES = {
+    "rank": ({"policy": {"rank": 8}}, "policy.rank was 16 and is 8"),
+    "samples of an epoch": ({"samples_per_epoch": 12}, "samples_per_epoch was 8 and is 12"),
+    "no critic": ({"algorithm": "ddpo-100"}, "advantage_clip was"),
+    "seed": ({"seed": 1}, "seed was 42 and is 1"),
+    "weight of a reward": ({"rewards": {"shapes-aesthetic": 2.0}}, "rewards was"),
+    "a held-out reward more": ({"eval_rewards": ["shapes-judge"]}, "eval_rewards was"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_go_on_with_other_settings(change, finished, make_policy):
+    run = finished
+    settings, message = CHANGES[change]
+    run.write_config(toy_config(**settings))
+    before = files_in(run.path)
+    with pytest.raises(ValueError, match=message):
+        list(toy_training(run, make_policy).epochs())
+    assert before == files_in(run.path)
+
+
+def test_a_run_does_not_go_on_with_another_model_or_other_prompts(finished, make_policy):
+    run = finished
+    with pytest.raises(ValueError, match="another model"):
+        list(toy_training(run, lambda **settings: make_policy(**(settings | {"seed": 1}))).epochs())
+    (run.path / "prompts.txt").write_text("a red circle\n")
+    with pytest.raises(ValueError, match="another prompt"):
+        list(toy_training(run, make_policy).epochs())
+
+
+def test_more_epochs_give_the_run_that_was_long_from_the_start(tmp_path, make_policy):
+    whole, reference = whole_run(tmp_path / "whole", make_policy)
+    run, _ = whole_run(tmp_path / "run", make_policy, epochs=2)
+    run.write_config(override(run.config, {"epochs": 3}))
+    longer = toy_training(run, make_policy)
+    list(longer.epochs())
+    assert same(lora_of(longer), lora_of(reference))
+    assert timeless(run.metrics()) == timeless(whole.metrics())
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(finished, make_policy):
+    run = finished
+    shutil.rmtree(run.checkpoints)
+    before = files_in(run.path)
+    with pytest.raises(ValueError, match="3 epochs without a checkpoint"):
+        list(toy_training(run, make_policy).epochs())
+    assert before == files_in(run.path)
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "[1]", "{}", "null", '{"epoch": "x"}', '{"epoch": 1, "reward": null}', "\xff\xfe"]
+)
+def test_damaged_metrics_are_named_and_written_anew_from_the_checkpoint(line, finished, make_policy):
+    run = finished
+    whole, path = run.metrics(), run.path / "metrics.jsonl"
+    with path.open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged.*delete it"):
+        run.metrics()
+    path.unlink()
+    list(toy_training(run, make_policy).epochs())
+    assert run.metrics() == whole
+
+
+def test_a_lost_lora_is_written_anew_from_the_checkpoint(finished, make_policy):
+    run = finished
+    before = run.latest_lora.read_bytes()
+    shutil.rmtree(run.latest_lora.parent)
+    list(toy_training(run, make_policy).epochs())
+    assert run.latest_lora.read_bytes() == before
+
+
+def test_nobody_else_writes_to_a_run_that_trains(tmp_path, make_policy):
+    run = new_run(tmp_path / "run")
+    epochs = toy_training(run, make_policy).epochs()
+    next(epochs)
+    with pytest.raises(ValueError, match="in use by another process"):
+        list(toy_training(RunFolder.open(run.path), make_policy).epochs())
+    epochs.close()
+    list(toy_training(RunFolder.open(run.path), make_policy).epochs())
+    assert len(run.metrics()) == 3

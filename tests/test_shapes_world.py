@@ -1,7 +1,10 @@
 """The world that ships: small, whole, and as good as its README says."""
 
+import json
+
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from comfy_tdpo.loading import load_components
 from comfy_tdpo.policy import DiffusionPolicy
@@ -9,6 +12,8 @@ from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import load_reward
 from comfy_tdpo.rollout import Decoder, draw_images
 from comfy_tdpo.shapes import WORLD
+from comfy_tdpo.shapes.build import build_tokenizer
+from comfy_tdpo.shapes.build import main as build_main
 from comfy_tdpo.shapes.dataset import make_scenes, preference
 from comfy_tdpo.shapes.encoders import load_tokenizer
 from comfy_tdpo.shapes.gold import gold_scores
@@ -37,6 +42,31 @@ def test_every_word_of_the_grammar_is_one_token(scenes):
     tokenizer = load_tokenizer(WORLD)
     for caption in scenes[0]:
         assert len(tokenizer.tokenize(caption)) == len(caption.split())
+
+
+def test_its_tokenizer_is_the_one_that_a_build_makes(tmp_path):
+    build_tokenizer(tmp_path / "tokenizer")
+    for name in (
+        "vocab.json",
+        "merges.txt",
+    ):  # ties once fell as a hash map's order would have it, in each process anew
+        assert (tmp_path / "tokenizer" / name).read_bytes() == (WORLD / "pipeline/tokenizer" / name).read_bytes()
+    for folder in (WORLD / "clip", WORLD / "pipeline" / "tokenizer"):
+        found = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        assert found == json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
+
+
+def test_a_build_does_not_go_on_from_another_ones_stages(tmp_path, capsys):
+    (tmp_path / "build.json").write_text('{"seed": 0, "steps": 3}')
+    assert build_main(["--work", str(tmp_path), "--out", str(tmp_path / "world")]) == 2
+    assert "name another --work" in capsys.readouterr().err
+    assert not (tmp_path / "world").exists()
+
+
+def test_diffusers_loads_it_as_it_loads_any_pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(WORLD / "pipeline")
+    image = pipeline("a red circle", num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize(("name", "count"), [("shapes", 45), ("shapes-unseen", 8), ("shapes-complex", 4)])

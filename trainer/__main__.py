@@ -2,133 +2,82 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from comfy_tdpo import __version__
 from comfy_tdpo.rewards import RewardError
 
-from .config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets
-from .keeping import TrainingError
-from .run import RunFolder
+from .arguments import WRONG_INPUT, make_parser, overrides, with_dashes
+from .config import TrainConfig, make_config, override, plain_values
+from .run import CONFIG, RunFolder, TrainingError
 
-FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
+FINISHED, FAILED, STOPPED = 0, 1, 130
+LONGEST = 900  # characters of an error, which may hold what a user gave
+IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # as launchers of several processes say it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 finished, 1 failed, 2 wrong input, 130 stopped by the user."""
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args([with_dashes(text) for text in (sys.argv[1:] if argv is None else argv)])
     try:
-        if args.print_config:
-            return _print_config(_config(args))
-        return _train(args)
+        return _print_config(args) if args.print_config else _train(args)
     except KeyboardInterrupt:  # while it still loads; from then on _stopping_on_signals sees to it
         return _complain("stopped before there was anything to save", STOPPED)
     except ValueError as error:
         return _complain(error, WRONG_INPUT)
-    except (OSError, SafetensorError, RewardError) as error:
-        return _complain(f"{error}; what was saved before is whole: mend the cause, then go on with --resume", FAILED)
-    except TrainingError as error:
+    except (OSError, TrainingError) as error:
         return _complain(error, FAILED)
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"comfy_tdpo: {' '.join(str(error).split())}", file=sys.stderr)
+    line = " ".join(str(error).split())
+    print(f"comfy_tdpo: {line if len(line) <= LONGEST else line[:LONGEST] + '...'}", file=sys.stderr)
     return status
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; --help lists what there is\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m comfy_tdpo.trainer",
-        description="Align a diffusion model with a reward by TDPO-R (arXiv 2402.08552). "
-        "Without arguments it trains on the embedded world, Shapes, in a few minutes.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
-    where = parser.add_argument_group("what to run and where")
-    where.add_argument(
-        "--preset",
-        metavar="NAME",
-        help=f"one of {', '.join(presets())} (default: shapes; sd14-aesthetic where --model is another)",
-    )
-    where.add_argument("--config", type=Path, metavar="FILE", help="TOML file laid over the preset")
-    where.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
-    where.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in this folder")
-    where.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
-    where.add_argument(
-        "--reward", action="append", metavar="NAME[=WEIGHT]", help="training reward; may be given several times"
-    )
-    where.add_argument("--eval-reward", action="append", metavar="NAME", help="reward that only watches; likewise")
-    settings = parser.add_argument_group("settings", "later ones win: paper, algorithm, preset, --config, these")
-    for name, info in leaf_fields():
-        if name not in ("rewards", "eval_rewards"):
-            settings.add_argument(
-                "--" + name.replace("_", "-"),
-                dest=f"set:{name}",
-                default=argparse.SUPPRESS,
-                metavar="VALUE",
-                help=(info.description + (f" ({', '.join(ALGORITHMS)})" if name == "algorithm" else "")).replace(
-                    "%", "%%"
-                ),
-            )
-    return parser
-
-
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line, as nested values."""
-    values: dict[str, Any] = {}
-    for key, value in vars(args).items():
-        if key.startswith("set:"):
-            *sections, name = key.removeprefix("set:").split(".")
-            target = values
-            for section in sections:
-                target = target.setdefault(section, {})
-            target[name] = value
-    if args.reward:
-        values["rewards"] = dict(_weighted(text) for text in args.reward)
-    if args.eval_reward:
-        values["eval_rewards"] = args.eval_reward
-    return values
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    name, _, weight = text.partition("=")
-    try:
-        return name, float(weight or 1)
-    except ValueError:
-        raise ValueError(f"got --reward {text!r}; expected NAME or NAME=WEIGHT with a number") from None
-
-
 def _config(args: argparse.Namespace) -> TrainConfig:
-    return make_config(args.preset, args.config, _overrides(args))
+    if args.resume:
+        return _resumed_config(args, RunFolder.open(args.resume))
+    return make_config(args.preset, args.config, overrides(args))
 
 
-def _print_config(config: TrainConfig) -> int:
+def _print_config(args: argparse.Namespace) -> int:
     import tomli_w
 
-    print(tomli_w.dumps(plain_values(config)), end="")
+    print(tomli_w.dumps(plain_values(_config(args))), end="")
     return FINISHED
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .assemble import assemble
+    if args.resume:
+        run = RunFolder.open(args.resume)
+        config = _resumed_config(args, run)
+        if config != run.config:
+            with run.lock():
+                run.write_config(config)
+        return _run(run, config, new=False)
+    config, run = make_config(args.preset, args.config, overrides(args)), RunFolder(args.run_dir or _default_folder())
+    if IS_MAIN_PROCESS:
+        run.check_free()
+    with _made(run.path):
+        return _run(run, config, new=True)
+
+
+def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
+    if IS_MAIN_PROCESS:
+        print(f"run {run.path}: loading", file=sys.stderr, flush=True)
+    from .assemble import assemble  # seconds, so not before something is said
     from .console import Console
 
-    run, config = _resumed_run(args) if args.resume else _new_run(args)
     stop = threading.Event()
     console = Console(config, first_epoch=len(run.metrics()) + 1)
     try:
@@ -137,27 +86,62 @@ def _train(args: argparse.Namespace) -> int:
             if not training.accelerator.is_main_process:
                 deque(training.epochs(), maxlen=0)  # the main process tells of them
                 return STOPPED if training.stopped else FINISHED
-            if not args.resume:
+            console.begin(training.policy.device)
+            if new:
                 run.create(config)  # only now, that everything it needs is loaded
-            with run.lock():
-                for metrics in training.epochs():
-                    console.epoch(metrics)
+            for metrics in training.epochs():
+                console.epoch(metrics)
             return _conclude(run, training.stopped)
+    except (OSError, RewardError) as error:
+        raise TrainingError(f"{error}; {_what_is_left(run)}") from error
     finally:
         console.close()
 
 
-def _resumed_run(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig]:
-    if args.run_dir or args.config or args.preset or _overrides(args):
-        raise ValueError("got --resume with other settings; expected it alone: a run continues as it was configured")
-    run = RunFolder.open(args.resume)
-    return run, run.config
+def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
+    """The run's own, with what may be changed."""
+    changes, config = overrides(args), run.config
+    if args.run_dir or args.config or args.preset or changes.keys() - {"epochs", "output"}:
+        raise ValueError(
+            "got --resume with other settings; expected it alone, or with --epochs and --output.*: a run continues as "
+            "it was configured"
+        )
+    config, done = override(config, changes), len(run.metrics())
+    if config.epochs < done:
+        raise ValueError(f"got --epochs {config.epochs} for a run of {done} epochs; expected {done} or more")
+    return config
 
 
-def _new_run(args: argparse.Namespace) -> tuple[RunFolder, TrainConfig]:
-    run = RunFolder(args.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    run.check_free()
-    return run, _config(args)
+def _default_folder() -> Path:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    names = (stamp if number == 1 else f"{stamp}-{number}" for number in count(1))
+    return next(folder for name in names if not (folder := Path("runs") / name).exists())
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Have `folder` inside the block; it and its new parents go again where nothing came to lie in them."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run directory {str(folder)!r} cannot be made: {error.strerror}; choose another") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
+def _what_is_left(run: RunFolder) -> str:
+    if (run.path / CONFIG).exists():
+        return f"what was saved before is whole: mend the cause, then go on with: {_resume_command(run)}"
+    return "nothing was saved yet: mend the cause, then start again"
+
+
+def _resume_command(run: RunFolder) -> str:
+    return shlex.join([sys.executable, "-m", "comfy_tdpo.trainer", "--resume", str(run.path)])
 
 
 def _conclude(run: RunFolder, stopped: bool) -> int:
@@ -169,7 +153,7 @@ def _conclude(run: RunFolder, stopped: bool) -> int:
         save_plots(run)
         print(summary(run))
     if stopped:
-        print(f"Stopped; everything is saved. Continue with: python -m comfy_tdpo.trainer --resume {run.path}")
+        print(f"Stopped; everything is saved. Continue with: {_resume_command(run)}")
         return STOPPED
     return FINISHED
 

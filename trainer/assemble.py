@@ -1,5 +1,6 @@
 """From a configuration to a training: the accelerator, the rewards, the model."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +41,21 @@ def assemble(
     """
     # Precision is the policy's own: accelerate's would be one for all runs of a process.
     accelerator = Accelerator(cpu=cpu, log_with=_trackers(config.output.trackers), project_dir=str(run.path))
+    _check_processes(accelerator.num_processes)
     reward = load_rewards(config.rewards, accelerator.device)
     eval_rewards = {name: load_reward(name, accelerator.device) for name in config.eval_rewards}
     policy = (make_policy or load_policy)(config, accelerator.device)
     return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+
+
+def _check_processes(found: int) -> None:
+    """A launcher's processes that do not know of each other would all write to one run."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != found:
+        raise ValueError(
+            f"got {launched} processes of which accelerate joins {found}; expected one, or a GPU for each: set "
+            "ACCELERATE_USE_CPU=true to have them train together without GPUs"
+        )
 
 
 def _trackers(names: list[str]) -> list[str] | None:
@@ -53,7 +65,7 @@ def _trackers(names: list[str]) -> list[str] | None:
         if name not in available:
             raise ValueError(
                 f"got tracker {name!r}; expected one of those installed here ({', '.join(available) or 'none'}): "
-                "pip install 'comfy-tdpo[tracking]' brings tensorboard and wandb"
+                "install its package, as pip install tensorboard"
             )
     return names or None
 

@@ -1,23 +1,26 @@
 """Exact state on disk: atomic to write, checked when read.
 
-A checkpoint is a folder of safetensors files and one state.json. It is written beside its place, flushed, and renamed,
-so that a folder with a checkpoint's name is always whole; the last K are kept.
+A checkpoint is a folder of safetensors files, one state.json, and the SHA-256 of each of them, as sha256sum writes it.
+It is written beside its place, flushed, and renamed, so a folder with a checkpoint's name is always whole; the last K
+are kept. What is not as it was written is read no further.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .run import flush_to_disk
+from comfy_tdpo.tensor_files import write_tensors
 
-STATE, PARTIAL = "state.json", ".partial"
-FORMAT = 2
+from .run import flush_to_disk, naming
+
+STATE, SUMS, PARTIAL = "state.json", "SHA256SUMS", ".partial"
+FORMAT = 3
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -34,13 +37,8 @@ def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, 
         shutil.rmtree(broken, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        for group, content in tensors.items():
-            on_cpu = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-            save_file(on_cpu, beside / f"{group}.safetensors")
-        text = json.dumps({"format": FORMAT, "groups": sorted(tensors), **state})
-        (beside / STATE).write_text(text, encoding="utf-8")
-        for path in [*beside.iterdir(), beside]:
-            flush_to_disk(path)
+        with naming(place):
+            _write(beside, tensors, state)
         beside.replace(place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -50,6 +48,17 @@ def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, 
         old.replace(doomed)  # so that one that is killed in mid-removal leaves no half a checkpoint under its name
         shutil.rmtree(doomed)
     return place
+
+
+def _write(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
+    for group, content in tensors.items():
+        write_tensors(folder / f"{group}.safetensors", content)
+    text = json.dumps({"format": FORMAT, "groups": sorted(tensors), **state})
+    (folder / STATE).write_text(text, encoding="utf-8")
+    lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        flush_to_disk(path)
 
 
 def remove_partial(folder: Path) -> None:
@@ -73,15 +82,36 @@ def load_latest(folder: Path) -> tuple[Tensors, dict[str, Any]] | None:
 
 
 def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    advice = f"delete the folder {str(path)!r} to go on from the checkpoint before it"
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
-            raise ValueError(f"{path} has checkpoint format {state['format']}; expected {FORMAT}")
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in state["groups"]}
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} is damaged ({type(error).__name__}: {error}); {advice}") from error
-    return tensors, state
+            raise ValueError(
+                f"checkpoint {str(path)!r} has format {state['format']}; expected {FORMAT}: continue the run with the "
+                "version of comfy_tdpo that began it, or start a new one"
+            )
+        _check_sums(path)
+        return {name: load_file(path / f"{name}.safetensors") for name in state["groups"]}, state
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _check_sums(path: Path) -> None:
+    for line in (path / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if _sha256(path / Path(name).name) != digest:
+            raise _damaged(path, f"{name} is not as it was saved")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {str(path)!r} is damaged ({what}); delete this folder to go on from the checkpoint before it, or "
+        "from the beginning where there is none"
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -172,13 +172,15 @@ class TrainConfig(Section):
 
     algorithm: Algorithm = Field(default="tdpo-r", description="sets the values of the paper's Table 1")
     model: str = Field(
-        default="shapes", description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint"
+        default="shapes",
+        min_length=1,
+        description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint",
     )
     prediction_type: Annotated[Literal["epsilon", "v_prediction", "sample"] | None, Unset] = Field(
         default=None, description="what the model predicts, where its own configuration does not say"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the base model; the LoRA is always fp32")
-    rewards: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+    rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and weights"
     )
     eval_rewards: Names = Field(default=[], description="rewards that only watch")
@@ -237,6 +239,9 @@ class TrainConfig(Section):
             )
         if self.advantage_clip is not None and self.critic.enabled:
             raise ValueError("advantage_clip is for algorithms without a critic; set it to none")
+        both = sorted(self.rewards.keys() & set(self.eval_rewards))
+        if both:
+            raise ValueError(f"eval_rewards lists {both[0]!r}, which is trained on; a held-out reward is another one")
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one another weight")
         encoders = [self.critic.encoder] if self.critic.encoder else []
@@ -256,7 +261,8 @@ def presets() -> list[str]:
 def make_config(preset: str | None = None, file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
     """The configuration of `preset`, with a TOML `file` and nested `overrides` laid over it.
 
-    Without a preset it is the one made for the model: `shapes` for the embedded world, the paper's for any other.
+    Without a preset it is the one made for the model: `shapes` for the embedded world, the paper's for any other. Of a
+    preset's held-out rewards those that the layers above train on are left out.
 
     Raises:
         ValueError: a layer is not what it should be; the message is one line that names the field.
@@ -269,10 +275,18 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     base = _read_toml(PRESETS / f"{preset}.toml")
     for_algorithm = base.pop("algorithms", {})
     algorithm = _algorithm(*above)
+    trained_on = _topmost(above, "rewards", {})
+    if isinstance(trained_on, dict):  # whatever else a file holds there is refused below
+        base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in trained_on]
     merged: Fields = {}
     for layer in (ALGORITHMS[algorithm], base, for_algorithm.get(algorithm, {}), *above):
         merged = _merge(merged, layer)
     return validate(merged)
+
+
+def override(config: TrainConfig, changes: Fields) -> TrainConfig:
+    """`config` with nested `changes` laid over it."""
+    return validate(_merge(plain_values(config), changes))
 
 
 def _algorithm(in_file: Fields, overrides: Fields) -> str:

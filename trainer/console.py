@@ -37,7 +37,7 @@ class Console:
         self.config, self.stream = config, stream or sys.stderr
         self._paces: deque[float] = deque(maxlen=PACE)
         self._end: float | None = None  # when the run will be done, on the monotonic clock
-        self._results, self._warned = "", False
+        self._results, self._held_out, self._warned = "", "", False
         self._bar = self._make_bar(first_epoch - 1) if self.stream.isatty() else None
 
     def _make_bar(self, done: int) -> tqdm:
@@ -48,6 +48,13 @@ class Console:
             dynamic_ncols=True,
             miniters=0,  # tqdm then redraws by the clock alone, at most ten times a second
             bar_format="epochs {n_fmt}/{total_fmt} |{bar:8}| {desc}",
+        )
+
+    def begin(self, device: object) -> None:
+        """It is loaded, and begins."""
+        config = self.config
+        self._print(
+            f"training {config.model} by {config.algorithm} on {device}, {config.samples_per_epoch} samples an epoch"
         )
 
     def watch(self, phase: str, done: int, total: int) -> None:
@@ -63,7 +70,7 @@ class Console:
         if self._bar is None:
             self._print(_epoch_line(metrics, self.config.epochs, self._eta()))
         else:
-            self._results = "  ".join(_results(metrics, "EV"))
+            self._results, self._held_out = "  ".join(_results(metrics, "EV")), "  ".join(_held_out(metrics))
             self._bar.n = metrics["epoch"]
             self._bar.set_description_str(self._describe("epoch done"))
         self._check_drift(metrics["policy/ratio_drift"])
@@ -74,7 +81,7 @@ class Console:
             self._bar.close()
 
     def _describe(self, phase: str) -> str:
-        return "  ".join(part for part in (phase.ljust(15), self._results, self._eta()) if part)
+        return "  ".join(part for part in (phase.ljust(15), self._results, self._eta(), self._held_out) if part)
 
     def _eta(self) -> str:
         return f"ETA {duration(max(0.0, self._end - time.monotonic()))}" if self._end is not None else ""
@@ -99,9 +106,10 @@ class Console:
 
 def _epoch_line(metrics: EpochMetrics, epochs: int, eta: str) -> str:
     reward, *critic = _results(metrics, "critic EV")
-    held_out = [f"{name} {readable(metrics[f'eval/{name}/mean'])}" for name in reward_names([metrics], "eval")]
     drift, seconds = f"ratio drift {_tiny(metrics['policy/ratio_drift'])}", f"{metrics['time/epoch_s']:.1f} s"
-    return "  ".join([f"epoch {metrics['epoch']:.0f}/{epochs}", reward, *held_out, drift, *critic, seconds, eta])
+    return "  ".join(
+        [f"epoch {metrics['epoch']:.0f}/{epochs}", reward, *_held_out(metrics), drift, *critic, seconds, eta]
+    )
 
 
 def _results(metrics: EpochMetrics, critic: str) -> list[str]:
@@ -110,8 +118,12 @@ def _results(metrics: EpochMetrics, critic: str) -> list[str]:
     mean, std = metrics[f"reward/{name}/mean"], metrics[f"reward/{name}/std"]
     results = [f"reward {readable(mean)} ± {readable(std, like=mean)}"]
     if "critic/explained_variance" in metrics:
-        results.append(f"{critic} {metrics['critic/explained_variance']:.2f}")
+        results.append(f"{critic} {metrics['critic/explained_variance']:z.2f}")
     return results
+
+
+def _held_out(metrics: EpochMetrics) -> list[str]:
+    return [f"{name} {readable(metrics[f'eval/{name}/mean'])}" for name in reward_names([metrics], "eval")]
 
 
 def _tiny(value: float) -> str:
@@ -161,10 +173,18 @@ class Course:
         """
         if not self._latest:
             return 0
-        variance = fmean((after - before) ** 2 for before, after in pairwise(self.means)) / 2
-        error = math.sqrt(variance * (1 + 1 / len(self._latest)))
-        noise = max(2 * error, 1e-9 * abs(self.means[0]))  # the latter is rounding, where nothing changed
+        noise = self._noise(len(self._latest))
         return 0 if abs(self.change) <= noise else int(math.copysign(1, self.change))
+
+    def had_fallen(self, epoch: int) -> bool:
+        """Whether it was lower in `epoch` than in the first by more than noise."""
+        return self.means[epoch - 1] < self.means[0] - self._noise(1)
+
+    def _noise(self, epochs: int) -> float:
+        """Twice the standard error of the change from the first epoch to the mean of `epochs`."""
+        variance = fmean((after - before) ** 2 for before, after in pairwise(self.means)) / 2
+        rounding = 1e-9 * abs(self.means[0])  # where nothing changed
+        return max(2 * math.sqrt(variance * (1 + 1 / epochs)), rounding)
 
     @property
     def _latest(self) -> list[float]:
@@ -177,7 +197,7 @@ def summary(run: RunFolder) -> str:
     if not metrics:
         return f"No epoch has finished yet in {run.path}."
     (training,), held_out = _courses(metrics, "reward"), _courses(metrics, "eval")
-    verdict = textwrap.fill(_verdict(training, held_out), COLUMNS)
+    verdict = textwrap.fill(_verdict(training, held_out, run), COLUMNS)
     return "\n\n".join([_table(training, held_out), verdict, _facts(run, metrics)])
 
 
@@ -219,17 +239,25 @@ def _row(course: Course, role: str) -> tuple[str, ...]:
     return f"{shortened(course.name, 28)} ({role})", *(text if math.isfinite(value) else "-" for value, text in cells)
 
 
-def _verdict(training: Course, held_out: list[Course]) -> str:
+def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
     if len(training.means) == 1:
         return "One epoch has finished: there is no change to tell yet."
-    fell = [course.name for course in held_out if course.direction < 0]
-    if training.direction > 0 and fell:
+    fallen = [course for course in held_out if course.direction < 0]
+    fell = [course.name for course in fallen]
+    if training.direction > 0 and fallen:
         return (
             f"Overoptimisation: {training.name} rose while the held-out {_listed(fell)} fell: later images suit the "
-            "training reward at the cost of the others. Use an earlier LoRA of this run, train for fewer epochs, or "
-            "add a KL penalty (--kl.coefficient)."
+            f"training reward at the cost of the others. Use an earlier LoRA of this run{_earlier(run, fallen)}, train "
+            "for fewer epochs, or add a KL penalty (--kl.coefficient)."
         )
     return f"{_training_sentence(training)} {_held_out_sentence(held_out, fell)}"
+
+
+def _earlier(run: RunFolder, fallen: list[Course]) -> str:
+    """The last LoRA that was kept before one of `fallen` fell."""
+    epochs = range(1, len(fallen[0].means))
+    kept = [e for e in epochs if run.lora(e).exists() and not any(course.had_fallen(e) for course in fallen)]
+    return f", such as {'/'.join(run.lora(kept[-1]).parts[-2:])}" if kept else ""
 
 
 def _training_sentence(training: Course) -> str:

@@ -107,8 +107,7 @@ class Job:
 
     def _work(self) -> None:
         try:
-            with self.run.lock():
-                outcome: dict[str, Any] = {"state": "stopped" if self._train() else "finished"}
+            outcome: dict[str, Any] = {"state": "stopped" if self._train() else "finished"}
         except Exception as error:  # whatever it is, it belongs to whoever watches the job
             logger.exception("run %s failed", self.id)
             outcome = {"state": "failed", "error": _sentence(error)}

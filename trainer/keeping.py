@@ -11,14 +11,11 @@ from comfy_tdpo import __version__
 from comfy_tdpo.lora import save_lora
 from comfy_tdpo.rollout import Decoder, draw_images
 
+from .checkpoint import remove_partial
 from .config import TrainConfig, leaf_fields
 from .plots import save_image_grid
-from .run import EpochMetrics, RunFolder, write_atomically
+from .run import EpochMetrics, RunFolder, TrainingError, write_atomically
 from .state import TrainState, Watch
-
-
-class TrainingError(RuntimeError):
-    """A training cannot go on; what it saved before is whole."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Keeper:
 
     Args:
         config, decoder, state, accelerator, watch: of the training; run: its folder.
-        reward: the name of what it trains on; grid_prompts: what the sample grids show, spread over them.
+        reward: the name of what it trains on; grid_prompts: of the images in a sample grid.
     """
 
     config: TrainConfig
@@ -53,6 +50,7 @@ class Keeper:
         self._check_finite()
         epoch, config = self.state.epoch, self.config.output
         last = epoch == self.config.epochs
+        self.state.metrics.append(metrics)
         self.run.append_metrics(metrics)
         self.accelerator.log(metrics, step=epoch)
         if last or epoch % config.samples_every == 0:
@@ -60,6 +58,23 @@ class Keeper:
             self._keep_lora(self.run.lora(epoch))
         if last or epoch % config.checkpoint_every == 0:
             self._keep_checked_state()
+
+    def put_in_order(self, restored: bool) -> None:
+        """Make the folder agree with the checkpoint that was `restored`, or with the beginning.
+
+        Raises:
+            ValueError: there are metrics of epochs whose checkpoint is gone.
+        """
+        epochs = 0 if restored else len(self.run.metrics())
+        if epochs > self.config.output.checkpoint_every:
+            raise ValueError(
+                f"got a run of {epochs} epochs without a checkpoint; expected one in {str(self.run.checkpoints)!r}: "
+                "put that folder back, or start a new run"
+            )
+        remove_partial(self.run.checkpoints)
+        self.run.write_metrics(self.state.metrics)
+        if restored and not self.run.latest_lora.exists():
+            self._keep_lora(self.run.latest_lora)
 
     def keep_state(self) -> None:
         self._check_finite()
@@ -71,11 +86,10 @@ class Keeper:
 
     def keep_grid(self, check: Callable[[], None] = lambda: None) -> None:
         """Images of fixed prompts from fixed noise; `check` may raise to leave it."""
-        prompts, count = self.grid_prompts, self.config.output.grid_images
-        picked = [prompts[i * len(prompts) // count] for i in range(count)]
-        seeds = [(self.config.seed, "grid", i) for i in range(count)]
-        self.watch("drawing samples", 0, count)
-        images = draw_images(self.decoder, picked, seeds, self.state.micro_batch, check)
+        prompts = self.grid_prompts
+        seeds = [(self.config.seed, "grid", i) for i in range(len(prompts))]
+        self.watch("drawing samples", 0, len(prompts))
+        images = draw_images(self.decoder, prompts, seeds, self.state.micro_batch, check)
         save_image_grid(images, self.run.sample_grid(self.state.epoch))
 
     def _check_finite(self) -> None:

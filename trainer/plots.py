@@ -225,7 +225,8 @@ def _style(axes: "Axes", panel: Panel) -> None:
 
 def _draw_line(axes: "Axes", line: Line, metrics: list[EpochMetrics]) -> None:
     x, y = _series(metrics, line.key)
-    axes.plot(x, y, color=line.color, linewidth=1.8, marker="o" if len(x) <= 30 else "", markersize=3.2)
+    queries, values = [e["reward_queries"] for e in metrics], [e.get(line.key, math.nan) for e in metrics]
+    axes.plot(queries, values, color=line.color, linewidth=1.8, marker="o" if len(x) <= 30 else "", markersize=3.2)
     if line.band:
         spread = _series(metrics, line.band)[1]
         low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))

@@ -1,6 +1,7 @@
 """A run is a folder, readable without us, and the only memory of a run.
 
-config.toml, prompts.txt       everything needed to repeat it, with grid-prompts.txt
+config.toml, prompts.txt       everything needed to repeat it
+grid-prompts.txt               the prompts of a sample grid's images, row by row
 metrics.jsonl                  one line an epoch, appended and flushed
 samples/epoch-0010.png         a fixed prompt and seed grid
 lora/epoch-0010.safetensors    and lora/latest.safetensors
@@ -14,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import tomli_w
 from filelock import FileLock, Timeout
@@ -25,6 +27,11 @@ from .config import TrainConfig, plain_values, validate
 EpochMetrics = dict[str, float]
 
 CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
+LOCK = ".lock"
+
+
+class TrainingError(RuntimeError):
+    """A training cannot go on; what it saved before is whole."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,12 +39,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
-        write(beside)
-        flush_to_disk(beside)
+        with naming(path):
+            write(beside)
+            flush_to_disk(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside the block an OSError that names no file, as that of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def flush_to_disk(path: Path) -> None:
@@ -56,6 +74,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock = FileLock(path / LOCK, timeout=0)
 
     def check_free(self) -> None:
         """Raise ValueError where a new run cannot be made here."""
@@ -70,10 +89,21 @@ class RunFolder:
         The configuration goes last: where it is, there is a run.
         """
         self.check_free()
-        for name, source in ((PROMPTS, config.prompts), (GRID_PROMPTS, config.grid_prompts or config.prompts)):
-            self._write_text(name, "".join(f"{prompt}\n" for prompt in load_prompts(source)))
-        self._write_text(CONFIG, tomli_w.dumps(plain_values(_with_absolute_model(config))))
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock():
+            self.check_free()  # another process may have been faster
+            self._write_lines(PROMPTS, load_prompts(config.prompts))
+            shown = load_prompts(config.grid_prompts or config.prompts)
+            self._write_lines(GRID_PROMPTS, spread(shown, config.output.grid_images))
+            self.write_config(_with_absolute_model(config))
         return self
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Replace the run's configuration; what is not free to change is refused when the run goes on."""
+        self._write_text(CONFIG, tomli_w.dumps(plain_values(config)))
+
+    def _write_lines(self, name: str, lines: list[str]) -> None:
+        self._write_text(name, "".join(f"{line}\n" for line in lines))
 
     def _write_text(self, name: str, text: str) -> None:
         write_atomically(self.path / name, lambda file: file.write_text(text, encoding="utf-8"))
@@ -97,18 +127,18 @@ class RunFolder:
         return self._kept_prompts(PROMPTS) or load_prompts(config.prompts)
 
     def grid_prompts(self, config: TrainConfig) -> list[str]:
-        """The same for those of the sample grids."""
-        return self._kept_prompts(GRID_PROMPTS) or load_prompts(config.grid_prompts or config.prompts)
+        """The same for those of the sample grids, one an image, row by row."""
+        shown = self._kept_prompts(GRID_PROMPTS) or load_prompts(config.grid_prompts or config.prompts)
+        return spread(shown, config.output.grid_images)
 
     def _kept_prompts(self, name: str) -> list[str]:
         return load_prompts(str(self.path / name)) if (self.path / CONFIG).is_file() else []
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run, so that no other process writes to it; let go when this process ends, however it ends."""
-        lock = FileLock(self.path / ".lock", timeout=0)
+        """Hold the run, so that nobody else writes to it; let go when this process ends, however it ends."""
         try:
-            lock.acquire()
+            self._lock.acquire()
         except Timeout as error:
             raise ValueError(
                 f"run directory {str(self.path)!r} is in use by another process; stop that first"
@@ -116,31 +146,31 @@ class RunFolder:
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
 
     def metrics(self) -> list[EpochMetrics]:
         """The epochs so far; a last line that was cut off in mid-write does not count."""
         path = self.path / METRICS
         if not path.exists():
             return []
-        text = path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
         try:
-            return [json.loads(line) for line in complete.splitlines()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged: {error}; restore it, or start a new run") from error
+            text = path.read_text(encoding="utf-8")
+            return [_parse_metrics(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        except ValueError as error:  # of UTF-8, of JSON, or ours
+            raise ValueError(
+                f"{path} is damaged: {error}; delete it: --resume writes it anew from the checkpoint"
+            ) from error
 
     def append_metrics(self, metrics: EpochMetrics) -> None:
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        path = self.path / METRICS
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def forget_after(self, epoch: int) -> None:
-        """Drop the metrics of epochs after `epoch`: they were not finished, and are run again."""
-        if not (self.path / METRICS).exists():
-            return
-        self._write_text(METRICS, "".join(json.dumps(line) + "\n" for line in self.metrics() if line["epoch"] <= epoch))
+    def write_metrics(self, metrics: list[EpochMetrics]) -> None:
+        """Have `metrics`, and those alone, in the file."""
+        self._write_lines(METRICS, [json.dumps(line) for line in metrics])
 
     @property
     def checkpoints(self) -> Path:
@@ -160,9 +190,23 @@ class RunFolder:
         return self.path / "plots" / f"{name}.png"
 
 
+def spread(prompts: list[str], count: int) -> list[str]:
+    """`count` of `prompts`, evenly over all of them."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
 def _is_foreign(path: Path) -> bool:
     """Whether it is something else than what a process killed while it made the run has left."""
-    return path.name not in (PROMPTS, GRID_PROMPTS) and ".partial" not in path.name
+    return path.name not in (PROMPTS, GRID_PROMPTS, LOCK) and ".partial" not in path.name
+
+
+def _parse_metrics(line: str) -> EpochMetrics:
+    metrics = json.loads(line)
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("epoch"), int):
+        raise ValueError(f"got the line {shorten(line, 60)!r}; expected an epoch's metrics")
+    if not all(isinstance(value, int | float) for value in metrics.values()):
+        raise ValueError(f"got the line {shorten(line, 60)!r}; expected numbers alone")
+    return metrics
 
 
 def _with_absolute_model(config: TrainConfig) -> TrainConfig:

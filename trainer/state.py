@@ -20,7 +20,8 @@ from comfy_tdpo.rollout import Trajectories
 
 from .checkpoint import load_latest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from .config import OptimizerConfig, TrainConfig
-from .run import epoch_name
+from .identity import check_same
+from .run import EpochMetrics, epoch_name
 
 TensorGroup = dict[str, Tensor]
 Watch = Callable[[str, int, int], None]  # (phase, done, total)
@@ -74,9 +75,10 @@ class Progress:
 
 
 class TrainState:
-    """LoRA, critic, their optimizers, reward moments, KL coefficient, and which neurons were active an epoch ago.
+    """LoRA, critic, their optimizers, reward moments, KL coefficient, metrics, and which neurons were active last.
 
     Args:
+        identity: what makes the run this one, see `identity.identity`.
         embed_dim: width of the critic's encoder, or None for no critic.
         micro_batch: rows of every forward; processes: how many train together.
     """
@@ -85,12 +87,15 @@ class TrainState:
         self,
         config: TrainConfig,
         policy: DiffusionPolicy,
+        identity: dict[str, Any],
         embed_dim: int | None,
         micro_batch: int,
         processes: int = 1,
     ):
         self.policy, self.micro_batch, self.processes = policy, micro_batch, processes
+        self.identity = identity
         self.epoch, self.progress = 0, Progress()
+        self.metrics: list[EpochMetrics] = []  # of the epochs so far
         self.optimizer = _adamw(policy.parameters, config.policy)
         self.critic = None
         if embed_dim is not None:
@@ -124,15 +129,18 @@ class TrainState:
             "micro_batch": self.micro_batch,
             "kl_coefficient": self.kl.value,
             "moments": self.moments.state_dict(),
+            "metrics": self.metrics,
+            "identity": self.identity,
         }
         save_checkpoint(folder, self.name, tensors, state, keep)
 
-    def restore(self, folder: Path, prompts_of_epoch: Any) -> None:
-        """Become the newest checkpoint in `folder`, where there is one."""
+    def restore(self, folder: Path, prompts_of_epoch: Callable[[int], list[str]]) -> bool:
+        """Become the newest checkpoint in `folder`; False where there is none."""
         found = load_latest(folder)
         if found is None:
-            return
+            return False
         tensors, state = found
+        check_same(self.identity, state["identity"])
         if self.processes > 1 and "samples" in tensors:
             raise ValueError(
                 f"got {self.processes} processes for a run that one process left in the middle of an epoch; expected "
@@ -147,10 +155,11 @@ class TrainState:
         on_device = {name: self._to_device(group) for name, group in tensors.items()}
         prefix = "active_"
         self.active = {name.removeprefix(prefix): masks for name, masks in on_device.items() if name.startswith(prefix)}
-        self.epoch, self.micro_batch = state["epoch"], state["micro_batch"]
+        self.epoch, self.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]
         self.kl.value = state["kl_coefficient"]
         self.moments.load_state_dict(state["moments"])
         self.progress = Progress.from_tensors(on_device, state["updates"], prompts_of_epoch(self.epoch + 1))
+        return True
 
     def _to_device(self, group: TensorGroup) -> TensorGroup:
         return {name: tensor.to(self.policy.device) for name, tensor in group.items()}

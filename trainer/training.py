@@ -9,6 +9,7 @@ Shapes: N samples of an epoch in this process, T denoising steps.
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +21,8 @@ from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel, load_reward
 from comfy_tdpo.rollout import Decoder, Sampler, Trajectories, critic_residuals
 
-from .checkpoint import remove_partial
 from .config import TrainConfig
+from .identity import identity
 from .keeping import Keeper
 from .memory import first_micro_batch, fitting_micro_batch, peak_memory, smaller_micro_batch
 from .neuron_states import NeuronStates
@@ -69,7 +70,8 @@ class Training:
         self.decoder = Decoder(policy, config.decode_batch)
         micro_batch = first_micro_batch(config.micro_batch, self.samples_per_update, policy.device)
         embed_dim = self.encoder.embed_dim if self.encoder else None
-        self.state = TrainState(config, policy, embed_dim, micro_batch, accelerator.num_processes)
+        own = identity(config, policy, self.prompts)
+        self.state = TrainState(config, policy, own, embed_dim, micro_batch, accelerator.num_processes)
         self.updater = Updater(config, self.state, accelerator, self.samples, self.samples_per_update, self._check_stop)
         grid_prompts = run.grid_prompts(config)
         self.keeper = Keeper(config, self.decoder, self.state, run, accelerator, reward.name, grid_prompts, self.watch)
@@ -95,15 +97,20 @@ class Training:
     def epochs(self) -> Iterator[EpochMetrics]:
         """Run the epochs that are left, from the newest checkpoint on, and yield the metrics of each.
 
+        The run is locked meanwhile, so that no other process writes to it.
+
         Raises:
             ValueError: there is nothing to go on from: a damaged checkpoint, too little memory for one sample.
             TrainingError, RewardError: it cannot go on; the last checkpoint is whole.
         """
+        with self.run.lock() if self.accelerator.is_main_process else nullcontext():
+            yield from self._epochs()
+
+    def _epochs(self) -> Iterator[EpochMetrics]:
         state = self.state
-        state.restore(self.run.checkpoints, self._epoch_prompts)
+        restored = state.restore(self.run.checkpoints, self._epoch_prompts)
         if self.accelerator.is_main_process:
-            remove_partial(self.run.checkpoints)
-            self.run.forget_after(state.epoch)
+            self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
         try:
             if state.epoch == 0 and not state.progress.parts:

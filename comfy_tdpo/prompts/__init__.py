@@ -5,6 +5,7 @@
 """
 
 from pathlib import Path
+from textwrap import shorten
 
 _FOLDER = Path(__file__).parent
 NEEDS_A_COPY = {
@@ -23,15 +24,16 @@ def load_prompts(source: str) -> list[str]:
     Raises:
         ValueError: there is no such set or file, or it holds no prompt.
     """
-    path = _FOLDER / f"{source}.txt" if source in prompt_sets() else Path(source)
-    if not path.is_file():
+    path = _FOLDER / f"{source}.txt" if source in prompt_sets() else Path(source).expanduser()
+    if not _is_file(path):
         if source in NEEDS_A_COPY:
             raise ValueError(
                 f"prompt set {source!r}, {NEEDS_A_COPY[source]}, does not ship with this package: save it as a text "
                 "file, one prompt a line, and give that file's path"
             )
         raise ValueError(
-            f"got prompts {source!r}; expected a text file with one prompt a line, or one of {', '.join(prompt_sets())}"
+            f"got prompts {shorten(source, 200)!r}; expected a text file with one prompt a line, or one of "
+            + ", ".join(prompt_sets())
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -41,3 +43,10 @@ def load_prompts(source: str) -> list[str]:
     if not prompts:
         raise ValueError(f"prompts {source!r} is empty; expected at least one line of text")
     return prompts
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its name is too long to be one
+        return False

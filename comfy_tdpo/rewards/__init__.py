@@ -1,16 +1,20 @@
 """Reward models and their registry.
 
-A reward model scores images, and may lend its image encoder to the critic. One is loaded only when it is asked for.
+A reward model scores images, and may lend its image encoder to the critic. One is loaded only when it is asked for, and
+torch with it, so that names can be checked at once.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from .shared import shared_while_used
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @runtime_checkable

@@ -1,0 +1,112 @@
+"""The flags of `python -m comfy_tdpo.trainer`: one for every setting, made from the configuration's own fields."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from comfy_tdpo import __version__
+from comfy_tdpo.prompts import prompt_sets
+from comfy_tdpo.rewards import REWARDS
+
+from .config import NONE, leaf_fields, presets
+
+WRONG_INPUT = 2  # exit status
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; --help lists what there is\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m comfy_tdpo.trainer",
+        usage="%(prog)s [--preset NAME] [--config FILE] [--run-dir DIR] [--reward NAME] [--SETTING VALUE ...]\n"
+        "       %(prog)s --resume DIR [--epochs N]",
+        description="Align a diffusion model with a reward by TDPO-R (arXiv 2402.08552). "
+        "Without arguments it trains on the embedded world, Shapes, in a few minutes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
+    where = parser.add_argument_group("what to run and where")
+    where.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"one of {', '.join(presets())} (default: shapes; sd14-aesthetic where --model is another)",
+    )
+    where.add_argument("--config", type=Path, metavar="FILE", help="TOML file laid over the preset")
+    where.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
+    where.add_argument(
+        "--resume", type=Path, metavar="DIR", help="continue the run in this folder; --epochs and --output.* may change"
+    )
+    where.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
+    where.add_argument(
+        "--reward",
+        action="append",
+        metavar="NAME[=WEIGHT]",
+        help=f"training reward, may be given several times: {', '.join(REWARDS)}",
+    )
+    where.add_argument("--eval-reward", action="append", metavar="NAME", help="reward that only watches; likewise")
+    settings = parser.add_argument_group(
+        "settings", "the defaults are the paper's; over them lie the algorithm, the preset, --config, then these flags"
+    )
+    for name, info in leaf_fields():
+        if name not in ("rewards", "eval_rewards"):
+            settings.add_argument(
+                "--" + name.replace("_", "-"),
+                dest=f"set:{name}",
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=_help(name, info).replace("%", "%%"),
+            )
+    return parser
+
+
+def _help(name: str, info: Any) -> str:
+    """What a setting means, its choices, and its default."""
+    choices = prompt_sets() if name == "prompts" else _choices(info.annotation)
+    default = NONE if info.default is None else info.default
+    return f"{info.description}{': ' + ', '.join(choices) if choices else ''} (default: {default})"
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a Literal, which may be one of several types."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def with_dashes(text: str) -> str:
+    """A flag may be spelt as its TOML key is, with underscores."""
+    flag, equals, value = text.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else text
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings given on the command line, as nested values."""
+    values: dict[str, Any] = {}
+    for key, value in vars(args).items():
+        if key.startswith("set:"):
+            *sections, name = key.removeprefix("set:").split(".")
+            target = values
+            for section in sections:
+                target = target.setdefault(section, {})
+            target[name] = value
+    if args.reward:
+        values["rewards"] = _weighted(args.reward)
+    if args.eval_reward:
+        values["eval_rewards"] = args.eval_reward
+    return values
+
+
+def _weighted(texts: list[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, _, weight = text.partition("=")
+        if name in weights:
+            raise ValueError(f"got --reward {name!r} twice; expected each reward once: NAME=WEIGHT weighs it")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise ValueError(f"got --reward {text!r}; expected NAME or NAME=WEIGHT with a number") from None
+    return weights
