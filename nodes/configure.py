@@ -11,7 +11,7 @@ from typing import Any
 
 from comfy_tdpo.prompts import load_prompts
 
-from ..trainer.config import Fields, TrainConfig, make_config, plain_values
+from ..trainer.config import Fields, TrainConfig, make_config, override, plain_values
 from ..trainer.run import RunFolder
 from .scoring import RewardChoice
 from .words import AUTO
@@ -60,7 +60,7 @@ class Wanted:
         values["policy"] = {name: value for name, value in lora.items() if value}
         if self.prompt_set != AUTO:
             values["prompts"] = self.prompt_set
-        return make_config(preset, None, _laid_over(values, self._critic(), self._more()))
+        return override(override(make_config(preset, None, values), self._critic()), self._more())
 
     def prompts(self) -> list[str]:
         """The training prompts: the lines of the text, or where there are none the set."""
@@ -88,15 +88,6 @@ class Wanted:
             if name in more:
                 raise ValueError(f"got {name!r} among the settings; the node has an input or a wire for it: use that")
         return more
-
-
-def _laid_over(*layers: Fields) -> Fields:
-    merged: Fields = {}
-    for layer in layers:
-        for key, value in layer.items():
-            both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
-            merged[key] = _laid_over(merged[key], value) if both else value
-    return merged
 
 
 # --- whether it is the same run ---------------------------------------------------------------------------------------

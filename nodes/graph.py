@@ -11,7 +11,7 @@ from comfy_tdpo.policy import DiffusionPolicy
 from ..trainer.assemble import DTYPES, assemble, policy_settings
 from ..trainer.config import TrainConfig
 from ..trainer.job import TrainingFactory
-from . import native
+from . import embedded, native
 from .configure import Wanted
 
 
@@ -35,20 +35,26 @@ class Wires:
                     f"got no {name}, as the checkpoint has none; expected one: load it from a file of its own"
                 )
         native.diffusers_config(self.model)
-        return Wanted(model=native.model_name(self.model), shapes=native.is_shapes(self.model), **inputs)
+        return Wanted(model=native.model_name(self.model), shapes=embedded.is_shapes(self.model), **inputs)
 
     def factory(self, config: TrainConfig, prompts: list[str], device: torch.device) -> TrainingFactory:
-        """What makes the Training, on copies of all that is in the wires."""
-        make_policy = partial(
-            _policy,
-            native.diffusers_unet(self.model, DTYPES[config.precision]),
-            native.scheduler_of(self.model),
-            native.EncodedPrompts(self.clip, prompts, device),
-            native.ComfyDecoder(self.vae, self.model, device),
-        )
+        """What makes the Training, on copies of all that is in the wires.
+
+        Raises:
+            ValueError: the three do not belong together.
+        """
+        encode, decode = native.EncodedPrompts(self.clip, prompts, device), native.ComfyDecoder(self.vae, self.model)
+        expected = native.diffusers_config(self.model)["cross_attention_dim"]
+        if encode.width != expected:
+            raise ValueError(
+                f"got a CLIP whose embeddings are {encode.width} wide; expected {expected}: use that of the MODEL's "
+                "checkpoint"
+            )
+        unet = native.diffusers_unet(self.model, DTYPES[config.precision])
+        make_policy = partial(_policy, unet, native.scheduler_of(self.model), encode, decode)
         return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
 
 
 def _policy(unet, scheduler, encode, decode, config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     settings = policy_settings(config, device)
-    return DiffusionPolicy(unet, scheduler, encode, decode, source=config.model, **settings)
+    return DiffusionPolicy(unet, scheduler, encode, decode.to(device), source=config.model, **settings)

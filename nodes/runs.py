@@ -52,12 +52,12 @@ class Runs:
             NoSuchRun: there is none; ValueError: there cannot be one.
         """
         run = self.folder(name)
-        if not (run.path / CONFIG).is_file():
+        if not self.exists(name):
             raise NoSuchRun(f"got run {name!r}; expected one of those in output/tdpo: start it in a TDPO Train node")
         return run
 
     def exists(self, name: str) -> bool:
-        return (self.folder(name).path / CONFIG).is_file()
+        return not problem_with(name) and (self.root / name / CONFIG).is_file()
 
     def all(self) -> list[RunFolder]:
         """Newest first; folders that are no runs are left alone."""

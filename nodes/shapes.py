@@ -25,6 +25,6 @@ class ShapesModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from .native import shapes_native
+        from .embedded import shapes_native
 
         return io.NodeOutput(*shapes_native())

@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import tomli_w
 import torch
 
 from ..trainer import job as jobs
-from ..trainer.config import TrainConfig, plain_values
+from ..trainer.config import TrainConfig
 from ..trainer.job import ENDED, Job, Status, TrainingFactory
 from ..trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
 from .choosing import is_blank
@@ -30,15 +29,22 @@ def check_device_free(run: RunFolder, device: torch.device) -> None:
         )
 
 
+def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
+    """The job that trains the run; one that is stopping is waited for, and does not count."""
+    job = runs.job(run)
+    if job is not None and job.status.state == "stopping":
+        job.wait()
+    return job if job is not None and job.status.state not in ENDED else None
+
+
 def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
     """Make the folder of a new run, or have one that goes on do so for as many epochs as are wanted now."""
     if (run.path / CONFIG).exists() and not is_blank(runs, run):
-        free = {"epochs": config.epochs, "output": config.output}
-        text = tomli_w.dumps(plain_values(run.config.model_copy(update=free)))
-        write_atomically(run.path / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+        with run.lock():
+            run.write_config(run.config.model_copy(update={"epochs": config.epochs, "output": config.output}))
         return
-    for name in (CONFIG, NODE, ".lock", f"samples/{run.sample_grid(0).name}"):  # of one that never got to train
-        (run.path / name).unlink(missing_ok=True)
+    for path in (run.path / CONFIG, run.path / NODE, run.sample_grid(0)):  # of one that never got to train
+        path.unlink(missing_ok=True)
     with suppress(OSError):  # there is none, or it holds what somebody else put there
         (run.path / "samples").rmdir()
     write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts), encoding="utf-8"))

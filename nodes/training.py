@@ -3,14 +3,13 @@
 import comfy.model_management
 import comfy.utils
 
-from ..trainer.job import ENDED
 from ..trainer.run import RunFolder
 from . import quitting
 from .choosing import choose, is_done
 from .configure import Wanted
 from .graph import Wires
 from .place import all_runs, tell
-from .starting import check_device_free, prepare, start, wait_for
+from .starting import check_device_free, job_under_way, prepare, start, wait_for
 from .words import AS_IT_IS
 
 
@@ -21,10 +20,10 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node
     run = choose(runs, name, resume, config, prompts)
     if resume == AS_IT_IS or is_done(run, config):
         return run
-    job = runs.job(run)
-    if job is None or job.status.state in ENDED:
+    job = job_under_way(runs, run)
+    if job is None:
         check_device_free(run, device)
-        factory = wires.factory(config, prompts, device)
+        factory = wires.factory(config, prompts, device)  # in main memory until the models there have made room
         prepare(runs, run, config, prompts)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()

@@ -28,7 +28,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E40
 from torch import Tensor, nn  # noqa: E402
 
 from comfy_tdpo.loading import CONFIGS, load_components  # noqa: E402
-from comfy_tdpo.nodes import native  # noqa: E402
+from comfy_tdpo.nodes import embedded, native  # noqa: E402
 from comfy_tdpo.policy import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
@@ -47,11 +47,11 @@ def drawn(*shape: int) -> Tensor:
 def shapes() -> dict[str, float]:
     """The world of Shapes as it lies on disk, as native models, and back."""
     ours = load_components(str(WORLD / "pipeline"))
-    model, clip, vae = native.shapes_native()
+    model, clip, vae = embedded.shapes_native()
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS)
     expected = ours.unet(latents, timesteps, embeds).sample
-    decoder = native.ComfyDecoder(vae, model, CPU)
+    decoder = native.ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {
         "text": difference(native.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS), embeds),
@@ -78,6 +78,12 @@ class SmallSD2(comfy.supported_models.SD20):
 
 def sd2() -> dict[str, float]:
     """The layout of 2.x: linear projections, heads of 64 channels, v-prediction."""
+    model = small_sd2()
+    assert native.scheduler_of(model).config.prediction_type == "v_prediction"
+    return both_ways(model, native.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
+
+
+def small_sd2() -> comfy.model_patcher.ModelPatcher:
     depths = [1, 1, 1, 0]
     config = {
         "image_size": 32,
@@ -102,10 +108,7 @@ def sd2() -> dict[str, float]:
     family.set_inference_dtype(torch.float32, None)
     base = family.get_model({})
     draw_weights(base.diffusion_model)
-    model = comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
-    scheduler = native.scheduler_of(model)
-    assert scheduler.config.prediction_type == "v_prediction"
-    return both_ways(model, native.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
 
 
 def sd1() -> dict[str, float]:
@@ -146,7 +149,7 @@ def lora(file: str) -> dict[str, float]:
     from comfy_tdpo.nodes.applying import apply_weights
     from comfy_tdpo.nodes.snapshots import read_lora
 
-    model, _, _ = native.shapes_native()
+    model, _, _ = embedded.shapes_native()
     parts = load_components(str(WORLD / "pipeline"))
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS)
@@ -191,11 +194,22 @@ def apply_again(model, file: str):
 # --- what is refused
 
 
+class SimpleVAE(SimpleNamespace):
+    """A VAE, as far as it is asked before it is refused."""
+
+    def __init__(self, channels: int):
+        super().__init__(latent_channels=channels)
+
+    def throw_exception_if_invalid(self) -> None:
+        pass
+
+
 def refusals() -> dict[str, str]:
     """What a user reads who wires in something else."""
     from comfy_tdpo.nodes.graph import Wires
+    from comfy_tdpo.trainer.config import make_config
 
-    model, clip, vae = native.shapes_native()
+    model, clip, vae = embedded.shapes_native()
     families = {
         "SD3": comfy.supported_models.SD3({"in_channels": 16, "pos_embed_scaling_factor": None}),
         "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
@@ -206,7 +220,10 @@ def refusals() -> dict[str, str]:
         name: lambda config=config: native.diffusers_unet(SimpleNamespace(model=SimpleNamespace(model_config=config)))
         for name, config in families.items()
     }
+    config = make_config("shapes")
     wires = {
+        "another CLIP": lambda: Wires(small_sd2(), clip, vae).factory(config, PROMPTS, CPU),
+        "another VAE": lambda: native.ComfyDecoder(SimpleVAE(16), model),
         "no CLIP": lambda: Wires(model, None, vae).wanted(),
         "no VAE": lambda: Wires(model, clip, None).wanted(),
     }

@@ -36,10 +36,10 @@ def test_a_job_trains_to_its_end_and_says_so(make_job):
 
 
 def test_a_job_is_found_by_its_id_and_only_by_that(make_job):
-    job = make_job("one")
+    job = make_job("sought")
     assert find_job(job.id) is None
     job.start()
-    assert find_job("one") is job
+    assert find_job("sought") is job
     assert find_job("two") is None
     job.wait(120)
 
