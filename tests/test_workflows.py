@@ -33,7 +33,7 @@ def nodes_of(workflow: dict, kind: str = "") -> list[dict]:
 
 
 def values_of(node: dict, widgets: list[str]) -> dict:
-    """The values of a node by the names of its widgets; behind a seed stands the frontend's "control after generate"."""
+    """The values of a node by the names of its widgets; the frontend puts a "control after generate" behind a seed."""
     names = [name for widget in widgets for name in ((widget, "control") if widget.endswith("seed") else (widget,))]
     values = node.get("widgets_values", [])
     assert len(values) == len(names), f"{node['type']}: {len(values)} values for {names}"
@@ -124,7 +124,10 @@ def test_it_is_tidy(name):
     (note,) = nodes_of(workflow, "MarkdownNote")
     assert 100 < len(note["widgets_values"][0]) < 500
     assert workflow["groups"] and all(group["title"] for group in workflow["groups"])
-    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1]) for node in nodes_of(workflow)]
+    boxes = [
+        (*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
+        for node in nodes_of(workflow)
+    ]
     for i, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[:i]:
             apart = left >= other[2] or right <= other[0] or top - 30 >= other[3] or bottom <= other[1] - 30
@@ -170,7 +173,9 @@ def prompt_of(workflow: dict, object_info: dict, **changes) -> dict:
         if node["type"] in NOTES:
             continue
         spec = object_info[node["type"]]
-        sockets = {id: spec["input"][part][id] for part, ids in spec["input_order"].items() if part != "hidden" for id in ids}
+        sockets = {
+            id: spec["input"][part][id] for part, ids in spec["input_order"].items() if part != "hidden" for id in ids
+        }
         widgets = [id for id, (type_, *_) in sockets.items() if isinstance(type_, list) or type_.title() in WIDGETS]
         values = values_of(node, widgets) if widgets else {}
         values |= {id: value for id, value in changes.items() if id in values}
@@ -208,7 +213,9 @@ def test_the_quickstart_raises_the_reward_of_the_images(server):
     """As it ships, through ComfyUI's own KSampler: by at least one standard deviation of the images before."""
     workflow = load("shapes_quickstart")
     outputs = server.run(prompt_of(workflow, server.get("/object_info"), run_name="as it ships"))
-    texts = {node["title"].split(":")[0]: outputs[str(node["id"])]["text"][0] for node in nodes_of(workflow, "PreviewAny")}
+    texts = {
+        node["title"].split(":")[0]: outputs[str(node["id"])]["text"][0] for node in nodes_of(workflow, "PreviewAny")
+    }
     before, after = ([float(line.split(": ")[1]) for line in texts[w].splitlines()[1:]] for w in ("Before", "After"))
     assert len(before) == len(after) == 16
     gain = (statistics.fmean(after) - statistics.fmean(before)) / statistics.pstdev(before)
@@ -234,7 +241,15 @@ def test_those_for_stable_diffusion_run(server):
     path = folder / loader["widgets_values"][0]
     script = MAKE_CHECKPOINT.format(root=str(ROOT), benchmarks=str(ROOT / "benchmarks"), path=str(path))
     subprocess.run([PYTHON, "-c", script], check=True)
-    small = {"epochs": 1, "samples_per_epoch": 2, "steps": 2, "resolution": 64, "width": 64, "height": 64, "batch_size": 1}
+    small = {
+        "epochs": 1,
+        "samples_per_epoch": 2,
+        "steps": 2,
+        "resolution": 64,
+        "width": 64,
+        "height": 64,
+        "batch_size": 1,
+    }
     settings = 'precision = "fp32"\noutput.grid_images = 1'
     try:
         for name in SD15:

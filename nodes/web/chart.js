@@ -1,6 +1,6 @@
 // Small multiples: one pair of axes for each reward, as their units differ, over one axis of epochs.
 
-import { curves, limits, limitsWithBand, number, reading, scale, shortened, spoken, ticks } from "./model.js";
+import { curves, lastShown, limits, limitsWithBand, number, reading, scale, shortened, spoken, ticks } from "./model.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 40, RIGHT = 10, TITLE = 20, GAP = 10, FOOTER = 30; // pixels
@@ -30,7 +30,7 @@ export class Chart {
   draw(status, metrics, width, height) {
     Object.assign(this, { status, metrics, width, height });
     this.curves = curves(status, metrics);
-    this.epochs = [1, Math.max(status.epochs, metrics.at(-1)?.epoch ?? 1, 2)];
+    this.epochs = [1, lastShown(status.epochs, metrics.at(-1)?.epoch ?? 1)];
     this.x = scale(this.epochs, [LEFT, width - RIGHT]);
     this.element.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.element.setAttribute("aria-label", spoken(status, metrics));

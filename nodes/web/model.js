@@ -22,6 +22,13 @@ export function executionIds(node, graph, path = "", above = new Set()) {
   ]);
 }
 
+/** All nodes of a graph and of the subgraphs in it. */
+export function nodesWithin(graph, seen = new Set()) {
+  if (!graph || seen.has(graph)) return [];
+  seen.add(graph);
+  return (graph.nodes ?? []).flatMap((node) => [node, ...nodesWithin(node.subgraph, seen)]);
+}
+
 /** The id of the run a node shows: one that it trains now, else the one it remembers, else its newest; or null. */
 export function chooseRun(runs, ids, remembered = null) {
   const own = runs.filter((run) => run.node != null && ids.includes(String(run.node)));
@@ -83,7 +90,9 @@ export function ticks(low, high, count, whole = false) {
   const [first, last] = [(step) => Math.ceil(low / step - 1e-9), (step) => Math.floor(high / step + 1e-9)];
   const amount = (step) => last(step) - first(step) + 1;
   const step = steps.findLast((s) => amount(s) <= count && amount(s) >= 2) ?? steps.find((s) => amount(s) >= 2) ?? steps.at(-1);
-  return Array.from({ length: amount(step) }, (_, i) => Number(((first(step) + i) * step).toPrecision(12)));
+  const found = Array.from({ length: amount(step) }, (_, i) => Number(((first(step) + i) * step).toPrecision(12)));
+  const stride = found.length <= count + 1 ? 1 : Math.ceil((found.length - 1) / Math.max(count - 1, 1));
+  return found.filter((_, i) => i % stride === 0);
 }
 
 /** The limits of an axis that shows all points with some air; never empty. */
@@ -98,6 +107,13 @@ export function limits(points) {
 /** Limits that hold the band of one standard deviation too. */
 export const limitsWithBand = (points) =>
   limits(points.flatMap(({ value, spread }) => [{ value: value - spread }, { value: value + spread }]));
+
+/** The last epoch of the axis: that of a short run, and no more than twice as far as a long one has come. */
+export function lastShown(epochs, done) {
+  let last = 10;
+  while (last < done) last *= 2;
+  return Math.max(Math.min(last, epochs), done, 2);
+}
 
 // --- words
 

@@ -9,7 +9,7 @@ const HINT = "Press Run: the reward curve and sample images appear here while it
 const WIDE = 540; // pixels from which on the samples stand beside the chart, and not below it
 
 /** The height in pixels, as in tdpo.css, that a panel of some width needs to show all it has. */
-export const leastHeight = (width) => (width >= WIDE ? 340 : 520);
+export const leastHeight = (width) => (width >= WIDE ? 390 : 540);
 
 function make(tag, className, attributes = {}, ...children) {
   const element = document.createElement(tag);

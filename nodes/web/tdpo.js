@@ -1,7 +1,7 @@
 // The live view of TDPO-R Train: a widget of its own in the node, in both of ComfyUI's renderers.
 
 import { app } from "../../scripts/app.js";
-import { chooseRun, executionIds } from "./model.js";
+import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
 
@@ -17,14 +17,21 @@ style.rel = "stylesheet";
 style.href = new URL("./tdpo.css", import.meta.url).href;
 document.head.append(style);
 
+const views = new WeakMap(); // by node
+
 app.registerExtension({
   name: "comfy_tdpo.live",
   nodeCreated(node) {
-    if (node.comfyClass === NODE) new LiveView(node);
+    if (node.comfyClass === NODE) views.set(node, new LiveView(node));
+  },
+  afterConfigureGraph() {
+    for (const node of nodesWithin(rootOf(app.graph))) views.get(node)?.begin();
   },
 });
 
-/** Ties a panel to a node, from when the node is added to a graph until it is removed. */
+const rootOf = (graph) => graph?.rootGraph ?? graph;
+
+/** Ties a panel to a node, from when the node is added to a graph until it is removed, or the subgraph around it is. */
 class LiveView {
   #panel = new Panel();
   #end = null;
@@ -42,17 +49,17 @@ class LiveView {
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, WIDTH), height]);
     passToCanvas(element);
-    after(node, "onAdded", () => this.#begin());
+    after(node, "onAdded", () => this.begin());
     after(node, "onRemoved", () => this.#finish());
     after(node, "onConfigure", () => this.#update());
     after(node, "onExecuted", (output) => this.#remember(output?.tdpo_run?.[0]));
-    if (node.graph) this.#begin();
+    if (node.graph) this.begin();
   }
 
-  #begin() {
+  begin() {
     if (this.#end) return;
     this.#panel.attach();
-    const unwatch = runs.watch(() => this.#update());
+    const unwatch = runs.watch(() => this.#update() || this.#finish());
     const placing = setInterval(() => place(this.node, this.#panel.element), LOOK);
     this.#end = () => {
       clearInterval(placing);
@@ -66,13 +73,13 @@ class LiveView {
     this.#end = null;
   }
 
+  /** Show what is known now; whether the node can be reached. */
   #update() {
-    const { graph } = this.node;
-    if (!graph) return;
-    const ids = executionIds(this.node, graph.rootGraph ?? graph);
+    const ids = executionIds(this.node, rootOf(this.node.graph));
     const id = chooseRun(runs.list, ids, this.#remembered());
     if (id !== null) this.#remember(id);
     this.#panel.show(id);
+    return ids.length > 0;
   }
 
   #remembered() {
