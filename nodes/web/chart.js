@@ -1,6 +1,7 @@
 // Small multiples: one pair of axes for each reward, as their units differ, over one axis of epochs.
 
-import { curves, lastShown, limits, limitsWithBand, number, reading, scale, shortened, spoken, ticks } from "./model.js";
+import { curves, lastShown, limits, limitsWithBand, ticks } from "./model.js";
+import { number, reading, scale, shortened, spoken } from "./model.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 40, RIGHT = 10, TITLE = 20, GAP = 10, FOOTER = 30; // pixels
@@ -41,8 +42,8 @@ export class Chart {
     if (!this.metrics?.length) return;
     const box = this.element.getBoundingClientRect(); // as it is on the screen: the canvas may be zoomed
     const x = ((event.clientX - box.left) / box.width) * this.width;
-    const nearest = this.metrics.reduce((a, b) => (Math.abs(this.x(b.epoch) - x) < Math.abs(this.x(a.epoch) - x) ? b : a));
-    this.#show(nearest.epoch);
+    const distance = ({ epoch }) => Math.abs(this.x(epoch) - x);
+    this.#show(this.metrics.reduce((a, b) => (distance(b) < distance(a) ? b : a)).epoch);
   }
 
   #show(epoch) {
@@ -69,7 +70,8 @@ export class Chart {
     const y = scale(domain, [bottom, top]);
     const at = this.#indexAt(points);
     const value = shape("text", { x: this.width - RIGHT, y: top - 6, class: "tdpo-value" }, reading(points, at));
-    const group = shape("g", { class: trained ? "tdpo-trained" : "tdpo-held-out" }, this.#heading(name, trained, top - 6), value);
+    const kind = trained ? "tdpo-trained" : "tdpo-held-out";
+    const group = shape("g", { class: kind }, this.#heading(name, trained, top - 6), value);
     if (points.length) group.append(...this.#yAxis(domain, y, bottom - top));
     group.append(shape("line", { x1: LEFT, x2: this.width - RIGHT, y1: bottom, y2: bottom, class: "tdpo-axis" }));
     if (points.length) group.append(...this.#curve(points, at, y, trained), ...this.#pointer(top, bottom));
@@ -80,9 +82,9 @@ export class Chart {
     const role = trained ? "trained on" : "held out";
     const room = this.width - LEFT - RIGHT - VALUE;
     const short = shortened(name, room - 6 * (role.length + 2));
-    const heading = shape("text", { x: LEFT, y, class: "tdpo-name" }, short, shape("tspan", { class: "tdpo-quiet", dx: 6 }, role));
-    heading.append(shape("title", {}, `${name}, ${role}`));
-    return heading;
+    const quiet = shape("tspan", { class: "tdpo-quiet", dx: 6 }, role);
+    const whole = shape("title", {}, `${name}, ${role}`);
+    return shape("text", { x: LEFT, y, class: "tdpo-name" }, short, quiet, whole);
   }
 
   #indexAt(points) {
@@ -101,9 +103,11 @@ export class Chart {
     const place = ({ epoch, value }) => `${round(this.x(epoch))},${round(y(value))}`;
     const edge = (sign) => points.map(({ epoch, value, spread }) => place({ epoch, value: value + sign * spread }));
     const parts = [];
-    if (trained) parts.push(shape("polygon", { points: [...edge(1), ...edge(-1).reverse()].join(" "), class: "tdpo-band" }));
+    const band = [...edge(1), ...edge(-1).reverse()].join(" ");
+    if (trained) parts.push(shape("polygon", { points: band, class: "tdpo-band" }));
     parts.push(shape("polyline", { points: points.map(place).join(" "), class: "tdpo-curve" }));
-    parts.push(shape("circle", { cx: round(this.x(points[at].epoch)), cy: round(y(points[at].value)), r: 3.5, class: "tdpo-dot" }));
+    const [cx, cy] = place(points[at]).split(",");
+    parts.push(shape("circle", { cx, cy, r: 3.5, class: "tdpo-dot" }));
     return parts;
   }
 

@@ -70,7 +70,7 @@ function curve(kind, name, metrics) {
   return { name, trained: kind === "reward", points };
 }
 
-/** How far a curve has moved since its first epoch, in its own unit, and in standard deviations where they are known. */
+/** How far a curve has moved since its first epoch, in its own unit, and in units of its spread where that is known. */
 export function change(points, at = points.length - 1) {
   if (at < 1) return null;
   const difference = points[at].value - points[0].value;
@@ -86,10 +86,12 @@ export const scale = ([a, b], [c, d]) => (x) => c + ((x - a) / (b - a || 1)) * (
 export function ticks(low, high, count, whole = false) {
   if (!(high > low)) return [low];
   const power = 10 ** Math.floor(Math.log10(high - low));
-  const steps = [10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05].map((m) => m * power).filter((step) => !whole || Number.isInteger(step));
+  const round = [10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05].map((m) => m * power);
+  const steps = round.filter((step) => !whole || Number.isInteger(step));
   const [first, last] = [(step) => Math.ceil(low / step - 1e-9), (step) => Math.floor(high / step + 1e-9)];
   const amount = (step) => last(step) - first(step) + 1;
-  const step = steps.findLast((s) => amount(s) <= count && amount(s) >= 2) ?? steps.find((s) => amount(s) >= 2) ?? steps.at(-1);
+  const enough = steps.filter((step) => amount(step) >= 2);
+  const step = enough.findLast((step) => amount(step) <= count) ?? enough[0] ?? steps.at(-1);
   const found = Array.from({ length: amount(step) }, (_, i) => Number(((first(step) + i) * step).toPrecision(12)));
   const stride = found.length <= count + 1 ? 1 : Math.ceil((found.length - 1) / Math.max(count - 1, 1));
   return found.filter((_, i) => i % stride === 0);
@@ -121,8 +123,9 @@ export function lastShown(epochs, done) {
 export function number(value) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
-  const text = size >= 1e5 || (size > 0 && size < 1e-3) ? value.toExponential(1) : value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2);
-  return text.replace("-", MINUS);
+  const extreme = size >= 1e5 || (size > 0 && size < 1e-3);
+  const text = extreme ? value.toExponential(1) : value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2);
+  return text.replaceAll("-", MINUS);
 }
 
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
@@ -157,7 +160,8 @@ export function spoken(status, metrics) {
     .filter(({ points }) => points.length)
     .map(({ name, trained, points }) => {
       const role = trained ? "training reward" : "held-out reward";
-      return `${role} ${name}: ${number(points[0].value)} in epoch ${points[0].epoch}, ${number(points.at(-1).value)} in epoch ${points.at(-1).epoch}`;
+      const [first, last] = [points[0], points.at(-1)].map(({ epoch, value }) => `${number(value)} in epoch ${epoch}`);
+      return `${role} ${name}: ${first}, ${last}`;
     });
   return parts.length ? parts.join("; ") : "No epoch is finished yet";
 }

@@ -5,6 +5,7 @@ import { Chart, chartHeight } from "./chart.js";
 import { curves, duration, fraction, isActive, phaseText, position, progress, title } from "./model.js";
 import { pictureURL, runs } from "./runs.js";
 
+const AWAY = "The server does not answer; trying again…";
 const HINT = "Press Run: the reward curve and sample images appear here while it trains.";
 const WIDE = 540; // pixels from which on the samples stand beside the chart, and not below it
 
@@ -26,7 +27,8 @@ class Bar {
   #fill = make("div", "tdpo-fill");
 
   constructor(name) {
-    this.track = make("div", "tdpo-track", { role: "progressbar", "aria-label": name, "aria-valuemin": 0, "aria-valuemax": 100 }, this.#fill);
+    const range = { "aria-label": name, "aria-valuemin": 0, "aria-valuemax": 100 };
+    this.track = make("div", "tdpo-track", { role: "progressbar", ...range }, this.#fill);
     this.element = make("div", "tdpo-bar", {}, make("div", "tdpo-line", {}, this.label, this.more), this.track);
   }
 
@@ -97,7 +99,7 @@ export class Panel {
     const status = runs.find(id);
     this.hint.hidden = Boolean(status);
     this.body.hidden = !status;
-    this.hint.textContent = runs.unreachable ? "The server does not answer; trying again…" : HINT;
+    this.hint.textContent = runs.unreachable ? AWAY : HINT;
     if (!status) return;
     runs.load(id);
     this.#words(status);
@@ -118,8 +120,7 @@ export class Panel {
     const active = isActive(status);
     this.epochs.set(active ? position(status) : "", left ? `about ${left} left` : "", progress(status));
     this.phase.set(active ? phaseText(status) : "", "", fraction(status.phase_done, status.phase_total));
-    const problem = this.#refused ?? status.error ?? (runs.unreachable ? "The server does not answer; trying again…" : "");
-    setText(this.problem, problem);
+    setText(this.problem, this.#refused ?? status.error ?? (runs.unreachable ? AWAY : ""));
     setText(this.message, status.message ?? "");
     for (const text of [this.problem, this.message]) text.hidden = !text.textContent;
   }

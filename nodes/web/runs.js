@@ -9,7 +9,8 @@ async function ask(route, options) {
   const response = await api.fetchApi(`/tdpo/${route}`, options);
   const answer = await response.json().catch(() => null); // a proxy's error page is no JSON
   if (!response.ok || answer === null) {
-    throw Object.assign(new Error(answer?.error ?? `the server answered ${response.status}`), { status: response.status });
+    const error = new Error(answer?.error ?? `the server answered ${response.status}`);
+    throw Object.assign(error, { status: response.status });
   }
   return answer;
 }

@@ -1,5 +1,6 @@
 // The live view of TDPO-R Train: a widget of its own in the node, in both of ComfyUI's renderers.
 
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
@@ -16,6 +17,8 @@ const style = document.createElement("link");
 style.rel = "stylesheet";
 style.href = new URL("./tdpo.css", import.meta.url).href;
 document.head.append(style);
+
+api.addEventListener("tdpo.progress", () => {}); // of events that nobody ever waited for ComfyUI warns
 
 const views = new WeakMap(); // by node
 
