@@ -88,8 +88,9 @@ class Runs:
             status |= _of_job(job) if job else _of_folder(len(run.metrics()), config.epochs)
         except ValueError as error:
             status |= {"reward": "", "eval_rewards": [], **_of_folder(0, 0), "state": "failed"}
-            status["error"] = self.told(f"the folder of run {run.path.name!r} is damaged: {error}")
-        status["error"] = status["error"] and self.told(status["error"])
+            status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
+        if status["error"]:
+            status["error"] = self.told(status["error"])
         return status | {"message": advice(status)}
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
@@ -117,9 +118,12 @@ class Runs:
     # --- its LoRA, where Load LoRA looks ----------------------------------------------------------------------------
 
     def lora_name(self, run: RunFolder) -> str | None:
-        """The run's LoRA as it is called in ComfyUI's lists; None before there is one."""
+        """The run's LoRA as it is called in ComfyUI's lists; None before there is one.
+
+        A file that an earlier run of the same name has left there is not this run's.
+        """
         place = self._shared_lora(run)
-        return str(place.relative_to(self.loras)) if place.is_file() else None
+        return str(place.relative_to(self.loras)) if place.is_file() and run.latest_lora.is_file() else None
 
     def share_lora(self, run: RunFolder) -> None:
         """Put the newest LoRA of the run where ComfyUI's own Load LoRA finds it."""
@@ -131,8 +135,9 @@ class Runs:
         return self.loras / "tdpo" / f"{run.path.name}.safetensors"
 
 
-# an absolute path up to its last part, of Windows or of others
-_FOLDERS = re.compile(r"(?<![\w.~/\\])(?:[A-Za-z]:|~)?[/\\](?:[^/\\'\"\n:]+[/\\])+")
+# an absolute path up to its last part, of Windows or of others; names may have spaces within
+_NAME = r"[^/\\'\"\n: ](?:[^/\\'\"\n:]*[^/\\'\"\n: ])?"
+_FOLDERS = re.compile(rf"(?<![\w.~/\\])(?:[A-Za-z]:|~)?[/\\](?:{_NAME}[/\\])+")
 
 
 def _of_job(job: Job) -> Fields:
@@ -166,7 +171,7 @@ def advice(status: Fields) -> str:
         case "stopping":
             return "Stopping after the current step, then saving."
         case "finished":
-            return "Finished: its LoRA is in the list of Load LoRA, and TDPO Apply LoRA uses it; raise epochs to go on."
+            return "Finished: its LoRA is in the list of Load LoRA, and TDPO LoRA Apply uses it; raise epochs to go on."
         case "failed":
             return "Failed; mend what the error names, then queue the graph to go on from the last checkpoint."
     what = "Stopped" if state == "stopped" else "Interrupted"

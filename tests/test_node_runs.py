@@ -9,7 +9,7 @@ from fake_training import begin, runs_in, wanted
 from comfy_tdpo.nodes import answers
 from comfy_tdpo.nodes.choosing import choose, is_done, token
 from comfy_tdpo.nodes.runs import finite, newest_grid
-from comfy_tdpo.nodes.starting import check_device_free, prepare, wait_for
+from comfy_tdpo.nodes.starting import check_device_free, job_under_way, prepare, wait_for
 
 KEYS = (
     "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
@@ -128,6 +128,8 @@ def test_a_status_has_what_the_browser_reads(runs):
     assert runs.lora_name(runs.find("one")) == "tdpo/one.safetensors"
     assert (runs.loras / "tdpo" / "one.safetensors").read_bytes() == runs.find("one").latest_lora.read_bytes()
     assert (runs.find("one").path / "plots" / "reward.png").exists()
+    runs.find("one").latest_lora.unlink()
+    assert runs.lora_name(runs.find("one")) is None, "what lies there is not from this run"
 
 
 def test_the_states_of_a_run(runs):
@@ -157,7 +159,7 @@ def test_a_run_that_nobody_holds_was_interrupted_and_remembers_its_node(runs):
 
 def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
     def fail(run, stop, watch):
-        raise ValueError(f"checkpoint '{run.path}/checkpoints' and /home/me/x.bin are\nbad")
+        raise ValueError(f"checkpoint '{run.path}/checkpoints' and /home/me/x.bin are\nbad / see https://host/a/b")
 
     import torch
 
@@ -169,7 +171,7 @@ def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
     job.wait(30)
     status = runs.status(run)
     assert status["state"] == "failed"
-    assert status["error"] == "checkpoint 'output/tdpo/one/checkpoints' and x.bin are bad"
+    assert status["error"] == "checkpoint 'output/tdpo/one/checkpoints' and x.bin are bad / see https://host/a/b"
     with pytest.raises(RuntimeError, match="run 'one' failed: checkpoint"):
         wait_for(job, lambda done, total: None)
 
@@ -194,6 +196,14 @@ def test_one_run_at_a_time_on_a_device(runs):
     job.stop()
     job.wait(30)
     check_device_free(runs.folder("two"), torch.device("cpu"))
+
+
+def test_a_run_that_is_stopping_is_waited_for(runs):
+    job, run = begin(runs, go=threading.Semaphore(0)), runs.find("one")
+    assert job_under_way(runs, run) is job
+    job.stop()
+    assert job_under_way(runs, run) is None
+    assert job.status.state == "stopped"
 
 
 # --- being told, and waiting
