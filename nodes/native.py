@@ -170,13 +170,13 @@ class ComfyDecoder:
         self.factor, self._dtype = vae.downscale_ratio, vae.vae_dtype
         self._process_output, self._process_latents = vae.process_output, model.model.latent_format.process_out
         with torch.inference_mode(False):
-            self._network = copy.deepcopy(vae.first_stage_model).requires_grad_(False).cpu()
+            self.network = copy.deepcopy(vae.first_stage_model).requires_grad_(False).cpu()
 
     def to(self, device: torch.device) -> "ComfyDecoder":
-        self._network.to(device)
+        self.network.to(device)
         return self
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        pixels = self._network.decode(self._process_latents(latents).to(self._dtype))
+        pixels = self.network.decode(self._process_latents(latents).to(self._dtype))
         return self._process_output(pixels.float())
