@@ -35,7 +35,7 @@ def apply_weights(model: Any, weights: dict[str, Tensor], strength: float, what:
         ValueError: not a single one has a place in the MODEL.
     """
     patched, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
-    if patched.patches_uuid == model.patches_uuid or not _added(patched, model):
+    if not _added(patched, model):
         raise ValueError(
             f"got a LoRA ({what}) of which nothing fits this MODEL; expected one that was trained on this kind of "
             "model: wire in the MODEL of the Train node"

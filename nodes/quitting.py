@@ -1,7 +1,7 @@
 """That a training is saved when ComfyUI ends.
 
 A normal end and Ctrl+C run what `atexit` holds, which stops all jobs. A request to terminate, as service managers send
-it, would kill ComfyUI on the spot; it is made the same as Ctrl+C, where nobody else has taken it.
+it, would kill ComfyUI on the spot; from the first training on it is the same as Ctrl+C, where nobody else has taken it.
 """
 
 import signal

@@ -80,7 +80,7 @@ def test_a_models_name_tells_it_from_others(lora_file):
         ("Flux", "got a MODEL of the family Flux; expected"),
         ("SDXL", "got a MODEL of the family SDXL; expected"),
         ("inpainting", "takes 9 channels (inpainting); expected"),
-        ("another CLIP", "embeddings are 128 wide; expected 48: use that of the MODEL's checkpoint"),
+        ("another CLIP", "embeddings are 64 wide; expected 48: use that of the MODEL's checkpoint"),
         ("another VAE", "got a VAE of 16 latent channels; expected 4: use that of the MODEL's checkpoint"),
         ("no CLIP", "got no CLIP, as the checkpoint has none; expected one"),
         ("no VAE", "got no VAE, as the checkpoint has none; expected one"),
