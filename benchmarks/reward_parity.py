@@ -140,8 +140,7 @@ def report(results: list[Result], command: str) -> str:
         "of the largest where the score is smaller;",
         "- batch: largest difference of two scores that are computed together from the same computed alone;",
         f"- bf16: largest difference from float32, {BF16_IMAGES} images;",
-        "- memory of the weights, and time that the processor spends on an image and a prompt, on all its cores together, in "
-        "float32.",
+        "- memory of the weights, and time of all cores together for an image and a prompt, in float32.",
         "",
         "| reward | scores | spread | upstream | batch | bf16 | weights | time |",
         "|---|---|---|---|---|---|---|---|",
