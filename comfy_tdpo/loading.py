@@ -124,7 +124,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) 
         _required(folder, "tokenizer/merges.txt")
     return {
         "unet": _from_pretrained(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        "vae": _from_pretrained(AutoencoderKL, folder / "vae", torch_dtype=dtype),
+        "vae": _vae_of_folder(folder / "vae", dtype),
         "text_encoder": _from_pretrained(CLIPTextModel, folder / "text_encoder").to(dtype),
         "tokenizer": _tokenizer(folder / "tokenizer"),
         "scheduler": _scheduler(scheduler, prediction_type),
@@ -172,6 +172,14 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be loaded: {reason}; {EXPECTED}; fetch or save it again") from error
 
 
+def _vae_of_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
+    vae = _from_pretrained(AutoencoderKL, folder, torch_dtype=dtype)
+    if not isinstance(vae.config.scaling_factor, int | float):
+        got = vae.config.scaling_factor
+        raise ValueError(f"{folder / 'config.json'} has scaling_factor {got!r}; expected a number, as 0.18215")
+    return vae
+
+
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     with _naming(folder):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -214,8 +222,12 @@ def _variant(folder: Path) -> str | None:
 def _scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
     """DDIM on the noise schedule in the file `path`. Latents are not in [-1, 1]: never clipped."""
     changes = {"clip_sample": False} | ({"prediction_type": prediction_type} if prediction_type else {})
+    config = _read_json(path) | changes
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(f"{path} has prediction_type {kind!r}; expected one of {', '.join(PREDICTION_TYPES)}")
     with _naming(path):
-        return DDIMScheduler.from_config(_read_json(path) | changes)
+        return DDIMScheduler.from_config(config)
 
 
 def _check_channels(channels: int, source: Path) -> None:

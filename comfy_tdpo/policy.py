@@ -37,27 +37,29 @@ class ClipText:
     """A PromptEncoder: the last hidden state of a CLIP text model, every prompt padded to its full length."""
 
     def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
-        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self.tokenizer, self.network = tokenizer, text_encoder
+        self.length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
     def __call__(self, prompts: list[str]) -> Tensor:
         tokens = self.tokenizer(
             prompts,
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=self.length,
             truncation=True,
             return_tensors="pt",
         )
-        return self.text_encoder(input_ids=tokens.input_ids.to(self.text_encoder.device)).last_hidden_state
+        return self.network(input_ids=tokens.input_ids.to(self.network.device)).last_hidden_state
 
 
 class Autoencoder:
     """A LatentDecoder: diffusers' KL autoencoder."""
 
     def __init__(self, vae: AutoencoderKL):
-        self.vae, self.factor = vae, 2 ** (len(vae.config.block_out_channels) - 1)
+        self.network, self.factor = vae, 2 ** (len(vae.config.block_out_channels) - 1)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        vae = self.network
+        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -96,7 +98,7 @@ class DiffusionPolicy:
     ):
         self.device, self.guidance, self.autocast = torch.device(device), guidance, autocast
         self.source, self.alpha = source, float(rank if alpha is None else alpha)
-        self.prompt_encoder, self.latent_decoder = encode, decode
+        self.scheduler, self.prompt_encoder, self.latent_decoder = scheduler, encode, decode
         self.unet = unet.requires_grad_(False).eval().to(self.device)
         add_lora(self.unet, rank, self.alpha, targets, seed)
         if gradient_checkpointing:
@@ -148,12 +150,15 @@ class DiffusionPolicy:
         return channels * height * width
 
     def fingerprint(self) -> str:
-        """Tells the base U-Net from others: the SHA-256 of its weights' names and first values."""
-        digest = hashlib.sha256()
-        for name, weight in self.unet.named_parameters():
-            if not weight.requires_grad:
-                values = weight.detach().flatten()[:256].float().cpu().numpy()
-                digest.update(name.encode() + values.tobytes())
+        """Tells the base model from others: the SHA-256 of its weights, and of the noise schedule to five digits."""
+        networks = [self.unet, *(getattr(part, "network", None) for part in (self.prompt_encoder, self.latent_decoder))]
+        digest = hashlib.sha256(self.scheduler.config.prediction_type.encode())
+        digest.update(self.scheduler.alphas_cumprod.cpu().double().numpy().round(5).tobytes())
+        for network in networks:
+            for name, weight in network.named_parameters() if network is not None else ():
+                if not weight.requires_grad:  # those that do are the adapters
+                    digest.update(name.encode())
+                    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     @torch.no_grad()

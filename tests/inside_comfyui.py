@@ -1,14 +1,16 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT
+python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals, or ... CHECKOUT lora FILE
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
-CHECKOUT = sys.argv.pop(1)
+_, CHECKOUT, QUESTION, *FILES = sys.argv
 sys.path[:0] = [CHECKOUT, str(ROOT)]
 sys.argv[1:] = ["--cpu"]
 
@@ -16,33 +18,43 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+import comfy.model_base  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import comfy.utils  # noqa: E402
 import torch  # noqa: E402
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
-from comfy_tdpo.loading import load_components  # noqa: E402
-from comfy_tdpo.nodes import native  # noqa: E402
+from comfy_tdpo.loading import CONFIGS, load_components  # noqa: E402
+from comfy_tdpo.nodes import embedded, native  # noqa: E402
 from comfy_tdpo.policy import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares on a green background"]
+CPU = torch.device("cpu")
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def difference(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
 
 
-@torch.no_grad()
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
 def shapes() -> dict[str, float]:
     """The world of Shapes as it lies on disk, as native models, and back."""
     ours = load_components(str(WORLD / "pipeline"))
-    model, clip, vae = native.shapes_native()
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    timesteps = torch.tensor([10, 700])
+    model, clip, vae = embedded.shapes_native()
+    latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS)
     expected = ours.unet(latents, timesteps, embeds).sample
-    decoder = native.ComfyDecoder(vae, model, torch.device("cpu"))
+    decoder = native.ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {
-        "text": difference(native.EncodedPrompts(clip, PROMPTS, torch.device("cpu"))(PROMPTS), embeds),
+        "text": difference(native.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS), embeds),
         "native unet": difference(model.model.diffusion_model(latents, timesteps, context=embeds), expected),
         "unet from native": difference(native.diffusers_unet(model)(latents, timesteps, embeds).sample, expected),
         "decoder": difference(decoder(latents), images),
@@ -52,6 +64,182 @@ def shapes() -> dict[str, float]:
     }
 
 
+# --- families, with random weights
+
+
+class SmallSD2(comfy.supported_models.SD20):
+    """Stable Diffusion 2.1's layout, narrower, which predicts v."""
+
+    unet_config: dict = {}
+
+    def model_type(self, state_dict, prefix=""):
+        return comfy.model_base.ModelType.V_PREDICTION
+
+
+def sd2() -> dict[str, float]:
+    """The layout of 2.x: linear projections, heads of 64 channels, v-prediction."""
+    model = small_sd2()
+    assert native.scheduler_of(model).config.prediction_type == "v_prediction"
+    return both_ways(model, native.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
+
+
+def small_sd2() -> comfy.model_patcher.ModelPatcher:
+    depths = [1, 1, 1, 0]
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 64,
+        "num_res_blocks": [2] * 4,
+        "channel_mult": [1, 2, 2, 2],
+        "transformer_depth": [depth for depth in depths for _ in range(2)],
+        "transformer_depth_output": [depth for depth in depths for _ in range(3)],
+        "transformer_depth_middle": 1,
+        "context_dim": 48,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "num_heads": -1,
+        "num_head_channels": 64,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+        "legacy": False,
+    }
+    family = SmallSD2(config)
+    family.set_inference_dtype(torch.float32, None)
+    base = family.get_model({})
+    draw_weights(base.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+def sd1() -> dict[str, float]:
+    """The published shape of 1.5, read by ComfyUI's own reader of diffusers' U-Nets."""
+    config = json.loads((CONFIGS / "sd1" / "unet" / "config.json").read_text())
+    ours = UNet2DConditionModel(**config)
+    draw_weights(ours)
+    model = comfy.sd.load_diffusion_model_state_dict(dict(ours.state_dict()))
+    latents, context = drawn(1, 4, 8, 8), drawn(1, 77, 768)
+    expected = ours(latents, torch.tensor([700]), context).sample
+    del ours
+    found = both_ways(model, native.diffusers_unet(model), latents, context)
+    again = native.diffusers_unet(model)(latents, torch.tensor([700]), context).sample
+    return found | {"as it was before ComfyUI": difference(again, expected)}
+
+
+def draw_weights(network: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in network.named_parameters():
+        scale = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.1
+        weight.data = scale * torch.randn(weight.shape, generator=generator)
+        if weight.ndim == 1 and name.endswith("weight"):  # of a norm
+            weight.data += 1
+
+
+def both_ways(model, unet: UNet2DConditionModel, latents: Tensor, context: Tensor) -> dict[str, float]:
+    timesteps = torch.tensor([10, 700])[-len(latents) :]
+    expected = model.model.diffusion_model(latents, timesteps, context=context)
+    got = unet(latents, timesteps, context).sample
+    return {"unet from native": difference(got, expected), "scale of the output": expected.abs().max().item()}
+
+
+# --- a LoRA file
+
+
+def lora(file: str) -> dict[str, float]:
+    """What Shapes predicts with the LoRA on, by whoever applies it."""
+    from comfy_tdpo.nodes.applying import apply_weights
+    from comfy_tdpo.nodes.snapshots import read_lora
+
+    model, _, _ = embedded.shapes_native()
+    parts = load_components(str(WORLD / "pipeline"))
+    latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS)
+
+    def by_comfyui(patched) -> Tensor:
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.diffusion_model(latents, timesteps, context=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    plain = by_comfyui(model.clone())
+    loaded, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(file), 1.0, 0)
+    ours = apply_weights(model, read_lora(Path(file)), 1.0, "test")
+    expected = by_comfyui(loaded)
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
+    return {
+        "Apply": difference(by_comfyui(ours), expected),
+        "diffusers": difference(pipeline.unet(latents, timesteps, context).sample, expected),
+        "baked in": difference(native.diffusers_unet(ours)(latents, timesteps, context).sample, expected),
+        "what it changes": difference(plain, expected),
+        "names differ": float(native.model_name(ours) != native.model_name(model)),
+        "names repeat": float(native.model_name(ours) == native.model_name(apply_again(model, file))),
+    }
+
+
+def apply_again(model, file: str):
+    patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(file), 1.0, 0)
+    return patched
+
+
+# --- what is refused
+
+
+class SimpleVAE(SimpleNamespace):
+    """A VAE, as far as it is asked before it is refused."""
+
+    def __init__(self, channels: int):
+        super().__init__(latent_channels=channels)
+
+    def throw_exception_if_invalid(self) -> None:
+        pass
+
+
+def refusals() -> dict[str, str]:
+    """What a user reads who wires in something else."""
+    from comfy_tdpo.nodes.graph import Wires
+    from comfy_tdpo.trainer.config import make_config
+
+    model, clip, vae = embedded.shapes_native()
+    families = {
+        "SD3": comfy.supported_models.SD3({"in_channels": 16, "pos_embed_scaling_factor": None}),
+        "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
+        "SDXL": comfy.supported_models.SDXL({"model_channels": 320, "context_dim": 2048, "adm_in_channels": 2816}),
+        "inpainting": comfy.supported_models.SD15({"model_channels": 320, "context_dim": 768, "in_channels": 9}),
+    }
+    others = {
+        name: lambda config=config: native.diffusers_unet(SimpleNamespace(model=SimpleNamespace(model_config=config)))
+        for name, config in families.items()
+    }
+    config = make_config("shapes")
+    wires = {
+        "another CLIP": lambda: Wires(small_sd2(), clip, vae).factory(config, PROMPTS, CPU),
+        "another VAE": lambda: native.ComfyDecoder(SimpleVAE(16), model),
+        "no CLIP": lambda: Wires(model, None, vae).wanted(),
+        "no VAE": lambda: Wires(model, clip, None).wanted(),
+    }
+    return {name: refusal(ask) for name, ask in (others | wires).items()}
+
+
+def refusal(ask: Callable[[], object]) -> str:
+    try:
+        ask()
+    except ValueError as error:
+        return str(error)
+    return "was not refused"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(shapes()))
+    questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals}
+    with torch.no_grad():
+        print(json.dumps(questions[QUESTION](*FILES)))

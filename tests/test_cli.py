@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from accelerate.tracking import GeneralTracker
 from toy import new_run, toy_training
 
-from comfy_tdpo.trainer.__main__ import _default_folder, main
+from comfy_tdpo.trainer.__main__ import _make_folder, main
 from comfy_tdpo.trainer.run import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -84,8 +85,18 @@ def test_resumed_settings_are_the_runs_own(finished, capsys):
     assert capsys.readouterr().out == (path / "config.toml").read_text()
     assert main(["--resume", str(path), "--policy.lr", "0.1"]) == 2
     assert "--resume with other settings" in capsys.readouterr().err
-    assert main(["--resume", str(path), "--epochs", "1"]) == 2
-    assert "got --epochs 1 for a run of 2 epochs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--epochs", "1"], "got 1 epochs for a run of 2"), (["--output.trackers", "abacus"], "got tracker 'abacus'")],
+)
+def test_a_resume_that_is_refused_changes_no_file(flags, message, finished, capfd):
+    path, _ = finished
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert main(["--resume", str(path), *flags]) == 2
+    assert message in capfd.readouterr().err
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def test_equal_runs_leave_equal_files_that_others_can_read(finished, tmp_path):
@@ -108,11 +119,9 @@ def test_the_help_needs_no_torch():
 
 def test_default_folders_differ_within_a_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = []
-    for _ in range(3):
-        folders.append(_default_folder())
-        folders[-1].mkdir(parents=True)
-    assert len(set(folders)) == 3
+    with ThreadPoolExecutor(8) as pool:
+        folders = [folder for folder, _ in pool.map(_make_folder, [None] * 8)]
+    assert len(set(folders)) == 8
 
 
 WRONG = {
@@ -264,20 +273,23 @@ def test_trackers_hear_of_every_epoch_and_of_the_end(tmp_path, monkeypatch):
     assert Notebook.told == ["start", 0.003, 1, 2, "finish"]
 
 
-def test_ctrl_c_while_it_loads_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    def interrupted(*_args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("comfy_tdpo.trainer.__main__.make_config", interrupted)
-    assert main(["--run-dir", str(tmp_path / "run")]) == 130
-    assert capsys.readouterr().err == "comfy_tdpo: stopped before there was anything to save\n"
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
+def test_ctrl_c_while_it_loads_is_one_line_and_leaves_nothing(tmp_path):
+    flags = ["--run-dir", str(tmp_path / "run"), *QUICK, "--epochs", "500"]
+    process = subprocess.Popen([*TRAIN, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().endswith("loading\n")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "comfy_tdpo: stopped while it was loading; nothing is changed"
+    assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
 
 LIMIT_FILE_SIZE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from comfy_tdpo.trainer.__main__ import _default_folder, main
+from comfy_tdpo.trainer.__main__ import _make_folder, main
 sys.exit(main(sys.argv[1:]))
 """
 

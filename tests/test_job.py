@@ -1,11 +1,14 @@
 """A real training on a background thread: watched, stopped, continued, failed."""
 
+import gc
 import threading
+import weakref
 
 import pytest
+import torch
 from toy import new_run, timeless, toy_training
 
-from comfy_tdpo.trainer.job import Job, find_job
+from comfy_tdpo.trainer.job import Job, find_job, job_on, stop_all
 from comfy_tdpo.trainer.run import RunFolder
 
 
@@ -36,10 +39,10 @@ def test_a_job_trains_to_its_end_and_says_so(make_job):
 
 
 def test_a_job_is_found_by_its_id_and_only_by_that(make_job):
-    job = make_job("one")
+    job = make_job("sought")
     assert find_job(job.id) is None
     job.start()
-    assert find_job("one") is job
+    assert find_job("sought") is job
     assert find_job("two") is None
     job.wait(120)
 
@@ -79,7 +82,7 @@ def test_a_failure_is_one_sentence_and_frees_the_device(make_job, tmp_path, make
     job = Job(new_run(tmp_path / "failing"), fail)
     job.start()
     status = job.wait(60)
-    assert (status.state, status.error) == ("failed", "ValueError: the reward fell over")
+    assert (status.state, status.error) == ("failed", "the reward fell over")
     other = make_job("other")
     other.start()
     assert other.wait(120).state == "finished"
@@ -124,3 +127,39 @@ def test_an_ended_subscription_hears_nothing(make_job):
     job.start()
     job.wait(120)
     assert events == []
+
+
+def test_out_of_memory_names_the_settings_that_help(tmp_path):
+    def fail(run, stop, watch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    job = Job(new_run(tmp_path / "run"), fail)
+    job.start()
+    assert job.wait(60).error.startswith("out of memory: lower resolution, micro_batch or decode_batch, set policy.")
+
+
+def test_an_ended_job_holds_nothing_that_its_factory_held(tmp_path, make_policy):
+    class Weights:
+        pass
+
+    weights = Weights()
+    gone = weakref.ref(weights)
+    factory = lambda run, stop, watch, weights=weights: toy_training(run, make_policy, stop, watch)  # noqa: E731
+    job = Job(new_run(tmp_path / "run", epochs=1), factory)
+    del weights, factory
+    job.start()
+    assert job.wait(120).state == "finished"
+    gc.collect()
+    assert gone() is None and find_job(job.id) is job
+
+
+def test_a_process_that_ends_stops_all_jobs_and_saves(make_job):
+    job, begun = make_job("ending"), threading.Event()
+    job.subscribe(lambda event, status: begun.set() if status.phase == "updating" else None)
+    job.start()
+    assert begun.wait(60)
+    assert job_on("cpu") is job
+    stop_all(timeout=60)
+    assert job.status.state == "stopped" and job.run.latest_lora.exists()
+    assert job_on("cpu") is None
+    stop_all(timeout=0)

@@ -1,30 +1,90 @@
 """Native models of ComfyUI and ours are the same; checked under the Python of a real ComfyUI, where there is one."""
 
 import json
-import os
 import subprocess
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import comfyui
 import pytest
+import torch
+from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
-CHECKOUT = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
-PYTHON = CHECKOUT / ".venv" / "bin" / "python"
+from comfy_tdpo.loading import load_components
+from comfy_tdpo.lora import add_lora, kohya_state
+from comfy_tdpo.shapes import WORLD
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no ComfyUI with an environment: {PYTHON} is missing")
+SCRIPT = Path(__file__).parent / "inside_comfyui.py"
+
+pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
 
 
-@pytest.fixture(scope="module")
-def differences() -> dict[str, float]:
-    process = subprocess.run(
-        [PYTHON, HERE / "inside_comfyui.py", CHECKOUT], capture_output=True, text=True, timeout=300
-    )
+@cache
+def ask(*question: str) -> dict[str, Any]:
+    command = [comfyui.PYTHON, SCRIPT, comfyui.CHECKOUT, *question]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("part", ["text", "native unet", "unet from native", "decoder", "native vae", "alpha_bar"])
-def test_shapes_is_the_same_inside_and_outside_of_comfyui(differences, part):
+def test_shapes_is_the_same_inside_and_outside_of_comfyui(part):
     # float32 of size up to 5 through some twenty layers, in another order: measured 1e-6, with other group norms 0.7
-    assert differences[part] <= 1e-5
-    assert differences["scale of the output"] > 1
+    assert ask("shapes")[part] <= 1e-5
+    assert ask("shapes")["scale of the output"] > 1
+
+
+def test_the_layout_of_sd2_is_converted():
+    # float32 through some hundred layers, in another order
+    assert ask("sd2")["unet from native"] <= 1e-5
+    assert ask("sd2")["scale of the output"] > 1
+
+
+@pytest.mark.slow
+def test_the_shape_of_sd15_is_converted():
+    assert ask("sd1")["unet from native"] <= 1e-5
+    assert ask("sd1")["as it was before ComfyUI"] == 0
+    assert ask("sd1")["scale of the output"] > 1
+
+
+@pytest.fixture(scope="module")
+def lora_file(tmp_path_factory) -> str:
+    """A LoRA that changes much, of all targets and with an alpha that is not its rank."""
+    unet = load_components(str(WORLD / "pipeline")).unet
+    add_lora(unet, rank=4, alpha=2.0, targets="attention+feed-forward", seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_file(kohya_state(unet, 2.0), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("by", ["Apply", "diffusers", "baked in"])
+def test_a_lora_is_the_same_whoever_applies_it(lora_file, by):
+    # float32 again; the LoRA is added to the weights here and to the activations there
+    assert ask("lora", lora_file)[by] <= 1e-5
+    assert ask("lora", lora_file)["what it changes"] > 0.1
+
+
+def test_a_models_name_tells_it_from_others(lora_file):
+    assert ask("lora", lora_file)["names differ"] and ask("lora", lora_file)["names repeat"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("SD3", "got a MODEL of the family SD3; expected Stable Diffusion 1.x or 2.x"),
+        ("Flux", "got a MODEL of the family Flux; expected"),
+        ("SDXL", "got a MODEL of the family SDXL; expected"),
+        ("inpainting", "takes 9 channels (inpainting); expected"),
+        ("another CLIP", "embeddings are 128 wide; expected 48: use that of the MODEL's checkpoint"),
+        ("another VAE", "got a VAE of 16 latent channels; expected 4: use that of the MODEL's checkpoint"),
+        ("no CLIP", "got no CLIP, as the checkpoint has none; expected one"),
+        ("no VAE", "got no VAE, as the checkpoint has none; expected one"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_sentence(what, message):
+    assert message in ask("refusals")[what] and "\n" not in ask("refusals")[what]

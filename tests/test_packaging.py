@@ -28,6 +28,7 @@ ARROW = {
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras"}
 COMFYUI |= {"execution", "folder_paths", "nodes", "server"}
+COMFYUI |= {"aiohttp"}  # which its server is made of
 
 # import name -> distribution, where the two differ.
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch"}

@@ -204,6 +204,8 @@ DAMAGES = {
         path.with_name("epoch-0002") / "policy_optimizer.safetensors", path
     ),
     "no sums": lambda path: (path / "SHA256SUMS").unlink(),
+    "empty sums": lambda path: (path / "SHA256SUMS").write_text(""),
+    "another name": lambda path: path.with_name("epoch-0002").rename(path.with_name("epoch-0003-samples")),
 }
 
 
@@ -255,10 +257,22 @@ def test_a_run_does_not_go_on_with_other_settings(change, finished, make_policy)
     assert before == files_in(run.path)
 
 
+def changed(policy, part):
+    """`policy` with the last value of a weight, or its schedule, another one."""
+    networks = {"unet": policy.unet, "vae": policy.latent_decoder.network}
+    if part == "schedule":
+        policy.scheduler.alphas_cumprod[500] *= 1.01
+    else:
+        weight = max((w for w in networks[part].parameters() if not w.requires_grad), key=torch.numel)
+        weight.flatten()[-1] += 1
+    return policy
+
+
 def test_a_run_does_not_go_on_with_another_model_or_other_prompts(finished, make_policy):
     run = finished
-    with pytest.raises(ValueError, match="another model"):
-        list(toy_training(run, lambda **settings: make_policy(**(settings | {"seed": 1}))).epochs())
+    for part in ("unet", "vae", "schedule"):
+        with pytest.raises(ValueError, match="another model"):
+            list(toy_training(run, lambda part=part, **settings: changed(make_policy(**settings), part)).epochs())
     (run.path / "prompts.txt").write_text("a red circle\n")
     with pytest.raises(ValueError, match="another prompt"):
         list(toy_training(run, make_policy).epochs())
@@ -274,11 +288,14 @@ def test_more_epochs_give_the_run_that_was_long_from_the_start(tmp_path, make_po
     assert timeless(run.metrics()) == timeless(whole.metrics())
 
 
-def test_a_run_that_lost_its_checkpoints_is_not_begun_again(finished, make_policy):
+@pytest.mark.parametrize("lost", ["checkpoints", "metrics too"])
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again(lost, finished, make_policy):
     run = finished
     shutil.rmtree(run.checkpoints)
+    if lost == "metrics too":
+        (run.path / "metrics.jsonl").unlink()
     before = files_in(run.path)
-    with pytest.raises(ValueError, match="3 epochs without a checkpoint"):
+    with pytest.raises(ValueError, match="checkpoints are gone"):
         list(toy_training(run, make_policy).epochs())
     assert before == files_in(run.path)
 
@@ -298,10 +315,11 @@ def test_damaged_metrics_are_named_and_written_anew_from_the_checkpoint(line, fi
     assert run.metrics() == whole
 
 
-def test_a_lost_lora_is_written_anew_from_the_checkpoint(finished, make_policy):
+@pytest.mark.parametrize("change", [lambda lora: shutil.rmtree(lora.parent), lambda lora: lora.write_bytes(b"garbage")])
+def test_a_lost_lora_is_written_anew_from_the_checkpoint(change, finished, make_policy):
     run = finished
     before = run.latest_lora.read_bytes()
-    shutil.rmtree(run.latest_lora.parent)
+    change(run.latest_lora)
     list(toy_training(run, make_policy).epochs())
     assert run.latest_lora.read_bytes() == before
 

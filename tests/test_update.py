@@ -130,7 +130,7 @@ def test_the_clip_range_scales_with_the_latent(make_training, resolution, factor
 def test_an_epoch_trains_the_adapters_and_nothing_else(make_training, precision):
     training = make_training(PRECISIONS[precision], epochs=1, samples_per_epoch=4, samples_per_update=4)
     policy = training.policy
-    networks = {"unet": policy.unet, "vae": policy.latent_decoder.vae, "text": policy.prompt_encoder.text_encoder}
+    networks = {"unet": policy.unet, "vae": policy.latent_decoder.network, "text": policy.prompt_encoder.network}
     everything = {f"{n}.{k}": p for n, network in networks.items() for k, p in network.named_parameters()}
     before = {name: p.detach().clone() for name, p in everything.items()}
     metrics = list(training.epochs())

@@ -23,6 +23,7 @@ from .run import CONFIG, RunFolder, TrainingError
 
 FINISHED, FAILED, STOPPED = 0, 1, 130
 LONGEST = 900  # characters of an error, which may hold what a user gave
+RUNS = Path("runs")
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # as launchers of several processes say it
 
 
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args([with_dashes(text) for text in argv])
     try:
         return _print_config(args) if args.print_config else _train(args)
-    except KeyboardInterrupt:  # while it still loads; from then on _stopping_on_signals sees to it
-        return _complain("stopped before there was anything to save", STOPPED)
+    except KeyboardInterrupt:  # before or after the block of _stopping_on_signals
+        return _complain("stopped", STOPPED)
     except ValueError as error:
         return _complain(error, WRONG_INPUT)
     except (OSError, TrainingError) as error:
@@ -67,29 +68,25 @@ def _print_config(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     if args.resume:
         run = RunFolder.open(args.resume)
-        config = _resumed_config(args, run)
-        if config != run.config:
-            with run.lock():
-                run.write_config(config)
-        return _run(run, config, new=False)
-    config, run = make_config(args.preset, args.config, overrides(args)), RunFolder(args.run_dir or _default_folder())
-    if IS_MAIN_PROCESS:
-        run.check_free()
-    with _made(run.path):
-        return _run(run, config, new=True)
+        return _run(run, _resumed_config(args, run), new=False)
+    config = make_config(args.preset, args.config, overrides(args))
+    with _folder(args.run_dir) as folder:
+        return _run(RunFolder(folder), config, new=True)
 
 
 def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
     if IS_MAIN_PROCESS:
         print(f"run {run.path}: loading", file=sys.stderr, flush=True)
-    from .assemble import assemble  # seconds, so not before something is said
-    from .console import Console
-
     stop = threading.Event()
-    console = Console(config, first_epoch=len(run.metrics()) + 1)
-    try:
-        training = assemble(config, run, stop, console.watch)
-        with _stopping_on_signals(stop):
+    with _stopping_on_signals(stop):
+        from .assemble import assemble  # seconds, so not before something is said
+        from .console import Console
+
+        console = Console(config, first_epoch=len(run.metrics()) + 1)
+        try:
+            training = assemble(config, run, stop, console.watch)
+            if stop.is_set():
+                return _complain("stopped while it was loading; nothing is changed", STOPPED)
             if not training.accelerator.is_main_process:
                 deque(training.epochs(), maxlen=0)  # the main process tells of them
                 return STOPPED if training.stopped else FINISHED
@@ -99,10 +96,10 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
             for metrics in training.epochs():
                 console.epoch(metrics)
             return _conclude(run, training.stopped)
-    except (OSError, RewardError) as error:
-        raise TrainingError(f"{error}; {_what_is_left(run)}") from error
-    finally:
-        console.close()
+        except (OSError, RewardError) as error:
+            raise TrainingError(f"{error}; {_what_is_left(run)}") from error
+        finally:
+            console.close()
 
 
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
@@ -113,32 +110,42 @@ def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
             "got --resume with other settings; expected it alone, or with --epochs and --output.*: a run continues as "
             "it was configured"
         )
-    config, done = override(config, changes), len(run.metrics())
-    if config.epochs < done:
-        raise ValueError(f"got --epochs {config.epochs} for a run of {done} epochs; expected {done} or more")
-    return config
-
-
-def _default_folder() -> Path:
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    names = (stamp if number == 1 else f"{stamp}-{number}" for number in count(1))
-    return next(folder for name in names if not (folder := Path("runs") / name).exists())
+    return override(config, changes)
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Have `folder` inside the block; it and its new parents go again where nothing came to lie in them."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+def _folder(wanted: Path | None) -> Iterator[Path]:
+    """The folder of a new run, made; it and its new parents go again where nothing came to lie in them."""
+    if not IS_MAIN_PROCESS:  # the others write nothing
+        yield wanted or RUNS
+        return
+    folder, new = _make_folder(wanted)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"run directory {str(folder)!r} cannot be made: {error.strerror}; choose another") from error
-    try:
-        yield
+        yield folder
     finally:
         with suppress(OSError):
             for path in new:
                 path.rmdir()
+
+
+def _make_folder(wanted: Path | None) -> tuple[Path, list[Path]]:
+    """The folder, and what of it and its parents was not there."""
+    if wanted:
+        RunFolder(wanted).check_free()
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in count(1):
+        folder = wanted or RUNS / (stamp if number == 1 else f"{stamp}-{number}")
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=wanted is not None)
+            return folder, new
+        except FileExistsError:  # another run began in the same second
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"run directory {str(folder)!r} cannot be made: {error.strerror}; choose another"
+            ) from error
+    raise AssertionError("there is always another number")
 
 
 def _what_is_left(run: RunFolder) -> str:
@@ -160,7 +167,8 @@ def _conclude(run: RunFolder, stopped: bool) -> int:
         save_plots(run)
         print(summary(run))
     if stopped:
-        print(f"Stopped; everything is saved. Continue with: {_resume_command(run)}")
+        saved = "everything is saved" if any(run.checkpoints.glob("*")) else "there was nothing to save yet"
+        print(f"Stopped; {saved}. Continue with: {_resume_command(run)}")
         return STOPPED
     return FINISHED
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,19 +30,25 @@ def assemble(
     run: RunFolder,
     stop: threading.Event | None = None,
     watch: Watch = lambda phase, done, total: None,
+    make_policy: Callable[[TrainConfig, torch.device], DiffusionPolicy] | None = None,
+    cpu: bool = False,
 ) -> Training:
     """Load what `config` names and put it together.
+
+    Args:
+        make_policy: makes the policy where it is not `config.model` that is trained, but what the caller holds.
+        cpu: train there, whatever other devices there are.
 
     Raises:
         ValueError: something it names cannot be had; nothing was trained or written.
     """
     # Precision is the policy's own: accelerate's would be one for all runs of a process.
-    accelerator = Accelerator(log_with=_trackers(config.output.trackers), project_dir=str(run.path))
+    accelerator = Accelerator(cpu=cpu, log_with=_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
     how = (accelerator.device, config.reward_precision, config.reward_weights)
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.eval_rewards}
-    policy = load_policy(config, accelerator.device)
+    policy = (make_policy or load_policy)(config, accelerator.device)
     training = Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
     if training.encoder is not None:
         logger.info("the critic reads images by the encoder of %s", encoder_name(training.encoder))
@@ -71,18 +79,25 @@ def _trackers(names: list[str]) -> list[str] | None:
 
 def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     """The policy that `config` describes, on `device`."""
+    if config.model.startswith("comfyui:"):
+        raise ValueError(f"got {config.model!r}, a MODEL of ComfyUI's, which only its own graph has: go on there")
     model = str(WORLD / "pipeline") if config.model == "shapes" else config.model
+    components = load_components(model, DTYPES[config.precision], config.prediction_type)
+    return DiffusionPolicy.from_components(components, **policy_settings(config, device))
+
+
+def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """The settings of a DiffusionPolicy on `device` as `config` has them; the base model comes in DTYPES."""
     dtype = DTYPES[config.precision]
-    return DiffusionPolicy.from_components(
-        load_components(model, dtype, config.prediction_type),
-        steps=config.steps,
-        guidance=config.guidance,
-        resolution=config.resolution,
-        rank=config.policy.rank,
-        alpha=config.policy.alpha,
-        targets=config.policy.targets,
-        seed=config.seed,
-        device=device,
-        autocast=None if dtype == torch.float32 else dtype,
-        gradient_checkpointing=config.policy.gradient_checkpointing,
-    )
+    return {
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "resolution": config.resolution,
+        "rank": config.policy.rank,
+        "alpha": config.policy.alpha,
+        "targets": config.policy.targets,
+        "seed": config.seed,
+        "device": device,
+        "autocast": None if dtype == torch.float32 else dtype,
+        "gradient_checkpointing": config.policy.gradient_checkpointing,
+    }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ Tensors = dict[str, dict[str, Tensor]]
 def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
     """Write the named groups of `tensors` and the JSON `state` as the checkpoint `name`; keep the last `keep`.
 
-    A checkpoint's name says how far the run had come, so one that is there already holds the same state.
+    A checkpoint's name says how far the run had come, and `_load` holds it to that, so one that is there already holds
+    the same state.
     """
     place, beside = folder / name, folder / f".{name}{PARTIAL}"
     if (place / STATE).is_file():
@@ -38,7 +40,7 @@ def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, 
     beside.mkdir(parents=True)
     try:
         with naming(place):
-            _write(beside, tensors, state)
+            _write(beside, tensors, {"format": FORMAT, "name": name, "groups": sorted(tensors), **state})
         beside.replace(place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -53,8 +55,7 @@ def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, 
 def _write(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
     for group, content in tensors.items():
         write_tensors(folder / f"{group}.safetensors", content)
-    text = json.dumps({"format": FORMAT, "groups": sorted(tensors), **state})
-    (folder / STATE).write_text(text, encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
     lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
@@ -78,40 +79,48 @@ def load_latest(folder: Path) -> tuple[Tensors, dict[str, Any]] | None:
         ValueError: the newest checkpoint is damaged; the message names the file.
     """
     found = _whole_checkpoints(folder)
-    return _load(found[-1]) if found else None
+    if not found:
+        return None
+    try:
+        return _load(found[-1])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, Damage) as error:
+        what = str(error) if isinstance(error, Damage) else f"{type(error).__name__}: {error}"
+        remedy = "delete this folder to go on from the one before it" if len(found) > 1 else "start a new run"
+        raise ValueError(f"checkpoint {str(found[-1])!r} is damaged ({what}); put it back, or {remedy}") from error
+
+
+class Damage(Exception):
+    """What is wrong with a checkpoint."""
 
 
 def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise ValueError(
-                f"checkpoint {str(path)!r} has format {state['format']}; expected {FORMAT}: continue the run with the "
-                "version of comfy_tdpo that began it, or start a new one"
-            )
-        _check_sums(path)
-        return {name: load_file(path / f"{name}.safetensors") for name in state["groups"]}, state
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint {str(path)!r} has format {state['format']}; expected {FORMAT}: continue the run with the "
+            "version of comfy_tdpo that began it, or start a new one"
+        )
+    files = {group: f"{group}.safetensors" for group in state["groups"]}
+    _check_sums(path, {STATE, *files.values()})
+    if state["name"] != path.name:
+        raise Damage(f"it was saved as {state['name']!r}")
+    return {group: load_file(path / file) for group, file in files.items()}, state
 
 
-def _check_sums(path: Path) -> None:
-    for line in (path / SUMS).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        if _sha256(path / Path(name).name) != digest:
-            raise _damaged(path, f"{name} is not as it was saved")
+def _check_sums(path: Path, expected: set[str]) -> None:
+    """Every file is there and as it was saved."""
+    lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if sums.keys() != expected:
+        raise Damage(f"{SUMS} does not list what {STATE} does")
+    for name, digest in sums.items():
+        if _sha256(path / name) != digest:
+            raise Damage(f"{name} is not as it was saved")
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(
-        f"checkpoint {str(path)!r} is damaged ({what}); delete this folder to go on from the checkpoint before it, or "
-        "from the beginning where there is none"
-    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

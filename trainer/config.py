@@ -268,6 +268,8 @@ class TrainConfig(Section):
             )
         if self.advantage_clip is not None and self.critic.enabled:
             raise ValueError("advantage_clip is for algorithms without a critic; set it to none")
+        if len(set(self.eval_rewards)) < len(self.eval_rewards):
+            raise ValueError(f"eval_rewards lists a reward twice: {', '.join(self.eval_rewards)}; take one out")
         if len(self.trained_on) == 1 and self.trained_on[0] in self.eval_rewards:
             raise ValueError(
                 f"eval_rewards lists {self.trained_on[0]!r}, which is trained on; a held-out reward is another one"
@@ -370,8 +372,8 @@ def _merge(base: Fields, over: Fields) -> Fields:
 
 def _read_toml(path: Path) -> Fields:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # of UTF-8, of TOML, of an endless number or nesting
         raise ValueError(f"configuration {str(path)!r} cannot be read: {error}") from error
 
 

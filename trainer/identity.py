@@ -7,8 +7,8 @@ from comfy_tdpo.policy import DiffusionPolicy
 
 from .config import Fields, TrainConfig, plain_values
 
-# A run may go on for more epochs, write something else, and find its files at another place; the model's weights are
-# compared.
+# A run may go on for more epochs, write something else, and find its files at another place; of the model the weights
+# themselves are compared.
 FREE = ("epochs", "output", "model", "reward_weights")
 
 

@@ -2,21 +2,25 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .run import EpochMetrics, RunFolder
-from .state import Watch
-from .training import Training
+
+if TYPE_CHECKING:  # whoever only asks after jobs need not wait for all that trains them
+    from .state import Watch
+    from .training import Training
 
 logger = logging.getLogger(__name__)
 
-State = Literal["waiting", "running", "finished", "stopped", "failed"]
-TrainingFactory = Callable[[RunFolder, threading.Event, Watch], Training]
+State = Literal["waiting", "running", "stopping", "finished", "stopped", "failed"]
+ENDED = ("finished", "stopped", "failed")
+TrainingFactory = Callable[[RunFolder, threading.Event, "Watch"], "Training"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,7 @@ class Job:
 
     def __init__(self, run: RunFolder, factory: TrainingFactory, device: torch.device | str = "cpu"):
         self.run, self._factory = run, factory
-        device = torch.device(device)
-        self.device = torch.device(device.type, device.index or 0)
+        self.device = _numbered(device)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._subscribers: list[Subscriber] = []
         self._thread = threading.Thread(target=self._work, name=f"tdpo-{self.id}", daemon=True)
@@ -71,7 +74,12 @@ class Job:
     @property
     def status(self) -> Status:
         with self._lock:
-            return self._status
+            return self._seen(self._status)
+
+    def _seen(self, status: Status) -> Status:
+        """As it looks from outside: a job that was asked to stop is on its way to that, whatever it does last."""
+        stopping = self._stop.is_set() and status.state not in ENDED
+        return replace(status, state="stopping") if stopping else status
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber(event, status)` on every event, from the job's thread; returns what ends it.
@@ -102,7 +110,8 @@ class Job:
             outcome: dict[str, Any] = {"state": "stopped" if self._train() else "finished"}
         except Exception as error:  # whatever it is, it belongs to whoever watches the job
             logger.exception("run %s failed", self.id)
-            outcome = {"state": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())}
+            outcome = {"state": "failed", "error": _sentence(error)}
+        del self._factory  # with whatever it holds on the device
         _unregister(self)
         self._change("end", **outcome)
 
@@ -125,12 +134,29 @@ class Job:
 
     def _change(self, event: str, **changes: Any) -> None:
         with self._lock:
-            self._status = status = replace(self._status, **changes)
+            self._status = replace(self._status, **changes)
+            status = self._seen(self._status)
         for subscriber in list(self._subscribers):
             try:
                 subscriber(event, status)
             except Exception:  # a watcher's mistake is not the training's
                 logger.exception("a subscriber of run %s failed", self.id)
+
+
+def _numbered(device: torch.device | str) -> torch.device:
+    """A device without a number is the first."""
+    device = torch.device(device)
+    return torch.device(device.type, device.index or 0)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (
+            "out of memory: lower resolution, micro_batch or decode_batch, set policy.gradient_checkpointing to true, "
+            "precision to bf16, or close what else uses the device; what was saved before is whole"
+        )
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"  # those are for users
+    return " ".join(text.split())
 
 
 _jobs: dict[str, Job] = {}
@@ -141,6 +167,20 @@ _registry_lock = threading.Lock()
 def find_job(job_id: str) -> Job | None:
     """The job of that id in this process, running or ended."""
     return _jobs.get(job_id)
+
+
+def job_on(device: torch.device | str) -> Job | None:
+    """The job that is training on that device."""
+    return _training_on.get(_numbered(device))
+
+
+def stop_all(timeout: float) -> None:
+    """Ask every job to stop, and give them `timeout` seconds in all to save: for a process that is about to end."""
+    jobs, end = list(_training_on.values()), time.monotonic() + timeout
+    for job in jobs:
+        job.stop()
+    for job in jobs:
+        job.wait(max(0.0, end - time.monotonic()))
 
 
 def _register(job: Job) -> None:

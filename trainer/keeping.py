@@ -46,7 +46,7 @@ class Keeper:
             self.accelerator.end_training()
 
     def keep_epoch(self, metrics: EpochMetrics) -> None:
-        """An epoch is done: the checkpoint goes last, so that what it stands for is there."""
+        """An epoch is done: the checkpoint follows what it stands for."""
         self._check_finite()
         epoch, config = self.state.epoch, self.config.output
         last = epoch == self.config.epochs
@@ -60,20 +60,21 @@ class Keeper:
             self._keep_checked_state()
 
     def put_in_order(self, restored: bool) -> None:
-        """Make the folder agree with the checkpoint that was `restored`, or with the beginning.
+        """Make the folder agree with the checkpoint that was `restored`, or with the beginning, and with the settings.
 
         Raises:
-            ValueError: there are metrics of epochs whose checkpoint is gone.
+            ValueError: there was a checkpoint, and it is gone.
         """
-        epochs = 0 if restored else len(self.run.metrics())
-        if epochs > self.config.output.checkpoint_every:
+        lost = self.run.latest_lora.exists() or len(self.run.metrics()) > self.config.output.checkpoint_every
+        if not restored and lost:
             raise ValueError(
-                f"got a run of {epochs} epochs without a checkpoint; expected one in {str(self.run.checkpoints)!r}: "
-                "put that folder back, or start a new run"
+                f"got a run whose checkpoints are gone; expected one in {str(self.run.checkpoints)!r}: put that folder "
+                "back, or start a new run"
             )
         remove_partial(self.run.checkpoints)
         self.run.write_metrics(self.state.metrics)
-        if restored and not self.run.latest_lora.exists():
+        self.run.keep_changes(self.config)
+        if restored:
             self._keep_lora(self.run.latest_lora)
 
     def keep_state(self) -> None:
@@ -81,8 +82,8 @@ class Keeper:
         self._keep_checked_state()
 
     def _keep_checked_state(self) -> None:
-        self._keep_lora(self.run.latest_lora)
         self.state.save(self.run.checkpoints, self.config.output.keep_checkpoints)
+        self._keep_lora(self.run.latest_lora)  # where there is one, there was a checkpoint
 
     def keep_grid(self, check: Callable[[], None] = lambda: None) -> None:
         """Images of fixed prompts from fixed noise; `check` may raise to leave it."""

@@ -102,6 +102,12 @@ class RunFolder:
         """Replace the run's configuration; what is not free to change is refused when the run goes on."""
         self._write_text(CONFIG, tomli_w.dumps(plain_values(config)))
 
+    def keep_changes(self, config: TrainConfig) -> None:
+        """Take over what `config` says of epochs and output, which may change on the way."""
+        changed = self.config.model_copy(update={"epochs": config.epochs, "output": config.output})
+        if changed != self.config:
+            self.write_config(changed)
+
     def _write_lines(self, name: str, lines: list[str]) -> None:
         self._write_text(name, "".join(f"{line}\n" for line in lines))
 
@@ -132,7 +138,11 @@ class RunFolder:
         return spread(shown, config.output.grid_images)
 
     def _kept_prompts(self, name: str) -> list[str]:
-        return load_prompts(str(self.path / name)) if (self.path / CONFIG).is_file() else []
+        if not (self.path / CONFIG).is_file():
+            return []
+        if not (self.path / name).is_file():
+            raise ValueError(f"{self.path / name} is gone, without which the run cannot go on; put it back")
+        return load_prompts(str(self.path / name))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -110,6 +110,8 @@ class Training:
     def _epochs(self) -> Iterator[EpochMetrics]:
         state = self.state
         restored = state.restore(self.run.checkpoints, self._epoch_prompts)
+        if state.epoch > self.config.epochs:
+            raise ValueError(f"got {self.config.epochs} epochs for a run of {state.epoch}; expected as many or more")
         if self.accelerator.is_main_process:
             self.keeper.put_in_order(restored)
         self.keeper.open_trackers()

@@ -153,6 +153,11 @@ def encoder_name(model: RewardModel) -> str:
     return model.encoder.name if isinstance(model, WeightedSum) and model.encoder else model.name
 
 
+def name_of_sum(terms: Mapping[str, float], scales: Mapping[str, float] | None = None) -> str:
+    """What load_rewards calls the sum of `terms`."""
+    return " + ".join(_term(name, weight, (scales or {}).get(name, 1.0)) for name, weight in terms.items() if weight)
+
+
 def _term(name: str, weight: float, scale: float) -> str:
     return (f"{weight:g} " if weight != 1 else "") + name + (f" / {scale:g}" if scale != 1 else "")
 

@@ -1,0 +1,121 @@
+"""The workflows' thumbnails and the README's screenshot, from real runs in the real frontend.
+
+`python benchmarks/workflow_pictures.py http://127.0.0.1:8188 [NAME...]` opens each workflow on a running ComfyUI that
+has this pack, runs it, and writes workflows/NAME.jpg; for the quickstart docs/images/live-node.png too. Those for
+Stable Diffusion are not run, as they take a checkpoint: their thumbnails show the graph. Needs playwright and Chromium
+(`$CHROMIUM`, /usr/bin/chromium where that is not set).
+"""
+
+import argparse
+import io
+import json
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+ROOT = Path(__file__).parent.parent
+THUMBNAIL, GROUND = (640, 400), "#222222"
+VIEW = {"width": 1600, "height": 1000}
+MINUTES = 20  # that a workflow may take
+
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.ColorPalette": "dark",
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+    "Comfy.VueNodes.Enabled": False,
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0,
+}
+READY = "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.TDPOTrain)"
+OPEN = """async (graph) => {
+  await window.app.loadGraphData(graph);
+  await new Promise((done) => setTimeout(done, 1000));
+}"""
+# Puts the nodes and groups of those titles, or all, in the middle of the canvas; returns where they are on the screen.
+FIT = """async (titles) => {
+  const { graph, canvas } = window.app;
+  const { x, y, width: wide, height: high } = canvas.canvas.getBoundingClientRect();
+  const chosen = [...graph.nodes, ...graph.groups].filter((part) => !titles.length || titles.includes(part.title));
+  const boxes = chosen.map(({ pos, size }) => [pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]]);
+  const edge = (choose, i) => choose(...boxes.map((box) => box[i]));
+  const [left, top, right, bottom] = [edge(Math.min, 0), edge(Math.min, 1), edge(Math.max, 2), edge(Math.max, 3)];
+  const scale = Math.min((wide - 100) / (right - left), (high - 140) / (bottom - top), 1.4);
+  canvas.ds.scale = scale;
+  canvas.ds.offset = [70 / scale - left, 90 / scale - top]; // right of the side bar and below the tabs
+  canvas.setDirty(true, true);
+  await new Promise((done) => setTimeout(done, 1500));
+  return { x: x + 62, y: y + 82, width: (right - left) * scale + 16, height: (bottom - top) * scale + 16 };
+}"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the thumbnail of a workflow shows: the titles of nodes or groups, all where there are none."""
+
+    titles: tuple[str, ...] = ()
+    is_run: bool = True
+
+
+PICTURES = {
+    "shapes_quickstart": Picture(("Before, with scores", "After, with scores")),
+    "shapes_inspect_neurons": Picture(("Neurons over the epochs",)),
+    "multi_reward": Picture(("Aligned, with scores",)),
+    "sd15_align_aesthetic": Picture(("1  Align",), is_run=False),
+    "sd15_apply_and_compare": Picture(is_run=False),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("server", help="address of a ComfyUI with this pack")
+    parser.add_argument("names", nargs="*", default=list(PICTURES), help="workflows; the default is all")
+    args = parser.parse_args()
+    with import_module("playwright.sync_api").sync_playwright() as playwright:
+        chromium = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport=VIEW, device_scale_factor=1.5)
+        page.request.post(f"{args.server}/api/settings", data=SETTINGS)
+        for name in args.names:
+            take(page, args.server, name, PICTURES[name])
+
+
+def take(page: Any, server: str, name: str, picture: Picture) -> None:
+    page.goto(server)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(2000)
+    page.evaluate(OPEN, json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+    if picture.is_run:
+        run(page)
+    shown = ImageOps.pad(screenshot(page, picture.titles).convert("RGB"), THUMBNAIL, color=GROUND)
+    shown.save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+    if name == "shapes_quickstart":
+        screenshot(page, ("TDPO-R Train",)).save(ROOT / "docs" / "images" / "live-node.png", optimize=True)
+
+
+def run(page: Any) -> None:
+    """Run the graph that is open, to its end."""
+    page.evaluate(
+        """() => new Promise((done, fail) => {
+          window.app.api.addEventListener("execution_success", () => done());
+          for (const end of ["execution_error", "execution_interrupted"]) {
+            window.app.api.addEventListener(end, ({ detail }) => fail(new Error(detail.exception_message ?? end)));
+          }
+          setTimeout(() => fail(new Error("it took too long")), MINUTES * 60000);
+          window.app.queuePrompt(0);
+        })""".replace("MINUTES", str(MINUTES))
+    )
+    page.wait_for_timeout(3000)
+
+
+def screenshot(page: Any, titles: tuple[str, ...]) -> Image.Image:
+    clip = page.evaluate(FIT, list(titles))
+    return Image.open(io.BytesIO(page.screenshot(clip=clip)))
+
+
+if __name__ == "__main__":
+    main()

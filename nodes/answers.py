@@ -1,0 +1,42 @@
+"""Questions about runs, as HTTP asks them, and their answers: a status and JSON or a picture."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .runs import NoSuchRun, NotRunning, Runs
+
+STATUS = {NoSuchRun: 404, NotRunning: 409}
+
+
+def answer(runs: Runs, ask: Callable[[], Any]) -> tuple[int, Any]:
+    """HTTP's status, and what `ask` gives or one sentence about why it cannot."""
+    try:
+        return 200, ask()
+    except ValueError as error:
+        return STATUS.get(type(error), 400), {"error": runs.told(" ".join(str(error).split()))}
+
+
+def overview(runs: Runs) -> tuple[int, Any]:
+    return answer(runs, runs.overview)
+
+
+def status(runs: Runs, name: str) -> tuple[int, Any]:
+    return answer(runs, lambda: runs.status(runs.find(name)))
+
+
+def metrics(runs: Runs, name: str, after: str) -> tuple[int, Any]:
+    return answer(runs, lambda: runs.metrics(runs.find(name), _epoch(after)))
+
+
+def picture(runs: Runs, name: str, which: str) -> tuple[int, Any]:
+    return answer(runs, lambda: runs.picture(runs.find(name), which))
+
+
+def stop(runs: Runs, name: str) -> tuple[int, Any]:
+    return answer(runs, lambda: runs.stop(runs.find(name)))
+
+
+def _epoch(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise ValueError(f"got after={text[:40]!r}; expected the number of an epoch")
+    return int(text)

@@ -1,0 +1,69 @@
+"""A run's LoRA on a MODEL."""
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from .wires import CATEGORY, Run
+from .words import LATEST, NO_FILE, SNAPSHOTS
+
+
+class ApplyLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TDPOApplyLoRA",
+            display_name="TDPO LoRA Apply",
+            category=CATEGORY,
+            description="Puts the LoRA of a run, or one of a file, on a model. Where nothing of it fits, it says so, "
+            "instead of sampling from the model as it was.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model the run was trained on."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="1: as it was trained.",
+                ),
+                io.Combo.Input(
+                    "snapshot",
+                    SNAPSHOTS,
+                    default=LATEST,
+                    tooltip="Which LoRA of the run: the newest, the one whose images scored best on the training "
+                    "reward or on the first held-out one, or that of the epoch below.",
+                ),
+                io.Int.Input(
+                    "epoch", default=1, min=1, max=9999, tooltip="Counts where the snapshot is 'epoch'; some are kept."
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    [NO_FILE, *folder_paths.get_filename_list("loras")],
+                    default=NO_FILE,
+                    tooltip="A LoRA file, where no run is wired in.",
+                ),
+                Run.Input("run", optional=True, tooltip="A run of TDPO-R Train; then the file does not count."),
+            ],
+            outputs=[
+                io.Model.Output("aligned", display_name="MODEL", tooltip="The model with the LoRA on it."),
+                io.String.Output("info", display_name="info", tooltip="What was applied."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str = NO_FILE, **_: Any) -> str:
+        """A file may be overwritten; a newer snapshot of a run shows in the fingerprint of its Train node."""
+        path = folder_paths.get_full_path("loras", lora_name)
+        return str(Path(path).stat().st_mtime_ns) if path else ""
+
+    @classmethod
+    def execute(cls, model, strength: float, snapshot: str, epoch: int, lora_name: str, run=None) -> io.NodeOutput:
+        from .applying import apply_file, apply_run
+
+        if run is not None:
+            return io.NodeOutput(*apply_run(model, run, snapshot, epoch, strength))
+        return io.NodeOutput(*apply_file(model, lora_name, strength))

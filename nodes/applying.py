@@ -1,0 +1,47 @@
+"""Applies LoRAs as ComfyUI does, but for silence where nothing fits."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+from torch import Tensor
+
+from ..trainer.run import RunFolder
+from .snapshots import epoch_of, find_snapshot, read_lora
+
+
+def apply_run(model: Any, run: RunFolder, snapshot: str, epoch: int, strength: float) -> tuple[Any, str]:
+    """The MODEL with a run's LoRA, and what was applied."""
+    path = find_snapshot(run, snapshot, epoch)
+    if path is None:
+        return model, f"run {run.path.name}: no LoRA yet, the model is as it was"
+    applied = apply_weights(model, read_lora(path), strength, f"run {run.path.name!r}")
+    return applied, f"run {run.path.name}, after epoch {epoch_of(path)}, strength {strength:g}"
+
+
+def apply_file(model: Any, name: str, strength: float) -> tuple[Any, str]:
+    """The MODEL with the LoRA of a file in ComfyUI's list."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise ValueError(f"got LoRA {name!r}; expected a run on the wire, or one of the files in models/loras")
+    return apply_weights(model, read_lora(Path(path)), strength, f"{name!r}"), f"{name}, strength {strength:g}"
+
+
+def apply_weights(model: Any, weights: dict[str, Tensor], strength: float, what: str) -> Any:
+    """The MODEL with these weights on it.
+
+    Raises:
+        ValueError: not a single one has a place in the MODEL.
+    """
+    patched, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
+    if patched.patches_uuid == model.patches_uuid or not _added(patched, model):
+        raise ValueError(
+            f"got a LoRA ({what}) of which nothing fits this MODEL; expected one that was trained on this kind of "
+            "model: wire in the MODEL of the Train node"
+        )
+    return patched
+
+
+def _added(patched: Any, before: Any) -> bool:
+    return any(len(patches) > len(before.patches.get(key, ())) for key, patches in patched.patches.items())

@@ -1,0 +1,73 @@
+"""Which run a Train node means, and when it would give something new."""
+
+from ..trainer.config import TrainConfig
+from ..trainer.job import ENDED
+from ..trainer.run import CONFIG, RunFolder
+from .configure import difference
+from .names import check_run_name, later_name
+from .runs import Runs
+from .words import AS_IT_IS, NEW
+
+
+def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
+    """The run that is meant, which need not exist yet.
+
+    Raises:
+        ValueError: a run of that name is there and was begun with other settings, or none is where one must be.
+    """
+    check_run_name(name)
+    if resume == AS_IT_IS:
+        return runs.find(name)
+    if resume == NEW:
+        return _newest_or_free(runs, name, config, prompts)
+    run = runs.folder(name)
+    if runs.exists(name) and not is_blank(runs, run):
+        changed = difference(run, config, prompts)
+        if changed:
+            raise ValueError(
+                f"run {name!r} was begun with other settings: {changed}; put that back to go on with it, or set resume "
+                f"to '{NEW}' to begin {later_name(name, 2)!r}, or choose another run name"
+            )
+    return run
+
+
+def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
+    """The first free one of name, name-2, ...; but where that before it is what it would become, or does so, that."""
+    number = 1
+    while runs.exists(later_name(name, number)):
+        number += 1
+    if number > 1:
+        last = runs.folder(later_name(name, number - 1))
+        if is_blank(runs, last) or (_is_settled(runs, last) and not difference(last, config, prompts)):
+            return last
+    return runs.folder(later_name(name, number))
+
+
+def _is_settled(runs: Runs, run: RunFolder) -> bool:
+    return runs.status(run)["state"] in ("waiting", "running", "stopping", "finished")
+
+
+def is_blank(runs: Runs, run: RunFolder) -> bool:
+    """Whether nothing was trained yet and nothing is being: such a run holds nobody to its settings."""
+    job = runs.job(run)
+    trained = bool(run.metrics()) or run.checkpoints.exists()
+    return not trained and (job is None or job.status.state in ENDED)
+
+
+def is_done(run: RunFolder, config: TrainConfig) -> bool:
+    return (run.path / CONFIG).exists() and len(run.metrics()) >= config.epochs
+
+
+def token(runs: Runs, name: str, wait: bool) -> str:
+    """Changes whenever a Train node of that name would give something else than when it last ran.
+
+    Where the node waits, a run that is not there yet and one that has ended are the same: it will give all of it.
+    """
+    states = []
+    number = 1
+    while runs.exists(later_name(name, number)):
+        status = runs.status(runs.folder(later_name(name, number)))
+        if not (wait and status["state"] == "finished"):
+            states.append(f"{status['id']} {status['state']} {status['epoch']}")
+        number += 1
+    return ", ".join(states)

@@ -1,0 +1,111 @@
+"""From what a Train node is given to a configuration, and whether two configurations are one run.
+
+A run gives the same result whenever it is repeated with the same settings, seed among them. So nothing here asks which
+of two such runs is meant.
+"""
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from comfy_tdpo.prompts import load_prompts
+
+from ..trainer.config import Fields, TrainConfig, make_config, override, plain_values
+from ..trainer.run import RunFolder
+from .scoring import RewardChoice
+from .words import AUTO
+
+SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: of the embedded world, and the paper's
+INPUTS = ("algorithm", "model", "rewards", "eval_rewards", "prompts", "grid_prompts", "seed")
+NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: as the preset has them
+MAY_CHANGE = ("epochs", "output.", "prompts", "grid_prompts")  # on the way; prompts are compared by their words
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a Train node asks for.
+
+    model: what its MODEL is called; shapes: whether that is the embedded world.
+    numbers: those of NUMBERS, and rank and learning_rate; critic: nested settings, or None for the preset's.
+    text: prompts, one a line; prompt_set: the set where there is no text; settings: more of them, as TOML.
+    """
+
+    model: str
+    shapes: bool
+    reward: RewardChoice
+    algorithm: str = "tdpo-r"
+    seed: int = 42
+    numbers: dict[str, float] = field(default_factory=dict)
+    held_out: RewardChoice | None = None
+    critic: Fields | None = None
+    text: str = ""
+    prompt_set: str = AUTO
+    settings: str = ""
+
+    def config(self) -> TrainConfig:
+        """The configuration; its prompts are those of the set, until `RunFolder`s of nodes keep their own."""
+        preset = SHAPES if self.shapes else OTHER
+        values: Fields = {
+            "algorithm": self.algorithm,
+            "model": self.model,
+            "rewards": self.reward.weights,
+            "eval_rewards": list(self.held_out.weights) if self.held_out else [],
+            "seed": self.seed,
+        }
+        values |= {name: self.numbers[name] for name in NUMBERS if self.numbers.get(name)}
+        if samples := values.get("samples_per_epoch"):
+            values["samples_per_update"] = samples // 2 if samples % 2 == 0 else samples
+        lora = {"rank": self.numbers.get("rank"), "lr": self.numbers.get("learning_rate")}
+        values["policy"] = {name: value for name, value in lora.items() if value}
+        if self.prompt_set != AUTO:
+            values["prompts"] = self.prompt_set
+        return override(override(make_config(preset, None, values), self._critic()), self._more())
+
+    def prompts(self) -> list[str]:
+        """The training prompts: the lines of the text, or where there are none the set."""
+        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
+        return lines or load_prompts(self.config().prompts)
+
+    def _critic(self) -> Fields:
+        if self.critic is None:
+            return {}
+        if self.algorithm.startswith("ddpo"):
+            raise ValueError(
+                f"got a critic for {self.algorithm}, which has none; unplug the critic, or choose tdpo-r or tdpo"
+            )
+        neurons = {} if self.algorithm == "tdpo" else self.critic["neurons"]  # TDPO is TDPO-R without resets
+        return self.critic | {"neurons": neurons}
+
+    def _more(self) -> Fields:
+        try:
+            more = tomllib.loads(self.settings)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(
+                f"got settings that are no TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8.0"
+            ) from error
+        for name in INPUTS:
+            if name in more:
+                raise ValueError(f"got {name!r} among the settings; the node has an input or a wire for it: use that")
+        return more
+
+
+# --- whether it is the same run ---------------------------------------------------------------------------------------
+
+
+def difference(run: RunFolder, config: TrainConfig, prompts: list[str]) -> str:
+    """In what `config` and `prompts` would be another run than `run`; empty where they would not."""
+    before = run.config
+    old, new = dict(_leaves(plain_values(before))), dict(_leaves(plain_values(config)))
+    for name in sorted(old.keys() | new.keys()):
+        if not name.startswith(MAY_CHANGE) and old.get(name) != new.get(name):
+            return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+    return "" if run.prompts(before) == prompts else "its prompts were others"
+
+
+def _leaves(values: Fields, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "rewards":
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,93 @@
+"""The temporal critic's settings; the defaults are the paper's."""
+
+from comfy_api.latest import io
+
+from .wires import CATEGORY, Critic
+
+ACTIVATIONS = ["identity", "relu", "leaky_relu"]
+RESETS = ["active", "dormant", "all", "none"]
+DATA = ["epoch", "first-step"]
+
+
+class TemporalCritic(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TDPOTemporalCritic",
+            display_name="TDPO Temporal Critic",
+            category=CATEGORY,
+            description="How the critic of TDPO-R learns what reward a half-finished image will get, and which of its "
+            "neurons are drawn anew against overoptimisation. The defaults are the paper's.",
+            inputs=[
+                io.Combo.Input(
+                    "activation",
+                    ACTIVATIONS,
+                    default="identity",
+                    tooltip="Between the critic's layers. Identity is what the authors' code does; the paper speaks of "
+                    "the other two.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-5,
+                    round=1e-8,
+                    tooltip="Learning rate of the critic. Shapes learns in its few epochs with 0.001.",
+                ),
+                io.Float.Input(
+                    "clip_range",
+                    default=0.2,
+                    min=0.001,
+                    max=100.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="How far one update may move a prediction from its old value, in normalised reward.",
+                ),
+                io.Combo.Input(
+                    "reset",
+                    RESETS,
+                    default="active",
+                    tooltip="Which neurons are drawn anew: the active (TDPO-R), the dormant, all, or none (TDPO).",
+                ),
+                io.Int.Input(
+                    "reset_every", default=10, min=1, max=10_000, tooltip="Epochs between two resets of neurons."
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="A neuron is active where its mean activation, relative to its layer's, is above this.",
+                ),
+                io.Combo.Input(
+                    "activation_data",
+                    DATA,
+                    default="epoch",
+                    tooltip="What the neurons are measured on: every step of the epoch's images, or the noisiest step.",
+                ),
+            ],
+            outputs=[
+                Critic.Output("critic", display_name="critic", tooltip="Goes into the critic of TDPO-R Train."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        activation: str,
+        learning_rate: float,
+        clip_range: float,
+        reset: str,
+        reset_every: int,
+        threshold: float,
+        activation_data: str,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            {
+                "critic": {"activation": activation, "lr": learning_rate, "clip_range": clip_range},
+                "neurons": {"reset": reset, "every": reset_every, "threshold": threshold, "data": activation_data},
+            }
+        )

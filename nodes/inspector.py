@@ -1,0 +1,31 @@
+"""A look at the critic's neurons."""
+
+from comfy_api.latest import io
+
+from .wires import CATEGORY, Run
+
+
+class NeuronInspector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TDPONeuronInspector",
+            display_name="TDPO Neuron Reset Inspector",
+            category=CATEGORY,
+            description="Shows the critic's neurons over the epochs: how active each one is, when it was reset, how "
+            "many are dormant and how many of those stay so.",
+            inputs=[
+                Run.Input("run", tooltip="A run of TDPO-R Train whose algorithm has a critic: tdpo-r or tdpo."),
+            ],
+            outputs=[
+                io.Image.Output("picture", display_name="picture", tooltip="Each neuron's activation, by layer."),
+                io.String.Output("text", display_name="text", tooltip="Dormant, overlap and resets, epoch by epoch."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, run) -> io.NodeOutput:
+        from ..trainer.neuron_plot import described, neuron_figure
+        from .results import as_tensor
+
+        return io.NodeOutput(as_tensor(neuron_figure(run)), described(run))

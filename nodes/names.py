@@ -1,0 +1,35 @@
+"""Names of runs: one folder each, on every system, and nowhere else than where runs lie."""
+
+import re
+
+LONGEST = 80  # bytes; systems allow 255, and Windows about that for a whole path
+EXPECTED = (
+    f"expected a name of 1 to {LONGEST} letters, digits, spaces and . _ - +, beginning with a letter or a digit and "
+    "not ending in a dot or a space, such as 'my style 2'"
+)
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices, for Windows
+
+
+def check_run_name(name: str) -> str:
+    """`name` itself; ValueError where it cannot be a run's."""
+    if problem := problem_with(name):
+        raise ValueError(problem)
+    return name
+
+
+def problem_with(name: str) -> str:
+    """Why `name` cannot be a run's; empty where it can."""
+    if not re.fullmatch(r"[^\W_]([\w .+-]*[\w+-])?", name) or len(name.encode()) > LONGEST:
+        return f"got run name {_shown(name)}; {EXPECTED}"
+    if _RESERVED.fullmatch(name):
+        return f"got run name {_shown(name)}, which Windows keeps for a device; {EXPECTED}"
+    return ""
+
+
+def _shown(name: str) -> str:
+    return repr(name) if len(name) <= LONGEST else f"{name[:40]!r}... of {len(name)} characters"
+
+
+def later_name(name: str, number: int) -> str:
+    """The name of the run `number` of those that began as `name`: name, name-2, name-3."""
+    return name if number == 1 else f"{name}-{number}"

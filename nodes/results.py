@@ -1,0 +1,32 @@
+"""What a run has so far, as a graph takes it. ComfyUI's images are float (B, H, W, 3) in [0, 1]."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..trainer.plots import reward_figure
+from ..trainer.run import RunFolder
+from .runs import newest_grid
+
+
+def lora_weights(run: RunFolder) -> dict[str, Tensor]:
+    """The newest LoRA; before the first there are no weights, which is what an untrained one amounts to."""
+    from .snapshots import read_lora
+
+    return read_lora(run.latest_lora) if run.latest_lora.is_file() else {}
+
+
+def sample_image(run: RunFolder) -> Tensor:
+    """The newest grid of samples, (1, H, W, 3); grey where there is none yet."""
+    path = newest_grid(run)
+    return as_tensor(Image.open(path)) if path else torch.full((1, 64, 64, 3), 0.5)
+
+
+def plot_image(run: RunFolder) -> Tensor:
+    """The rewards over the epochs, (1, H, W, 3)."""
+    return as_tensor(reward_figure(run.metrics(), run.config))
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).float()[None] / 255

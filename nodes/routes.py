@@ -1,0 +1,49 @@
+"""What the browser asks of runs, over HTTP."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+
+def register() -> None:
+    """Add the routes to ComfyUI's server, before it starts to serve."""
+    routes = PromptServer.instance.routes
+
+    @routes.get("/tdpo/runs")
+    async def runs(_request: web.Request) -> web.Response:
+        return await _respond("overview")
+
+    @routes.get("/tdpo/runs/{id}")
+    async def run(request: web.Request) -> web.Response:
+        return await _respond("status", request.match_info["id"])
+
+    @routes.get("/tdpo/runs/{id}/metrics")
+    async def metrics(request: web.Request) -> web.Response:
+        return await _respond("metrics", request.match_info["id"], request.query.get("after", "0"))
+
+    @routes.get("/tdpo/runs/{id}/pictures/{name}")
+    async def picture(request: web.Request) -> web.Response:
+        return await _respond("picture", request.match_info["id"], request.match_info["name"])
+
+    @routes.post("/tdpo/runs/{id}/stop")
+    async def stop(request: web.Request) -> web.Response:
+        return await _respond("stop", request.match_info["id"])
+
+
+async def _respond(question: str, *arguments: str) -> web.Response:
+    """Asked on another thread, as it reads files and draws, and the server serves everybody meanwhile."""
+    status, answer = await asyncio.to_thread(_ask, question, *arguments)
+    if isinstance(answer, bytes):
+        return web.Response(body=answer, content_type="image/png", headers={"Cache-Control": "no-store"})
+    return web.json_response(answer, status=status)
+
+
+def _ask(question: str, *arguments: str) -> tuple[int, Any]:
+    from . import answers
+    from .place import all_runs
+
+    ask: Callable[..., tuple[int, Any]] = getattr(answers, question)
+    return ask(all_runs(), *arguments)

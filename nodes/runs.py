@@ -1,0 +1,230 @@
+"""The runs below ComfyUI's output folder: which there are, where each stands, what can be seen of it.
+
+All that the routes and the nodes tell of runs is made here, without ComfyUI and without a server.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comfy_tdpo.rewards import name_of_sum
+
+from ..trainer.job import ENDED, Job, find_job
+from ..trainer.run import CONFIG, EpochMetrics, RunFolder, write_atomically
+from .names import check_run_name, problem_with
+
+Fields = dict[str, Any]
+
+NODE = "comfyui.json"  # in a run's folder: which node of a graph it belongs to
+
+
+class NoSuchRun(ValueError):
+    """A name that could be a run's, and is none's."""
+
+
+class NotRunning(ValueError):
+    """There is nothing to stop."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All runs.
+
+    Args:
+        root: the folder whose subfolders they are; loras: ComfyUI's folder for LoRAs, where theirs go into `tdpo/`.
+    """
+
+    root: Path
+    loras: Path
+
+    def folder(self, name: str) -> RunFolder:
+        """The folder of a run, whether it exists or not."""
+        return RunFolder(self.root / check_run_name(name))
+
+    def find(self, name: str) -> RunFolder:
+        """The run of that name.
+
+        Raises:
+            NoSuchRun: there is none; ValueError: there cannot be one.
+        """
+        run = self.folder(name)
+        if not self.exists(name):
+            raise NoSuchRun(f"got run {name!r}; expected one of those in output/tdpo: start it in a TDPO Train node")
+        return run
+
+    def exists(self, name: str) -> bool:
+        return not problem_with(name) and (self.root / name / CONFIG).is_file()
+
+    def all(self) -> list[RunFolder]:
+        """Newest first; folders that are no runs are left alone."""
+        found = [path.parent for path in self.root.glob(f"*/{CONFIG}") if not problem_with(path.parent.name)]
+        return [RunFolder(path) for path in sorted(found, key=lambda path: -(path / CONFIG).stat().st_mtime)]
+
+    def job(self, run: RunFolder) -> Job | None:
+        """The job that trains the run, or did in this process."""
+        job = find_job(run.path.name)
+        return job if job is not None and job.run.path == run.path else None
+
+    # --- what is told of a run --------------------------------------------------------------------------------------
+
+    def overview(self) -> Fields:
+        return {"runs": [self.status(run) for run in self.all()]}
+
+    def status(self, run: RunFolder) -> Fields:
+        """Where the run stands: of its job, or where there is none, of what its folder holds."""
+        status = {
+            "id": run.path.name,
+            "node": node_of(run),
+            "lora": self.lora_name(run),
+            "samples_epoch": _newest_grid(run),
+        }
+        try:
+            config, job = run.config, self.job(run)
+            status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.eval_rewards}
+            status |= _of_job(job) if job else _of_folder(len(run.metrics()), config.epochs)
+        except ValueError as error:
+            status |= {"reward": "", "eval_rewards": [], **_of_folder(0, 0), "state": "failed"}
+            status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
+        if status["error"]:
+            status["error"] = self.told(status["error"])
+        return status | {"message": advice(status)}
+
+    def metrics(self, run: RunFolder, after: int) -> Fields:
+        new = [finite(line) for line in run.metrics() if line["epoch"] > after]
+        return {"metrics": new, "next": new[-1]["epoch"] if new else after}
+
+    def picture(self, run: RunFolder, name: str) -> bytes:
+        """A picture of the run as PNG: its newest sample grid, or the rewards so far."""
+        draw = PICTURES.get(name)
+        if draw is None:
+            raise ValueError(f"got picture {name!r}; expected one of {', '.join(PICTURES)}")
+        return draw(run)
+
+    def stop(self, run: RunFolder) -> Fields:
+        job = self.job(run)
+        if job is None or job.status.state in ENDED:
+            raise NotRunning(f"run {run.path.name!r} is not running; there is nothing to stop")
+        job.stop()
+        return self.status(run)
+
+    def told(self, text: str) -> str:
+        """`text` without the folders of this machine, for whoever asks from elsewhere."""
+        return _FOLDERS.sub("", text.replace(f"{self.root}", "output/tdpo"))
+
+    # --- its LoRA, where Load LoRA looks ----------------------------------------------------------------------------
+
+    def lora_name(self, run: RunFolder) -> str | None:
+        """The run's LoRA as it is called in ComfyUI's lists; None before there is one.
+
+        A file that an earlier run of the same name has left there is not this run's.
+        """
+        place = self._shared_lora(run)
+        return str(place.relative_to(self.loras)) if place.is_file() and run.latest_lora.is_file() else None
+
+    def share_lora(self, run: RunFolder) -> None:
+        """Put the newest LoRA of the run where ComfyUI's own Load LoRA finds it."""
+        if run.latest_lora.is_file():
+            content = run.latest_lora.read_bytes()
+            write_atomically(self._shared_lora(run), lambda file: file.write_bytes(content))
+
+    def _shared_lora(self, run: RunFolder) -> Path:
+        return self.loras / "tdpo" / f"{run.path.name}.safetensors"
+
+
+# an absolute path up to its last part, of Windows or of others; names may have spaces within
+_NAME = r"[^/\\'\"\n: ](?:[^/\\'\"\n:]*[^/\\'\"\n: ])?"
+_FOLDERS = re.compile(rf"(?<![\w.~/\\])(?:[A-Za-z]:|~)?[/\\](?:{_NAME}[/\\])+")
+
+
+def _of_job(job: Job) -> Fields:
+    status = job.status
+    return {
+        "state": status.state,
+        "epoch": status.epoch,
+        "epochs": status.epochs,
+        "phase": status.phase,
+        "phase_done": status.phase_done,
+        "phase_total": status.phase_total,
+        "eta_s": status.eta_s,
+        "error": status.error,
+    }
+
+
+def _of_folder(epoch: int, epochs: int) -> Fields:
+    state = "finished" if epoch >= epochs else "interrupted"
+    progress = {"phase": "", "phase_done": 0, "phase_total": 0, "eta_s": None}
+    return {"state": state, "epoch": epoch, "epochs": epochs, "error": None, **progress}
+
+
+def advice(status: Fields) -> str:
+    """What to do next, for the artist who sees it in the node."""
+    state, epoch, epochs = status["state"], status["epoch"], status["epochs"]
+    match state:
+        case "waiting" | "running" if epoch == 0:
+            return "Training; the first point of the curve comes with the first epoch."
+        case "waiting" | "running":
+            return "Training; queue the graph to sample from the newest epoch, or stop when the images look right."
+        case "stopping":
+            return "Stopping after the current step, then saving."
+        case "finished":
+            return "Finished: its LoRA is in the list of Load LoRA, and TDPO LoRA Apply uses it; raise epochs to go on."
+        case "failed":
+            return "Failed; mend what the error names, then queue the graph to go on from the last checkpoint."
+    what = "Stopped" if state == "stopped" else "Interrupted"
+    return f"{what} after epoch {epoch} of {epochs}, saved: queue to go on, or set resume to 'as it is' to only use it."
+
+
+def finite(metrics: EpochMetrics) -> dict[str, float | None]:
+    """Metrics as JSON has them, which knows no NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+
+
+# --- which node a run belongs to --------------------------------------------------------------------------------------
+
+
+def node_of(run: RunFolder) -> str | None:
+    """The unique id of the Train node that last started the run."""
+    try:
+        return str(json.loads((run.path / NODE).read_text(encoding="utf-8"))["node"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a run of the command line's, or one whose mark somebody has edited
+
+
+def mark_node(run: RunFolder, node: str) -> None:
+    write_atomically(run.path / NODE, lambda file: file.write_text(json.dumps({"node": node}), encoding="utf-8"))
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def newest_grid(run: RunFolder) -> Path | None:
+    return max((run.path / "samples").glob("epoch-*.png"), default=None)
+
+
+def _newest_grid(run: RunFolder) -> int | None:
+    path = newest_grid(run)
+    return int(path.stem.removeprefix("epoch-")) if path else None
+
+
+def _samples(run: RunFolder) -> bytes:
+    path = newest_grid(run)
+    if path is None:
+        raise NoSuchRun(f"run {run.path.name!r} has no samples yet; they come before its first epoch")
+    return path.read_bytes()
+
+
+def _rewards(run: RunFolder) -> bytes:
+    import io
+
+    from ..trainer.plots import reward_figure
+
+    buffer = io.BytesIO()
+    reward_figure(run.metrics(), run.config).save(buffer, "png")
+    return buffer.getvalue()
+
+
+PICTURES: dict[str, Callable[[RunFolder], bytes]] = {"samples": _samples, "reward": _rewards}

@@ -1,0 +1,81 @@
+"""What a reward thinks of images: as numbers, as text, and written under them.
+
+Shapes: B images, H W pixels; ComfyUI's images are float (B, H, W, 3) in [0, 1].
+"""
+
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from comfy_tdpo.rewards import check_reward, load_rewards, name_of_sum
+
+SCORED_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class RewardChoice:
+    """Rewards by name, and the weight of each in their sum."""
+
+    weights: dict[str, float]
+
+    def with_reward(self, name: str, weight: float) -> "RewardChoice":
+        """This and one more; the weights of one that is in already add up."""
+        check_reward(name)
+        return RewardChoice(self.weights | {name: self.weights.get(name, 0.0) + weight})
+
+    @property
+    def name(self) -> str:
+        return name_of_sum(self.weights)
+
+
+def prompt_of_each(text: str, images: int) -> list[str]:
+    """One prompt an image: the lines of `text`, or its only line for all."""
+    if not images:
+        raise ValueError("got no images; expected at least one to score")
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    if len(lines) not in (1, images):
+        raise ValueError(f"got {len(lines)} prompts for {images} images; expected one line for all, or one an image")
+    return lines * images if len(lines) == 1 else lines
+
+
+def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torch.device) -> list[float]:
+    """The score of each image.
+
+    The model is loaded as one that anybody may use: a training on another thread may be given the same instance, and
+    could do nothing with what was made in inference mode.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        model = load_rewards(reward.weights, device)
+        model.check_prompts(prompts)
+        pixels = images[..., :3].clone().float().movedim(-1, 1)  # (B, 3, H, W)
+        parts = zip(pixels.split(SCORED_AT_ONCE), _split(prompts), strict=True)
+        return [value for part, lines in parts for value in model.score(part.to(device), lines).tolist()]
+
+
+def _split(prompts: list[str]) -> list[list[str]]:
+    return [prompts[i : i + SCORED_AT_ONCE] for i in range(0, len(prompts), SCORED_AT_ONCE)]
+
+
+def described(scores: list[float], reward: RewardChoice) -> str:
+    spread = f" ± {statistics.pstdev(scores):.3f}" if len(scores) > 1 else ""
+    lines = [f"{i}: {value:.3f}" for i, value in enumerate(scores, 1)]
+    return "\n".join([f"{reward.name}: {statistics.fmean(scores):.3f}{spread}", *lines])
+
+
+def captioned(images: Tensor, scores: list[float]) -> Tensor:
+    """The images, (B, H + h, W, 3), each with its score on a white strip below."""
+    height, width = images.shape[1:3]
+    strip = max(12, width // 6)
+    font = ImageFont.load_default(size=0.7 * strip)
+    rows = []
+    for pixels, value in zip((images[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy(), scores, strict=True):
+        canvas = Image.new("RGB", (width, height + strip), "white")
+        canvas.paste(Image.fromarray(pixels))
+        place = (width / 2, height + strip / 2)
+        ImageDraw.Draw(canvas).text(place, f"{value:.3f}", fill="black", font=font, anchor="mm")
+        rows.append(torch.from_numpy(np.array(canvas)))
+    return torch.stack(rows).float() / 255

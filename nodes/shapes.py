@@ -1,0 +1,30 @@
+"""The embedded world in a graph."""
+
+from comfy_api.latest import io
+
+from .wires import CATEGORY
+
+
+class ShapesModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TDPOShapesModel",
+            display_name="Shapes Model",
+            category=CATEGORY,
+            description="A tiny text-to-image world of coloured shapes that ships with the pack: 64 x 64 pixels, "
+            "minutes to align on any machine, nothing to download. It draws prompts such as 'a red circle on a blue "
+            "background'.",
+            inputs=[],
+            outputs=[
+                io.Model.Output("model", display_name="MODEL", tooltip="The U-Net. It draws 64 x 64 pixels."),
+                io.Clip.Output("clip", display_name="CLIP", tooltip="The text encoder. It knows the words of Shapes."),
+                io.Vae.Output("vae", display_name="VAE", tooltip="The autoencoder, 8 pixels to one latent."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from .embedded import shapes_native
+
+        return io.NodeOutput(*shapes_native())

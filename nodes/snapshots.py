@@ -1,0 +1,79 @@
+"""Which LoRA of a run, and its weights, read so that nothing in a file can do harm."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..trainer.plots import reward_names
+from ..trainer.run import EpochMetrics, RunFolder
+from .words import BEST_TRAINING, EPOCH, LATEST
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """The weights in a LoRA file.
+
+    Raises:
+        ValueError: it is no whole safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"got LoRA file {path.name!r}, which cannot be read ({error}); expected a whole .safetensors file: "
+            "download or save it again, and never use a .pt or .ckpt from somebody you do not trust"
+        ) from error
+
+
+def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
+    """The file of a snapshot; None for the latest of a run that has none yet.
+
+    Raises:
+        ValueError: the run has no such snapshot.
+    """
+    if which == LATEST:
+        return run.latest_lora if run.latest_lora.is_file() else None
+    kept = snapshots(run)
+    if which == EPOCH:
+        if epoch not in kept:
+            raise ValueError(f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of {_listed(kept)}")
+        return kept[epoch]
+    kind = "reward" if which == BEST_TRAINING else "eval"
+    metrics = run.metrics()
+    names = reward_names(metrics, kind)
+    if not names or not kept:
+        raise ValueError(f"run {run.path.name!r} has no {which} yet; expected a finished epoch of a run that has one")
+    return kept[best_epoch(list(kept), metrics, f"{kind}/{names[0]}/mean")]
+
+
+def snapshots(run: RunFolder) -> dict[int, Path]:
+    """Epoch -> LoRA file, the latest among them."""
+    files = sorted((run.path / "lora").glob("epoch-*.safetensors"))
+    kept = {int(path.stem.removeprefix("epoch-")): path for path in files}
+    if run.latest_lora.is_file():
+        kept.setdefault(epoch_of(run.latest_lora), run.latest_lora)
+    return kept
+
+
+def epoch_of(path: Path) -> int:
+    """The epoch in a LoRA's own metadata."""
+    try:
+        with safe_open(path, "pt") as file:
+            return int((file.metadata() or {})["epoch"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"got LoRA file {path.name!r}, which does not say its epoch; expected one of a run") from error
+
+
+def best_epoch(epochs: list[int], metrics: list[EpochMetrics], key: str) -> int:
+    """The one of `epochs` whose LoRA drew the best images.
+
+    The images of an epoch are drawn before its update, so those of the next tell of its LoRA; the last epoch's have to
+    do for itself.
+    """
+    scores = {int(line["epoch"]): line[key] for line in metrics if key in line}
+    return max(epochs, key=lambda epoch: scores.get(epoch + 1, scores.get(epoch, float("-inf"))))
+
+
+def _listed(kept: dict[int, Path]) -> str:
+    return ", ".join(map(str, sorted(kept))) or "there is none yet"

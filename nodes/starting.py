@@ -1,0 +1,129 @@
+"""How a run starts, is told of, and is waited for; what comes from ComfyUI is passed in."""
+
+import atexit
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+from ..trainer import job as jobs
+from ..trainer.config import TrainConfig
+from ..trainer.job import ENDED, Job, Status, TrainingFactory
+from ..trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
+from .choosing import is_blank
+from .runs import NODE, Fields, Runs, finite, mark_node
+
+SECONDS_TO_SAVE = 60  # that a training gets when ComfyUI quits: the step it is in, and a checkpoint
+SECONDS_BETWEEN_EVENTS = 0.2
+
+Tell = Callable[[Fields], None]
+
+
+def check_device_free(run: RunFolder, device: torch.device) -> None:
+    """Raise ValueError where another run is training there."""
+    other = jobs.job_on(device)
+    if other is not None:
+        raise ValueError(
+            f"run {other.id!r} is training on {device}; stop it or wait for it before starting {run.path.name!r}"
+        )
+
+
+def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
+    """The job that trains the run; one that is stopping is waited for, and does not count."""
+    job = runs.job(run)
+    if job is not None and job.status.state == "stopping":
+        job.wait()
+    return job if job is not None and job.status.state not in ENDED else None
+
+
+def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
+    """Make the folder of a new run, or have one that goes on do so for as many epochs as are wanted now."""
+    if (run.path / CONFIG).exists() and not is_blank(runs, run):
+        with run.lock():
+            run.write_config(run.config.model_copy(update={"epochs": config.epochs, "output": config.output}))
+        return
+    for path in (run.path / CONFIG, run.path / NODE, run.sample_grid(0)):  # of one that never got to train
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # there is none, or it holds what somebody else put there
+        (run.path / "samples").rmdir()
+    write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts), encoding="utf-8"))
+    run.create(config.model_copy(update={"prompts": str(run.path / PROMPTS)}))
+
+
+def start(
+    runs: Runs,
+    run: RunFolder,
+    factory: TrainingFactory,
+    device: torch.device,
+    node: str,
+    tell: Tell,
+) -> Job:
+    """Train on a thread of its own; `tell` hears of it, from that thread, as the event tdpo.progress has it."""
+    mark_node(run, node)
+    job = Job(run, factory, device)
+    job.subscribe(lambda event, status: _keep(runs, run, event))
+    job.subscribe(Teller(runs, run, tell))
+    atexit.unregister(jobs.stop_all)
+    atexit.register(jobs.stop_all, SECONDS_TO_SAVE)
+    job.start()
+    return job
+
+
+def _keep(runs: Runs, run: RunFolder, event: str) -> None:
+    """Share the LoRA as it grows; at the end draw the plots, as the command line does."""
+    if event == "phase":
+        return
+    runs.share_lora(run)
+    if event == "end" and run.metrics():
+        from ..trainer.plots import save_plots
+
+        save_plots(run)
+
+
+class Teller:
+    """Tells of every epoch and of the end, and of what happens between them now and then."""
+
+    def __init__(self, runs: Runs, run: RunFolder, tell: Tell):
+        self.runs, self.run, self.tell = runs, run, tell
+        self._last, self._phase = 0.0, ""
+
+    def __call__(self, event: str, status: Status) -> None:
+        now = time.monotonic()
+        if event == "phase" and status.phase == self._phase and now - self._last < SECONDS_BETWEEN_EVENTS:
+            return
+        self._last, self._phase = now, status.phase
+        metrics = finite(status.metrics) if status.metrics else None
+        self.tell(self.runs.status(self.run) | {"metrics": metrics})
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def wait_for(job: Job, show: Callable[[int, int], None]) -> Status:
+    """Wait for the end of `job` while `show`ing (done, total).
+
+    Whatever `show` raises, which is how ComfyUI tells that its user has cancelled, ends the job first, saved.
+
+    Raises:
+        RuntimeError: the job failed.
+    """
+    try:
+        while (status := job.wait(SECONDS_BETWEEN_EVENTS)).state not in ENDED:
+            show(*_done(status))
+    except BaseException:
+        job.stop()
+        job.wait()
+        raise
+    job.wait()  # for what is still written after the end
+    if status.state == "failed":
+        raise RuntimeError(f"run {job.id!r} failed: {status.error}")
+    return status
+
+
+def _done(status: Status) -> tuple[int, int]:
+    """Hundredths of epochs: one half of each for sampling, one for updating."""
+    share = status.phase_done / status.phase_total if status.phase_total else 0.0
+    half = {"sampling": 0, "updating": 50}.get(status.phase)
+    within = half + int(50 * share) if half is not None else 0
+    return 100 * status.epoch + within, 100 * status.epochs

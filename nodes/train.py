@@ -1,0 +1,214 @@
+"""The Train node: from a graph's wires to a run, and from a run to what it has."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from comfy_tdpo.prompts import prompt_sets
+
+from .wires import CATEGORY, Critic, Reward, Run
+from .words import AUTO, CONTINUE, MODES, RESUME, WAIT
+
+ALGORITHMS = ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"]
+AS_PRESET = " 0: as in the preset, which is 'shapes' for the Shapes Model and the paper's for any other."
+
+
+class Train(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TDPOTrain",
+            display_name="TDPO-R Train",
+            category=CATEGORY,
+            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA on what scored "
+            "well. Runs are kept in output/tdpo, and go on where they were stopped.",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="Stable Diffusion 1.x or 2.x, or Shapes. LoRAs that are applied to it become a part of "
+                    "what is trained upon.",
+                ),
+                io.Clip.Input("clip", tooltip="Encodes the prompts, once, before the training begins."),
+                io.Vae.Input("vae", tooltip="Decodes the images that are scored."),
+                Reward.Input("reward", tooltip="What the images are to score well on: a Reward Model, or a chain."),
+                io.String.Input(
+                    "run_name",
+                    default="my run",
+                    tooltip="The run's folder in output/tdpo, and its LoRA's name in the list of Load LoRA.",
+                ),
+                io.Combo.Input(
+                    "resume",
+                    RESUME,
+                    default=CONTINUE,
+                    tooltip="Where a run of that name is there. continue: go on with it, or give what it came to. new: "
+                    "leave one that was stopped or had other settings, and begin 'name-2'. as it is: train nothing.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    MODES,
+                    default=WAIT,
+                    tooltip="wait: the graph goes on when the training ends; Cancel stops it, saved. background: the "
+                    "graph goes on at once with what the run has so far; queue it again for more.",
+                ),
+                io.Combo.Input(
+                    "algorithm",
+                    ALGORITHMS,
+                    default="tdpo-r",
+                    tooltip="tdpo-r: with critic and neuron resets. tdpo: without resets. ddpo-100 and ddpo-2: without "
+                    "a critic, one update a step or one for all steps.",
+                ),
+                io.Int.Input(
+                    "epochs", default=0, min=0, max=9999, tooltip="Rounds of drawing and learning." + AS_PRESET
+                ),
+                io.Int.Input(
+                    "samples_per_epoch",
+                    default=0,
+                    min=0,
+                    max=100_000,
+                    tooltip="Images drawn and scored in an epoch; half of them make one update." + AS_PRESET,
+                ),
+                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps of each image." + AS_PRESET),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    round=0.01,
+                    tooltip="Classifier-free guidance (cfg) while training; sample with about the same." + AS_PRESET,
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    tooltip="Width and height in pixels while training. Lower it where memory runs out." + AS_PRESET,
+                ),
+                io.Int.Input("rank", default=0, min=0, max=1024, tooltip="Rank of the LoRA." + AS_PRESET),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=1e-5,
+                    round=1e-8,
+                    tooltip="Learning rate of the LoRA." + AS_PRESET,
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=42,
+                    min=0,
+                    max=2**63 - 1,
+                    tooltip="Every random number derives from it: the same seed and settings give the same run.",
+                ),
+                io.Combo.Input(
+                    "prompt_set",
+                    [AUTO, *prompt_sets()],
+                    default=AUTO,
+                    tooltip="Prompts to train on, where there are none below. auto: the preset's.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Prompts to train on, one a line. Where there are any, the prompt set does not count.",
+                ),
+                Critic.Input("critic", optional=True, tooltip="A TDPO Temporal Critic; without one, the preset's."),
+                Reward.Input(
+                    "held_out",
+                    optional=True,
+                    tooltip="Rewards that only watch, to see whether the images get better or just please the reward; "
+                    "their weights do not count.",
+                ),
+                io.String.Input(
+                    "settings",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="More settings, one a line, as in a run's config.toml: micro_batch = 4, "
+                    "policy.gradient_checkpointing = true.",
+                ),
+            ],
+            outputs=[
+                Run.Output("run", display_name="run", tooltip="The run, for LoRA Apply and the Neuron Inspector."),
+                io.LoraModel.Output(
+                    "lora", display_name="lora", tooltip="The newest LoRA, for ComfyUI's Load LoRA Model and Save LoRA."
+                ),
+                io.Image.Output("samples", display_name="samples", tooltip="The newest grid of sample images."),
+                io.Image.Output("plot", display_name="plot", tooltip="The rewards over the epochs."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, run_name: str | None) -> bool | str:
+        from .names import problem_with
+
+        return (run_name is not None and problem_with(run_name)) or True  # None: it comes along a wire, and later
+
+    @classmethod
+    def fingerprint_inputs(cls, run_name: str | None, mode: str | None, **_: Any) -> str | float:
+        if run_name is None:
+            return float("nan")  # equals nothing, so that the node runs whenever it is queued
+        from .choosing import token
+        from .place import all_runs
+
+        return token(all_runs(), run_name, wait=mode == WAIT)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        reward,
+        run_name: str,
+        resume: str,
+        mode: str,
+        algorithm: str,
+        epochs: int,
+        samples_per_epoch: int,
+        steps: int,
+        guidance: float,
+        resolution: int,
+        rank: int,
+        learning_rate: float,
+        seed: int,
+        prompt_set: str,
+        prompts: str = "",
+        critic=None,
+        held_out=None,
+        settings: str = "",
+    ) -> io.NodeOutput:
+        from .graph import Wires
+        from .results import lora_weights, plot_image, sample_image
+        from .training import train
+
+        numbers = {
+            "epochs": epochs,
+            "samples_per_epoch": samples_per_epoch,
+            "steps": steps,
+            "guidance": guidance,
+            "resolution": resolution,
+            "rank": rank,
+            "learning_rate": learning_rate,
+        }
+        wires = Wires(model, clip, vae)
+        wanted = wires.wanted(
+            reward=reward,
+            algorithm=algorithm,
+            seed=seed,
+            numbers=numbers,
+            held_out=held_out,
+            critic=critic,
+            text=prompts,
+            prompt_set=prompt_set,
+            settings=settings,
+        )
+        run = train(wires, wanted, run_name, resume, wait=mode == WAIT, node=cls.hidden.unique_id)
+        return io.NodeOutput(
+            run, lora_weights(run), sample_image(run), plot_image(run), ui={"tdpo_run": [run.path.name]}
+        )

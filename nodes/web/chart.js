@@ -1,0 +1,129 @@
+// Small multiples: one pair of axes for each reward, as their units differ, over one axis of epochs.
+
+import { curves, lastShown, limits, limitsWithBand, ticks } from "./model.js";
+import { number, reading, scale, shortened, spoken } from "./model.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+const LEFT = 40, RIGHT = 10, TITLE = 20, GAP = 10, FOOTER = 30; // pixels
+const VALUE = 100; // pixels for the value that stands right of a name
+const SMALLEST = 26; // height of the axes of a held-out reward; those of the training reward are twice as high
+
+/** The least height at which the chart of so many curves can be read. */
+export const chartHeight = (count) => FOOTER + count * (TITLE + GAP) + (count + 1) * SMALLEST;
+
+function shape(name, attributes = {}, ...children) {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+const round = (x) => Math.round(x * 100) / 100;
+
+export class Chart {
+  constructor() {
+    this.element = shape("svg", { class: "tdpo-chart", role: "img" });
+    this.element.addEventListener("pointermove", (event) => this.#point(event));
+    this.element.addEventListener("pointerleave", () => this.#show(null));
+  }
+
+  /** Draw the curves of a run in `width` x `height` pixels. */
+  draw(status, metrics, width, height) {
+    Object.assign(this, { status, metrics, width, height });
+    this.curves = curves(status, metrics);
+    this.epochs = [1, lastShown(status.epochs, metrics.at(-1)?.epoch ?? 1)];
+    this.x = scale(this.epochs, [LEFT, width - RIGHT]);
+    this.element.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    this.element.setAttribute("aria-label", spoken(status, metrics));
+    this.#render();
+  }
+
+  #point(event) {
+    if (!this.metrics?.length) return;
+    const box = this.element.getBoundingClientRect(); // as it is on the screen: the canvas may be zoomed
+    const x = ((event.clientX - box.left) / box.width) * this.width;
+    const distance = ({ epoch }) => Math.abs(this.x(epoch) - x);
+    this.#show(this.metrics.reduce((a, b) => (distance(b) < distance(a) ? b : a)).epoch);
+  }
+
+  #show(epoch) {
+    if (epoch === this.pointed) return;
+    this.pointed = epoch;
+    if (this.metrics) this.#render();
+  }
+
+  #render() {
+    const shares = this.curves.map(({ trained }) => (trained ? 2 : 1));
+    const free = this.height - FOOTER - this.curves.length * (TITLE + GAP);
+    const share = Math.max(free, 0) / shares.reduce((a, b) => a + b, 0);
+    let top = 0;
+    const parts = this.curves.map((curve, i) => {
+      const axes = { top: top + TITLE, bottom: top + TITLE + shares[i] * share };
+      top = axes.bottom + GAP;
+      return this.#panel(curve, axes);
+    });
+    this.element.replaceChildren(...parts, this.#epochAxis(top - GAP));
+  }
+
+  #panel({ name, trained, points }, { top, bottom }) {
+    const domain = trained ? limitsWithBand(points) : limits(points);
+    const y = scale(domain, [bottom, top]);
+    const at = this.#indexAt(points);
+    const value = shape("text", { x: this.width - RIGHT, y: top - 6, class: "tdpo-value" }, reading(points, at));
+    const kind = trained ? "tdpo-trained" : "tdpo-held-out";
+    const group = shape("g", { class: kind }, this.#heading(name, trained, top - 6), value);
+    if (points.length) group.append(...this.#yAxis(domain, y, bottom - top));
+    group.append(shape("line", { x1: LEFT, x2: this.width - RIGHT, y1: bottom, y2: bottom, class: "tdpo-axis" }));
+    if (points.length) group.append(...this.#curve(points, at, y, trained), ...this.#pointer(top, bottom));
+    return group;
+  }
+
+  #heading(name, trained, y) {
+    const role = trained ? "trained on" : "held out";
+    const room = this.width - LEFT - RIGHT - VALUE;
+    const short = shortened(name, room - 6 * (role.length + 2));
+    const quiet = shape("tspan", { class: "tdpo-quiet", dx: 6 }, role);
+    const whole = shape("title", {}, `${name}, ${role}`);
+    return shape("text", { x: LEFT, y, class: "tdpo-name" }, short, quiet, whole);
+  }
+
+  #indexAt(points) {
+    const found = points.findLastIndex(({ epoch }) => epoch <= this.pointed);
+    return this.pointed == null || found < 0 ? points.length - 1 : found;
+  }
+
+  #yAxis(domain, y, height) {
+    return ticks(...domain, Math.max(2, Math.floor(height / 24))).flatMap((tick) => [
+      shape("line", { x1: LEFT, x2: this.width - RIGHT, y1: round(y(tick)), y2: round(y(tick)), class: "tdpo-grid" }),
+      shape("text", { x: LEFT - 6, y: round(y(tick)) + 3.5, class: "tdpo-tick tdpo-end" }, number(tick)),
+    ]);
+  }
+
+  #curve(points, at, y, trained) {
+    const place = ({ epoch, value }) => `${round(this.x(epoch))},${round(y(value))}`;
+    const edge = (sign) => points.map(({ epoch, value, spread }) => place({ epoch, value: value + sign * spread }));
+    const parts = [];
+    const band = [...edge(1), ...edge(-1).reverse()].join(" ");
+    if (trained) parts.push(shape("polygon", { points: band, class: "tdpo-band" }));
+    parts.push(shape("polyline", { points: points.map(place).join(" "), class: "tdpo-curve" }));
+    const [cx, cy] = place(points[at]).split(",");
+    parts.push(shape("circle", { cx, cy, r: 3.5, class: "tdpo-dot" }));
+    return parts;
+  }
+
+  #pointer(top, bottom) {
+    if (this.pointed == null) return [];
+    const x = round(this.x(this.pointed));
+    return [shape("line", { x1: x, x2: x, y1: top, y2: bottom, class: "tdpo-pointer" })];
+  }
+
+  #epochAxis(top) {
+    const marks = ticks(...this.epochs, Math.max(2, Math.floor((this.width - LEFT - RIGHT) / 48)), true);
+    const labels = marks.map((tick) =>
+      shape("text", { x: round(this.x(tick)), y: top + 14, class: "tdpo-tick tdpo-middle" }, String(tick)),
+    );
+    const words = this.pointed == null ? "epoch" : `epoch ${this.pointed}`;
+    const middle = (LEFT + this.width - RIGHT) / 2;
+    return shape("g", {}, ...labels, shape("text", { x: middle, y: top + 27, class: "tdpo-tick tdpo-middle" }, words));
+  }
+}

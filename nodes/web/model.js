@@ -1,0 +1,196 @@
+// What the live node knows that needs no page: which run a node shows, how metrics come together, scales and words.
+// No imports, so that it runs anywhere.
+
+const ACTIVE = new Set(["waiting", "running", "stopping"]);
+const MINUS = "\u2212";
+
+export const isActive = (status) => ACTIVE.has(status?.state);
+
+// --- which run belongs to which node
+
+/**
+ * The ids under which the server knows a node: its own, or a path such as "12:3" for each place its subgraph is used.
+ *
+ * `graph` is the root; a node that stands for a subgraph has it as `subgraph`.
+ */
+export function executionIds(node, graph, path = "", above = new Set()) {
+  if (!graph || above.has(graph)) return [];
+  const inside = new Set(above).add(graph);
+  return (graph.nodes ?? []).flatMap((other) => [
+    ...(other === node ? [path + other.id] : []),
+    ...(other.subgraph ? executionIds(node, other.subgraph, `${path}${other.id}:`, inside) : []),
+  ]);
+}
+
+/** All nodes of a graph and of the subgraphs in it. */
+export function nodesWithin(graph, seen = new Set()) {
+  if (!graph || seen.has(graph)) return [];
+  seen.add(graph);
+  return (graph.nodes ?? []).flatMap((node) => [node, ...nodesWithin(node.subgraph, seen)]);
+}
+
+/** The id of the run a node shows: one that it trains now, else the one it remembers, else its newest; or null. */
+export function chooseRun(runs, ids, remembered = null) {
+  const own = runs.filter((run) => run.node != null && ids.includes(String(run.node)));
+  const chosen = own.find(isActive) ?? runs.find((run) => run.id === remembered) ?? own[0];
+  return chosen?.id ?? null;
+}
+
+// --- metrics
+
+/** `known` with `fresh` laid over it, by epoch and in order; epochs after `last` were dropped by a resumed run. */
+export function mergeMetrics(known, fresh, last = Infinity) {
+  const byEpoch = new Map([...known, ...fresh].map((metrics) => [metrics.epoch, metrics]));
+  return [...byEpoch.values()].filter(({ epoch }) => epoch <= last).sort((a, b) => a.epoch - b.epoch);
+}
+
+/** The epoch from which metrics are to be asked for: the end of those that are known without a gap. */
+export function cursor(metrics) {
+  let last = 0;
+  for (const { epoch } of metrics) if (epoch === last + 1) last = epoch;
+  return last;
+}
+
+/** The curves of a run: what it trains on first, then what only watches. Points without a number are left out. */
+export function curves(status, metrics) {
+  const keys = [...new Set(metrics.flatMap(Object.keys))];
+  const names = (kind) => keys.map((key) => key.match(`^${kind}/(.+)/mean$`)?.[1]).filter((name) => name !== undefined);
+  const trained = names("reward");
+  const watched = [...new Set([...(status.eval_rewards ?? []), ...names("eval")])];
+  return [
+    ...(trained.length ? trained : [status.reward]).map((name) => curve("reward", name, metrics)),
+    ...watched.map((name) => curve("eval", name, metrics)),
+  ];
+}
+
+function curve(kind, name, metrics) {
+  const points = metrics
+    .filter((row) => Number.isFinite(row[`${kind}/${name}/mean`]))
+    .map((row) => ({ epoch: row.epoch, value: row[`${kind}/${name}/mean`], spread: row[`${kind}/${name}/std`] ?? 0 }));
+  return { name, trained: kind === "reward", points };
+}
+
+/** How far a curve has moved since its first epoch, in its own unit, and in units of its spread where that is known. */
+export function change(points, at = points.length - 1) {
+  if (at < 1) return null;
+  const difference = points[at].value - points[0].value;
+  return { difference, deviations: points[0].spread > 0 ? difference / points[0].spread : null };
+}
+
+// --- scales
+
+/** A function from the domain [a, b] to the range [c, d]. */
+export const scale = ([a, b], [c, d]) => (x) => c + ((x - a) / (b - a || 1)) * (d - c);
+
+/** Round numbers in [low, high]: about `count` of them, and two at the least where there can be two. */
+export function ticks(low, high, count, whole = false) {
+  if (!(high > low)) return [low];
+  const power = 10 ** Math.floor(Math.log10(high - low));
+  const round = [10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05].map((m) => m * power);
+  const steps = round.filter((step) => !whole || Number.isInteger(step));
+  const [first, last] = [(step) => Math.ceil(low / step - 1e-9), (step) => Math.floor(high / step + 1e-9)];
+  const amount = (step) => last(step) - first(step) + 1;
+  const enough = steps.filter((step) => amount(step) >= 2);
+  const step = enough.findLast((step) => amount(step) <= count) ?? enough[0] ?? steps.at(-1);
+  const found = Array.from({ length: amount(step) }, (_, i) => Number(((first(step) + i) * step).toPrecision(12)));
+  const stride = found.length <= count + 1 ? 1 : Math.ceil((found.length - 1) / Math.max(count - 1, 1));
+  return found.filter((_, i) => i % stride === 0);
+}
+
+/** The limits of an axis that shows all points with some air; never empty. */
+export function limits(points) {
+  if (!points.length) return [0, 1];
+  const values = points.map(({ value }) => value);
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const air = (high - low) * 0.12 || Math.abs(high) * 0.05 || 0.5;
+  return [low - air, high + air];
+}
+
+/** Limits that hold the band of one standard deviation too. */
+export const limitsWithBand = (points) =>
+  limits(points.flatMap(({ value, spread }) => [{ value: value - spread }, { value: value + spread }]));
+
+/** The last epoch of the axis: that of a short run, and no more than twice as far as a long one has come. */
+export function lastShown(epochs, done) {
+  let last = 10;
+  while (last < done) last *= 2;
+  return Math.max(Math.min(last, epochs), done, 2);
+}
+
+// --- words
+
+/** Three digits that matter. */
+export function number(value) {
+  if (!Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  const extreme = size >= 1e5 || (size > 0 && size < 1e-3);
+  const text = extreme ? value.toExponential(1) : value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2);
+  return text.replaceAll("-", MINUS);
+}
+
+export const signed = (value) => (value > 0 ? "+" : "") + number(value);
+
+export function duration(seconds) {
+  if (!Number.isFinite(seconds) || seconds < 0) return "";
+  if (seconds < 99.5) return `${Math.round(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 100) return `${minutes} min`;
+  const hours = Math.floor(minutes / 60);
+  return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.round(hours / 24)} days`;
+}
+
+/** "6.73 (+1.3 SD)", or the change in its own unit where the spread is not known; `at` is the index of the point. */
+export function reading(points, at = points.length - 1) {
+  if (!points.length) return "";
+  const moved = change(points, at);
+  if (!moved) return number(points[at].value);
+  const { difference, deviations } = moved;
+  return `${number(points[at].value)} (${deviations === null ? signed(difference) : `${signed(deviations)} SD`})`;
+}
+
+/** `text`, cut to what fits into `width` pixels of characters of `size` pixels. */
+export function shortened(text, width, size = 6.3) {
+  const fits = Math.max(Math.floor(width / size), 1);
+  return text.length <= fits ? text : `${text.slice(0, fits - 1).trimEnd()}…`;
+}
+
+/** What a chart says to those who do not see it. */
+export function spoken(status, metrics) {
+  const parts = curves(status, metrics)
+    .filter(({ points }) => points.length)
+    .map(({ name, trained, points }) => {
+      const role = trained ? "training reward" : "held-out reward";
+      const [first, last] = [points[0], points.at(-1)].map(({ epoch, value }) => `${number(value)} in epoch ${epoch}`);
+      return `${role} ${name}: ${first}, ${last}`;
+    });
+  return parts.length ? parts.join("; ") : "No epoch is finished yet";
+}
+
+const TITLES = {
+  waiting: "Waiting to start",
+  running: "Training",
+  stopping: "Stopping, saving…",
+  finished: "Finished",
+  stopped: "Stopped",
+  failed: "Failed",
+  interrupted: "Interrupted",
+};
+
+export const title = (status) => TITLES[status.state] ?? status.state;
+
+/** Where a run is: "Epoch 5 of 15" while it works on the fifth, "15 of 15 epochs" when it does not. */
+export function position({ epoch, epochs, ...status }) {
+  if (!isActive(status)) return `${epoch} of ${epochs} ${epochs === 1 ? "epoch" : "epochs"}`;
+  return `Epoch ${Math.min(epoch + 1, epochs)} of ${epochs}`;
+}
+
+export const fraction = (done, total) => (total > 0 ? Math.min(Math.max(done / total, 0), 1) : 0);
+
+/** How much of a run is done; the phases of an epoch have no known share, so only whole epochs count. */
+export const progress = ({ epoch, epochs }) => fraction(epoch, epochs);
+
+export function phaseText({ phase, phase_done: done, phase_total: total }) {
+  if (!phase) return "";
+  const name = phase[0].toUpperCase() + phase.slice(1);
+  return total > 0 ? `${name}, ${done} of ${total}` : `${name}…`;
+}

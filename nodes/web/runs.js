@@ -1,0 +1,147 @@
+// What is known of the runs: read from the routes, kept current by the server's events.
+
+import { api } from "../../scripts/api.js";
+import { cursor, mergeMetrics } from "./model.js";
+
+const RETRY = 5000; // milliseconds
+
+async function ask(route, options) {
+  const response = await api.fetchApi(`/tdpo/${route}`, options);
+  const answer = await response.json().catch(() => null); // a proxy's error page is no JSON
+  if (!response.ok || answer === null) {
+    const error = new Error(answer?.error ?? `the server answered ${response.status}`);
+    throw Object.assign(error, { status: response.status });
+  }
+  return answer;
+}
+
+const runRoute = (id, rest = "") => `runs/${encodeURIComponent(id)}${rest}`;
+
+/** Where a picture of a run is; `version` changes when it does. */
+export const pictureURL = (id, name, version) => api.apiURL(`/tdpo/${runRoute(id, `/pictures/${name}`)}?v=${version}`);
+
+/** The runs of the server, newest first. One for all nodes; it listens and asks only while somebody watches. */
+class Runs {
+  list = [];
+  unreachable = false;
+  #metrics = new Map(); // id -> epochs
+  #events = new Map(); // id -> how many events came, so that an answer that is older than one is known
+  #watchers = new Set();
+  #asking = new Map(); // name of a request -> promise
+  #asked = new Map(); // id -> the last epoch that was asked for, so that one that is missing is asked for once
+  #retry = null;
+
+  find(id) {
+    return this.list.find((run) => run.id === id);
+  }
+
+  metrics(id) {
+    return this.#metrics.get(id) ?? [];
+  }
+
+  /** Call `watcher` whenever something has changed, until what this returns is called. */
+  watch(watcher) {
+    if (this.#watchers.size === 0) this.#listen("addEventListener");
+    this.#watchers.add(watcher);
+    this.refresh();
+    return () => {
+      this.#watchers.delete(watcher);
+      if (this.#watchers.size > 0) return;
+      this.#listen("removeEventListener");
+      clearTimeout(this.#retry);
+      this.#retry = null;
+    };
+  }
+
+  #listen(method) {
+    api[method]("tdpo.progress", this.#onProgress);
+    api[method]("reconnected", this.refresh);
+  }
+
+  #changed() {
+    for (const watcher of this.#watchers) watcher();
+  }
+
+  #onProgress = ({ detail }) => {
+    const { metrics, ...status } = detail;
+    this.#events.set(status.id, (this.#events.get(status.id) ?? 0) + 1);
+    this.#put(status);
+    if (metrics) this.#merge(status, [metrics]);
+    this.load(status.id);
+    this.#changed();
+  };
+
+  #put(status) {
+    const known = this.list.findIndex((run) => run.id === status.id);
+    if (known < 0) this.list = [status, ...this.list];
+    else this.list = this.list.with(known, status);
+  }
+
+  #merge(status, fresh) {
+    this.#metrics.set(status.id, mergeMetrics(this.metrics(status.id), fresh, status.epoch));
+  }
+
+  /** Ask for all runs anew. */
+  refresh = () =>
+    this.#once("runs", async () => {
+      const before = new Map(this.#events);
+      const { runs } = await ask("runs");
+      const moved = (run) => this.#events.get(run.id) !== before.get(run.id);
+      const overtaken = this.list.filter((run) => moved(run));
+      this.list = [
+        ...overtaken.filter((run) => !runs.some(({ id }) => id === run.id)),
+        ...runs.map((run) => overtaken.find(({ id }) => id === run.id) ?? run),
+      ];
+    });
+
+  /** Ask for the epochs of a run that are not known yet, if there are any. */
+  load(id) {
+    const run = this.find(id);
+    if (!run || cursor(this.metrics(id)) >= run.epoch || this.#asked.get(id) === run.epoch) return;
+    this.#asked.set(id, run.epoch);
+    this.#once(`metrics of ${id}`, async () => {
+      const { metrics } = await ask(runRoute(id, `/metrics?after=${cursor(this.metrics(id))}`));
+      this.#merge(this.find(id) ?? run, metrics);
+    });
+  }
+
+  /** Ask a run to stop; an Error says why it cannot. */
+  async stop(id) {
+    try {
+      this.#put(await ask(runRoute(id, "/stop"), { method: "POST" }));
+      this.#changed();
+    } catch (error) {
+      if (error.status === 409) await this.refresh(); // it has ended meanwhile
+      else throw error;
+    }
+  }
+
+  /** Do `work` unless it is under way, and tell the watchers; where it fails, ask for everything again later. */
+  #once(name, work) {
+    if (this.#asking.has(name)) return this.#asking.get(name);
+    const promise = work()
+      .then(() => (this.unreachable = false))
+      .catch((error) => {
+        this.unreachable = !(error.status >= 400 && error.status < 500);
+        if (!this.unreachable) return;
+        this.#asked.clear();
+        this.#later();
+      })
+      .finally(() => {
+        this.#asking.delete(name);
+        this.#changed();
+      });
+    this.#asking.set(name, promise);
+    return promise;
+  }
+
+  #later() {
+    if (this.#retry !== null || this.#watchers.size === 0) return;
+    this.#retry = setTimeout(() => {
+      this.#retry = null;
+      this.refresh();
+    }, RETRY);
+  }
+}
+
+export const runs = new Runs();

@@ -1,0 +1,9 @@
+"""The types that run along our own wires between nodes."""
+
+from comfy_api.latest import io
+
+CATEGORY = "TDPO"
+
+Reward = io.Custom("TDPO_REWARD")  # a RewardChoice
+Critic = io.Custom("TDPO_CRITIC")  # settings of critic and neurons, nested as in TrainConfig
+Run = io.Custom("TDPO_RUN")  # a RunFolder

@@ -1,0 +1,64 @@
+"""A training that trains nothing: it leaves in the run's folder what a real one leaves, at the pace a test gives."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from comfy_tdpo.nodes.configure import Wanted
+from comfy_tdpo.nodes.runs import Runs
+from comfy_tdpo.nodes.scoring import RewardChoice
+from comfy_tdpo.nodes.starting import prepare, start
+from comfy_tdpo.trainer.job import Job
+from comfy_tdpo.trainer.run import EpochMetrics, RunFolder, write_atomically
+
+REWARD, CPU = "shapes-aesthetic", torch.device("cpu")
+
+
+class FakeTraining:
+    """Epochs that end when `go` is released, or at once where there is none."""
+
+    def __init__(self, run: RunFolder, stop: threading.Event, watch, go: threading.Semaphore | None = None):
+        self.run, self.stop, self.watch, self.go, self.stopped = run, stop, watch, go, False
+
+    def epochs(self) -> Iterator[EpochMetrics]:
+        for epoch in range(len(self.run.metrics()) + 1, self.run.config.epochs + 1):
+            self.watch("sampling", 0, 4)
+            while self.go and not self.go.acquire(timeout=0.01) and not self.stop.is_set():
+                pass
+            if self.stop.is_set():
+                self.stopped = True
+                return
+            yield self._keep(epoch)
+
+    def _keep(self, epoch: int) -> EpochMetrics:
+        metrics = {"epoch": epoch, "reward_queries": 4 * epoch, "time/epoch_s": 1.0}
+        metrics |= {f"reward/{REWARD}/mean": float(epoch), f"reward/{REWARD}/std": 1.0}
+        self.run.append_metrics(metrics)
+        (self.run.path / "samples").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(self.run.sample_grid(epoch))
+        weights = {"lora_unet_x.lora_up.weight": torch.full((1, 1), float(epoch))}
+        for path in (self.run.lora(epoch), self.run.latest_lora):
+            write_atomically(path, lambda file: save_file(weights, file, {"epoch": str(epoch)}))
+        return metrics
+
+
+def runs_in(folder: Path) -> Runs:
+    return Runs(folder / "output" / "tdpo", folder / "loras")
+
+
+def wanted(epochs: int = 2, **changes) -> Wanted:
+    asked = {"model": "comfyui:Test:1", "shapes": True, "reward": RewardChoice({REWARD: 1.0}), "text": "a red circle"}
+    return Wanted(**(asked | {"numbers": {"epochs": epochs, "samples_per_epoch": 4}} | changes))
+
+
+def begin(
+    runs: Runs, name: str = "one", go: threading.Semaphore | None = None, tell=lambda detail: None, **asked
+) -> Job:
+    """A job on a run of that name, started."""
+    run, want = runs.folder(name), wanted(**asked)
+    prepare(runs, run, want.config(), want.prompts())
+    return start(runs, run, lambda run, stop, watch: FakeTraining(run, stop, watch, go), torch.device("cpu"), "7", tell)

@@ -1,0 +1,171 @@
+"""The nodes in a real ComfyUI server: graphs that train, stop, go on, sample meanwhile, and fail in one sentence."""
+
+import re
+import shutil
+
+import comfyui
+import pytest
+from comfyui import Events, Server, apply_graph, sample_graph, train_graph
+
+NODES = ["RewardModel", "TemporalCritic", "Train", "NeuronInspector", "ApplyLoRA", "ScoreImages", "ShapesModel"]
+
+pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One for all tests; its log tells of nothing that went wrong in our code unseen."""
+    server = Server(tmp_path_factory.mktemp("comfyui"))
+    yield server
+    server.end()
+    log = server.log.read_text()
+    assert not [line for line in log.splitlines() if re.search("warning|warn:|deprecat", line, re.IGNORECASE)], log
+    assert "IMPORT FAILED" not in log and "a subscriber of run" not in log
+
+
+def folders(server: Server) -> set[str]:
+    return {path.name for path in (server.base / "output" / "tdpo").glob("*")}
+
+
+def test_the_server_lists_the_nodes_and_every_input_says_what_it_is(server):
+    listed = {name: node for name, node in server.get("/object_info").items() if name.startswith("TDPO")}
+    assert set(listed) == {f"TDPO{name}" for name in NODES}
+    for node in listed.values():
+        assert node["description"] and node["category"] == "TDPO"
+        sockets = [socket for kind in ("required", "optional") for socket in node["input"].get(kind, {}).values()]
+        assert all(more["tooltip"] for _, more in sockets)
+        assert len(node["output_tooltips"]) == len(node["output"]) and all(node["output_tooltips"])
+
+
+def test_train_and_sample_in_one_graph(server):
+    inspect = {
+        "inspect": {"class_type": "TDPONeuronInspector", "inputs": {"run": ["train", 0]}},
+        "told": {"class_type": "PreviewAny", "inputs": {"source": ["inspect", 1]}},
+        "drawn": {"class_type": "PreviewImage", "inputs": {"images": ["inspect", 0]}},
+        "grid": {"class_type": "PreviewImage", "inputs": {"images": ["train", 2]}},
+        "plot": {"class_type": "PreviewImage", "inputs": {"images": ["train", 3]}},
+        "native": {"class_type": "LoraModelLoader", "inputs": {"model": ["shapes", 0], "lora": ["train", 1]}},
+    }
+    inspect["native"]["inputs"]["strength_model"] = 1.0
+    graph = train_graph("whole") | apply_graph(run=["train", 0]) | sample_graph(["apply", 0]) | inspect
+    events = Events(server)
+    first = server.ended(server.queue(graph))
+    assert "execution_success" in first["messages"], first
+    assert first["outputs"]["train"] == {"tdpo_run": ["whole"]}
+    assert first["outputs"]["info"]["text"] == ["run whole, after epoch 2, strength 1"]
+    assert first["outputs"]["told"]["text"][0].startswith("whole: 1232 neurons in the critic")
+    assert first["outputs"]["scored"]["text"][0].startswith("shapes-aesthetic: ")
+    again = server.ended(server.queue(graph))
+    assert {"train", "apply", "sampler"} <= set(again["messages"]["execution_cached"]["nodes"])
+
+    told = [
+        m["data"] for m in events.until(lambda m: m["type"] == "tdpo.progress" and m["data"]["state"] == "finished")
+    ]
+    events.close()
+    progress = [data for data in told if "reward" in data]
+    assert [data["metrics"]["epoch"] for data in progress if data["metrics"]][-1] == 2
+    assert {"node": "train", "lora": "tdpo/whole.safetensors"}.items() <= progress[-1].items()
+    assert (
+        "tdpo/whole.safetensors"
+        in server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+    )
+    for picture in ("samples", "reward"):
+        status, body = server.raw(f"/api/tdpo/runs/whole/pictures/{picture}")
+        assert status == 200 and body.startswith(b"\x89PNG")
+
+
+def test_cancel_saves_and_queueing_again_goes_on(server):
+    prompt = server.queue(train_graph("cancelled", epochs=500))
+    server.until("cancelled", lambda status: status["epoch"] >= 1 and status["phase"] == "updating")
+    server.post("/interrupt")
+    assert "execution_interrupted" in server.ended(prompt)["messages"]
+    status = server.status("cancelled")
+    assert status["state"] == "stopped" and 1 <= status["epoch"] < 500
+    assert server.run(apply_graph(lora_name=status["lora"]) | train_graph("cancelled", resume="as it is"))
+    outputs = server.run(train_graph("cancelled", epochs=status["epoch"] + 1) | apply_graph(run=["train", 0]))
+    assert outputs["info"]["text"] == [f"run cancelled, after epoch {status['epoch'] + 1}, strength 1"]
+
+
+def test_a_background_run_trains_while_other_graphs_sample(server):
+    graph = train_graph("behind", epochs=500, mode="background") | apply_graph(run=["train", 0])
+    assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet, the model is as it was"]
+    server.until("behind", lambda status: status["epoch"] >= 1)
+    sampled = server.run(graph | sample_graph(["apply", 0]))
+    assert re.fullmatch(r"run behind, after epoch \d+, strength 1", sampled["info"]["text"][0])
+    before = server.until("behind", lambda status: status["epoch"] >= 2)
+    assert before["state"] == "running"
+    assert "run 'behind' is training on cpu; stop it or wait for it" in server.error(train_graph("other"))
+    assert "other" not in folders(server)
+    assert server.post("/tdpo/runs/behind/stop")[1]["state"] in ("stopping", "stopped")
+    server.until("behind", lambda status: status["state"] == "stopped")
+    status, answer = server.post("/tdpo/runs/behind/stop")
+    assert (status, set(answer)) == (409, {"error"})
+
+
+def test_quitting_in_mid_run_saves_it(server, tmp_path):
+    """Its folder then goes on in another ComfyUI."""
+    other = Server(tmp_path)
+    other.run(train_graph("quit", mode="background", epochs=500, samples_per_epoch=16, steps=8))
+    other.until("quit", lambda status: status["phase"] == "updating")
+    assert other.end() == 0, other.log.read_text()
+    run = tmp_path / "output" / "tdpo" / "quit"
+    (checkpoint,) = (run / "checkpoints").glob("epoch-0000-samples-*")
+    assert (checkpoint / "state.json").is_file() and (run / "lora" / "latest.safetensors").is_file()
+    shutil.copytree(run, server.base / "output" / "tdpo" / "quit")
+    assert server.status("quit")["state"] == "interrupted"
+    same = {"samples_per_epoch": 16, "steps": 8, "epochs": 1}
+    assert server.run(train_graph("quit", **same))["train"] == {"tdpo_run": ["quit"]}
+    assert server.status("quit")["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run_name": "../../x"}, "got run name '../../x'; expected a name"),
+        ({"run_name": "/tmp/x"}, "got run name '/tmp/x'; expected a name"),
+        ({"run_name": "x" * 1000}, "of 1000 characters; expected a name"),
+        ({"run_name": ""}, "got run name ''; expected a name"),
+        ({"samples_per_epoch": 1}, "samples_per_epoch is 1; at least 2 are needed"),
+        ({"resolution": 20}, "got resolution 20; expected a positive multiple of 8"),
+        ({"settings": "prompts = 'x'"}, "got 'prompts' among the settings; the node has an input"),
+        ({"settings": "micro_batch 4"}, "got settings that are no TOML"),
+        ({"settings": "what = 1"}, "unknown setting 'what'"),
+        ({"run_name": "nobody", "resume": "as it is"}, "expected one of those in output/tdpo"),
+        ({"reward": ["shapes", 0]}, "reward, received_type(MODEL) mismatch input_type(TDPO_REWARD)"),
+    ],
+)
+def test_hostile_inputs_to_train_are_one_sentence(server, changes, message):
+    before = folders(server)
+    graph = train_graph("hostile", **changes)
+    error = server.error(graph)
+    assert message in error and "\n" not in error and len(error) < 500
+    assert folders(server) - before <= {"hostile"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x04\x95\x10\x00\x00\x00.", "which cannot be read"),
+        (b"\x40\x00\x00\x00\x00\x00\x00\x00{}", "which cannot be read"),
+        (None, "of which nothing fits this MODEL"),
+    ],
+    ids=["a pickle", "truncated", "of another model"],
+)
+def test_files_that_are_no_lora_for_this_are_one_sentence(server, content, message):
+    path = server.base / "models" / "loras" / "bad.safetensors"
+    if content is None:
+        import torch
+        from safetensors.torch import save_file
+
+        save_file({"lora_te_text_model_x.lora_down.weight": torch.zeros(1, 1)}, path)
+    else:
+        path.write_bytes(content)
+    error = server.error(train_graph("whole", resume="as it is") | apply_graph(lora_name="bad.safetensors"))
+    assert message in error and "\n" not in error
+
+
+@pytest.mark.parametrize("name", ["nobody", "..%2f..%2fx", "%2e%2e", "C:%5cx", "a%00b", "x" * 1000])
+def test_routes_know_nothing_but_runs(server, name):
+    for path in (f"/tdpo/runs/{name}", f"/tdpo/runs/{name}/metrics", f"/tdpo/runs/{name}/pictures/samples"):
+        status, body = server.raw(path)
+        assert status in (400, 404) and str(server.base).encode() not in body

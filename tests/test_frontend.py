@@ -1,0 +1,719 @@
+"""The live node: what it knows without a page, under Node or Chromium, and what is seen of it, in a real browser with
+ComfyUI's real frontend and server.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import comfyui
+import pytest
+from comfyui import ROOT, Server
+
+WEB = ROOT / "nodes" / "web"
+
+# --- what needs no page ----------------------------------------------------------------------------------------------
+
+# Evaluates lines of JavaScript, in which `m` is the module; one line of JSON each.
+REPL = """
+const lines = require("readline").createInterface({ input: process.stdin });
+(async () => {
+  const m = await import(process.argv[1]);
+  for await (const line of lines) console.log(JSON.stringify({ value: await new Function("m", line)(m) }));
+})();
+"""
+
+# What runs.js imports of ComfyUI: answers of the server, by route, and its events.
+FAKE_API = """
+const target = new EventTarget();
+export const answers = {};
+export const asked = [];
+export const api = {
+  addEventListener: (...args) => target.addEventListener(...args),
+  removeEventListener: (...args) => target.removeEventListener(...args),
+  tell: (type, detail) => target.dispatchEvent(new CustomEvent(type, { detail })),
+  apiURL: (route) => "/api" + route,
+  async fetchApi(route, options) {
+    asked.push((options?.method ?? "GET") + " " + route);
+    const [status, body] = (await answers[route]?.()) ?? [404, { error: "no such route" }];
+    if (status === 0) throw new TypeError("Failed to fetch");
+    return new Response(JSON.stringify(body), { status });
+  },
+};
+"""
+
+
+def as_url(source: str) -> str:
+    return "data:text/javascript;base64," + base64.b64encode(source.encode()).decode()
+
+
+def module(name: str, **imports: str) -> str:
+    """A module of ours as a URL that can be imported from anywhere, with its imports replaced by others' URLs."""
+    source = (WEB / f"{name}.js").read_text(encoding="utf-8")
+    return as_url(re.sub(r'from ".*?(\w+)\.js"', lambda match: f'from "{imports[match[1]]}"', source))
+
+
+@pytest.fixture(scope="module")
+def javascript():
+    """(the URL of a module, the body of a function of it) -> what that returns."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no Node.js to run the live node's own logic in; install node 20 or newer")
+
+    def run(url: str, body: str):
+        line = " ".join(body.split())
+        done = subprocess.run([node, "-e", REPL, url], input=line + "\n", capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stdout, done.stderr
+        return json.loads(done.stdout).get("value")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluate(javascript):
+    """The value of an expression in which `m` is model.js."""
+    return lambda expression: javascript(module("model"), f"return {expression}")
+
+
+ROOT_GRAPH = """
+  const train = { id: 3 };
+  const inner = { nodes: [{ id: 1 }, train] };
+  const middle = { nodes: [{ id: 7, subgraph: inner }] };
+  const root = { nodes: [{ id: 3 }, { id: 12, subgraph: inner }, { id: 15, subgraph: middle }] };
+"""
+
+
+def test_a_node_in_a_subgraph_is_known_by_every_path_to_it(javascript):
+    ids = javascript(module("model"), f"{ROOT_GRAPH} return m.executionIds(train, root)")
+    assert ids == ["12:3", "15:7:3"]
+
+
+def test_a_node_of_the_root_is_known_by_its_own_id(javascript):
+    ids = javascript(module("model"), f"{ROOT_GRAPH} return m.executionIds(root.nodes[0], root)")
+    assert ids == ["3"]
+
+
+def test_the_nodes_of_all_subgraphs_are_found_once(javascript):
+    ids = javascript(module("model"), f"{ROOT_GRAPH} return m.nodesWithin(root).map(({{ id }}) => id)")
+    assert ids == [3, 12, 1, 3, 15, 7]
+
+
+@pytest.mark.parametrize(
+    ("runs", "remembered", "chosen"),
+    [
+        ([], None, None),
+        ([], "gone", None),
+        ([("b", "4", "finished"), ("a", "4", "stopped")], None, "b"),
+        ([("b", "4", "finished"), ("a", "4", "stopped")], "a", "a"),
+        ([("b", "4", "finished"), ("a", "4", "running")], "b", "a"),
+        ([("b", "4", "finished")], "gone", "b"),
+        ([("c", "9", "running"), ("b", "4", "finished")], None, "b"),
+        ([("c", "12:4", "running")], None, None),
+        ([("c", None, "running")], None, None),
+        ([("c", "9", "finished")], "c", "c"),
+    ],
+)
+def test_which_run_a_node_shows(evaluate, runs, remembered, chosen):
+    told = [{"id": id, "node": node, "state": state} for id, node, state in runs]
+    assert evaluate(f"m.chooseRun({json.dumps(told)}, ['4'], {json.dumps(remembered)})") == chosen
+
+
+def epochs(*numbers: int) -> str:
+    return json.dumps([{"epoch": number} for number in numbers])
+
+
+@pytest.mark.parametrize(
+    ("known", "fresh", "last", "merged"),
+    [
+        ((), (1,), 1, [1]),
+        ((1, 2), (3,), 3, [1, 2, 3]),
+        ((2,), (1, 2, 3), 3, [1, 2, 3]),
+        ((1, 2, 3, 4), (3,), 3, [1, 2, 3]),
+    ],
+    ids=["first", "next", "late and twice", "a resumed run begins anew"],
+)
+def test_metrics_come_together(evaluate, known, fresh, last, merged):
+    rows = evaluate(f"m.mergeMetrics({epochs(*known)}, {epochs(*fresh)}, {last})")
+    assert [row["epoch"] for row in rows] == merged
+
+
+@pytest.mark.parametrize(("known", "last"), [((), 0), ((1, 2), 2), ((1, 2, 4), 2), ((3,), 0)])
+def test_the_cursor_stands_before_the_first_gap(evaluate, known, last):
+    assert evaluate(f"m.cursor({epochs(*known)})") == last
+
+
+def test_the_trained_reward_comes_first_and_what_is_no_number_is_left_out(evaluate):
+    status = {"reward": "a + 0.5 b", "eval_rewards": ["gold"]}
+    rows = [
+        {"epoch": 1, "eval/gold/mean": 0.5, "reward/a + 0.5 b/mean": 1, "reward/a + 0.5 b/std": 2, "eval/x/mean": 1},
+        {"epoch": 2, "eval/gold/mean": None, "reward/a + 0.5 b/mean": 2, "reward/a + 0.5 b/std": 2},
+    ]
+    curves = evaluate(f"m.curves({json.dumps(status)}, {json.dumps(rows)})")
+    assert [(curve["name"], curve["trained"], len(curve["points"])) for curve in curves] == [
+        ("a + 0.5 b", True, 2),
+        ("gold", False, 1),
+        ("x", False, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "count"), [(3.9, 7.2, 2), (0.55, 0.8, 2), (-1, 1, 5), (1e-4, 3e-4, 3), (0, 1e6, 6), (0.76, 0.84, 2)]
+)
+def test_ticks_are_round_inside_and_few(evaluate, low, high, count):
+    ticks = evaluate(f"m.ticks({low}, {high}, {count})")
+    steps = {round((b - a) / (ticks[1] - ticks[0]), 6) for a, b in zip(ticks, ticks[1:], strict=False)}
+    assert 2 <= len(ticks) <= count + 1
+    assert low <= ticks[0] and ticks[-1] <= high
+    assert steps == {1}
+    assert float(f"{ticks[1] - ticks[0]:.0e}") == pytest.approx(ticks[1] - ticks[0])  # one digit
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (1, 15), (1, 100), (1, 9999)])
+def test_epochs_are_whole(evaluate, low, high):
+    ticks = evaluate(f"m.ticks({low}, {high}, 6, true)")
+    assert len(ticks) >= 2 and all(float(tick).is_integer() for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "done", "last"),
+    [(15, 1, 10), (15, 11, 15), (6, 2, 6), (500, 3, 10), (500, 35, 40), (1, 1, 2), (5, 9, 9)],
+)
+def test_a_curve_fills_its_axes_soon(evaluate, epochs, done, last):
+    assert evaluate(f"m.lastShown({epochs}, {done})") == last
+
+
+def test_limits_are_never_empty(evaluate):
+    for values in ([], [0], [5], [-2, -2], [1, 3]):
+        points = json.dumps([{"value": value, "spread": 0} for value in values])
+        low, high = evaluate(f"m.limits({points})")
+        assert low < high and all(low < value < high for value in values)
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("m.duration(0)", "0 s"),
+        ("m.duration(75.4)", "75 s"),
+        ("m.duration(100)", "2 min"),
+        ("m.duration(7500)", "2 h 5 min"),
+        ("m.duration(400000)", "5 days"),
+        ("m.duration(null)", ""),
+        ("m.duration(-3)", ""),
+        ("m.number(5.1432)", "5.14"),
+        ("m.number(-0.128)", "\N{MINUS SIGN}0.13"),
+        ("m.number(1234.5)", "1235"),
+        ("m.number(1e-5)", "1.0e\N{MINUS SIGN}5"),
+        ("m.number(NaN)", "\N{EN DASH}"),
+        ("m.signed(0.4)", "+0.40"),
+        ("m.reading([])", ""),
+        ("m.reading([{ value: 5.14, spread: 1.2 }])", "5.14"),
+        ("m.reading([{ value: 5.14, spread: 1.2 }, { value: 6.74, spread: 1 }])", "6.74 (+1.33 SD)"),
+        ("m.reading([{ value: 0.8, spread: 0 }, { value: 0.7, spread: 0 }])", "0.70 (\N{MINUS SIGN}0.10)"),
+        ("m.position({ state: 'running', epoch: 4, epochs: 15 })", "Epoch 5 of 15"),
+        ("m.position({ state: 'running', epoch: 15, epochs: 15 })", "Epoch 15 of 15"),
+        ("m.position({ state: 'stopped', epoch: 4, epochs: 15 })", "4 of 15 epochs"),
+        ("m.phaseText({ phase: 'sampling', phase_done: 48, phase_total: 96 })", "Sampling, 48 of 96"),
+        ("m.phaseText({ phase: 'loading', phase_done: 0, phase_total: 0 })", "Loading…"),
+        ("m.phaseText({ phase: '' })", ""),
+        ("m.fraction(5, 0)", 0),
+        ("m.fraction(7, 5)", 1),
+        ("m.shortened('shapes-aesthetic + 0.5 shapes-judge', 63)", "shapes-ae…"),
+        ("m.shortened('gold', 63)", "gold"),
+    ],
+)
+def test_words_and_numbers(evaluate, expression, words):
+    assert evaluate(expression) == words
+
+
+STATUS = {"id": "a", "node": "4", "state": "running", "epoch": 2, "epochs": 5, "reward": "r", "eval_rewards": []}
+
+
+@pytest.fixture
+def store(javascript):
+    """Runs a body with `runs`, `api`, `answers`, `asked`, a status `S`, and `settle`, which waits a moment."""
+    fake = as_url(FAKE_API)
+
+    def run(body: str):
+        url = module("runs", api=fake, model=module("model"))
+        names = f"""
+          const {{ api, answers, asked }} = await import("{fake}");
+          const {{ runs }} = m;
+          const S = {json.dumps(STATUS)};
+          const settle = () => new Promise((done) => setTimeout(done, 20));
+        """
+        return javascript(url, f"return (async () => {{ {names} {body} }})()")
+
+    return run
+
+
+RUNS = """
+  answers["/tdpo/runs"] = () => [200, { runs: [S] }];
+  answers["/tdpo/runs/a/metrics?after=0"] = () => [200, { metrics: [{ epoch: 1 }, { epoch: 2 }], next: 2 }];
+"""
+
+
+def test_a_page_that_comes_late_asks_for_what_it_missed(store):
+    state = store(f"""{RUNS}
+      runs.watch(() => runs.load("a")); await settle();
+      return [asked, runs.metrics("a").map(({{ epoch }}) => epoch)];
+    """)
+    assert state == [["GET /tdpo/runs", "GET /tdpo/runs/a/metrics?after=0"], [1, 2]]
+
+
+def test_events_that_were_missed_are_asked_for(store):
+    state = store(f"""{RUNS}
+      answers["/tdpo/runs/a/metrics?after=2"] = () => [200, {{ metrics: [{{ epoch: 3 }}, {{ epoch: 4 }}], next: 4 }}];
+      runs.watch(() => runs.load("a")); await settle();
+      api.tell("tdpo.progress", {{ ...S, epoch: 4, metrics: {{ epoch: 4 }} }}); await settle();
+      return [asked.length, runs.find("a").epoch, runs.metrics("a").map(({{ epoch }}) => epoch)];
+    """)
+    assert state == [3, 4, [1, 2, 3, 4]]
+
+
+def test_an_epoch_that_nobody_has_is_asked_for_once(store):
+    asked = store("""
+      answers["/tdpo/runs"] = () => [200, { runs: [S] }];
+      answers["/tdpo/runs/a/metrics?after=0"] = () => [200, { metrics: [], next: 0 }];
+      runs.watch(() => runs.load("a")); await settle();
+      return asked;
+    """)
+    assert asked == ["GET /tdpo/runs", "GET /tdpo/runs/a/metrics?after=0"]
+
+
+def test_an_answer_that_an_event_has_overtaken_does_not_turn_time_back(store):
+    state = store("""
+      let answer; answers["/tdpo/runs"] = () => new Promise((resolve) => (answer = resolve));
+      runs.watch(() => {}); await settle();
+      api.tell("tdpo.progress", { ...S, epoch: 3, metrics: null });
+      answer([200, { runs: [S] }]); await settle();
+      return runs.list.map(({ epoch }) => epoch);
+    """)
+    assert state == [3]
+
+
+def test_a_server_that_does_not_answer_is_told_and_asked_again(store):
+    state = store("""
+      answers["/tdpo/runs"] = () => [0];
+      globalThis.setTimeout = ((wait) => (work, time) => wait(work, time > 1000 ? 5 : time))(setTimeout);
+      const seen = []; const end = runs.watch(() => seen.push(runs.unreachable)); await settle();
+      answers["/tdpo/runs"] = () => [200, { runs: [S] }]; await settle();
+      end();
+      return [seen[0], seen.at(-1), runs.list.length];
+    """)
+    assert state == [True, False, 1]
+
+
+def test_stopping(store):
+    state = store("""
+      answers["/tdpo/runs/a/stop"] = () => [200, { ...S, state: "stopping" }];
+      await runs.stop("a");
+      const first = runs.find("a").state;
+      answers["/tdpo/runs/a/stop"] = () => [409, { error: "not running" }];
+      answers["/tdpo/runs"] = () => [200, { runs: [{ ...S, state: "stopped" }] }];
+      await runs.stop("a");
+      answers["/tdpo/runs/a/stop"] = () => [500, { error: "out of order" }];
+      const error = await runs.stop("a").catch((error) => error.message);
+      return [first, runs.find("a").state, error];
+    """)
+    assert state == ["stopping", "stopped", "out of order"]
+
+
+def test_nobody_listens_when_nobody_watches(store):
+    state = store(f"""{RUNS}
+      const end = runs.watch(() => {{}}); await settle();
+      end();
+      api.tell("tdpo.progress", {{ ...S, epoch: 5, metrics: null }}); await settle();
+      return [runs.find("a").epoch, asked];
+    """)
+    assert state == [2, ["GET /tdpo/runs"]]
+
+
+# --- in a real browser -----------------------------------------------------------------------------------------------
+
+RENDERERS = {"LiteGraph": False, "Vue": True}  # the setting Comfy.VueNodes.Enabled
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.ColorPalette": "dark"}
+SMALL = {"epochs": 500, "samples_per_epoch": 8, "steps": 3, "settings": "output.grid_images = 4", "batch_size": 2}
+PATIENCE = 90_000  # milliseconds, for what takes a few seconds on a quiet machine
+
+READY = (
+    "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.TDPOTrain && app.canvas?.graph)"
+)
+LOOK_AT = """async (type) => {
+  const { graph, canvas } = window.app;
+  const node = graph.nodes.find((node) => node.type === type);
+  canvas.ds.scale = 1;
+  canvas.ds.offset = [60 - node.pos[0], 100 - node.pos[1]];
+  canvas.setDirty(true, true);
+}"""
+CHANGE = """(values) => {
+  for (const { widgets } of window.app.graph.nodes)
+    for (const widget of widgets ?? []) if (widget.name in values) widget.value = values[widget.name];
+}"""
+
+
+def chromium_path() -> str | None:
+    named = os.environ.get("CHROMIUM")
+    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if comfyui.MISSING:
+        pytest.skip(comfyui.MISSING)
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    path = chromium_path()
+    if path is None:
+        pytest.skip("no Chromium: install the package 'chromium' of the system, or set CHROMIUM to its path")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(browser, tmp_path_factory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("frontend"))
+    yield server
+    server.end()
+
+
+class Tab:
+    """A page of the real frontend, and what it complained of that is ours."""
+
+    def __init__(self, browser: Any, server: Server, **settings: Any):
+        self.server, self.problems = server, []
+        server.post("/settings", SETTINGS | settings)
+        self.page = browser.new_page(viewport={"width": 1300, "height": 1150})
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("console", self._note)
+        self.page.on("pageerror", lambda error: self._complain(f"{error} {error.stack}"))
+
+    def _note(self, message: Any) -> None:
+        if message.type in ("warning", "error"):
+            self._complain(f"{message.text} {message.location}")
+
+    def _complain(self, text: str) -> None:
+        if re.search("tdpo|workflow against|missing", text, re.IGNORECASE):
+            self.problems.append(text)
+
+    def open(self) -> None:
+        self.page.goto(f"http://127.0.0.1:{self.server.port}")
+        self.page.wait_for_function(READY)
+        self.page.wait_for_timeout(1000)
+
+    def load(self, graph: dict) -> None:
+        self.page.evaluate("async (graph) => { await window.app.loadGraphData(graph); }", graph)
+        self.page.wait_for_timeout(500)
+
+    def look_at_train(self) -> None:
+        self.page.evaluate(LOOK_AT, "TDPOTrain")
+        self.page.wait_for_selector(".tdpo-panel", state="visible")
+
+    @property
+    def state(self) -> str:
+        return self.page.locator(".tdpo-state").first.text_content()
+
+    def wait_for_state(self, state: str) -> None:
+        self.page.wait_for_function(
+            "(state) => document.querySelector('.tdpo-state')?.textContent === state", arg=state
+        )
+
+    def wait_for_epochs(self, count: int) -> int:
+        """How many points the training curve has, once there are so many."""
+        points = "document.querySelector('.tdpo-trained .tdpo-curve')?.points.length ?? 0"
+        self.page.wait_for_function(f"(count) => ({points}) >= count", arg=count)
+        return self.page.evaluate(points)
+
+
+def screenshot(tab: Tab, name: str) -> None:
+    """Kept where $TDPO_SCREENSHOTS says, to be looked at."""
+    if folder := os.environ.get("TDPO_SCREENSHOTS"):
+        tab.page.screenshot(path=f"{folder}/{name}.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, server, renderer):
+    tab = Tab(browser, server, **{"Comfy.VueNodes.Enabled": RENDERERS[renderer]})
+    page = tab.page
+    tab.open()
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("tdpo-under-test", exact=True).first.click()
+    page.get_by_test_id("template-workflow-shapes_quickstart").click()
+    page.wait_for_function("() => window.app.graph.nodes.some((node) => node.type === 'TDPOTrain')")
+    page.wait_for_timeout(1000)
+    page.evaluate(CHANGE, SMALL | {"run_name": renderer})
+    tab.look_at_train()
+
+    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    first = tab.wait_for_epochs(2)
+    tab.wait_for_epochs(first + 2)
+    assert tab.state == "Training"
+    assert page.locator(".tdpo-samples img").get_attribute("alt").startswith("Sample images ")
+    screenshot(tab, f"{renderer}-training")
+
+    page.reload()
+    page.wait_for_function(READY)
+    page.wait_for_function("() => window.app.graph.nodes.some((node) => node.type === 'TDPOTrain')")
+    tab.look_at_train()
+    back = tab.wait_for_epochs(first + 2)
+    tab.wait_for_epochs(back + 1)
+
+    page.get_by_role("button", name="Stop", exact=True).click()
+    tab.wait_for_state("Stopped")
+    assert not page.get_by_role("button", name="Stop", exact=True).is_visible()
+    assert "Stopped after epoch" in page.locator(".tdpo-message").text_content()
+    screenshot(tab, f"{renderer}-stopped")
+    assert server.status(renderer)["state"] == "stopped"
+    assert tab.problems == []
+    page.close()
+
+
+# What a made-up server tells; a graph with Train nodes alone shows it without a training.
+EPOCHS = [
+    {"epoch": n, "reward/r/mean": 5 + n / 5, "reward/r/std": 1.0, "eval/gold/mean": 0.7 - n / 50, "eval/judge/mean": 1}
+    for n in range(1, 7)
+]
+TOLD = {
+    "id": "made up", "node": "1", "state": "running", "epoch": 6, "epochs": 10, "phase": "sampling", "phase_done": 48,
+    "phase_total": 96, "eta_s": 75.0, "reward": "r", "eval_rewards": ["gold", "judge"], "samples_epoch": None,
+    "lora": None, "error": None, "message": "Training.",
+}  # fmt: skip
+
+
+def train_node(id: int, x: int = 0, **more: Any) -> dict:
+    place = {"pos": [x, 0], "size": [600, 960], "flags": {}, "mode": 0, "order": 0, "properties": {}}
+    return {"id": id, "type": "TDPOTrain"} | place | more
+
+
+def graph_of(*nodes: dict) -> dict:
+    empty = {"version": 0.4, "last_node_id": 99, "last_link_id": 0, "links": [], "groups": []}
+    return empty | {"nodes": list(nodes)}
+
+
+@pytest.fixture(scope="module")
+def shared_tab(browser, server) -> Iterator[Tab]:
+    tab = Tab(browser, server, **{"Comfy.VueNodes.Enabled": False})
+    tab.open()
+    yield tab
+    tab.page.close()
+
+
+@pytest.fixture
+def tab(shared_tab) -> Iterator[Tab]:
+    """A page whose server knows the runs in `tab.told`, and fails while `tab.down`."""
+    shared_tab.told, shared_tab.down, shared_tab.asked = [dict(TOLD)], False, []
+
+    def answer(route: Any) -> None:
+        path = route.request.url.split("/tdpo/")[1]
+        shared_tab.asked.append(f"{route.request.method} {path}")
+        if shared_tab.down:
+            route.abort()
+        elif path == "runs":
+            route.fulfill(json={"runs": shared_tab.told})
+        elif "metrics" in path:
+            route.fulfill(json={"metrics": EPOCHS, "next": 6})
+        elif path.endswith("/stop"):
+            route.fulfill(status=400, json={"error": "<b>no</b>"})
+        else:
+            route.fulfill(status=404, json={"error": "no such picture"})
+
+    shared_tab.page.route("**/tdpo/runs**", answer)
+    shared_tab.page.route("**/tdpo/runs/**", answer)
+    yield shared_tab
+    shared_tab.load(graph_of())
+    shared_tab.page.unroute_all()
+
+
+def show(tab: Tab, *nodes: dict) -> None:
+    tab.load(graph_of(*(nodes or (train_node(1),))))
+    tab.look_at_train()
+
+
+def tell(tab: Tab, **status: Any) -> None:
+    """An event of the server's."""
+    event = TOLD | {"metrics": None} | status
+    tab.page.evaluate("(detail) => window.app.api.dispatchCustomEvent('tdpo.progress', detail)", event)
+    tab.page.wait_for_timeout(200)
+
+
+def test_before_any_run_there_is_a_quiet_hint(tab):
+    tab.told = []
+    show(tab)
+    assert tab.page.locator(".tdpo-hint").text_content().startswith("Press Run")
+    assert not tab.page.locator(".tdpo-body").is_visible()
+
+
+def test_what_is_seen_of_a_run(tab):
+    show(tab)
+    tab.wait_for_epochs(6)
+    texts = tab.page.locator(".tdpo-body").inner_text()
+    for text in (
+        "Training",
+        "made up",
+        "Epoch 7 of 10",
+        "about 75 s left",
+        "Sampling, 48 of 96",
+        "6.20 (+1.00 SD)",
+        "held out",
+    ):
+        assert text in texts
+    assert tab.page.locator(".tdpo-curve").count() == 3
+    assert tab.page.locator(".tdpo-chart").get_attribute("aria-label").startswith("training reward r: 5.20 in epoch 1")
+    bars = tab.page.get_by_role("progressbar").evaluate_all("(bars) => bars.map((bar) => bar.ariaValueNow)")
+    assert bars == ["60", "50"]
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_every_word_can_be_read(tab, palette):
+    """WCAG's contrast for text, 4.5, against the panel's own ground."""
+    tab.page.evaluate("(name) => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
+    tab.told[0] |= {"state": "failed", "error": "Something broke."}
+    show(tab)
+    tab.page.wait_for_selector(".tdpo-curve", state="attached")
+    tab.page.wait_for_timeout(300)
+    screenshot(tab, f"failed-{palette}")
+    contrasts = tab.page.evaluate("""() => {
+      const light = (color) => {
+        const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+        canvas.fillStyle = color;
+        canvas.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((c) => c / 255).map(
+          (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const ground = light(getComputedStyle(document.querySelector(".tdpo-panel")).backgroundColor);
+      const shown = [...document.querySelectorAll(".tdpo-panel *")].filter((e) => e.getClientRects().length);
+      const hasWords = (element) => [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+      const words = shown.filter((element) => hasWords(element) && element.localName !== "title");
+      return words.map((element) => {
+        const style = getComputedStyle(element);
+        const ink = light(element instanceof SVGElement ? style.fill : style.color);
+        return [element.textContent, (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05)];
+      });
+    }""")
+    assert len(contrasts) > 10
+    assert {text: ratio for text, ratio in contrasts if ratio < 4.5} == {}
+
+
+def test_nothing_is_cut_off_or_overlaps(tab):
+    for width in (320, 420, 640, 900):
+        show(tab, train_node(1, size=[width, 1100]))
+        tab.wait_for_epochs(6)
+        tab.page.wait_for_timeout(300)
+        screenshot(tab, f"width-{width}")
+        found = tab.page.evaluate("""() => {
+          const panel = document.querySelector(".tdpo-panel").getBoundingClientRect();
+          const elements = [...document.querySelectorAll(".tdpo-chart text")];
+          const texts = elements.map((e) => ({ t: e.textContent, b: e.getBoundingClientRect() }));
+          const out = texts.filter(({ b }) => b.left < panel.left || b.right > panel.right || b.bottom > panel.bottom);
+          const over = texts.filter(({ b }, i) => texts.slice(0, i).some(({ b: o }) =>
+            b.left < o.right && o.left < b.right && b.top + 3 < o.bottom && o.top + 3 < b.bottom));
+          return [...out, ...over].map(({ t }) => t);
+        }""")
+        assert found == [], f"{width} pixels: {found}"
+
+
+def test_words_from_the_server_are_never_html(tab):
+    evil = "<img src=x onerror='window.evil = 1'>"
+    tab.told = [TOLD | {"id": evil, "state": "failed", "phase": evil, "reward": evil, "message": evil, "error": evil}]
+    show(tab)
+    tab.page.wait_for_timeout(500)
+    assert tab.page.locator(".tdpo-message").text_content() == evil
+    assert tab.page.locator(".tdpo-panel img").count() == 1  # that of the samples, which is hidden
+    assert tab.page.evaluate("() => window.evil") is None
+
+
+def test_each_node_shows_its_own_run_and_a_copy_none(tab):
+    tab.told = [TOLD | {"id": "b", "node": "2", "state": "finished"}, TOLD | {"id": "a"}]
+    show(tab, train_node(1), train_node(2, 650), train_node(3, 1300, properties={"tdpo_run": "1|a"}))
+    names = tab.page.locator(".tdpo-panel").evaluate_all(
+        "(panels) => panels.map((p) => p.querySelector('.tdpo-body').hidden ? '' : p.querySelector('.tdpo-run').title)"
+    )
+    assert sorted(names) == ["", "a", "b"]
+
+
+def test_what_a_node_shows_is_not_part_of_prompt_or_workflow(tab):
+    show(tab)
+    inputs = tab.page.evaluate("async () => Object.keys((await window.app.graphToPrompt()).output[1].inputs)")
+    values = tab.page.evaluate("() => window.app.graph.serialize().nodes[0].widgets_values")
+    assert "tdpo_live" not in inputs and "run_name" in inputs
+    assert len(values) == 16  # the fifteen widgets of the schema, and ComfyUI's own behind the seed
+    assert values[12] == "fixed"
+
+
+def test_a_node_in_a_subgraph_shows_its_run(tab):
+    tab.told[0] |= {"node": "12:3"}
+    show(tab, train_node(3), train_node(4, 650))
+    tab.page.evaluate("""() => {
+      const { canvas, graph } = window.app;
+      canvas.selectItems([graph.nodes[0]]);
+      const { node, subgraph } = graph.convertToSubgraph(canvas.selectedItems);
+      window.told = `${node.id}:${subgraph.nodes[0].id}`;
+      canvas.setGraph ? canvas.setGraph(subgraph) : canvas.openSubgraph(subgraph);
+    }""")
+    tell(tab, node=tab.page.evaluate("() => window.told"), id="inside", epoch=0)
+    tab.page.wait_for_function(
+        "() => [...document.querySelectorAll('.tdpo-run')].some((name) => name.title === 'inside')"
+    )
+    tab.page.evaluate("() => window.app.canvas.setGraph(window.app.graph.rootGraph ?? window.app.graph)")
+
+
+def test_events_move_it_and_a_removed_node_no_longer_listens(tab):
+    show(tab)
+    tab.wait_for_epochs(6)
+    tell(tab, epoch=7, metrics=EPOCHS[0] | {"epoch": 7})
+    assert tab.wait_for_epochs(7) == 7
+    tell(tab, state="stopping")
+    assert tab.state == "Stopping, saving…"
+    assert tab.page.get_by_role("button", name="Stop", exact=True).is_disabled()
+    tab.page.evaluate("() => window.app.graph.remove(window.app.graph.nodes[0])")
+    asked = len(tab.asked)
+    tell(tab, epoch=9)
+    tab.page.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
+    tab.page.wait_for_timeout(300)
+    assert len(tab.asked) == asked
+
+
+def test_a_stop_that_fails_says_why_and_can_be_tried_again(tab):
+    show(tab)
+    button = tab.page.get_by_role("button", name="Stop", exact=True)
+    button.click()
+    tab.page.wait_for_selector(".tdpo-problem", state="visible")
+    assert tab.page.locator(".tdpo-problem").text_content() == "It could not be stopped: <b>no</b>"
+    assert button.is_enabled() and tab.state == "Training"
+
+
+def test_a_server_that_went_away_is_told_and_one_that_is_back_is_asked(tab):
+    show(tab)
+    tab.wait_for_epochs(6)
+    tab.down = True
+    tab.page.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
+    tab.page.wait_for_selector(".tdpo-problem", state="visible")
+    tab.down, tab.told = False, [TOLD | {"state": "interrupted"}]
+    tab.page.evaluate("() => window.app.api.dispatchCustomEvent('reconnected')")
+    tab.wait_for_state("Interrupted")
+    assert not tab.page.locator(".tdpo-problem").is_visible()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "workflows").glob("*.json")))
+def test_a_workflow_opens_without_a_complaint_and_is_saved_as_it_was(shared_tab, name):
+    shared_tab.problems.clear()
+    before = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    shared_tab.load(before)
+    shared_tab.page.wait_for_timeout(500)
+    after = json.loads(shared_tab.page.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
+    assert shared_tab.page.get_by_role("dialog").count() == 0
+    assert after["links"] == before["links"]
+    for new, old in zip(after["nodes"], before["nodes"], strict=True):
+        assert not new.get("has_errors")
+        for key in ("id", "type", "pos", "size", "title"):
+            assert new.get(key) == old.get(key), (old["type"], key)
+        assert (new.get("widgets_values") or []) == (old.get("widgets_values") or []), old["type"]
+    screenshot(shared_tab, f"workflow-{name}")
+    assert shared_tab.problems == []

@@ -1,0 +1,89 @@
+"""What a Train node's inputs become: a configuration, prompts, or one sentence."""
+
+import pytest
+
+from comfy_tdpo.nodes.configure import Wanted
+from comfy_tdpo.nodes.scoring import RewardChoice
+from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.trainer.config import make_config
+
+AESTHETIC = RewardChoice({"shapes-aesthetic": 1.0})
+PAPER = {"critic": {"activation": "identity", "lr": 1e-4, "clip_range": 0.2}}
+PAPER |= {"neurons": {"reset": "active", "every": 10, "threshold": 0.0, "data": "epoch"}}
+
+
+def wanted(**changes) -> Wanted:
+    return Wanted(**({"model": "comfyui:Test:1", "shapes": True, "reward": AESTHETIC} | changes))
+
+
+def test_nothing_asked_for_is_the_preset():
+    shapes = make_config("shapes", None, {"eval_rewards": [], "model": "comfyui:Test:1"})
+    assert wanted().config() == shapes
+    other = make_config("sd14-aesthetic", None, {"eval_rewards": [], "model": "x", "rewards": AESTHETIC.weights})
+    assert wanted(model="x", shapes=False).config() == other
+
+
+def test_what_is_asked_for_lies_over_the_preset():
+    numbers = {"epochs": 3, "samples_per_epoch": 10, "steps": 0, "guidance": 2.5, "rank": 8, "learning_rate": 1e-3}
+    held_out = RewardChoice({"shapes-judge": 3.0, "shapes-gold": 1.0})
+    settings = "micro_batch = 5\npolicy.alpha = 2.0\n[output]\ngrid_images = 4"
+    config = wanted(numbers=numbers, seed=9, held_out=held_out, settings=settings, prompt_set="shapes-unseen").config()
+    assert (config.epochs, config.samples_per_epoch, config.samples_per_update, config.steps) == (3, 10, 5, 10)
+    assert (config.guidance, config.policy.rank, config.policy.lr, config.policy.alpha) == (2.5, 8, 1e-3, 2.0)
+    assert (config.seed, config.micro_batch, config.output.grid_images) == (9, 5, 4)
+    assert config.eval_rewards == ["shapes-judge", "shapes-gold"] and config.prompts == "shapes-unseen"
+
+
+def test_rewards_in_a_chain_add_up():
+    chain = RewardChoice({}).with_reward("shapes-judge", 0.5).with_reward("shapes-aesthetic", 1.0)
+    assert wanted(reward=chain.with_reward("shapes-judge", 0.25)).config().rewards == {
+        "shapes-judge": 0.75,
+        "shapes-aesthetic": 1.0,
+    }
+
+
+@pytest.mark.parametrize(("samples", "update"), [(4, 2), (5, 5), (96, 48)])
+def test_an_epoch_is_two_updates_where_it_can_be(samples, update):
+    assert wanted(numbers={"samples_per_epoch": samples}).config().samples_per_update == update
+
+
+def test_the_critic_is_the_one_wired_in():
+    critic = {"critic": PAPER["critic"] | {"lr": 5e-3}, "neurons": PAPER["neurons"] | {"every": 2}}
+    config = wanted(critic=critic).config()
+    assert (config.critic.lr, config.neurons.every, config.critic.image_size) == (5e-3, 2, 32)
+    assert wanted(critic=critic, algorithm="tdpo").config().neurons.reset == "none"
+
+
+def test_prompts_are_the_text_or_the_set():
+    assert wanted(text=" a red circle \n\n a blue square\n").prompts() == ["a red circle", "a blue square"]
+    assert wanted(text="  \n ", prompt_set="shapes-unseen").prompts() == load_prompts("shapes-unseen")
+    assert wanted().prompts() == load_prompts("shapes")
+    assert wanted(shapes=False).prompts() == load_prompts("simple-animals")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "ddpo-2", "critic": PAPER}, "got a critic for ddpo-2, which has none; unplug"),
+        ({"numbers": {"samples_per_epoch": 1}}, "samples_per_epoch is 1; at least 2"),
+        ({"reward": RewardChoice({})}, "rewards: got {}"),
+        ({"reward": RewardChoice({"shapes-gold": 0.0})}, "the weights of all rewards are 0"),
+        ({"reward": RewardChoice({"shapes-gold": float("nan")})}, "rewards.shapes-gold: got nan"),
+        ({"settings": "epochs ="}, "got settings that are no TOML .*expected lines such as"),
+        ({"settings": "model = 'x'"}, "got 'model' among the settings; the node has an input or a wire for it"),
+        ({"settings": "policy.what = 1"}, "unknown setting 'policy.what'"),
+        ({"settings": "policy = 1"}, "policy: got 1"),
+        ({"prompt_set": "/etc/passwd.txt"}, "expected a text file"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        want = wanted(**changes)
+        want.config()
+        want.prompts()
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_reward_is_refused_where_it_is_chosen():
+    with pytest.raises(ValueError, match="got reward 'nice'; expected one of"):
+        RewardChoice({}).with_reward("nice", 1.0)

@@ -1,0 +1,302 @@
+"""Runs as the nodes and the routes see them: which one is meant, where it stands, what may be asked of it."""
+
+import json
+import threading
+
+import pytest
+from fake_training import begin, runs_in, wanted
+
+from comfy_tdpo.nodes import answers
+from comfy_tdpo.nodes.choosing import choose, is_done, token
+from comfy_tdpo.nodes.runs import finite, newest_grid
+from comfy_tdpo.nodes.starting import check_device_free, job_under_way, prepare, wait_for
+
+KEYS = (
+    "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
+)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return runs_in(tmp_path)
+
+
+def chosen(runs, resume="continue", name="one", **asked):
+    want = wanted(**asked)
+    return choose(runs, name, resume, want.config(), want.prompts()).path.name
+
+
+def finish(runs, name="one", **asked):
+    assert begin(runs, name, **asked).wait(30).state == "finished"
+
+
+def stop_after(runs, epochs, name="one", **asked):
+    go = threading.Semaphore(epochs)
+    job = begin(runs, name, go, **asked)
+    job.subscribe(lambda event, status: job.stop() if status.epoch == epochs else None)
+    assert job.wait(30).state == "stopped"
+
+
+# --- which run is meant
+
+
+def test_a_free_name_is_a_new_run(runs):
+    assert [chosen(runs, resume) for resume in ("continue", "new")] == ["one", "one"]
+    with pytest.raises(ValueError, match="got run 'one'; expected one of those"):
+        chosen(runs, "as it is")
+
+
+def test_what_was_stopped_goes_on_or_makes_room(runs):
+    stop_after(runs, 1)
+    assert [chosen(runs, resume) for resume in ("continue", "as it is", "new")] == ["one", "one", "one-2"]
+
+
+def test_what_is_finished_is_given_again_as_it_would_only_repeat_itself(runs):
+    finish(runs)
+    assert [chosen(runs, resume) for resume in ("continue", "as it is", "new")] == ["one", "one", "one"]
+    assert is_done(runs.find("one"), wanted().config())
+    assert not is_done(runs.find("one"), wanted(epochs=3).config())
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"seed": 7}, "seed was 42 and is 7"),
+        ({"model": "comfyui:Test:2"}, "model was 'comfyui:Test:1' and is 'comfyui:Test:2'"),
+        ({"text": "a blue circle"}, "its prompts were others"),
+        ({"algorithm": "ddpo-100"}, "advantage_clip was 'none' and is 5.0"),
+    ],
+)
+def test_other_settings_are_another_run(runs, change, difference):
+    finish(runs)
+    with pytest.raises(ValueError, match=f"begun with other settings: {difference}.*'new' to begin 'one-2'"):
+        chosen(runs, **change)
+    assert chosen(runs, "new", **change) == "one-2"
+    finish(runs, "one-2", **change)
+    assert chosen(runs, "new", **change) == "one-2"
+    assert chosen(runs, "new") == "one-3"
+
+
+def test_a_run_that_never_trained_holds_nobody_to_its_settings(runs):
+    go = threading.Semaphore(0)
+    job = begin(runs, "one", go, seed=1)
+    assert chosen(runs, "new", seed=1) == "one"
+    job.stop()
+    assert job.wait(30).state == "stopped"
+    assert [chosen(runs, resume, seed=2) for resume in ("continue", "new")] == ["one", "one"]
+    finish(runs, seed=2)
+    assert runs.find("one").config.seed == 2
+
+
+def test_more_epochs_go_on_and_fewer_are_enough(runs):
+    finish(runs)
+    finish(runs, epochs=4)
+    assert [line["epoch"] for line in runs.find("one").metrics()] == [1, 2, 3, 4]
+    assert is_done(runs.find("one"), wanted(epochs=3).config())
+
+
+def test_the_token_changes_with_what_a_node_would_give(runs):
+    assert token(runs, "one", wait=True) == token(runs, "one", wait=False) == ""
+    stop_after(runs, 1)
+    stopped = token(runs, "one", wait=True)
+    assert stopped == "one stopped 1"
+    finish(runs)
+    assert token(runs, "one", wait=False) == "one finished 2"
+    assert token(runs, "one", wait=True) == "", "a node that waited has given it all"
+    stop_after(runs, 1, "one-2", seed=3)
+    assert token(runs, "one", wait=True) == "one-2 stopped 1"
+
+
+# --- where it stands
+
+
+def test_a_status_has_what_the_browser_reads(runs):
+    finish(runs, held_out=None)
+    status = runs.status(runs.find("one"))
+    assert set(status) == set(KEYS.split())
+    expected = {
+        "id": "one",
+        "node": "7",
+        "state": "finished",
+        "epoch": 2,
+        "epochs": 2,
+        "samples_epoch": 2,
+        "error": None,
+    }
+    expected |= {"reward": "shapes-aesthetic", "eval_rewards": [], "lora": "tdpo/one.safetensors", "eta_s": 0.0}
+    assert status.items() >= expected.items()
+    assert runs.lora_name(runs.find("one")) == "tdpo/one.safetensors"
+    assert (runs.loras / "tdpo" / "one.safetensors").read_bytes() == runs.find("one").latest_lora.read_bytes()
+    assert (runs.find("one").path / "plots" / "reward.png").exists()
+    runs.find("one").latest_lora.unlink()
+    assert runs.lora_name(runs.find("one")) is None, "what lies there is not from this run"
+
+
+def test_the_states_of_a_run(runs):
+    go = threading.Semaphore(1)
+    job = begin(runs, go=go)
+    run = runs.find("one")
+    states = {runs.status(run)["state"]}
+    while job.status.epoch < 1:
+        states.add(runs.status(run)["state"])
+    assert states <= {"waiting", "running"}
+    assert runs.status(run)["phase_total"] in (0, 4)
+    status = runs.stop(run)
+    assert status["state"] in ("stopping", "stopped")
+    job.wait(30)
+    assert runs.status(run)["state"] == "stopped"
+    assert "after epoch 1 of 2, saved: queue to go on" in runs.status(run)["message"]
+
+
+def test_a_run_that_nobody_holds_was_interrupted_and_remembers_its_node(runs):
+    want = wanted()
+    prepare(runs, runs.folder("left"), want.config(), want.prompts())
+    status = runs.status(runs.find("left"))
+    assert (status["state"], status["epoch"], status["epochs"], status["node"]) == ("interrupted", 0, 2, None)
+    (runs.find("left").path / "comfyui.json").write_text("[1]", encoding="utf-8")
+    assert runs.status(runs.find("left"))["node"] is None
+
+
+def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
+    def fail(run, stop, watch):
+        raise ValueError(f"checkpoint '{run.path}/checkpoints' and /home/me/x.bin are\nbad / see https://host/a/b")
+
+    import torch
+
+    from comfy_tdpo.nodes.starting import start
+
+    want, run = wanted(), runs.folder("one")
+    prepare(runs, run, want.config(), want.prompts())
+    job = start(runs, run, fail, torch.device("cpu"), "7", lambda detail: None)
+    job.wait(30)
+    status = runs.status(run)
+    assert status["state"] == "failed"
+    assert status["error"] == "checkpoint 'output/tdpo/one/checkpoints' and x.bin are bad / see https://host/a/b"
+    with pytest.raises(RuntimeError, match="run 'one' failed: checkpoint"):
+        wait_for(job, lambda done, total: None)
+
+
+def test_a_damaged_folder_does_not_hide_the_others(runs):
+    finish(runs)
+    (runs.root / "bad").mkdir()
+    (runs.root / "bad" / "config.toml").write_text("epochs = [", encoding="utf-8")
+    listed = {status["id"]: status for status in runs.overview()["runs"]}
+    assert set(listed) == {"one", "bad"}
+    assert listed["bad"]["state"] == "failed" and set(listed["bad"]) == set(KEYS.split())
+    assert str(runs.root.parent.parent) not in json.dumps(listed)
+
+
+def test_one_run_at_a_time_on_a_device(runs):
+    import torch
+
+    go = threading.Semaphore(0)
+    job = begin(runs, "one", go)
+    with pytest.raises(ValueError, match="run 'one' is training on cpu; stop it or wait for it before starting 'two'"):
+        check_device_free(runs.folder("two"), torch.device("cpu"))
+    job.stop()
+    job.wait(30)
+    check_device_free(runs.folder("two"), torch.device("cpu"))
+
+
+def test_a_run_that_is_stopping_is_waited_for(runs):
+    job, run = begin(runs, go=threading.Semaphore(0)), runs.find("one")
+    assert job_under_way(runs, run) is job
+    job.stop()
+    assert job_under_way(runs, run) is None
+    assert job.status.state == "stopped"
+
+
+# --- being told, and waiting
+
+
+def test_epochs_and_the_end_are_always_told(runs):
+    told = []
+    job = begin(runs, tell=told.append, epochs=3)
+    job.wait(30)
+    assert all(set(detail) == {*KEYS.split(), "metrics"} for detail in told)
+    epochs = [detail["metrics"]["epoch"] for detail in told if detail["metrics"]]
+    assert sorted(set(epochs)) == [1, 2, 3]
+    assert (told[-1]["state"], told[-1]["lora"]) == ("finished", "tdpo/one.safetensors")
+    json.dumps(told, allow_nan=False)
+
+
+def test_phases_are_told_now_and_then(runs, monkeypatch):
+    from types import SimpleNamespace
+
+    from comfy_tdpo.nodes import starting
+
+    clock = [0.0]
+    monkeypatch.setattr(starting.time, "monotonic", lambda: clock[0])
+    want = wanted()
+    prepare(runs, runs.folder("one"), want.config(), want.prompts())
+    told = []
+    teller = starting.Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
+    for clock[0] in (1.0, 1.1, 1.19, 1.21, 1.3):
+        teller("phase", SimpleNamespace(phase="sampling", metrics=None))
+    teller("phase", SimpleNamespace(phase="updating", metrics=None))
+    teller("epoch", SimpleNamespace(phase="updating", metrics=None))
+    assert told == [1.0, 1.21, 1.3, 1.3]
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_cancelled_wait_stops_the_run_and_saves(runs):
+    job = begin(runs, go=threading.Semaphore(1))
+
+    def show(done, total):
+        assert total == 200
+        if done >= 100:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        wait_for(job, show)
+    assert job.status.state == "stopped"
+    assert runs.status(runs.find("one"))["lora"] == "tdpo/one.safetensors"
+
+
+# --- questions over HTTP
+
+
+def test_answers(runs):
+    finish(runs)
+    assert answers.overview(runs)[1]["runs"][0] == answers.status(runs, "one")[1]
+    status, answer = answers.metrics(runs, "one", "1")
+    assert (status, answer["next"]) == (200, 2)
+    assert [line["epoch"] for line in answer["metrics"]] == [2]
+    assert answers.metrics(runs, "one", "2") == (200, {"metrics": [], "next": 2})
+    for name in ("samples", "reward"):
+        status, picture = answers.picture(runs, "one", name)
+        assert status == 200 and picture.startswith(b"\x89PNG")
+    assert newest_grid(runs.find("one")).name == "epoch-0002.png"
+
+
+@pytest.mark.parametrize("name", ["two", "../one", "..", "", "/etc/passwd", "C:\\x", "a\0b", "x" * 1000, ".hidden"])
+def test_nothing_but_known_runs_is_answered_for(runs, name):
+    finish(runs)
+    (runs.root.parent / "config.toml").write_text("", encoding="utf-8")
+    expected = 404 if name == "two" else 400
+    asked = (
+        answers.status,
+        answers.stop,
+        lambda *a: answers.metrics(*a, "0"),
+        lambda *a: answers.picture(*a, "samples"),
+    )
+    for ask in asked:
+        status, answer = ask(runs, name)
+        assert status == expected and set(answer) == {"error"} and "\n" not in answer["error"]
+        assert str(runs.root) not in answer["error"] and len(answer["error"]) < 400
+
+
+def test_wrong_questions_are_told_so(runs):
+    finish(runs)
+    assert answers.stop(runs, "one")[0] == 409
+    assert answers.picture(runs, "one", "../config.toml")[0] == 400
+    for after in ("-1", "x", "1.5", "", "9" * 400, "٣"):
+        status, answer = answers.metrics(runs, "one", after)
+        assert status == 400 and len(answer["error"]) < 200
+
+
+def test_json_knows_no_nan():
+    assert finite({"a": float("nan"), "b": float("inf"), "c": 1.5}) == {"a": None, "b": None, "c": 1.5}

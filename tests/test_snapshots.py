@@ -1,0 +1,65 @@
+"""Which LoRA of a run is meant, and files that are none."""
+
+import pytest
+import torch
+from fake_training import begin, runs_in
+from safetensors.torch import save_file
+
+from comfy_tdpo.nodes.snapshots import best_epoch, find_snapshot, read_lora, snapshots
+
+TRAINING, HELD_OUT = "best training reward", "best held-out reward"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """One of three epochs, whose images scored 1, 2 and 3."""
+    runs = runs_in(tmp_path)
+    assert begin(runs, epochs=3).wait(30).state == "finished"
+    return runs.find("one")
+
+
+def test_the_latest_and_those_of_epochs(run):
+    assert find_snapshot(run, "latest", 1) == run.latest_lora
+    assert find_snapshot(run, "epoch", 2) == run.lora(2)
+    with pytest.raises(ValueError, match="run 'one' has no snapshot of epoch 9; expected one of 1, 2, 3"):
+        find_snapshot(run, "epoch", 9)
+
+
+def test_a_run_without_a_lora(run):
+    for path in (run.path / "lora").iterdir():
+        path.unlink()
+    assert find_snapshot(run, "latest", 1) is None
+    for which in ("epoch", TRAINING):
+        with pytest.raises(ValueError, match="run 'one' has no"):
+            find_snapshot(run, which, 1)
+
+
+def test_a_newest_lora_between_two_snapshots_counts_by_what_it_says_of_itself(run):
+    run.lora(3).unlink()
+    assert snapshots(run) == {1: run.lora(1), 2: run.lora(2), 3: run.latest_lora}
+    save_file({"x": torch.zeros(1)}, run.latest_lora)
+    with pytest.raises(ValueError, match="does not say its epoch"):
+        snapshots(run)
+
+
+def test_the_best_is_judged_by_the_images_that_it_drew(run):
+    scores = {1: 0.0, 2: 5.0, 3: 9.0, 4: 1.0}
+    metrics = [{"epoch": epoch, "key": score} for epoch, score in scores.items()]
+    assert best_epoch([1, 2, 3, 4], metrics, "key") == 2, "the images of epoch 3 are drawn by the LoRA of epoch 2"
+    assert best_epoch([3, 4], metrics, "key") == 3, "they scored the same, and the first is taken"
+    assert find_snapshot(run, TRAINING, 1) == run.lora(2)
+    with pytest.raises(ValueError, match="has no best held-out reward yet; expected a finished epoch"):
+        find_snapshot(run, HELD_OUT, 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x04}\x94\x8c\x01a\x94K\x01s.", b"", b"\xff" * 100, b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "[:12]],
+    ids=["a pickle", "empty", "noise", "truncated"],
+)
+def test_what_is_no_safetensors_file_is_one_sentence(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="got LoRA file 'x.safetensors', which cannot be read") as error:
+        read_lora(path)
+    assert "\n" not in str(error.value) and str(tmp_path) not in str(error.value)

@@ -1,0 +1,133 @@
+"""The critic's neurons over the epochs, as a picture and in words.
+
+Drawn with matplotlib's objects alone, as in plots.py, so on any thread. Shapes: E epochs, H neurons of a layer.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from .neuron_log import NeuronRecord, read_neurons
+from .plots import BLUE, DPI, GREY, INK, VERMILION, WIDTH
+from .run import EpochMetrics, RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BRIGHTEST = 3.0  # times the layer's mean, from where on the colour stays
+RESET = (0.835, 0.369, 0.0, 1.0)  # VERMILION as RGBA
+CHART, SHORTEST, TALLEST = 1.3, 0.45, 2.6  # inches: of the lines below, of a layer of few and of many neurons
+TOP, GAP, LEFT, RIGHT, BOTTOM = 0.75, 0.2, 0.95, 0.95, 0.5  # inches
+
+
+def neuron_figure(run: RunFolder) -> Image.Image:
+    """Activation of each neuron, layer by layer, with resets marked, over the dormant share and its overlap.
+
+    Raises:
+        ValueError: nothing is recorded: no epoch is finished, or there is no critic.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    metrics, records = _recorded(run)
+    canvas = FigureCanvasAgg(_figure(run, metrics, records))
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def described(run: RunFolder) -> str:
+    """The same in words: a line about the run, then one an epoch."""
+    metrics, records = _recorded(run)
+    config, count = run.config.neurons, sum(map(len, records[-1].scores.values()))
+    resets = "none is reset" if config.reset == "none" else f"{config.reset} ones are reset every {config.every} epochs"
+    return "\n".join([f"{run.path.name}: {count} neurons in the critic; {resets}", *map(_told, metrics)])
+
+
+def _told(line: EpochMetrics) -> str:
+    text = f"epoch {line['epoch']}: {line['neurons/dormant_percent']:.1f} % dormant"
+    if "neurons/overlap_percent" in line:
+        text += f", {line['neurons/overlap_percent']:.1f} % of them as before"
+    count = int(line["neurons/reset_count"])
+    return f"{text}, {count} reset" if count else text
+
+
+def _recorded(run: RunFolder) -> tuple[list[EpochMetrics], list[NeuronRecord]]:
+    metrics = [line for line in run.metrics() if "neurons/dormant_percent" in line]
+    records = read_neurons(run.path, len(metrics))
+    if not records:
+        reason = "no epoch is finished" if run.config.critic.enabled else "its algorithm has no critic"
+        raise ValueError(f"run {run.path.name!r} has no record of neurons: {reason}; expected one of tdpo-r or tdpo")
+    return metrics, records
+
+
+def _figure(run: RunFolder, metrics: list[EpochMetrics], records: list[NeuronRecord]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    layers = {name: len(scores) for name, scores in records[-1].scores.items()}
+    heights = [min(max(SHORTEST, count / 400), TALLEST) for count in layers.values()] + [CHART]
+    total = TOP + sum(height + GAP for height in heights) + BOTTOM
+    figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
+    _head(figure, run, records, total)
+    stacked, bottom = [], total - TOP
+    for height in heights:
+        bottom -= height
+        width = 1 - (LEFT + RIGHT) / WIDTH
+        stacked.append(figure.add_axes((LEFT / WIDTH, bottom / total, width, height / total)))
+        bottom -= GAP
+    for axes, name in zip(stacked, layers, strict=False):
+        _draw_layer(axes, name, records)
+    _draw_shares(stacked[-1], metrics)
+    for axes in stacked:
+        axes.set_xlim(records[0].epoch - 0.5, records[-1].epoch + 0.5)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labelsize=9, labelcolor=GREY, labelbottom=axes is stacked[-1])
+    stacked[-1].set_xlabel("epoch", color=GREY, fontsize=9.5)
+    stacked[-1].locator_params(axis="x", nbins=10, integer=True)
+    return figure
+
+
+def _head(figure: "Figure", run: RunFolder, records: list[NeuronRecord], total: float) -> None:
+    left, first, second = LEFT / WIDTH, 1 - 0.32 / total, 1 - 0.56 / total
+    title = f"Neurons of the critic: {run.path.name}"
+    figure.text(left, first, title, color=INK, fontsize=13, weight="bold", va="bottom", parse_math=False)
+    scale = f"white: dormant, dark: {BRIGHTEST:g} times the layer's mean activation or more"
+    figure.text(left, second, scale, color=GREY, fontsize=9.5, va="bottom")
+    if any(record.reset_count for record in records):
+        figure.text(1 - RIGHT / WIDTH, second, "▌ reset", color=VERMILION, fontsize=9.5, ha="right", va="bottom")
+
+
+def _draw_layer(axes: "Axes", name: str, records: list[NeuronRecord]) -> None:
+    """A column an epoch, a row a neuron; what a reset touched is marked at the column's end."""
+    first, last, rows = records[0].epoch, records[-1].epoch, len(records[-1].scores[name])
+    picture = np.full((rows, last - first + 1), np.nan)  # (H, E)
+    for record in records:
+        picture[:, record.epoch - first] = record.scores[name]
+    _show(axes, picture, (first - 0.5, last + 0.5), cmap="Blues", vmin=0, vmax=BRIGHTEST)
+    for record in records:
+        marks = np.zeros((rows, 1, 4))
+        marks[record.reset.get(name, [])] = RESET
+        if marks.any():
+            _show(axes, marks, (record.epoch + 0.25, record.epoch + 0.5))
+    axes.set_ylim(rows, 0)
+    axes.set_yticks([])
+    label = f"layer {int(name.split('.')[-1]) + 1}\n{rows}"
+    axes.set_ylabel(label, color=GREY, fontsize=9.5, rotation=0, ha="right", va="center")
+
+
+def _show(axes: "Axes", picture: np.ndarray, sides: tuple[float, float], **colors: Any) -> None:
+    axes.imshow(picture, extent=(*sides, len(picture), 0), aspect="auto", interpolation="nearest", **colors)
+
+
+def _draw_shares(axes: "Axes", metrics: list[EpochMetrics]) -> None:
+    for key, color, label in (
+        ("neurons/dormant_percent", BLUE, "dormant"),
+        ("neurons/overlap_percent", VERMILION, "overlap"),
+    ):
+        points = [(line["epoch"], line[key]) for line in metrics if key in line]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.2)
+            axes.annotate(label, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", color=color, fontsize=9.5)
+    axes.set_ylim(-5, 105)
+    axes.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
