@@ -167,6 +167,15 @@ def test_a_checkpoint_without_its_entry_is_refused(tmp_path):
         load_weights(nn.Linear(2, 2), tmp_path / "model.pt", SOURCE, inside="state_dict")
 
 
+def test_a_vocabulary_that_was_cut_off_is_refused(tmp_path, monkeypatch):
+    use_small_architectures(monkeypatch)
+    small = save_small_weights(tmp_path)
+    words = tmp_path / "imagereward" / "vocab.txt"
+    words.write_text(words.read_text(encoding="utf-8")[:-30], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"holds 29\d words, not BERT's 298; expected vocab.txt of"):
+        load_reward("imagereward", CPU, weights=small)
+
+
 def test_half_precision_files_are_loaded_in_the_precision_asked_for(tmp_path):
     """HPSv2's are published so. A temperature stays float32: in bf16 exp(4.6052) is 98.9, not 100."""
     torch.save({"weight": torch.ones(2, 2).half(), "bias": torch.ones(()).half() * 4.6052}, tmp_path / "model.pt")

@@ -5,11 +5,13 @@ the scores; what its checkpoint carries for BLIP's other uses (two projections, 
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.models import WordPiece
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -80,6 +82,18 @@ class ImageGroundedText(nn.Module):
         return text.last_hidden_state[:, 0].float()
 
 
+def _tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
+    """BERT's, cut and padded as upstream does."""
+    words = WordPiece.read_file(str(vocabulary))
+    expected = TEXT["vocab_size"] - 2  # BLIP's own, [DEC] and [ENC], no prompt holds
+    if len(words) != expected or not {"[CLS]", "[SEP]", "[PAD]", "[UNK]"} <= words.keys():
+        raise ValueError(f"{vocabulary} holds {len(words)} words, not BERT's {expected}; expected {VOCABULARY}")
+    tokenizer = BertWordPieceTokenizer(words, lowercase=True)
+    tokenizer.enable_truncation(TOKENS)
+    tokenizer.enable_padding(length=TOKENS)
+    return tokenizer
+
+
 class ImageReward:
     """Image and text are read together, so there is no embedding of the image to serve a critic; about -2 to 2."""
 
@@ -95,9 +109,7 @@ class ImageReward:
         self.encoder = load_weights(encoder, path, MODEL, options.dtype, upstreams_name).to(options.device)
         self.head = load_weights(head, path, MODEL, key=lambda name: f"mlp.{name}").to(options.device)
         self.dtype = options.dtype
-        self.tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
-        self.tokenizer.enable_truncation(TOKENS)
-        self.tokenizer.enable_padding(length=TOKENS)
+        self.tokenizer = _tokenizer(vocabulary)
 
     def embed(self, images: Tensor) -> Tensor:
         raise TypeError(f"{self.name} has no encoder of images alone")
