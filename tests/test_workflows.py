@@ -210,6 +210,7 @@ def test_it_runs(server, name):
 
 @in_comfyui
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_quickstart_raises_the_reward_of_the_images(server):
     """As it ships, through ComfyUI's own KSampler: by at least one standard deviation of the images before."""
     workflow = load("shapes_quickstart")
@@ -235,6 +236,7 @@ save_file(to_ldm(random_pipeline(CONFIGS / "sd1")), {path!r})
 
 @in_comfyui
 @pytest.mark.slow
+@pytest.mark.full
 def test_those_for_stable_diffusion_run(server, monkeypatch):
     if psutil.virtual_memory().available < 12e9:
         pytest.skip("less than 12 GB of memory are free: the model is in it twice, and once in single precision")
