@@ -1,7 +1,7 @@
 """Two rewards at once on Shapes: `python benchmarks/shapes_multi_reward.py`.
 
-Trains on shapes-aesthetic and shapes-alignment with weights 1:0, 0:1 and 1:1, each divided by its standard deviation
-in the base model's images, over three seeds, with the preset `shapes`; watches both; and writes a table with date and
+Trains on shapes-aesthetic and shapes-alignment with weights 1:0, 0:1 and 1:1, divided by their standard deviations in
+the base model's images, over three seeds, with the preset `shapes`; watches both; and writes a table with date and
 machine. More weight on a reward should leave it higher. A run that is in the folder already is not repeated, and one
 that was stopped is continued.
 """
@@ -46,8 +46,10 @@ def main() -> None:
 def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
     """One run at `path`, new or continued."""
     rewards = {name: weight for name, weight in zip((A, B), MIXES[mix], strict=True) if weight}
-    overrides = {"rewards": rewards, "reward_scales": {name: SCALES[name] for name in rewards}, "seed": seed}
-    overrides |= {"eval_rewards": list(WATCHED)} | ({"epochs": epochs} if epochs else {})
+    scales = SCALES if len(rewards) > 1 else {}
+    watched = [name for name in WATCHED if len(rewards) > 1 or name not in rewards]
+    overrides = {"rewards": rewards, "reward_scales": scales, "seed": seed, "eval_rewards": watched}
+    overrides |= {"epochs": epochs} if epochs else {}
     run = RunFolder(path)
     if (path / "config.toml").exists():
         if run.config != make_config(overrides=overrides):
@@ -56,8 +58,8 @@ def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
     else:
         flags = ["--run-dir", str(path), "--seed", str(seed)] + (["--epochs", str(epochs)] if epochs else [])
         flags += [flag for name, weight in rewards.items() for flag in ("--reward", f"{name}={weight:g}")]
-        flags += [flag for name in WATCHED for flag in ("--eval-reward", name)]
-        flags += ["--reward-scales", ",".join(f"{name}={SCALES[name]}" for name in rewards)]
+        flags += [flag for name in watched for flag in ("--eval-reward", name)]
+        flags += ["--reward-scales", ",".join(f"{name}={scale}" for name, scale in scales.items())] if scales else []
     if not (path / "config.toml").exists() or len(run.metrics()) < run.config.epochs:
         print(f"--- {mix}, seed {seed}", flush=True)
         subprocess.run([sys.executable, "-m", "comfy_tdpo.trainer", *flags], check=True)
@@ -66,7 +68,8 @@ def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
 
 def change(run: RunFolder, reward: str) -> float:
     """From the first epoch to the mean of the last ones, in standard deviations of the base model's images."""
-    means = [epoch[f"eval/{reward}/mean"] for epoch in run.metrics()]
+    kind = "reward" if list(run.config.rewards) == [reward] else "eval"
+    means = [epoch[f"{kind}/{reward}/mean"] for epoch in run.metrics()]
     return (statistics.fmean(means[-LAST:]) - means[0]) / SCALES.get(reward, 1)
 
 
