@@ -5,7 +5,7 @@ async def comfy_entrypoint():
     """The extension ComfyUI asks for. ComfyUI is imported here, so that this package can be imported without it."""
     from comfy_api.latest import ComfyExtension, io
 
-    from . import routes
+    from . import reward_files, routes
     from .apply import ApplyLoRA
     from .critic import TemporalCritic
     from .inspector import NeuronInspector
@@ -13,6 +13,7 @@ async def comfy_entrypoint():
     from .shapes import ShapesModel
     from .train import Train
 
+    reward_files.register()
     routes.register()
 
     class Extension(ComfyExtension):

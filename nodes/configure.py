@@ -13,13 +13,14 @@ from comfy_tdpo.prompts import load_prompts
 
 from ..trainer.config import Fields, TrainConfig, make_config, override, plain_values
 from ..trainer.run import RunFolder
-from .scoring import RewardChoice
+from .scoring import RewardChoice, joined
 from .words import AUTO
 
 SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: of the embedded world, and the paper's
-INPUTS = ("algorithm", "model", "rewards", "eval_rewards", "prompts", "grid_prompts", "seed")
+INPUTS = ("algorithm", "model", "rewards", "eval_rewards", "reward_weights", "prompts", "grid_prompts", "seed")
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: as the preset has them
-MAY_CHANGE = ("epochs", "output.", "prompts", "grid_prompts")  # on the way; prompts are compared by their words
+# On the way; prompts are compared by their words.
+MAY_CHANGE = ("epochs", "output.", "reward_weights", "prompts", "grid_prompts")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Wanted:
             "model": self.model,
             "rewards": self.reward.weights,
             "eval_rewards": list(self.held_out.weights) if self.held_out else [],
+            "reward_weights": joined(self.reward.files, self.held_out.files if self.held_out else {}),
             "seed": self.seed,
         }
         values |= {name: self.numbers[name] for name in NUMBERS if self.numbers.get(name)}

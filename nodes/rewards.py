@@ -3,10 +3,12 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from comfy_tdpo.rewards import REWARDS
+from comfy_tdpo.rewards import reward_names
 
+from . import reward_files
 from .scoring import RewardChoice, captioned, described, prompt_of_each, score
 from .wires import CATEGORY, Reward
+from .words import AUTO
 
 
 class RewardModel(io.ComfyNode):
@@ -18,7 +20,7 @@ class RewardModel(io.ComfyNode):
             category=CATEGORY,
             description="A model that scores images. Chain several by 'also' to train on their weighted sum.",
             inputs=[
-                io.Combo.Input("reward", list(REWARDS), default=next(iter(REWARDS)), tooltip="What scores the images."),
+                io.Combo.Input("reward", reward_names(), default="shapes-aesthetic", tooltip="What scores the images."),
                 io.Float.Input(
                     "weight",
                     default=1.0,
@@ -27,6 +29,14 @@ class RewardModel(io.ComfyNode):
                     step=0.1,
                     round=0.0001,
                     tooltip="What its score is multiplied by in the sum. That of a held-out reward does not count.",
+                ),
+                io.Combo.Input(
+                    "weights",
+                    [AUTO, *reward_files.names()],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="The reward's file in models/tdpo_rewards. auto: looked for there by its published name, "
+                    "then downloaded. Rewards of Shapes and of JPEG have none.",
                 ),
                 Reward.Input("also", optional=True, tooltip="Another Reward Model, whose weighted score is added."),
             ],
@@ -38,8 +48,12 @@ class RewardModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reward: str, weight: float, also: RewardChoice | None = None) -> io.NodeOutput:
-        return io.NodeOutput((also or RewardChoice({})).with_reward(reward, weight))
+    def execute(
+        cls, reward: str, weight: float, weights: str = AUTO, also: RewardChoice | None = None
+    ) -> io.NodeOutput:
+        reward_files.look_there()
+        file = None if weights == AUTO else reward_files.path_of(weights)
+        return io.NodeOutput((also or RewardChoice({})).with_reward(reward, weight, file))
 
 
 class ScoreImages(io.ComfyNode):

@@ -4,7 +4,7 @@ Shapes: B images, H W pixels; ComfyUI's images are float (B, H, W, 3) in [0, 1].
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,18 +18,28 @@ SCORED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class RewardChoice:
-    """Rewards by name, and the weight of each in their sum."""
+    """Rewards by name: the weight of each in their sum, and the file of those that are not to be looked for."""
 
     weights: dict[str, float]
+    files: dict[str, str] = field(default_factory=dict)
 
-    def with_reward(self, name: str, weight: float) -> "RewardChoice":
+    def with_reward(self, name: str, weight: float, file: str | None = None) -> "RewardChoice":
         """This and one more; the weights of one that is in already add up."""
         check_reward(name)
-        return RewardChoice(self.weights | {name: self.weights.get(name, 0.0) + weight})
+        files = joined(self.files, {name: file} if file else {})
+        return RewardChoice(self.weights | {name: self.weights.get(name, 0.0) + weight}, files)
 
     @property
     def name(self) -> str:
         return name_of_sum(self.weights)
+
+
+def joined(files: dict[str, str], others: dict[str, str]) -> dict[str, str]:
+    """Both; ValueError where they differ about a reward, which is one model in a run."""
+    for name, file in others.items():
+        if files.get(name, file) != file:
+            raise ValueError(f"got {files[name]} and {file} as the weights of reward {name!r}; choose one of them")
+    return files | others
 
 
 def prompt_of_each(text: str, images: int) -> list[str]:
@@ -49,7 +59,7 @@ def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torc
     could do nothing with what was made in inference mode.
     """
     with torch.inference_mode(False), torch.no_grad():
-        model = load_rewards(reward.weights, device)
+        model = load_rewards(reward.weights, device, weights=reward.files)
         model.check_prompts(prompts)
         pixels = images[..., :3].clone().float().movedim(-1, 1)  # (B, 3, H, W)
         parts = zip(pixels.split(SCORED_AT_ONCE), _split(prompts), strict=True)

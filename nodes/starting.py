@@ -38,10 +38,11 @@ def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
 
 
 def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
-    """Make the folder of a new run, or have one that goes on do so for as many epochs as are wanted now."""
+    """Make the folder of a new run, or have one that goes on do so as is wanted now."""
     if (run.path / CONFIG).exists() and not is_blank(runs, run):
         with run.lock():
-            run.write_config(run.config.model_copy(update={"epochs": config.epochs, "output": config.output}))
+            changed = {name: getattr(config, name) for name in ("epochs", "output", "reward_weights")}
+            run.write_config(run.config.model_copy(update=changed))
         return
     for path in (run.path / CONFIG, run.path / NODE, run.sample_grid(0)):  # of one that never got to train
         path.unlink(missing_ok=True)

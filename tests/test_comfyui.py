@@ -164,6 +164,26 @@ def test_files_that_are_no_lora_for_this_are_one_sentence(server, content, messa
     assert message in error and "\n" not in error
 
 
+def test_weights_of_rewards_are_chosen_from_their_folder(server):
+    """And checked: one that is cut short, one that is for nothing, one from outside."""
+    folder = server.base / "models" / "tdpo_rewards"
+    for place, content in (("PickScore_v1/model.safetensors", b"\x40\x00\x00"), ("notes.txt", b"no weights")):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(content)
+    listed = server.get("/object_info/TDPORewardModel")["TDPORewardModel"]["input"]["optional"]["weights"][1]["options"]
+    assert listed == ["auto", "PickScore_v1/model.safetensors"]
+    for reward, weights, message in (
+        ("pickscore", "auto", "PickScore_v1/model.safetensors (3 bytes) cannot be read as model.safetensors of"),
+        ("pickscore", listed[1], "PickScore_v1/model.safetensors (3 bytes) cannot be read as model.safetensors of"),
+        ("jpeg-compressibility", listed[1], "as the weights of reward 'jpeg-compressibility', which has none"),
+        ("pickscore", "../../x.pt", "got weights '../../x.pt', which are not in models/tdpo_rewards; put them there"),
+    ):
+        graph = train_graph("weights", algorithm="ddpo-2")
+        graph["reward"]["inputs"] |= {"reward": reward, "weights": weights}
+        error = server.error(graph)
+        assert message in error and "\n" not in error, error
+
+
 @pytest.mark.parametrize("name", ["nobody", "..%2f..%2fx", "%2e%2e", "C:%5cx", "a%00b", "x" * 1000])
 def test_routes_know_nothing_but_runs(server, name):
     for path in (f"/tdpo/runs/{name}", f"/tdpo/runs/{name}/metrics", f"/tdpo/runs/{name}/pictures/samples"):

@@ -42,6 +42,23 @@ def test_rewards_in_a_chain_add_up():
     }
 
 
+def test_files_of_rewards_come_along():
+    chain = RewardChoice({}).with_reward("hpsv2", 1.0, "/a/HPS.pt").with_reward("shapes-judge", 1.0)
+    held_out = RewardChoice({}).with_reward("imagereward", 1.0, "/a/IR.pt")
+    weights = wanted(reward=chain, held_out=held_out).config().reward_weights
+    assert weights == {"hpsv2": "/a/HPS.pt", "imagereward": "/a/IR.pt"}
+
+
+def test_a_reward_has_one_file():
+    hps = RewardChoice({}).with_reward("hpsv2", 1.0, "/a/HPS.pt")
+    assert hps.with_reward("hpsv2", 1.0, "/a/HPS.pt").weights == {"hpsv2": 2.0}
+    other = RewardChoice({}).with_reward("hpsv2", 1.0, "/b/HPS.pt")
+    with pytest.raises(ValueError, match="got /a/HPS.pt and /b/HPS.pt as the weights of reward 'hpsv2'; choose one"):
+        hps.with_reward("hpsv2", 1.0, "/b/HPS.pt")
+    with pytest.raises(ValueError, match="choose one"):
+        wanted(reward=hps.with_reward("shapes-judge", 1.0), held_out=other).config()
+
+
 @pytest.mark.parametrize(("samples", "update"), [(4, 2), (5, 5), (96, 48)])
 def test_an_epoch_is_two_updates_where_it_can_be(samples, update):
     assert wanted(numbers={"samples_per_epoch": samples}).config().samples_per_update == update
@@ -73,6 +90,7 @@ def test_prompts_are_the_text_or_the_set():
         ({"settings": "model = 'x'"}, "got 'model' among the settings; the node has an input or a wire for it"),
         ({"settings": "policy.what = 1"}, "unknown setting 'policy.what'"),
         ({"settings": "policy = 1"}, "policy: got 1"),
+        ({"settings": "reward_weights = {}"}, "got 'reward_weights' among the settings"),
         ({"prompt_set": "/etc/passwd.txt"}, "expected a text file"),
     ],
 )

@@ -9,6 +9,7 @@ from fake_training import begin, runs_in, wanted
 from comfy_tdpo.nodes import answers
 from comfy_tdpo.nodes.choosing import choose, is_done, token
 from comfy_tdpo.nodes.runs import finite, newest_grid
+from comfy_tdpo.nodes.scoring import RewardChoice
 from comfy_tdpo.nodes.starting import check_device_free, job_under_way, prepare, wait_for
 
 KEYS = (
@@ -93,6 +94,16 @@ def test_more_epochs_go_on_and_fewer_are_enough(runs):
     finish(runs, epochs=4)
     assert [line["epoch"] for line in runs.find("one").metrics()] == [1, 2, 3, 4]
     assert is_done(runs.find("one"), wanted(epochs=3).config())
+
+
+def test_a_run_goes_on_with_files_that_have_moved(runs):
+    def reward(folder):
+        return RewardChoice({}).with_reward("hpsv2", 1.0, f"{folder}/HPS_v2_compressed.pt")
+
+    finish(runs, reward=reward("/a"))
+    assert chosen(runs, reward=reward("/b")) == "one"
+    finish(runs, reward=reward("/b"), epochs=3)
+    assert runs.find("one").config.reward_weights == {"hpsv2": "/b/HPS_v2_compressed.pt"}
 
 
 def test_the_token_changes_with_what_a_node_would_give(runs):

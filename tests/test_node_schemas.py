@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import standin
 
-from comfy_tdpo.rewards import REWARDS
+from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.trainer import config
 
 NODES = {
@@ -84,7 +84,7 @@ def test_choices_are_the_trainers(node):
     assert options(critic, "activation") == set(get_args(config.CriticConfig.model_fields["activation"].annotation))
     assert options(critic, "reset") == set(get_args(config.NeuronConfig.model_fields["reset"].annotation))
     assert options(critic, "activation_data") == set(get_args(config.NeuronConfig.model_fields["data"].annotation))
-    assert options(node("TDPORewardModel"), "reward") == set(REWARDS)
+    assert options(node("TDPORewardModel"), "reward") == set(reward_names())
 
 
 def test_the_critics_defaults_are_the_papers(node):

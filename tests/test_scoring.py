@@ -39,7 +39,7 @@ def test_scores_are_the_rewards_own(count):
 
 def test_a_reward_that_a_node_loaded_can_still_be_used_by_a_training(monkeypatch):
     kept, load = [], scoring.load_rewards
-    monkeypatch.setattr(scoring, "load_rewards", lambda *asked: kept.append(load(*asked)) or kept[0])
+    monkeypatch.setattr(scoring, "load_rewards", lambda *asked, **more: kept.append(load(*asked, **more)) or kept[0])
     with torch.inference_mode():
         score(images(1), [""], RewardChoice({"shapes-aesthetic": 1.0}), CPU)
     assert load_reward("shapes-aesthetic", CPU) is kept[0]

@@ -1,13 +1,12 @@
 """The neurons of critic and policy, epoch by epoch: how many are dormant, how many stay so, and their resets.
 
-The critic's are recorded one by one too, in accelerate's project folder, which is the run's.
+The critic's are recorded one by one too, in the run's folder.
 
 arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples, T denoising steps, D embedding width, H neurons of a
 layer.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +19,7 @@ from comfy_tdpo.rollout import Trajectories
 
 from .config import TrainConfig
 from .neuron_log import append_neurons
-from .run import EpochMetrics
+from .run import EpochMetrics, RunFolder
 from .state import TrainState
 
 PerLayer = dict[str, Tensor]  # (H,) each
@@ -33,6 +32,7 @@ class NeuronStates:
     config: TrainConfig
     state: TrainState
     accelerator: Accelerator
+    run: RunFolder
 
     @torch.no_grad()
     def of_critic(self, image_embeds: Tensor) -> EpochMetrics:
@@ -46,8 +46,8 @@ class NeuronStates:
         scores = self._scores(recorder)
         metrics = self._measure("neurons", scores, config.threshold)
         masks = self._to_reset("neurons", config.reset)
-        if self.accelerator.is_main_process and self.accelerator.project_dir:
-            append_neurons(Path(self.accelerator.project_dir), self.state.epoch + 1, scores, masks)
+        if self.accelerator.is_main_process:
+            append_neurons(self.run.path, self.state.epoch + 1, scores, masks)
         return metrics | self._reset("neurons", masks, layers, optimizer)
 
     @torch.no_grad()

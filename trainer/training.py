@@ -230,7 +230,7 @@ class Training:
 
     def _score_and_reset_neurons(self, batch: Trajectories) -> EpochMetrics:
         """Eq. 11-12: measure every epoch, reset every F epochs."""
-        states = NeuronStates(self.config, self.state, self.accelerator)
+        states = NeuronStates(self.config, self.state, self.accelerator, self.run)
         metrics: EpochMetrics = {}
         if batch.image_embeds is not None:
             metrics |= states.of_critic(batch.image_embeds)
