@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ def wait_until(true: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.1)
     return found
+
+
+@cache
+def ask(*question: str) -> dict[str, Any]:
+    """What inside_comfyui.py answers under ComfyUI's own Python."""
+    command = [PYTHON, ROOT / "tests" / "inside_comfyui.py", CHECKOUT, *question]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 class Server:

@@ -164,6 +164,15 @@ def test_files_that_are_no_lora_for_this_are_one_sentence(server, content, messa
     assert message in error and "\n" not in error
 
 
+def test_a_lora_from_the_train_node_is_the_same_whoever_applies_it(server):
+    """LoRA Apply, ComfyUI's own loader, and diffusers."""
+    server.run(train_graph("applied", learning_rate=0.01))
+    found = comfyui.ask("lora", str(server.base / "models" / "loras" / "tdpo" / "applied.safetensors"))
+    # float32 through some twenty layers; the LoRA is added to the weights here and to the activations there
+    assert found["Apply"] <= 1e-5 and found["diffusers"] <= 1e-5
+    assert found["what it changes"] > 0.01
+
+
 def test_weights_of_rewards_are_chosen_from_their_folder(server):
     """And checked: one that is cut short, one that is for nothing, one from outside."""
     folder = server.base / "models" / "tdpo_rewards"

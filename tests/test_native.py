@@ -1,31 +1,16 @@
 """Native models of ComfyUI and ours are the same; checked under the Python of a real ComfyUI, where there is one."""
 
-import json
-import subprocess
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 import comfyui
 import pytest
 import torch
+from comfyui import ask
 from safetensors.torch import save_file
 
 from comfy_tdpo.loading import load_components
 from comfy_tdpo.lora import add_lora, kohya_state
 from comfy_tdpo.shapes import WORLD
 
-SCRIPT = Path(__file__).parent / "inside_comfyui.py"
-
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
-
-
-@cache
-def ask(*question: str) -> dict[str, Any]:
-    command = [comfyui.PYTHON, SCRIPT, comfyui.CHECKOUT, *question]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("part", ["text", "native unet", "unet from native", "decoder", "native vae", "alpha_bar"])
