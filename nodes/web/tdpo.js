@@ -123,7 +123,7 @@ function passToCanvas(element) {
   element.addEventListener("pointerup", pass("processMouseUp", ({ button }) => button === 1));
 }
 
-/** The Vue nodes of frontends before 1.29 show none of the widgets that extensions add, so it is put there by hand. */
+/** The Vue nodes of frontend 1.28.8 show none of the widgets that extensions add, as those of 1.34.9 do: put it there. */
 function place(node, element) {
   if (!window.LiteGraph?.vueNodesMode || element.isConnected || node.graph !== app.canvas?.graph) return;
   document.querySelector(`[data-testid="node-body-${CSS.escape(String(node.id))}"]`)?.append(element);
