@@ -111,6 +111,8 @@ WRONG = [
     ({"rewards": {"shapes-judge": float("nan")}}, "rewards.shapes-judge: got nan"),
     ({"policy": {"learning_rate": 1}}, "unknown setting 'policy.learning_rate'"),
     ({"polcy": {}}, "unknown setting 'polcy'"),
+    ({"epochs": True}, "epochs: got True; true and false are for switches"),
+    ({"policy": {"lr": True}}, "policy.lr: got True; true and false are for switches"),
     ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-r"),
     ({"rewards": {"beauty": 1.0}}, "got reward 'beauty'; expected one of"),
     ({"rewards": {"shapes-judge": 0.0}}, "weights of all rewards are 0"),
