@@ -82,11 +82,11 @@ class Wanted:
     def _more(self) -> Fields:
         try:
             more = tomllib.loads(self.settings)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(
                 f"got settings that are no TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8.0"
             ) from error
-        for name in INPUTS:
+        for name in (*INPUTS, *NUMBERS):
             if name in more:
                 raise ValueError(f"got {name!r} among the settings; the node has an input or a wire for it: use that")
         return more

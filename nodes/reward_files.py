@@ -1,5 +1,6 @@
 """Where ComfyUI keeps the weights of rewards: models/tdpo_rewards, and what extra_model_paths.yaml adds to it."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -11,7 +12,8 @@ SUFFIXES = (".pt", ".pth", ".safetensors")
 def register() -> None:
     """Tell ComfyUI of the folder, before it asks the nodes what they are."""
     folder = Path(folder_paths.models_dir) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # where nobody may write, the folders that extra_model_paths.yaml names still serve
+        folder.mkdir(parents=True, exist_ok=True)
     folder_paths.add_model_folder_path(FOLDER, str(folder))
 
 

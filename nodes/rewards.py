@@ -10,6 +10,8 @@ from .scoring import RewardChoice, captioned, described, prompt_of_each, score
 from .wires import CATEGORY, Reward
 from .words import AUTO
 
+ROOM = 5 * 2**30  # bytes: the largest reward in float32, and what it computes with
+
 
 class RewardModel(io.ComfyNode):
     @classmethod
@@ -84,8 +86,9 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Tensor, reward: RewardChoice, prompt: str) -> io.NodeOutput:
-        from comfy.model_management import get_torch_device
+        from comfy import model_management
 
-        prompts = prompt_of_each(prompt, len(images))
-        scores = score(images, prompts, reward, get_torch_device())
+        prompts, device = prompt_of_each(prompt, len(images)), model_management.get_torch_device()
+        model_management.free_memory(ROOM, device)
+        scores = score(images, prompts, reward, device)
         return io.NodeOutput(scores, described(scores, reward), captioned(images, scores))

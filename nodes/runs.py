@@ -113,7 +113,7 @@ class Runs:
 
     def told(self, text: str) -> str:
         """`text` without the folders of this machine, for whoever asks from elsewhere."""
-        return _FOLDERS.sub("", text.replace(f"{self.root}", "output/tdpo"))
+        return _BARE.sub("", _QUOTED.sub(r"\1", text.replace(f"{self.root}", "output/tdpo")))
 
     # --- its LoRA, where Load LoRA looks ----------------------------------------------------------------------------
 
@@ -135,9 +135,11 @@ class Runs:
         return self.loras / "tdpo" / f"{run.path.name}.safetensors"
 
 
-# an absolute path up to its last part, of Windows or of others; names may have spaces within
-_NAME = r"[^/\\'\"\n: ](?:[^/\\'\"\n:]*[^/\\'\"\n: ])?"
-_FOLDERS = re.compile(rf"(?<![\w.~/\\])(?:[A-Za-z]:|~)?[/\\](?:{_NAME}[/\\])+")
+# An absolute path up to its last part, of Windows or of others. Only between quotes may its names have spaces:
+# elsewhere nobody could tell where it ends.
+_START = r"(?:[A-Za-z]:|~)?[/\\]"
+_QUOTED = re.compile(rf"""(['"]){_START}[^'"\n]*[/\\](?=[^'"\n]*\1)""")
+_BARE = re.compile(rf"""(?<![\w.~/\\'"]){_START}(?:[^\s/\\'":;,()]+[/\\])+""")
 
 
 def _of_job(job: Job) -> Fields:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from comfy_tdpo.rewards import check_reward, load_rewards, name_of_sum
+from comfy_tdpo.rewards import check_reward, load_rewards, name_of_sum, score_images
 
 SCORED_AT_ONCE = 16
 
@@ -58,12 +58,14 @@ def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torc
     The model is loaded as one that anybody may use: a training on another thread may be given the same instance, and
     could do nothing with what was made in inference mode.
     """
+    if images.shape[-1] < 3:
+        raise ValueError(f"got images of {images.shape[-1]} channels; expected 3, red, green and blue")
     with torch.inference_mode(False), torch.no_grad():
         model = load_rewards(reward.weights, device, weights=reward.files)
         model.check_prompts(prompts)
         pixels = images[..., :3].clone().float().movedim(-1, 1)  # (B, 3, H, W)
         parts = zip(pixels.split(SCORED_AT_ONCE), _split(prompts), strict=True)
-        return [value for part, lines in parts for value in model.score(part.to(device), lines).tolist()]
+        return [value for part, lines in parts for value in score_images(model, part.to(device), lines).tolist()]
 
 
 def _split(prompts: list[str]) -> list[list[str]]:
@@ -71,9 +73,9 @@ def _split(prompts: list[str]) -> list[list[str]]:
 
 
 def described(scores: list[float], reward: RewardChoice) -> str:
-    spread = f" ± {statistics.pstdev(scores):.3f}" if len(scores) > 1 else ""
-    lines = [f"{i}: {value:.3f}" for i, value in enumerate(scores, 1)]
-    return "\n".join([f"{reward.name}: {statistics.fmean(scores):.3f}{spread}", *lines])
+    spread = f" ± {statistics.stdev(scores):#.4g}" if len(scores) > 1 else ""
+    lines = [f"{i}: {value:#.4g}" for i, value in enumerate(scores, 1)]
+    return "\n".join([f"{reward.name}: {statistics.fmean(scores):#.4g}{spread}", *lines])
 
 
 def captioned(images: Tensor, scores: list[float]) -> Tensor:
@@ -86,6 +88,6 @@ def captioned(images: Tensor, scores: list[float]) -> Tensor:
         canvas = Image.new("RGB", (width, height + strip), "white")
         canvas.paste(Image.fromarray(pixels))
         place = (width / 2, height + strip / 2)
-        ImageDraw.Draw(canvas).text(place, f"{value:.3f}", fill="black", font=font, anchor="mm")
+        ImageDraw.Draw(canvas).text(place, f"{value:#.4g}", fill="black", font=font, anchor="mm")
         rows.append(torch.from_numpy(np.array(canvas)))
     return torch.stack(rows).float() / 255

@@ -89,7 +89,15 @@ def test_resumed_settings_are_the_runs_own(finished, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--epochs", "1"], "got 1 epochs for a run of 2"), (["--output.trackers", "abacus"], "got tracker 'abacus'")],
+    [
+        (["--epochs", "1"], "got 1 epochs for a run of 2"),
+        (["--output.trackers", "abacus"], "got tracker 'abacus'"),
+        (["--epochs", "3", "--model", "no/such"], "no/such"),
+        (
+            ["--epochs", "3", "--reward-weights", "shapes-aesthetic=x"],
+            "as the weights of reward 'shapes-aesthetic', which",
+        ),
+    ],
 )
 def test_a_resume_that_is_refused_changes_no_file(flags, message, finished, capfd):
     path, _ = finished
@@ -131,7 +139,7 @@ WRONG = {
     "a weight that is no number": (["--reward", "shapes-judge=much"], "NAME=WEIGHT"),
     "no weights": (
         ["--preset", "sd14-pickscore", "--reward-weights", "pickscore=/no/such/file"],
-        "got /no/such/file as the weights of reward 'pickscore', where nothing is",
+        "got '/no/such/file' as the weights of reward 'pickscore', where nothing is",
     ),
     "a function that is nowhere": (["--reward", "python:no_such_module:f"], "cannot be imported"),
     "an unknown prompt set": (["--prompts", "no-such-set"], "got prompts 'no-such-set'"),

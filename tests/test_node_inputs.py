@@ -88,6 +88,8 @@ def test_prompts_are_the_text_or_the_set():
         ({"reward": RewardChoice({"shapes-gold": float("nan")})}, "rewards.shapes-gold: got nan"),
         ({"settings": "epochs ="}, "got settings that are no TOML .*expected lines such as"),
         ({"settings": "model = 'x'"}, "got 'model' among the settings; the node has an input or a wire for it"),
+        ({"settings": "epochs = 3"}, "got 'epochs' among the settings; the node has an input or a wire for it"),
+        ({"settings": "a = " + "[" * 5000}, "got settings that are no TOML .*expected lines such as"),
         ({"settings": "policy.what = 1"}, "unknown setting 'policy.what'"),
         ({"settings": "policy = 1"}, "policy: got 1"),
         ({"settings": "reward_weights = {}"}, "got 'reward_weights' among the settings"),

@@ -187,6 +187,18 @@ def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
         wait_for(job, lambda done, total: None)
 
 
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("'/tmp/w t/a.pth' lacks 2 of huggingface.co/x/y", "'a.pth' lacks 2 of huggingface.co/x/y"),
+        ('"/home/bob/x y/f.pt" and C:\\Users\\bob\\f.pt; ratio 1/2 and/or', '"f.pt" and f.pt; ratio 1/2 and/or'),
+        ("put it at '~/models/A/b.pt', or in /srv/x/", "put it at 'b.pt', or in "),
+    ],
+)
+def test_folders_of_the_machine_are_left_out_and_nothing_else(runs, text, seen):
+    assert runs.told(text) == seen
+
+
 def test_a_damaged_folder_does_not_hide_the_others(runs):
     finish(runs)
     (runs.root / "bad").mkdir()

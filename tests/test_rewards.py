@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import io
+import threading
+import time
 import weakref
 
 import numpy as np
@@ -27,6 +29,7 @@ from comfy_tdpo.rewards import (
     score_images,
 )
 from comfy_tdpo.rewards.function import allow_functions
+from comfy_tdpo.rewards.shared import shared_while_used
 from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.assemble import assemble
 from comfy_tdpo.trainer.config import make_config
@@ -149,7 +152,9 @@ def mine(tmp_path, monkeypatch):
         "def lengths(images, prompts):\n    return [float(len(prompt)) for prompt in prompts]\n"
         "def broken(images, prompts):\n    raise KeyError('no such thing')\n"
         "number = 3\n"
+        "def wasteful(images, prompts):\n    prompts.clear()\n    return images.mul_(0).sum((1, 2, 3))\n"
     )
+    (tmp_path / "half_written.py").write_text("def red(")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(function, "_allowed", True)
 
@@ -160,6 +165,13 @@ def test_a_function_scores(mine):
     scores = score_images(load_reward("python:my_rewards:lengths", CPU), IMAGES, PROMPTS)
     assert scores.tolist() == [12, 11, 6] and scores.dtype == torch.float32
     assert red.embed_dim is None
+
+
+def test_a_function_may_change_what_it_is_given(mine):
+    """Others score the same images after it."""
+    images, prompts = IMAGES.clone(), list(PROMPTS)
+    score_images(load_reward("python:my_rewards:wasteful", CPU), images, prompts)
+    assert torch.equal(images, IMAGES) and prompts == list(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +185,9 @@ def test_a_malformed_function_is_refused(mine, name):
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("python:no_such_module:red", "cannot be imported: No module named 'no_such_module'"),
+        ("python:no_such_module:red", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("python:half_written:red", "cannot be imported: SyntaxError"),
+        ("python:sys:red", "but sys has no function 'red'"),
         ("python:my_rewards:blue", "has no function 'blue'"),
         ("python:my_rewards:number", "has no function 'number'"),
     ],
@@ -305,6 +319,10 @@ class Failing(Brightness):
         return super().score(images, prompts) if self.left >= 0 else self.how(super().score(images, prompts))
 
 
+def leaving(scores):
+    raise SystemExit(9)
+
+
 def raising(scores):
     raise ZeroDivisionError("division by zero")
 
@@ -312,6 +330,10 @@ def raising(scores):
 FAILURES = {
     "raises": (raising, "reward 'brightness' failed: ZeroDivisionError: division by zero"),
     "NaN": (lambda scores: scores * torch.nan, "reward 'brightness' returned a score that is not finite"),
+    "leaves": (leaving, "reward 'brightness' failed: SystemExit: 9"),
+    "overflows": (lambda scores: scores.double() + 1e300, "reward 'brightness' returned a score that is not finite"),
+    "complex": (lambda scores: scores * 1j, "reward 'brightness' returned torch.complex64"),
+    "sparse": (lambda scores: scores.to_sparse(), "reward 'brightness' returned torch.float32 .torch.sparse_coo"),
     "shape": (lambda scores: scores[:, None], r"reward 'brightness' returned shape \(2, 1\)"),
     "device": (lambda scores: scores.to("meta"), "reward 'brightness' returned scores on meta; expected cpu"),
 }
@@ -325,6 +347,29 @@ def test_a_reward_that_fails_is_named(failure):
     total = WeightedSum([(Brightness(), 1.0, 1.0), (Failing(how, good=0), 1.0, 1.0)])
     with pytest.raises(RewardError, match=f"^{complaint}"):  # the part, and not the sum
         score_images(total, IMAGES[:2], PROMPTS[:2])
+
+
+def test_images_that_are_no_numbers_are_nobodys_to_judge():
+    with pytest.raises(
+        RewardError, match="got images that are not finite for reward 'brightness'; the model that drew"
+    ):
+        score_images(Brightness(), IMAGES * torch.nan, PROMPTS)
+
+
+def test_two_threads_share_an_instance():
+    made = []
+
+    @shared_while_used
+    def make(name):
+        time.sleep(0.1)  # as long as another thread needs to ask too
+        return Brightness()
+
+    threads = [threading.Thread(target=lambda: made.append(make("one"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, made))) == 1
 
 
 def test_too_little_memory_is_not_the_rewards_fault():

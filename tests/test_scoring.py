@@ -5,7 +5,7 @@ import torch
 
 from comfy_tdpo.nodes import scoring
 from comfy_tdpo.nodes.scoring import RewardChoice, captioned, described, prompt_of_each, score
-from comfy_tdpo.rewards import load_reward
+from comfy_tdpo.rewards import RewardError, load_reward
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,25 @@ def test_transparency_is_passed_over():
     assert captioned(batch, [1.0, 2.0]).shape[-1] == 3
 
 
+def test_a_small_scale_is_not_rounded_away():
+    choice = RewardChoice({"hpsv2": 1.0})
+    assert described([0.281, 0.282], choice).splitlines()[0] == "hpsv2: 0.2815 ± 0.0007071"
+
+
+@pytest.mark.parametrize(
+    ("batch", "weight", "message"),
+    [
+        (images(1), 0.0, "the weights of jpeg-compressibility are 0; give at least one another weight"),
+        (images(1, channels=1), 1.0, "got images of 1 channels; expected 3"),
+        (images(1) * torch.nan, 1.0, "got images that are not finite for reward 'jpeg-compressibility'"),
+    ],
+    ids=["no weight", "grey", "NaN"],
+)
+def test_what_cannot_be_scored_is_one_sentence(batch, weight, message):
+    with pytest.raises((ValueError, RewardError), match=message):
+        score(batch, [""], RewardChoice({"jpeg-compressibility": weight}), CPU)
+
+
 def test_prompts_that_a_reward_cannot_judge_are_one_sentence():
     with pytest.raises(ValueError, match="shapes-gold judges prompts of Shapes only"):
         score(images(1), ["a photo of a cat"], RewardChoice({"shapes-gold": 1.0}), CPU)
@@ -60,7 +79,7 @@ def test_prompts_that_a_reward_cannot_judge_are_one_sentence():
 
 def test_the_text_has_the_mean_the_spread_and_each():
     choice = RewardChoice({"shapes-aesthetic": 1.0, "shapes-gold": 2.0})
-    assert described([1.0, 3.0], choice) == "shapes-aesthetic + 2 shapes-gold: 2.000 ± 1.000\n1: 1.000\n2: 3.000"
+    assert described([1.0, 3.0], choice) == "shapes-aesthetic + 2 shapes-gold: 2.000 ± 1.414\n1: 1.000\n2: 3.000"
     assert described([1.0], choice).splitlines()[0] == "shapes-aesthetic + 2 shapes-gold: 1.000"
 
 

@@ -104,11 +104,13 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
 
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
     """The run's own, with what may be changed."""
+    from .identity import FREE  # which takes torch along
+
     changes, config = overrides(args), run.config
-    if args.run_dir or args.config or args.preset or changes.keys() - {"epochs", "output"}:
+    if args.run_dir or args.config or args.preset or changes.keys() - set(FREE):
         raise ValueError(
-            "got --resume with other settings; expected it alone, or with --epochs and --output.*: a run continues as "
-            "it was configured"
+            "got --resume with other settings; expected it alone, or with --epochs, --output.*, --model and "
+            "--reward-weights: a run continues as it was configured"
         )
     return override(config, changes)
 

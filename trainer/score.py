@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from comfy_tdpo.rewards import (
@@ -61,30 +61,58 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _score(args: argparse.Namespace) -> None:
-    images = [_load(path) for path in args.images]
-    weights, device = named_values(args.reward_weights), Accelerator().device
+    for path in args.images:
+        _open(path).close()
+    weights, device = _weights(args), Accelerator().device
     models = [load_reward(name, device, args.reward_precision, weights) for name in args.reward]
     for model in models:
         model.check_prompts([args.prompt])
     print("image", *args.reward, sep="\t")
     rows = []
-    for path, image in zip(args.images, images, strict=True):
-        rows.append(_scores(models, image.to(device), args.prompt))
+    for path in args.images:
+        rows.append(_scores(models, _load(path).to(device), args.prompt))
         _print(str(path), rows[-1])
     if len(rows) > 1:
-        table = torch.stack(rows)
+        table = torch.stack(rows).double()
         _print("mean", table.mean(0))
         _print("standard deviation", table.std(0))
 
 
-def _load(path: Path) -> Tensor:
-    """The image, (1, 3, H, W) in [0, 1]."""
+def _weights(args: argparse.Namespace) -> dict[str, str]:
+    weights = named_values(args.reward_weights)
+    for name, path in weights.items():
+        if name not in args.reward or not path:
+            raise ValueError(
+                f"got --reward-weights {args.reward_weights!r}; expected NAME=PATH,... of rewards that --reward names"
+            )
+    return weights
+
+
+def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        return Image.open(path)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _load(path: Path) -> Tensor:
+    """The image, (1, 3, H, W) in [0, 1], turned as its camera says; transparency is passed over."""
+    with _open(path) as image:
+        try:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # of which Pillow would take everything above 255 for white
+                grey = np.array(image).astype(np.float32) / 65535
+                return torch.from_numpy(grey).expand(1, 3, -1, -1)
+            if image.mode in ("I", "F"):
+                raise ValueError(f"{path} has 32 bits a pixel, whose white nobody knows; expected 8 or 16")
             levels = np.array(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
     return torch.from_numpy(levels).permute(2, 0, 1)[None] / 255
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} cannot be read as an image: {error}; give PNG, JPEG or WebP files")
 
 
 def _scores(models: list[RewardModel], image: Tensor, prompt: str) -> Tensor:

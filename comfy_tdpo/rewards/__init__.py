@@ -109,6 +109,7 @@ def load_reward(
 
     path = (weights or {}).get(name)
     dtype = getattr(torch, PRECISIONS[precision])
+    device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one
     return _load(name, Options(device, dtype, Path(path).expanduser() if path else None))
 
 
@@ -178,6 +179,8 @@ def load_rewards(
         for name, weight in terms.items()
         if weight
     ]
+    if not parts:
+        raise ValueError(f"the weights of {', '.join(terms) or 'no reward'} are 0; give at least one another weight")
     (model, weight, scale), *others = parts
     return model if not others and weight == scale == 1 else WeightedSum(parts)
 
@@ -186,21 +189,34 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
     """`model`'s scores, float32 (B,), on the images' device; RewardError names it where it does not give that."""
     import torch
 
+    if not torch.isfinite(images).all():
+        raise RewardError(
+            f"got images that are not finite for reward {model.name!r}; the model that drew them overflows: use "
+            "precision fp32, or another VAE"
+        )
     try:
-        scores = model.score(images, prompts)
+        return _checked(model.name, model.score(images, prompts), images)
     except (torch.cuda.OutOfMemoryError, RewardError):
         raise  # the former is the caller's to mend, the latter names the part of a sum that failed
-    except Exception as error:  # it may be anybody's code, and the user must learn whose
+    except (Exception, SystemExit) as error:  # it may be anybody's code, and the user must learn whose
         raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error
-    if scores.shape != (len(prompts),):
+
+
+def _checked(name: str, scores: Tensor, images: Tensor) -> Tensor:
+    """`scores` as float32; RewardError where they are not one number for each of `images`."""
+    import torch
+
+    if scores.shape != images.shape[:1]:
         raise RewardError(
-            f"reward {model.name!r} returned shape {tuple(scores.shape)}; expected one score per image, "
-            f"({len(prompts)},)"
+            f"reward {name!r} returned shape {tuple(scores.shape)}; expected one score per image, ({len(images)},)"
         )
     if scores.device != images.device:
         raise RewardError(
-            f"reward {model.name!r} returned scores on {scores.device}; expected {images.device}, where the images are"
+            f"reward {name!r} returned scores on {scores.device}; expected {images.device}, where the images are"
         )
+    if scores.is_complex() or scores.layout != torch.strided:
+        raise RewardError(f"reward {name!r} returned {scores.dtype} ({scores.layout}); expected plain real numbers")
+    scores = scores.float()
     if not torch.isfinite(scores).all():
-        raise RewardError(f"reward {model.name!r} returned a score that is not finite: {scores.tolist()}")
-    return scores.float()
+        raise RewardError(f"reward {name!r} returned a score that is not finite: {scores.tolist()}")
+    return scores

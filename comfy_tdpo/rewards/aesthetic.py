@@ -31,10 +31,10 @@ class Aesthetic:
     def __init__(self, name: str, options: Options):
         self.name, self.embed_dim = name, ARCHITECTURE.projection_dim
         head = find_weights(name, HEAD, options.weights)
-        clip = find_weights(name, CLIP, options.weights_folder)
         with init_empty_weights():
             empty = LinearHead(self.embed_dim)
         self.head = load_weights(empty, head, HEAD).to(options.device)
+        clip = find_weights(name, CLIP, options.weights_folder)  # large: only now that the head is right
         encoder = ClipImages(empty_clip(ARCHITECTURE))
         self.encoder = load_weights(encoder, clip, CLIP, options.dtype).to(options.device)
         self.size = ARCHITECTURE.vision_config.image_size

@@ -57,13 +57,14 @@ class UserFunction:
         self.name = name
         try:
             module = importlib.import_module(_module(name))
-        except ImportError as error:
+        except Exception as error:  # whatever the user's module does
             raise ValueError(
-                f"reward {name!r} cannot be imported: {error}; run in the folder of its file, or put that on PYTHONPATH"
+                f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; mend it, or where it is not "
+                "found run in the folder of its file, or put that on PYTHONPATH"
             ) from error
         self.function: Callable[[Tensor, list[str]], Any] | None = getattr(module, _function(name), None)
         if not callable(self.function):
-            raise ValueError(f"got reward {name!r}, but {module.__file__} has no function {_function(name)!r}")
+            raise ValueError(f"got reward {name!r}, but {module.__name__} has no function {_function(name)!r}")
 
     def embed(self, images: Tensor) -> Tensor:
         raise TypeError(f"{self.name} is a function and has no encoder")
@@ -73,7 +74,7 @@ class UserFunction:
 
         assert self.function is not None
         with torch.no_grad():
-            scores = self.function(images, prompts)
+            scores = self.function(images.clone(), list(prompts))  # it may change them, and others see them after it
         return scores if isinstance(scores, torch.Tensor) else torch.as_tensor(scores, device=images.device)
 
     def check_prompts(self, prompts: list[str]) -> None:

@@ -7,7 +7,7 @@ in integers and rounds to 8 bits after each axis; here it is done with the same 
 Shapes: B images.
 """
 
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def _resize_last_axis(levels: Tensor, size: int) -> Tensor:
     return ((total + 2 ** (_BITS - 1)) >> _BITS).clamp(0, 255).float()
 
 
-@cache
+@lru_cache(maxsize=8)  # a training has one size or two, and those of a folder may all differ
 def _coefficients(before: int, after: int, device: torch.device) -> list[Tensor]:
     """The digits, to the base of 256 and highest first, of how much of each pixel goes where, each (before, after)."""
     scale = before / after

@@ -79,10 +79,10 @@ def _find_given(reward: str, source: Source, given: Path) -> Path:
     if given.is_file():
         return given
     if not given.is_dir():
-        raise ValueError(f"got {given} as the weights of reward {reward!r}, where nothing is; expected {source}")
+        raise ValueError(f"got '{given}' as the weights of reward {reward!r}, where nothing is; expected {source}")
     if found := source.inside(given, shared=False):
         return found
-    raise ValueError(f"{given}, given as the weights of reward {reward!r}, does not hold {source}; put it there")
+    raise ValueError(f"'{given}', given as the weights of reward {reward!r}, does not hold {source}; put it there")
 
 
 def _download(reward: str, source: Source) -> Path:
@@ -92,11 +92,11 @@ def _download(reward: str, source: Source) -> Path:
     try:
         return Path(hf_hub_download(source.repo, source.file))
     except OSError as error:
-        folders = "".join(f"at {folder / source.own_folder / source.file}, or " for folder in _folders)
+        folders = "".join(f"at '{folder / source.own_folder / source.file}', or " for folder in _folders)
         raise ValueError(
             f"reward {reward!r} needs {source}, which cannot be had: {' '.join(str(error).split())}; check the "
-            f"connection and HF_HUB_OFFLINE, or put it {folders}anywhere else and say where: reward_weights "
-            f"{reward}=PATH"
+            f"connection and HF_HUB_OFFLINE, or put it {folders}into a folder, with the reward's other files if it has "
+            f"any, and say where: reward_weights {reward}=FOLDER"
         ) from error
 
 
@@ -121,6 +121,8 @@ def load_weights(
         weights = {}
         for name, stored in names.items():
             weight = read(stored)
+            if not weight.is_floating_point() or weight.layout != torch.strided:
+                raise ValueError(f"{stored} in '{path}' is {weight.dtype} ({weight.layout}); expected {source}")
             weights[name] = weight.to(dtype if weight.ndim else torch.float32, copy=True)
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
@@ -130,12 +132,14 @@ def _check(path: Path, source: Source, expected: dict[str, Shape], shapes: dict[
     missing = sorted(expected.keys() - shapes.keys())
     if missing:
         raise ValueError(
-            f"{path} lacks {len(missing)} of {len(expected)} weights, the first is {missing[0]}; expected {source}; "
+            f"'{path}' lacks {len(missing)} of {len(expected)} weights, the first is {missing[0]}; expected {source}; "
             "it looks like another model: fetch it again, or give the right path"
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
-            raise ValueError(f"{name} in {path} is {shapes[name]}, not {shape}; expected {source}; give the right path")
+            raise ValueError(
+                f"{name} in '{path}' is {shapes[name]}, not {shape}; expected {source}; give the right path"
+            )
 
 
 @contextmanager
@@ -162,7 +166,8 @@ def _tensors(path: Path, source: Source, inside: str) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, source: Source, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch goes on for a page
     return ValueError(
-        f"{path} ({path.stat().st_size} bytes) cannot be read as {source}: {type(error).__name__} "
-        f"{' '.join(str(error).split())[:200]}; it looks like an unfinished download or another format; fetch it again"
+        f"'{path}' ({path.stat().st_size} bytes) cannot be read as {source}: {type(error).__name__} "
+        f"{reason}; it looks like an unfinished download or another format; fetch it again"
     )
