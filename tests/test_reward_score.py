@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from comfy_tdpo.rewards import load_reward
+from comfy_tdpo.rewards import function, load_reward
+from comfy_tdpo.trainer import score
 from comfy_tdpo.trainer.__main__ import main
 
 
@@ -53,6 +54,27 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path, capsys):
     assert main(["score", "--reward", "shapes-aesthetic", *paths]) == 0
     plain, turned = (line.split("\t")[1] for line in capsys.readouterr().out.splitlines()[1:3])
     assert plain == turned
+
+
+def test_a_reward_that_fails_is_named(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_score.py").write_text("def broken(images, prompts):\n    return float('nan')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(function, "_allowed", False)  # put back after the test: the command allows them
+    assert main(["score", "--reward", "python:my_score:broken", files[0]]) == 1
+    assert "reward 'python:my_score:broken' returned shape ()" in capsys.readouterr().err
+
+
+def test_precision_and_weights_are_passed_on(files, monkeypatch):
+    asked = {}
+
+    def load(name, *how):
+        asked[name] = how
+        return load_reward("jpeg-compressibility", how[0])
+
+    monkeypatch.setattr(score, "load_reward", load)
+    how = ["--reward-precision", "bf16", "--reward-weights", "hpsv2=/a/b.pt"]
+    assert main(["score", "--reward", "hpsv2", *how, files[0]]) == 0
+    assert asked["hpsv2"][1:] == ("bf16", {"hpsv2": "/a/b.pt"})
 
 
 def test_one_file_has_no_spread(files, capsys):

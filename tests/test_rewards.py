@@ -92,6 +92,13 @@ def test_a_sum_lends_the_first_encoder_there_is():
     assert none.embed_dim is None
 
 
+def test_a_sum_asks_each_part_about_the_prompts():
+    total = load_rewards({"shapes-aesthetic": 1.0, "shapes-gold": 1.0}, CPU)
+    total.check_prompts(["a red circle"])
+    with pytest.raises(ValueError, match="shapes-gold judges prompts of Shapes only"):
+        total.check_prompts(["a photo of a cat"])
+
+
 def test_scales_equal_what_weights_of_their_inverse_do():
     scaled = make_config(overrides={"rewards": {"shapes-aesthetic": 1}, "reward_scales": "shapes-aesthetic=0.5"})
     assert scaled.reward_scales == {"shapes-aesthetic": 0.5}

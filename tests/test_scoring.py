@@ -46,6 +46,14 @@ def test_a_reward_that_a_node_loaded_can_still_be_used_by_a_training(monkeypatch
     assert not any(parameter.is_inference() for parameter in kept[0].head.parameters())
 
 
+def test_a_reward_is_loaded_from_its_file():
+    choice = RewardChoice({"jpeg-compressibility": 1.0}, {"jpeg-compressibility": "/a/file.pt"})
+    with pytest.raises(
+        ValueError, match="got /a/file.pt as the weights of reward 'jpeg-compressibility', which has none"
+    ):
+        score(images(1), [""], choice, CPU)
+
+
 def test_transparency_is_passed_over():
     choice = RewardChoice({"shapes-aesthetic": 1.0})
     batch = images(2, channels=4)
