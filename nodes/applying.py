@@ -22,7 +22,7 @@ def apply_run(model: Any, run: RunFolder, snapshot: str, epoch: int, strength: f
 
 def apply_file(model: Any, name: str, strength: float) -> tuple[Any, str]:
     """The MODEL with the LoRA of a file in ComfyUI's list."""
-    path = folder_paths.get_full_path("loras", name)
+    path = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
     if path is None:
         raise ValueError(f"got LoRA {name!r}; expected a run on the wire, or one of the files in models/loras")
     return apply_weights(model, read_lora(Path(path)), strength, f"{name!r}"), f"{name}, strength {strength:g}"

@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.prompts import load_prompts, prompt_sets
 
 from ..trainer.config import Fields, TrainConfig, make_config, override, plain_values
 from ..trainer.run import RunFolder
 from .scoring import RewardChoice, joined
-from .words import AUTO
+from .words import AUTO, check_choice
 
 SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: of the embedded world, and the paper's
-INPUTS = ("algorithm", "model", "rewards", "eval_rewards", "reward_weights", "prompts", "grid_prompts", "seed")
+INPUTS = (
+    *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
+    *("prompts", "grid_prompts", "seed"),
+)
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: as the preset has them
 # On the way; prompts are compared by their words.
 MAY_CHANGE = ("epochs", "output.", "reward_weights", "prompts", "grid_prompts")
@@ -46,6 +49,7 @@ class Wanted:
 
     def config(self) -> TrainConfig:
         """The configuration; its prompts are those of the set, until `RunFolder`s of nodes keep their own."""
+        check_choice("prompt_set", self.prompt_set, [AUTO, *prompt_sets()])  # a file's text would come to lie in output
         preset = SHAPES if self.shapes else OTHER
         values: Fields = {
             "algorithm": self.algorithm,
@@ -82,7 +86,7 @@ class Wanted:
     def _more(self) -> Fields:
         try:
             more = tomllib.loads(self.settings)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # of TOML, or an endless number or nesting
             raise ValueError(
                 f"got settings that are no TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8.0"
             ) from error

@@ -20,7 +20,10 @@ def lora_weights(run: RunFolder) -> dict[str, Tensor]:
 def sample_image(run: RunFolder) -> Tensor:
     """The newest grid of samples, (1, H, W, 3); grey where there is none yet."""
     path = newest_grid(run)
-    return as_tensor(Image.open(path)) if path else torch.full((1, 64, 64, 3), 0.5)
+    try:
+        return as_tensor(Image.open(path)) if path else torch.full((1, 64, 64, 3), 0.5)
+    except OSError as error:
+        raise ValueError(f"got a sample grid that is damaged: '{path}' ({error}); delete it") from error
 
 
 def plot_image(run: RunFolder) -> Tensor:

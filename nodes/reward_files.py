@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 def path_of(name: str) -> str:
     """Where the file of that name is; ValueError where none is, or it would lie outside the folders."""
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = folder_paths.get_full_path(FOLDER, name) if name in names() else None
     if path is None:
         raise ValueError(f"got weights {name!r}, which are not in models/{FOLDER}; put them there, or choose 'auto'")
     return path

@@ -8,7 +8,7 @@ from comfy_tdpo.rewards import reward_names
 from . import reward_files
 from .scoring import RewardChoice, captioned, described, prompt_of_each, score
 from .wires import CATEGORY, Reward
-from .words import AUTO
+from .words import AUTO, check_choice
 
 ROOM = 5 * 2**30  # bytes: the largest reward in float32, and what it computes with
 
@@ -53,6 +53,7 @@ class RewardModel(io.ComfyNode):
     def execute(
         cls, reward: str, weight: float, weights: str = AUTO, also: RewardChoice | None = None
     ) -> io.NodeOutput:
+        check_choice("reward", reward, reward_names())
         reward_files.look_there()
         file = None if weights == AUTO else reward_files.path_of(weights)
         return io.NodeOutput((also or RewardChoice({})).with_reward(reward, weight, file))

@@ -86,7 +86,7 @@ class Runs:
             config, job = run.config, self.job(run)
             status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.eval_rewards}
             status |= _of_job(job) if job else _of_folder(len(run.metrics()), config.epochs)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             status |= {"reward": "", "eval_rewards": [], **_of_folder(0, 0), "state": "failed"}
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
@@ -174,6 +174,8 @@ def advice(status: Fields) -> str:
             return "Stopping after the current step, then saving."
         case "finished":
             return "Finished: its LoRA is in the list of Load LoRA, and TDPO LoRA Apply uses it; raise epochs to go on."
+        case "stopped" | "interrupted" if epoch == 0:
+            return "Ended in the first epoch: queue to go on."
         case "failed":
             return "Failed; mend what the error names, then queue the graph to go on from the last checkpoint."
     what = "Stopped" if state == "stopped" else "Interrupted"
@@ -204,12 +206,19 @@ def mark_node(run: RunFolder, node: str) -> None:
 
 
 def newest_grid(run: RunFolder) -> Path | None:
-    return max((run.path / "samples").glob("epoch-*.png"), default=None)
+    """Of those that the run drew; somebody may keep others beside them."""
+    drawn = [path for path in (run.path / "samples").glob("epoch-*.png") if path == run.sample_grid(_epoch_in(path))]
+    return max(drawn, default=None)
+
+
+def _epoch_in(path: Path) -> int:
+    number = path.stem.removeprefix("epoch-")
+    return int(number) if number.isdecimal() and number.isascii() else -1
 
 
 def _newest_grid(run: RunFolder) -> int | None:
     path = newest_grid(run)
-    return int(path.stem.removeprefix("epoch-")) if path else None
+    return _epoch_in(path) if path else None
 
 
 def _samples(run: RunFolder) -> bytes:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..trainer.plots import reward_names
 from ..trainer.run import EpochMetrics, RunFolder
-from .words import BEST_TRAINING, EPOCH, LATEST
+from .words import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
@@ -32,25 +32,32 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
     Raises:
         ValueError: the run has no such snapshot.
     """
+    check_choice("snapshot", which, SNAPSHOTS)
     if which == LATEST:
         return run.latest_lora if run.latest_lora.is_file() else None
     kept = snapshots(run)
     if which == EPOCH:
         if epoch not in kept:
-            raise ValueError(f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of {_listed(kept)}")
+            raise ValueError(
+                f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected "
+                f"one of those of epochs {_listed(kept)}; output.samples_every in Train's settings keeps more"
+            )
         return kept[epoch]
     kind = "reward" if which == BEST_TRAINING else "eval"
     metrics = run.metrics()
     names = reward_names(metrics, kind)
     if not names or not kept:
-        raise ValueError(f"run {run.path.name!r} has no {which} yet; expected a finished epoch of a run that has one")
+        raise ValueError(
+            f"run {run.path.name!r} has no {which} yet; expected a finished epoch of a run with such a reward"
+        )
     return kept[best_epoch(list(kept), metrics, f"{kind}/{names[0]}/mean")]
 
 
 def snapshots(run: RunFolder) -> dict[int, Path]:
     """Epoch -> LoRA file, the latest among them."""
     files = sorted((run.path / "lora").glob("epoch-*.safetensors"))
-    kept = {int(path.stem.removeprefix("epoch-")): path for path in files}
+    numbers = [(path.stem.removeprefix("epoch-"), path) for path in files]
+    kept = {int(number): path for number, path in numbers if number.isdecimal() and number.isascii()}
     if run.latest_lora.is_file():
         kept.setdefault(epoch_of(run.latest_lora), run.latest_lora)
     return kept

@@ -3,7 +3,6 @@
 import atexit
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 
@@ -12,7 +11,7 @@ from ..trainer.config import TrainConfig
 from ..trainer.job import ENDED, Job, Status, TrainingFactory
 from ..trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
 from .choosing import is_blank
-from .runs import NODE, Fields, Runs, finite, mark_node
+from .runs import Fields, Runs, finite, mark_node
 
 SECONDS_TO_SAVE = 60  # that a training gets when ComfyUI quits: the step it is in, and a checkpoint
 SECONDS_BETWEEN_EVENTS = 0.2
@@ -44,12 +43,17 @@ def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str])
             changed = {name: getattr(config, name) for name in ("epochs", "output", "reward_weights")}
             run.write_config(run.config.model_copy(update=changed))
         return
-    for path in (run.path / CONFIG, run.path / NODE, run.sample_grid(0)):  # of one that never got to train
-        path.unlink(missing_ok=True)
-    with suppress(OSError):  # there is none, or it holds what somebody else put there
-        (run.path / "samples").rmdir()
+    blank = (run.path / CONFIG).exists()  # it never got to train, and nothing of it is missed
+    if not blank:
+        run.check_free()
     write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts), encoding="utf-8"))
-    run.create(config.model_copy(update={"prompts": str(run.path / PROMPTS)}))
+    config = config.model_copy(update={"prompts": str(run.path / PROMPTS)})
+    if not blank:
+        run.create(config)
+        return
+    with run.lock():
+        run.sample_grid(0).unlink(missing_ok=True)
+        run.configure(config)
 
 
 def start(

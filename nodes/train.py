@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from comfy_tdpo.prompts import prompt_sets
 
 from .wires import CATEGORY, Critic, Reward, Run
-from .words import AUTO, CONTINUE, MODES, RESUME, WAIT
+from .words import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 
 ALGORITHMS = ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"]
 AS_PRESET = " 0: as in the preset, which is 'shapes' for the Shapes Model and the paper's for any other."
@@ -144,10 +144,14 @@ class Train(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, run_name: str | None) -> bool | str:
+    def validate_inputs(cls, run_name: str | None = None) -> bool | str:
         from .names import problem_with
 
-        return (run_name is not None and problem_with(run_name)) or True  # None: it comes along a wire, and later
+        if run_name is None:  # it comes along a wire, and later
+            return True
+        return (
+            problem_with(run_name) or True if isinstance(run_name, str) else f"got run name {run_name!r}; expected text"
+        )
 
     @classmethod
     def fingerprint_inputs(cls, run_name: str | None, mode: str | None, **_: Any) -> str | float:
@@ -187,6 +191,8 @@ class Train(io.ComfyNode):
         from .results import lora_weights, plot_image, sample_image
         from .training import train
 
+        check_choice("resume", resume, RESUME)
+        check_choice("mode", mode, MODES)
         numbers = {
             "epochs": epochs,
             "samples_per_epoch": samples_per_epoch,

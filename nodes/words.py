@@ -8,3 +8,9 @@ MODES = [WAIT, BACKGROUND]
 LATEST, BEST_TRAINING, BEST_HELD_OUT, EPOCH = "latest", "best training reward", "best held-out reward", "epoch"
 SNAPSHOTS = [LATEST, BEST_TRAINING, BEST_HELD_OUT, EPOCH]
 NO_FILE = "none"
+
+
+def check_choice(name: str, value: object, choices: list[str]) -> None:
+    """Raise ValueError where a combo input has none of its values: ComfyUI 0.3.64 lets anything through."""
+    if value not in choices:
+        raise ValueError(f"got {name} {str(value)[:100]!r}; expected one of {', '.join(choices)}")

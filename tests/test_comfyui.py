@@ -86,6 +86,18 @@ def test_cancel_saves_and_queueing_again_goes_on(server):
     assert outputs["info"]["text"] == [f"run cancelled, after epoch {status['epoch'] + 1}, strength 1"]
 
 
+def test_a_run_that_was_cancelled_in_its_first_images_goes_on(server):
+    """Or takes other settings, as nothing was trained by these."""
+    prompt = server.queue(train_graph("early", samples_per_epoch=64, steps=20))
+    server.until("early", lambda status: status["phase"] == "sampling")
+    server.post("/interrupt")
+    assert "execution_interrupted" in server.ended(prompt)["messages"]
+    status = server.status("early")
+    assert (status["state"], status["epoch"]) == ("stopped", 0) and "saved" not in status["message"]
+    server.run(train_graph("early"))
+    assert server.status("early")["state"] == "finished"
+
+
 def test_a_background_run_trains_while_other_graphs_sample(server):
     graph = train_graph("behind", epochs=500, mode="background") | apply_graph(run=["train", 0])
     assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet, the model is as it was"]
@@ -130,6 +142,9 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
         ({"settings": "prompts = 'x'"}, "got 'prompts' among the settings; the node has an input"),
         ({"settings": "micro_batch 4"}, "got settings that are no TOML"),
         ({"settings": "what = 1"}, "unknown setting 'what'"),
+        ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto"),
+        ({"mode": "later"}, "got mode 'later'; expected one of wait, background"),
+        ({"resume": 5}, "got resume '5'; expected one of continue, new"),
         ({"run_name": "nobody", "resume": "as it is"}, "expected one of those in output/tdpo"),
         ({"reward": ["shapes", 0]}, "reward, received_type(MODEL) mismatch input_type(TDPO_REWARD)"),
     ],
@@ -182,8 +197,8 @@ def test_weights_of_rewards_are_chosen_from_their_folder(server):
     listed = server.get("/object_info/TDPORewardModel")["TDPORewardModel"]["input"]["optional"]["weights"][1]["options"]
     assert listed == ["auto", "PickScore_v1/model.safetensors"]
     for reward, weights, message in (
-        ("pickscore", "auto", "PickScore_v1/model.safetensors (3 bytes) cannot be read as model.safetensors of"),
-        ("pickscore", listed[1], "PickScore_v1/model.safetensors (3 bytes) cannot be read as model.safetensors of"),
+        ("pickscore", "auto", "PickScore_v1/model.safetensors' (3 bytes) cannot be read as model.safetensors of"),
+        ("pickscore", listed[1], "PickScore_v1/model.safetensors' (3 bytes) cannot be read as model.safetensors of"),
         ("jpeg-compressibility", listed[1], "as the weights of reward 'jpeg-compressibility', which has none"),
         ("pickscore", "../../x.pt", "got weights '../../x.pt', which are not in models/tdpo_rewards; put them there"),
     ):

@@ -116,11 +116,16 @@ def test_the_nodes_of_all_subgraphs_are_found_once(javascript):
         ([("c", "12:4", "running")], None, None),
         ([("c", None, "running")], None, None),
         ([("c", "9", "finished")], "c", "c"),
+        ([("b", "4", "finished"), ("mine", "9", "finished")], "b", "mine"),
+        ([("mine-2", "9", "stopped"), ("mine", "9", "finished")], None, "mine-2"),
+        ([("mine-too", "9", "stopped")], None, None),
+        ([("b", "4", "running"), ("mine", "9", "finished")], None, "b"),
     ],
 )
 def test_which_run_a_node_shows(evaluate, runs, remembered, chosen):
+    """A node of id 4, whose run_name is "mine"."""
     told = [{"id": id, "node": node, "state": state} for id, node, state in runs]
-    assert evaluate(f"m.chooseRun({json.dumps(told)}, ['4'], {json.dumps(remembered)})") == chosen
+    assert evaluate(f"m.chooseRun({json.dumps(told)}, ['4'], {json.dumps(remembered)}, 'mine')") == chosen
 
 
 def epochs(*numbers: int) -> str:

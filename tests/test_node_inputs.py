@@ -90,10 +90,12 @@ def test_prompts_are_the_text_or_the_set():
         ({"settings": "model = 'x'"}, "got 'model' among the settings; the node has an input or a wire for it"),
         ({"settings": "epochs = 3"}, "got 'epochs' among the settings; the node has an input or a wire for it"),
         ({"settings": "a = " + "[" * 5000}, "got settings that are no TOML .*expected lines such as"),
+        ({"settings": "a = 1" + "0" * 6000}, "got settings that are no TOML"),
+        ({"settings": "prediction_type = 'sample'"}, "got 'prediction_type' among the settings"),
         ({"settings": "policy.what = 1"}, "unknown setting 'policy.what'"),
         ({"settings": "policy = 1"}, "policy: got 1"),
         ({"settings": "reward_weights = {}"}, "got 'reward_weights' among the settings"),
-        ({"prompt_set": "/etc/passwd.txt"}, "expected a text file"),
+        ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto, complex"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(changes, message):

@@ -10,6 +10,7 @@ from comfy_tdpo.nodes import answers
 from comfy_tdpo.nodes.choosing import choose, is_done, token
 from comfy_tdpo.nodes.runs import finite, newest_grid
 from comfy_tdpo.nodes.scoring import RewardChoice
+from comfy_tdpo.nodes.snapshots import snapshots
 from comfy_tdpo.nodes.starting import check_device_free, job_under_way, prepare, wait_for
 
 KEYS = (
@@ -197,6 +198,26 @@ def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
 )
 def test_folders_of_the_machine_are_left_out_and_nothing_else(runs, text, seen):
     assert runs.told(text) == seen
+
+
+def test_files_that_somebody_else_put_into_a_run_are_left_alone(runs):
+    finish(runs)
+    run = runs.find("one")
+    for copy, path in (("epoch-0002_best", newest_grid(run)), ("epoch-0002 copy", run.lora(2))):
+        path.with_name(copy + path.suffix).write_bytes(path.read_bytes())
+    assert runs.status(run)["samples_epoch"] == 2
+    assert sorted(snapshots(run)) == [1, 2]
+
+
+@pytest.mark.parametrize("content", [None, "[" * 100_000], ids=["a folder", "nested"])
+def test_damaged_metrics_are_told_of_their_run(runs, content):
+    finish(runs)
+    path = runs.find("one").path / "metrics.jsonl"
+    path.unlink()
+    path.mkdir() if content is None else path.write_text(content + "\n")
+    assert [status["id"] for status in runs.overview()["runs"]] == ["one"]
+    code, told = answers.metrics(runs, "one", "0")
+    assert code == 400 and "is damaged" in told["error"]
 
 
 def test_a_damaged_folder_does_not_hide_the_others(runs):

@@ -98,5 +98,6 @@ def test_a_name_that_comes_along_a_wire_is_checked_later(node):
     assert cls.validate_inputs(None) is True
     assert cls.validate_inputs("my run") is True
     assert "expected a name" in cls.validate_inputs("../x")
+    assert "expected text" in cls.validate_inputs(["x"])
     fingerprint = cls.fingerprint_inputs(run_name=None, mode="wait")
     assert fingerprint != fingerprint, "NaN: nothing is known, so it runs"

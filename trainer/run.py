@@ -81,7 +81,7 @@ class RunFolder:
         if (self.path / CONFIG).exists():
             raise ValueError(f"run directory {str(self.path)!r} holds a run; --resume continues it, or choose another")
         if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
-            raise ValueError(f"got run directory {str(self.path)!r}; expected a new or an empty folder")
+            raise ValueError(f"got run directory {str(self.path)!r}; expected a new or an empty folder: choose another")
 
     def create(self, config: TrainConfig) -> "RunFolder":
         """Make it a new run of `config`, which can be continued from any folder and whatever becomes of the prompts.
@@ -92,11 +92,15 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with self.lock():
             self.check_free()  # another process may have been faster
-            self._write_lines(PROMPTS, load_prompts(config.prompts))
-            shown = load_prompts(config.grid_prompts or config.prompts)
-            self._write_lines(GRID_PROMPTS, spread(shown, config.output.grid_images))
-            self.write_config(_with_absolute_model(config))
+            self.configure(config)
         return self
+
+    def configure(self, config: TrainConfig) -> None:
+        """Make `config` that of a run which has trained nothing yet; call it under the lock."""
+        self._write_lines(PROMPTS, load_prompts(config.prompts))
+        shown = load_prompts(config.grid_prompts or config.prompts)
+        self._write_lines(GRID_PROMPTS, spread(shown, config.output.grid_images))
+        self.write_config(_with_absolute_model(config))
 
     def write_config(self, config: TrainConfig) -> None:
         """Replace the run's configuration; what is not free to change is refused when the run goes on."""
@@ -166,7 +170,7 @@ class RunFolder:
         try:
             text = path.read_text(encoding="utf-8")
             return [_parse_metrics(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except ValueError as error:  # of UTF-8, of JSON, or ours
+        except (ValueError, RecursionError, OSError) as error:  # of UTF-8, of JSON, ours, or it is no file
             raise ValueError(
                 f"{path} is damaged: {error}; delete it: --resume writes it anew from the checkpoint"
             ) from error

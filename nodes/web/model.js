@@ -29,10 +29,14 @@ export function nodesWithin(graph, seen = new Set()) {
   return (graph.nodes ?? []).flatMap((node) => [node, ...nodesWithin(node.subgraph, seen)]);
 }
 
-/** The id of the run a node shows: one that it trains now, else the one it remembers, else its newest; or null. */
-export function chooseRun(runs, ids, remembered = null) {
+/**
+ * The id of the run a node shows: one that it trains now, else the newest of the name that it has, else the one it
+ * remembers, else its newest; or null. Other workflows have nodes of the same ids.
+ */
+export function chooseRun(runs, ids, remembered = null, name = null) {
+  const named = ({ id }) => id === name || (id.startsWith(`${name}-`) && /^\d+$/.test(id.slice(name.length + 1)));
   const own = runs.filter((run) => run.node != null && ids.includes(String(run.node)));
-  const chosen = own.find(isActive) ?? runs.find((run) => run.id === remembered) ?? own[0];
+  const chosen = own.find(isActive) ?? runs.find(named) ?? runs.find((run) => run.id === remembered) ?? own[0];
   return chosen?.id ?? null;
 }
 

@@ -79,7 +79,8 @@ class LiveView {
   /** Show what is known now; whether the node can be reached. */
   #update() {
     const ids = executionIds(this.node, rootOf(this.node.graph));
-    const id = chooseRun(runs.list, ids, this.#remembered());
+    const name = this.node.widgets?.find((widget) => widget.name === "run_name")?.value ?? null;
+    const id = chooseRun(runs.list, ids, this.#remembered(), name);
     if (id !== null) this.#remember(id);
     this.#panel.show(id);
     return ids.length > 0;
