@@ -21,7 +21,7 @@ def run(tmp_path):
 def test_the_latest_and_those_of_epochs(run):
     assert find_snapshot(run, "latest", 1) == run.latest_lora
     assert find_snapshot(run, "epoch", 2) == run.lora(2)
-    with pytest.raises(ValueError, match="run 'one' has no snapshot of epoch 9; expected one of those of epochs 1, 2, 3"):
+    with pytest.raises(ValueError, match="no snapshot of epoch 9; expected one of those of epochs 1, 2, 3"):
         find_snapshot(run, "epoch", 9)
 
 
