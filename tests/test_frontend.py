@@ -104,28 +104,30 @@ def test_the_nodes_of_all_subgraphs_are_found_once(javascript):
 
 
 @pytest.mark.parametrize(
-    ("runs", "remembered", "chosen"),
+    ("name", "runs", "remembered", "chosen"),
     [
-        ([], None, None),
-        ([], "gone", None),
-        ([("b", "4", "finished"), ("a", "4", "stopped")], None, "b"),
-        ([("b", "4", "finished"), ("a", "4", "stopped")], "a", "a"),
-        ([("b", "4", "finished"), ("a", "4", "running")], "b", "a"),
-        ([("b", "4", "finished")], "gone", "b"),
-        ([("c", "9", "running"), ("b", "4", "finished")], None, "b"),
-        ([("c", "12:4", "running")], None, None),
-        ([("c", None, "running")], None, None),
-        ([("c", "9", "finished")], "c", "c"),
-        ([("b", "4", "finished"), ("mine", "9", "finished")], "b", "mine"),
-        ([("mine-2", "9", "stopped"), ("mine", "9", "finished")], None, "mine-2"),
-        ([("mine-too", "9", "stopped")], None, None),
-        ([("b", "4", "running"), ("mine", "9", "finished")], None, "b"),
+        (None, [], None, None),
+        (None, [], "gone", None),
+        (None, [("b", "4", "finished"), ("a", "4", "stopped")], None, "b"),
+        (None, [("b", "4", "finished"), ("a", "4", "stopped")], "a", "a"),
+        (None, [("b", "4", "finished"), ("a", "4", "running")], "b", "a"),
+        (None, [("b", "4", "finished")], "gone", "b"),
+        (None, [("c", "9", "running"), ("b", "4", "finished")], None, "b"),
+        (None, [("c", "12:4", "running")], None, None),
+        (None, [("c", None, "running")], None, None),
+        (None, [("c", "9", "finished")], "c", "c"),
+        ("d", [("b", "4", "finished"), ("d", "9", "finished")], "b", "d"),
+        ("d", [("d-2", "9", "stopped"), ("d", "9", "finished")], None, "d-2"),
+        ("d", [("d-too", "9", "stopped")], None, None),
+        ("d", [("b", "4", "running"), ("d", "9", "finished")], None, "b"),
+        ("d", [("b", "4", "finished")], None, None),
+        ("d", [("b", "4", "finished")], "b", "b"),
     ],
 )
-def test_which_run_a_node_shows(evaluate, runs, remembered, chosen):
-    """A node of id 4, whose run_name is "mine"."""
+def test_which_run_a_node_shows(evaluate, name, runs, remembered, chosen):
     told = [{"id": id, "node": node, "state": state} for id, node, state in runs]
-    assert evaluate(f"m.chooseRun({json.dumps(told)}, ['4'], {json.dumps(remembered)}, 'mine')") == chosen
+    asked = ", ".join(map(json.dumps, (told, ["4"], remembered, name)))
+    assert evaluate(f"m.chooseRun({asked})") == chosen
 
 
 def epochs(*numbers: int) -> str:

@@ -30,13 +30,14 @@ export function nodesWithin(graph, seen = new Set()) {
 }
 
 /**
- * The id of the run a node shows: one that it trains now, else the newest of the name that it has, else the one it
- * remembers, else its newest; or null. Other workflows have nodes of the same ids.
+ * The id of the run a node shows: one that it trains now, else the newest of its `name`, else the one it remembers; or
+ * null. Where no name is known its newest by `ids`, which nodes of other workflows may have too.
  */
 export function chooseRun(runs, ids, remembered = null, name = null) {
   const named = ({ id }) => id === name || (id.startsWith(`${name}-`) && /^\d+$/.test(id.slice(name.length + 1)));
   const own = runs.filter((run) => run.node != null && ids.includes(String(run.node)));
-  const chosen = own.find(isActive) ?? runs.find(named) ?? runs.find((run) => run.id === remembered) ?? own[0];
+  const known = runs.find(named) ?? runs.find((run) => run.id === remembered);
+  const chosen = own.find(isActive) ?? known ?? (name === null ? own[0] : null);
   return chosen?.id ?? null;
 }
 

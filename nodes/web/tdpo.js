@@ -79,8 +79,7 @@ class LiveView {
   /** Show what is known now; whether the node can be reached. */
   #update() {
     const ids = executionIds(this.node, rootOf(this.node.graph));
-    const name = this.node.widgets?.find((widget) => widget.name === "run_name")?.value ?? null;
-    const id = chooseRun(runs.list, ids, this.#remembered(), name);
+    const id = chooseRun(runs.list, ids, this.#remembered(), runName(this.node));
     if (id !== null) this.#remember(id);
     this.#panel.show(id);
     return ids.length > 0;
@@ -94,6 +93,13 @@ class LiveView {
   #remember(run) {
     if (typeof run === "string") this.node.properties[REMEMBERED] = `${this.node.id}|${run}`;
   }
+}
+
+/** What the node's run is to be called; null where that comes along a wire. */
+function runName(node) {
+  const isRunName = ({ name }) => name === "run_name";
+  if (node.inputs?.find(isRunName)?.link != null) return null;
+  return node.widgets?.find(isRunName)?.value ?? null;
 }
 
 /** Another seed is another run: ComfyUI must not draw a new one after each, unless it is asked to. */
