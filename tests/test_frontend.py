@@ -584,7 +584,7 @@ def test_every_word_can_be_read(tab, palette):
     """WCAG's contrast for text, 4.5, against the panel's own ground."""
     tab.page.evaluate("(name) => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
     tab.told[0] |= {"state": "failed", "error": "Something broke."}
-    show(tab)
+    show(tab, train_node(1, properties={"tdpo_run": "1|made up"}))
     tab.page.wait_for_selector(".tdpo-curve", state="attached")
     tab.page.wait_for_timeout(300)
     screenshot(tab, f"failed-{palette}")
@@ -631,8 +631,9 @@ def test_nothing_is_cut_off_or_overlaps(tab):
 
 def test_words_from_the_server_are_never_html(tab):
     evil = "<img src=x onerror='window.evil = 1'>"
-    tab.told = [TOLD | {"id": evil, "state": "failed", "phase": evil, "reward": evil, "message": evil, "error": evil}]
-    show(tab)
+    words = dict.fromkeys(("id", "phase", "reward", "message", "error"), evil)
+    tab.told = [TOLD | {"node": "5", "state": "failed"} | words]
+    show(tab, train_node(5, properties={"tdpo_run": f"5|{evil}"}))
     tab.page.wait_for_timeout(500)
     assert tab.page.locator(".tdpo-message").text_content() == evil
     assert tab.page.locator(".tdpo-panel img").count() == 1  # that of the samples, which is hidden
@@ -641,7 +642,8 @@ def test_words_from_the_server_are_never_html(tab):
 
 def test_each_node_shows_its_own_run_and_a_copy_none(tab):
     tab.told = [TOLD | {"id": "b", "node": "2", "state": "finished"}, TOLD | {"id": "a"}]
-    show(tab, train_node(1), train_node(2, 650), train_node(3, 1300, properties={"tdpo_run": "1|a"}))
+    second = train_node(2, 650, properties={"tdpo_run": "2|b"})
+    show(tab, train_node(1), second, train_node(3, 1300, properties={"tdpo_run": "1|a"}))
     names = tab.page.locator(".tdpo-panel").evaluate_all(
         "(panels) => panels.map((p) => p.querySelector('.tdpo-body').hidden ? '' : p.querySelector('.tdpo-run').title)"
     )
