@@ -14,7 +14,7 @@ from typing import Any
 from comfy_tdpo.rewards import name_of_sum
 
 from ..trainer.job import ENDED, Job, find_job
-from ..trainer.run import CONFIG, EpochMetrics, RunFolder, write_atomically
+from ..trainer.run import CONFIG, EpochMetrics, RunFolder, epoch_in, write_atomically
 from .names import check_run_name, problem_with
 
 Fields = dict[str, Any]
@@ -207,18 +207,13 @@ def mark_node(run: RunFolder, node: str) -> None:
 
 def newest_grid(run: RunFolder) -> Path | None:
     """Of those that the run drew; somebody may keep others beside them."""
-    drawn = [path for path in (run.path / "samples").glob("epoch-*.png") if path == run.sample_grid(_epoch_in(path))]
+    drawn = [path for path in (run.path / "samples").glob("epoch-*.png") if epoch_in(path) is not None]
     return max(drawn, default=None)
-
-
-def _epoch_in(path: Path) -> int:
-    number = path.stem.removeprefix("epoch-")
-    return int(number) if number.isdecimal() and number.isascii() else -1
 
 
 def _newest_grid(run: RunFolder) -> int | None:
     path = newest_grid(run)
-    return _epoch_in(path) if path else None
+    return epoch_in(path) if path else None
 
 
 def _samples(run: RunFolder) -> bytes:

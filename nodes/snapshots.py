@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..trainer.plots import reward_names
-from ..trainer.run import EpochMetrics, RunFolder
+from ..trainer.run import EpochMetrics, RunFolder, epoch_in
 from .words import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
 
 
@@ -56,8 +56,7 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
 def snapshots(run: RunFolder) -> dict[int, Path]:
     """Epoch -> LoRA file, the latest among them."""
     files = sorted((run.path / "lora").glob("epoch-*.safetensors"))
-    numbers = [(path.stem.removeprefix("epoch-"), path) for path in files]
-    kept = {int(number): path for number, path in numbers if number.isdecimal() and number.isascii()}
+    kept = {epoch: path for path in files if (epoch := epoch_in(path)) is not None}
     if run.latest_lora.is_file():
         kept.setdefault(epoch_of(run.latest_lora), run.latest_lora)
     return kept

@@ -107,7 +107,8 @@ WRONG = {
 def test_a_wrong_input_is_one_line(files, tmp_path, capsys, case):
     args, complaint = WRONG[case]
     Image.new("F", (8, 8)).save(tmp_path / "floats.tiff")
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    if case == "a bomb":
+        Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     assert main(["score", *(arg.format(image=files[0], folder=tmp_path) for arg in args)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("comfy_tdpo: ") and complaint in line

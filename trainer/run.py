@@ -232,3 +232,9 @@ def _with_absolute_model(config: TrainConfig) -> TrainConfig:
 
 def epoch_name(epoch: int) -> str:
     return f"epoch-{epoch:04d}"
+
+
+def epoch_in(path: Path) -> int | None:
+    """The epoch that a run's file is called after; None where somebody else has named it."""
+    number = path.stem.removeprefix("epoch-")
+    return int(number) if number.isdecimal() and path.stem == epoch_name(int(number)) else None
