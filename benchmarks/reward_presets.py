@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from comfy_tdpo import loading
-from comfy_tdpo.trainer.config import ALGORITHMS
+from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.trainer.run import RunFolder
 
 HERE = Path(__file__).parent

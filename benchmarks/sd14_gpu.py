@@ -16,12 +16,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from comfy_tdpo.diffusion import log_prob, scaled_clip_range
 from comfy_tdpo.loading import CONFIGS, Components, clip_tokenizer
-from comfy_tdpo.objectives import policy_loss
+from comfy_tdpo.memory import peak_memory, reset_peak_memory
+from comfy_tdpo.methods.objectives import policy_loss
+from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.process.gaussian import log_prob, scaled_clip_range
 from comfy_tdpo.rollout import Decoder, denoise, draw_noise
-from comfy_tdpo.trainer.memory import peak_memory
 
 PROMPT = "a photo of a cat"
 DECODE_BATCH = 16  # as the configuration's default
@@ -54,8 +55,14 @@ def make_policy(steps: int, resolution: int, device: str) -> DiffusionPolicy:
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(sd1 / "text_encoder")).to(torch.bfloat16)
     scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(sd1 / "scheduler"))
     components = Components(unet, vae, text, clip_tokenizer(sd1), scheduler, "random SD 1.x")
-    policy = DiffusionPolicy.from_components(
-        components, steps=steps, guidance=5.0, resolution=resolution, rank=4, device=device, autocast=torch.bfloat16
+    policy = DiffusionPolicy(
+        StableDiffusion.from_components(components),
+        steps=steps,
+        guidance=5.0,
+        resolution=resolution,
+        rank=4,
+        device=device,
+        autocast=torch.bfloat16,
     )
     for parameter in policy.parameters:
         torch.nn.init.normal_(parameter, std=0.02)
@@ -75,7 +82,6 @@ def make_encoder(device: str) -> Callable[[Tensor], Tensor]:
     with torch.device(device):
         model = CLIPVisionModelWithProjection(config).to(torch.bfloat16).eval()
 
-    @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
         small = torch.nn.functional.interpolate(images, (224, 224), mode="bicubic", antialias=True)
         return torch.nn.functional.normalize(model(small.to(torch.bfloat16)).image_embeds.float(), dim=-1)
@@ -87,14 +93,14 @@ def measure(
     policy: DiffusionPolicy, encoder: Callable[[Tensor], Tensor], size: int, train_steps: int
 ) -> dict[str, float]:
     """One trajectory batch of `size` samples through every phase; seconds are per sample."""
-    if policy.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    noise = draw_noise(policy, [("benchmark", row) for row in range(size)])
-    latents, log_probs, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
-    decode, count = Decoder(policy, DECODE_BATCH), size * len(policy.schedule)
-    _, decoding = timed(lambda: decode(latents[:, :-1].flatten(0, 1), read=lambda images: images[:, :, 0, 0]))
-    images = decode(latents[:1, -1]).expand(DECODE_BATCH, -1, -1, -1)
-    _, encoding = timed(lambda: [encoder(images[: count - begin]) for begin in range(0, count, DECODE_BATCH)])
+    reset_peak_memory(policy.device)
+    with torch.no_grad():
+        noise = draw_noise(policy, [("benchmark", row) for row in range(size)])
+        latents, log_probs, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
+        decode, count = Decoder(policy, DECODE_BATCH), size * len(policy.process)
+        _, decoding = timed(lambda: decode(latents[:, :-1].flatten(0, 1), read=lambda images: images[:, :, 0, 0]))
+        images = decode(latents[:1, -1]).expand(DECODE_BATCH, -1, -1, -1)
+        _, encoding = timed(lambda: [encoder(images[: count - begin]) for begin in range(0, count, DECODE_BATCH)])
     drift, training = timed(lambda: train(policy, latents, log_probs, train_steps))
     return {
         "micro_batch": size,
@@ -102,7 +108,7 @@ def measure(
         "sampling": sampling / size,
         "decoding": decoding / size,
         "encoding": encoding / size,
-        "training": training / size * len(policy.schedule) / train_steps,
+        "training": training / size * len(policy.process) / train_steps,
         "peak": peak_memory(policy.device) / 2**30,
     }
 
@@ -126,9 +132,9 @@ def train(policy: DiffusionPolicy, latents: Tensor, log_probs: Tensor, train_ste
     """Forward and backward at `train_steps` positions spread over the schedule, no update; the worst |ratio - 1|."""
     size, worst = len(latents), 0.0
     embeds, clip = policy.encode_prompts([PROMPT] * size), scaled_clip_range(1e-4, policy.latent_size)
-    positions = torch.linspace(0, len(policy.schedule) - 1, train_steps).round().long().tolist()
+    positions = torch.linspace(0, len(policy.process) - 1, train_steps).round().long().tolist()
     for k in positions:
-        mean, sigma = policy.step(latents[:, k], torch.full((size,), k, device=policy.device), embeds)
+        mean, sigma, _ = policy.step(latents[:, k], torch.full((size,), k, device=policy.device), embeds)
         ratio = (log_prob(latents[:, k + 1], mean, sigma) - log_probs[:, k]).exp()
         policy_loss(ratio, torch.ones_like(ratio), clip).mean().backward()
         worst = max(worst, (ratio.detach() - 1).abs().max().item())

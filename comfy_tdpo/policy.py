@@ -1,66 +1,21 @@
-"""The policy: a latent diffusion model whose denoising steps are Gaussian and whose LoRA is trained.
+"""The policy: a latent diffusion model whose denoising steps are Gaussian and a part of which is trained.
 
-Shapes: B batch, C H W latent, L tokens, E text width.
+Nothing here enables or disables gradients: callers decide.
+
+Shapes: B batch, C H W latent.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
 
-from .diffusion import Schedule, guide, make_schedule, step_distribution
-from .lora import add_lora, named_lora_parameters
-
-if TYPE_CHECKING:
-    from .loading import Components
-
-PromptEncoder = Callable[[list[str]], Tensor]  # prompts -> (B, L, E), on the policy's device
-
-
-class LatentDecoder(Protocol):
-    """From latents to pixels, `factor` of them a side for one element of a latent."""
-
-    factor: int
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean."""
-        ...
-
-
-class ClipText:
-    """A PromptEncoder: the last hidden state of a CLIP text model, every prompt padded to its full length."""
-
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
-        self.tokenizer, self.network = tokenizer, text_encoder
-        self.length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return self.network(input_ids=tokens.input_ids.to(self.network.device)).last_hidden_state
-
-
-class Autoencoder:
-    """A LatentDecoder: diffusers' KL autoencoder."""
-
-    def __init__(self, vae: AutoencoderKL):
-        self.network, self.factor = vae, 2 ** (len(vae.config.block_out_channels) - 1)
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        vae = self.network
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+from .models import DiffusionModel
+from .models.conditioning import Conditioning
+from .process import Step, make_process
+from .process.gaussian import guide
 
 
 class DiffusionPolicy:
@@ -69,22 +24,17 @@ class DiffusionPolicy:
     Sampling and training call the same `step`, so that the ratio of a fresh sample is 1.
 
     Args:
-        unet: taken over: it goes to `device` and gets the adapters; scheduler: its noise schedule.
-        encode, decode: prompts to embeddings, latents to images, both on `device`.
-        source: what the model is called in messages.
+        model: taken over: it goes to `device` and gets the adapters.
         steps: denoising steps T; guidance: classifier-free guidance scale (1: none); resolution: pixels a side.
-        rank, alpha, targets, seed: of the LoRA, see `lora.add_lora`.
-        device: where it runs; autocast: the dtype of the U-Net's arithmetic, or None for that of its weights.
+        process: of PROCESSES; None: the model's own.
+        rank, alpha, targets, seed: of the LoRA, see `DiffusionModel.adapt`; alpha None: the rank.
+        device: where it runs; autocast: the dtype of the network's arithmetic, or None for that of its weights.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        scheduler: DDIMScheduler,
-        encode: PromptEncoder,
-        decode: LatentDecoder,
+        model: DiffusionModel,
         *,
-        source: str,
         steps: int,
         guidance: float,
         resolution: int,
@@ -92,56 +42,25 @@ class DiffusionPolicy:
         alpha: float | None = None,
         targets: str = "attention",
         seed: int = 42,
+        process: str | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
         gradient_checkpointing: bool = False,
     ):
         self.device, self.guidance, self.autocast = torch.device(device), guidance, autocast
-        self.source, self.alpha = source, float(rank if alpha is None else alpha)
-        self.scheduler, self.prompt_encoder, self.latent_decoder = scheduler, encode, decode
-        self.unet = unet.requires_grad_(False).eval().to(self.device)
-        add_lora(self.unet, rank, self.alpha, targets, seed)
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.named_parameters = named_lora_parameters(self.unet)
-        self.parameters = list(self.named_parameters.values())
-        self.schedule = self._make_schedule(scheduler, steps)
+        self.process = make_process(process or model.process, model.scheduler, steps, self.device)
+        self.model = model.to(self.device)
         self.latent_shape = self._latent_shape(resolution)
-        self._prompt_embeds: dict[str, Tensor] = {}
-
-    @classmethod
-    def from_components(
-        cls, components: "Components", device: torch.device | str = "cpu", **settings
-    ) -> "DiffusionPolicy":
-        """The policy of a loaded model, which is taken over; `settings` are those of the class."""
-        for network in (components.vae, components.text_encoder):
-            network.requires_grad_(False).eval().to(device)
-        return cls(
-            components.unet,
-            components.scheduler,
-            ClipText(components.tokenizer, components.text_encoder),
-            Autoencoder(components.vae),
-            source=components.source,
-            device=device,
-            **settings,
-        )
-
-    def _make_schedule(self, scheduler: DDIMScheduler, steps: int) -> Schedule:
-        schedule = make_schedule(scheduler, steps, self.device)
-        if schedule.sigma.min() <= 0:
-            position = int(schedule.sigma.argmin())
-            raise ValueError(
-                f"got a schedule whose step {position + 1} of {steps} has no noise, so that its log-probability does "
-                f"not exist; expected sigma > 0 everywhere: set steps_offset to 1 in {self.source}'s scheduler "
-                f"configuration (it is {scheduler.config.steps_offset}) or choose other steps"
-            )
-        return schedule
+        self.trainable = model.adapt(rank, float(rank if alpha is None else alpha), targets, seed)
+        if gradient_checkpointing:
+            model.network.enable_gradient_checkpointing()
+        self._encoded: dict[str, Conditioning] = {}
 
     def _latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        factor = self.latent_decoder.factor
+        factor = self.model.decode.factor
         if resolution <= 0 or resolution % factor:
             raise ValueError(f"got resolution {resolution}; expected a positive multiple of {factor} pixels")
-        return self.unet.config.in_channels, resolution // factor, resolution // factor
+        return self.model.channels, resolution // factor, resolution // factor
 
     @property
     def latent_size(self) -> int:
@@ -149,65 +68,54 @@ class DiffusionPolicy:
         channels, height, width = self.latent_shape
         return channels * height * width
 
-    def fingerprint(self) -> str:
-        """Tells the base model from others: the SHA-256 of its weights, and of the noise schedule to five digits."""
-        networks = [self.unet, *(getattr(part, "network", None) for part in (self.prompt_encoder, self.latent_decoder))]
-        digest = hashlib.sha256(self.scheduler.config.prediction_type.encode())
-        digest.update(self.scheduler.alphas_cumprod.cpu().double().numpy().round(5).tobytes())
-        for network in networks:
-            for name, weight in network.named_parameters() if network is not None else ():
-                if not weight.requires_grad:  # those that do are the adapters
-                    digest.update(name.encode())
-                    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return list(self.trainable.parameters.values())
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Text embeddings, (B, L, E); each prompt is encoded once in the policy's life."""
-        for prompt in set(prompts) - self._prompt_embeds.keys():
-            self._prompt_embeds[prompt] = self.prompt_encoder([prompt])[0]
-        return torch.stack([self._prompt_embeds[prompt] for prompt in prompts])
+    def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The base model's weights, by name; those of a network that is not here, as of prompts that came encoded,
+        are missing."""
+        for network in self.model.networks.values():
+            for name, weight in network.named_parameters():
+                if not weight.requires_grad:  # those that do are trained
+                    yield name, weight.detach()
 
-    def step(self, latents: Tensor, positions: Tensor, prompt_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean, (B, C, H, W), and standard deviation, (B, 1, 1, 1), of x_{k+1}, float32.
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """What the denoiser needs to know of B prompts; each prompt is encoded once in the policy's life."""
+        for prompt in set(prompts) - self._encoded.keys():
+            self._encoded[prompt] = self.model.encode([prompt])
+        first = self._encoded[prompts[0]]
+        return type(first).cat([self._encoded[prompt] for prompt in prompts])
 
-        Args:
-            latents: x_k, (B, C, H, W); positions: k, int64 (B,); prompt_embeds: (B, L, E).
-        """
-        timesteps = self.schedule.timesteps[positions]
-        output = self._predict(latents, timesteps, prompt_embeds)
-        return step_distribution(output, latents, positions, self.schedule)
+    def step(self, latents: Tensor, positions: Tensor, conditioning: Conditioning) -> Step:
+        """The step from x_k, (B, C, H, W), at positions k, int64 (B,), of B prompts."""
+        output = self._guided_output(latents, self.process.times[positions], conditioning)
+        return self.process.step(output, latents, positions)
 
-    def _predict(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def _guided_output(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         if self.guidance == 1:
-            return self._unet_output(latents, timesteps, prompt_embeds)
-        empty = self.encode_prompts([""]).expand_as(prompt_embeds)
-        output = self._unet_output(
-            torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), torch.cat([empty, prompt_embeds])
-        )
+            return self._output(latents, times, conditioning)
+        empty = self.encode_prompts([""]).expand(len(conditioning))
+        both = type(conditioning).cat([empty, conditioning])
+        output = self._output(torch.cat([latents, latents]), torch.cat([times, times]), both)
         unconditional, conditional = output.float().chunk(2)
         return guide(unconditional, conditional, self.guidance)
 
-    def _unet_output(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def _output(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.unet(latents.to(self.unet.dtype), timesteps, prompt_embeds, return_dict=False)[0]
+            return self.model.denoise(latents, times, conditioning)
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside the block the policy is the frozen base model: the adapters are off."""
-        self.unet.disable_adapters()
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters()
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside the block the policy is the frozen base model."""
+        return self.trainable.reference()
 
-    @torch.no_grad()
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.
 
         With `image_size` the latents are averaged down first, so that the image comes out at about that many pixels.
         """
         if image_size is not None:
-            size = max(1, min(image_size // self.latent_decoder.factor, self.latent_shape[-1]))
+            size = max(1, min(image_size // self.model.decode.factor, self.latent_shape[-1]))
             latents = F.adaptive_avg_pool2d(latents, size)
-        return self.latent_decoder(latents)
+        return self.model.decode(latents)

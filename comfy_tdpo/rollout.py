@@ -1,5 +1,7 @@
 """Sampling trajectories with the current policy, and what Eq. 6 needs to know of each step.
 
+Nothing here enables or disables gradients: with them, `denoise` keeps the graph of the whole trajectory.
+
 Shapes: B samples, T denoising steps, C H W latent, D embedding width.
 """
 
@@ -9,9 +11,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from .critic import TemporalCritic
-from .diffusion import gaussian_kl, log_prob
 from .policy import DiffusionPolicy
+from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
 from .rewards import RewardModel, score_images
 
@@ -102,7 +103,6 @@ class Sampler:
     with_kl: bool = False
     check: Callable[[], None] = lambda: None
 
-    @torch.no_grad()
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
         """One trajectory for each of `prompts`, its noise drawn at the coordinates in `seeds`."""
         policy = self.decoder.policy
@@ -128,12 +128,11 @@ class Sampler:
 
 def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:
     """All the noise of each trajectory, (B, T + 1, C, H, W): the start, then one draw a step."""
-    shape = (len(policy.schedule) + 1, *policy.latent_shape)
+    shape = (len(policy.process) + 1, *policy.latent_shape)
     noise = torch.stack([torch.randn(shape, generator=generator_at(*seed)) for seed in seeds])
     return noise.to(policy.device, non_blocking=True)
 
 
-@torch.no_grad()
 def denoise(
     policy: DiffusionPolicy,
     prompts: list[str],
@@ -141,23 +140,27 @@ def denoise(
     with_kl: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of the trajectories that `noise` drives."""
-    embeds = policy.encode_prompts(prompts)
-    latents = torch.empty_like(noise)
-    latents[:, 0] = noise[:, 0]
-    log_probs = noise.new_zeros(len(noise), len(policy.schedule))
-    kl = torch.zeros_like(log_probs)
-    for k in range(len(policy.schedule)):
+    """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of the trajectories that `noise` drives.
+
+    Both are zero at steps that are not stochastic.
+    """
+    conditioning = policy.encode_prompts(prompts)
+    latents = [policy.process.initial(noise[:, 0])]
+    log_probs, kl = [], []
+    zero = noise.new_zeros(len(noise))
+    for k, stochastic in enumerate(policy.process.stochastic.tolist()):
         check()
         positions = torch.full((len(noise),), k, device=policy.device)
-        mean, sigma = policy.step(latents[:, k], positions, embeds)
-        latents[:, k + 1] = mean + sigma * noise[:, k + 1]
-        log_probs[:, k] = log_prob(latents[:, k + 1], mean, sigma)
-        if with_kl:
+        mean, sigma, _ = policy.step(latents[k], positions, conditioning)
+        latents.append(mean + sigma * noise[:, k + 1])
+        log_probs.append(log_prob(latents[-1], mean, sigma) if stochastic else zero)
+        if with_kl and stochastic:
             with policy.reference():
-                reference_mean, _ = policy.step(latents[:, k], positions, embeds)
-            kl[:, k] = gaussian_kl(mean, reference_mean, sigma)
-    return latents, log_probs, kl
+                reference_mean = policy.step(latents[k], positions, conditioning).mean
+            kl.append(gaussian_kl(mean, reference_mean, sigma))
+        else:
+            kl.append(zero)
+    return torch.stack(latents, dim=1), torch.stack(log_probs, dim=1), torch.stack(kl, dim=1)
 
 
 def draw_images(
@@ -174,9 +177,3 @@ def draw_images(
         latents, _, _ = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]), check=check)
         images.append(decoder(latents[:, -1], check=check))
     return torch.cat(images)
-
-
-@torch.no_grad()
-def critic_residuals(critic: TemporalCritic, image_embeds: Tensor) -> Tensor:
-    """R_phi(x_k, c) without dropout, (B, T), from embeddings (B, T, D)."""
-    return critic(image_embeds)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
 
 from ..trainer.assemble import DTYPES, assemble, policy_settings
@@ -57,4 +58,4 @@ class Wires:
 
 def _policy(unet, scheduler, encode, decode, config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     settings = policy_settings(config, device)
-    return DiffusionPolicy(unet, scheduler, encode, decode.to(device), source=config.model, **settings)
+    return DiffusionPolicy(StableDiffusion(unet, scheduler, encode, decode.to(device), config.model), **settings)

@@ -20,6 +20,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from comfy_tdpo.models.conditioning import TensorConditioning
+
 SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
 
 
@@ -146,8 +148,8 @@ class EncodedPrompts:
     def width(self) -> int:
         return self._embeds[""].shape[-1]
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        return torch.stack([self._embeds[prompt] for prompt in prompts]).to(self._device)
+    def __call__(self, prompts: list[str]) -> TensorConditioning:
+        return TensorConditioning(states=torch.stack([self._embeds[prompt] for prompt in prompts]).to(self._device))
 
 
 class ComfyDecoder:
@@ -176,7 +178,6 @@ class ComfyDecoder:
         self.network.to(device)
         return self
 
-    @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         pixels = self.network.decode(self._process_latents(latents).to(self._dtype))
         return self._process_output(pixels.float())

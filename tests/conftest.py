@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from comfy_tdpo.loading import Components
+from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.shapes.build import build_tokenizer
 from comfy_tdpo.shapes.encoders import MAX_TOKENS
@@ -66,12 +67,11 @@ def make_policy(make_components) -> Callable[..., DiffusionPolicy]:
         **settings,
     ) -> DiffusionPolicy:
         defaults = {"steps": 4, "guidance": 3.0, "resolution": RESOLUTION, "rank": 4}
-        policy = DiffusionPolicy.from_components(
-            make_components(seed, dtype, **(schedule or {})), **(defaults | settings)
-        )
+        model = StableDiffusion.from_components(make_components(seed, dtype, **(schedule or {})))
+        policy = DiffusionPolicy(model, **(defaults | settings))
         if trained:
             generator = torch.Generator().manual_seed(seed)
-            for name, parameter in policy.unet.named_parameters():
+            for name, parameter in policy.model.network.named_parameters():
                 if "lora_B" in name:
                     parameter.data.normal_(0, 0.1, generator=generator)
         return policy

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from comfy_tdpo.advantages import KLCoefficient, RewardMoments, returns, temporal_rewards
+from comfy_tdpo.methods.advantages import KLCoefficient, RewardMoments, returns, temporal_rewards
 
 PROMPTS = ["a cat", "a dog", "a fox", "Four wolves, and a café"]
 

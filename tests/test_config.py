@@ -1,17 +1,18 @@
 """Layers of the configuration, Table 1's values, and what is said of wrong ones."""
 
-from typing import get_args
-
 import pytest
 
-from comfy_tdpo.critic import ACTIVATIONS
-from comfy_tdpo.lora import TARGETS
-from comfy_tdpo.neurons import NEURON_ACTIVATIONS, reset_masks
-from comfy_tdpo.trainer.config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets, validate
+from comfy_tdpo.methods import ALGORITHMS
+from comfy_tdpo.methods.critic import ACTIVATIONS
+from comfy_tdpo.methods.neurons import NEURON_ACTIVATIONS, reset_masks
+from comfy_tdpo.models.lora import TARGETS
+from comfy_tdpo.process import PROCESSES
+from comfy_tdpo.trainer.arguments import choices
+from comfy_tdpo.trainer.config import leaf_fields, make_config, plain_values, presets, validate
 
 
 def test_the_defaults_are_the_papers_tdpo_r():
-    config = TrainConfig()
+    config = validate({})
     assert (config.samples_per_epoch, config.samples_per_update, config.steps, config.guidance) == (256, 128, 50, 5.0)
     assert (config.policy.lr, config.policy.clip_range, config.policy.rank) == (1e-4, 1e-4, 4)
     assert (config.critic.lr, config.critic.clip_range, config.critic.activation) == (1e-4, 0.2, "identity")
@@ -83,19 +84,15 @@ def test_every_preset_survives_a_round_trip_through_plain_values(preset):
     assert validate(plain_values(config)) == config
 
 
-def choices(name: str) -> tuple:
-    """The values a setting may have, by its dotted name."""
-    (info,) = (info for found, info in leaf_fields() if found == name)
-    return get_args(info.annotation)
-
-
 def test_a_setting_offers_what_the_library_has():
-    assert set(choices("policy.targets")) == TARGETS.keys()
-    assert set(choices("critic.activation")) == ACTIVATIONS.keys()
-    assert set(choices("neurons.activation")) == NEURON_ACTIVATIONS.keys()
-    for kind in (*choices("neurons.reset"), *choices("neurons.policy_reset")):
+    offered = {name: choices(name, info) for name, info in leaf_fields()}
+    assert set(offered["policy.targets"]) == TARGETS.keys()
+    assert set(offered["critic.activation"]) == ACTIVATIONS.keys()
+    assert set(offered["neurons.activation"]) == NEURON_ACTIVATIONS.keys()
+    for kind in (*offered["neurons.reset"], *offered["neurons.policy_reset"]):
         assert reset_masks({}, kind) == {}
-    assert set(choices("algorithm")) == ALGORITHMS.keys()
+    assert set(offered["algorithm"]) == ALGORITHMS.keys()
+    assert set(offered["process"]) == PROCESSES.keys()
 
 
 def test_every_setting_says_what_it_means():
@@ -149,4 +146,4 @@ def test_an_unreadable_file_is_named(tmp_path):
 
 def test_the_configuration_is_frozen():
     with pytest.raises(Exception, match="frozen"):
-        TrainConfig().epochs = 3
+        validate({}).epochs = 3

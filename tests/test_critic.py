@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comfy_tdpo.critic import TemporalCritic
-from comfy_tdpo.objectives import critic_loss, explained_variance
-from comfy_tdpo.trainer.config import CriticConfig
+from comfy_tdpo.methods.critic import TemporalCritic
+from comfy_tdpo.methods.objectives import critic_loss, explained_variance
+from comfy_tdpo.methods.settings import CriticSettings
 
 
 @pytest.mark.parametrize("embed_dim", [64, 768])
@@ -112,7 +112,7 @@ def test_explained_variance_rises_where_it_can(generator, dtype):
     def explained() -> float:
         return explained_variance(critic(unseen), unseen_returns).item()
 
-    settings, critic = CriticConfig(), TemporalCritic(64, generator=seeded(0))
+    settings, critic = CriticSettings(), TemporalCritic(64, generator=seeded(0))
     optimizer = torch.optim.AdamW(
         critic.parameters(),
         settings.lr,

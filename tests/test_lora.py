@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfy_tdpo.lora import ATTENTION, TARGETS, add_lora, load_lora_state, lora_state, named_lora_parameters, save_lora
+from comfy_tdpo.models.lora import ATTENTION, TARGETS, UNetLora
 
 RANK = 4
 BLOCKS = (  # of the tiny U-Net's transformers, by hand
@@ -22,7 +22,7 @@ PROJECTIONS["attention+feed-forward"] = [*PROJECTIONS["attention"], "ff_net_0_pr
 
 
 def save(policy, path) -> None:
-    save_lora(policy.unet, path, policy.alpha, {"base_model": policy.source, "epoch": "7"})
+    policy.trainable.export(path, {"base_model": policy.model.source, "epoch": "7"})
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_diffusers_loads_the_file_as_the_trained_policy(trained, make_components
     )
     before = output(pipeline.unet)
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    expected, got = output(trained.unet), output(pipeline.unet)
+    expected, got = output(trained.model.network), output(pipeline.unet)
     # float32: outputs near 1; alpha is multiplied in at another place, 6e-8 a layer
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert (expected - before).abs().max() > 1e-2, "the LoRA must make a difference"
@@ -96,33 +96,34 @@ def test_merged_by_kohyas_definition_it_is_the_trained_policy(trained, make_comp
             module.weight.data += state.pop(f"{key}.alpha") / len(down) * up @ down
     assert not state, "every key names a module"
     # float32: outputs near 1 through a dozen layers whose sums are taken in another order
-    torch.testing.assert_close(output(unet), output(trained.unet), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(unet), output(trained.model.network), rtol=0, atol=1e-5)
 
 
 # --- checkpoints
 
 
 def test_state_goes_round_without_losing_a_bit(trained, make_policy, tmp_path):
-    save_file(lora_state(trained.unet), tmp_path / "state.safetensors")
+    save_file(trained.trainable.state(), tmp_path / "state.safetensors")
     targets = "attention" if len(trained.parameters) == 2 * 32 else "attention+feed-forward"
-    other = make_policy(rank=RANK, alpha=trained.alpha, targets=targets)
+    other = make_policy(rank=RANK, alpha=trained.trainable.alpha, targets=targets)
     with torch.no_grad():
         for parameter in other.parameters:
             parameter.fill_(9.0)
-    load_lora_state(other.unet, load_file(tmp_path / "state.safetensors"))
+    other.trainable.load(load_file(tmp_path / "state.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(other.parameters, trained.parameters, strict=True))
-    assert torch.equal(output(other.unet), output(trained.unet))
-    assert all(a is b for a, b in zip(other.parameters, named_lora_parameters(other.unet).values(), strict=True)), (
+    assert torch.equal(output(other.model.network), output(trained.model.network))
+    in_network = [parameter for parameter in other.model.network.parameters() if parameter.requires_grad]
+    assert all(a is b for a, b in zip(other.parameters, in_network, strict=True)), (
         "an optimizer made before holds the same parameters"
     )
 
 
 def test_weights_of_another_lora_are_refused(make_policy):
     wide, narrow = make_policy(targets="attention+feed-forward"), make_policy(targets="attention")
-    for policy, state in ((narrow, lora_state(wide.unet)), (wide, lora_state(narrow.unet)), (narrow, {})):
+    for policy, state in ((narrow, wide.trainable.state()), (wide, narrow.trainable.state()), (narrow, {})):
         before = [parameter.clone() for parameter in policy.parameters]
         with pytest.raises(ValueError, match=r"got adapter weights of another model .*; expected .* policy\.targets"):
-            load_lora_state(policy.unet, state)
+            policy.trainable.load(state)
         assert all(torch.equal(a, b) for a, b in zip(policy.parameters, before, strict=True))
 
 
@@ -134,8 +135,8 @@ def test_fresh_adapters_change_nothing_and_are_drawn_from_their_seed(make_compon
     same = make_components().unet
     before, random_state = output(same), torch.get_rng_state()
     for seed, unet in unets.items():
-        add_lora(unet, RANK, RANK, "attention", seed)
-    add_lora(same, RANK, RANK, "attention", 1)
+        UNetLora(unet, RANK, RANK, "attention", seed)
+    UNetLora(same, RANK, RANK, "attention", 1)
     assert torch.equal(torch.get_rng_state(), random_state), "the global generator is left alone"
     assert torch.equal(output(same), before)
     a, b, c = ([p for n, p in unet.named_parameters() if "lora_A" in n] for unet in (unets[1], unets[2], same))
@@ -150,16 +151,16 @@ def test_fresh_adapters_change_nothing_and_are_drawn_from_their_seed(make_compon
 @pytest.mark.parametrize("targets", TARGETS)
 def test_only_the_adapters_are_trained_in_float32_over_a_bf16_base(make_components, targets):
     unet = make_components(dtype=torch.bfloat16).unet
-    add_lora(unet, RANK, RANK, targets, seed=0)
+    adapters = UNetLora(unet, RANK, RANK, targets, seed=0)
     trained = {name: p for name, p in unet.named_parameters() if p.requires_grad}
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
     assert all(p.dtype == torch.bfloat16 for name, p in unet.named_parameters() if name not in trained)
-    assert len(trained) == len(named_lora_parameters(unet)) == 2 * len(BLOCKS) * len(PROJECTIONS[targets])
+    assert len(trained) == len(adapters.parameters) == 2 * len(BLOCKS) * len(PROJECTIONS[targets])
 
 
 def test_unknown_targets_are_refused(make_components):
     with pytest.raises(ValueError, match="got LoRA targets 'everything'; expected one of attention, attention"):
-        add_lora(make_components().unet, RANK, RANK, "everything", seed=0)
+        UNetLora(make_components().unet, RANK, RANK, "everything", seed=0)
 
 
 def test_attention_is_all_projections_of_the_paper():

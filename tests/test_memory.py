@@ -31,7 +31,7 @@ def train(path, make_policy, micro_batch, rows=None, after=0):
 def test_the_micro_batch_is_found_before_the_first_sample(tmp_path, make_policy):
     short = train(tmp_path / "short", make_policy, micro_batch=4, rows=2)
     given = train(tmp_path / "given", make_policy, micro_batch=2)
-    assert short.state.micro_batch == 2
+    assert short.context.micro_batch == 2
     assert same(lora_of(short), lora_of(given))
     assert timeless(short.run.metrics()) == timeless(given.run.metrics())
 
@@ -39,7 +39,7 @@ def test_the_micro_batch_is_found_before_the_first_sample(tmp_path, make_policy)
 def test_memory_that_runs_out_in_mid_epoch_changes_no_update(tmp_path, make_policy):
     short = train(tmp_path / "short", make_policy, micro_batch=4, rows=1, after=30)
     whole = train(tmp_path / "whole", make_policy, micro_batch=4)
-    assert short.state.micro_batch == 1
+    assert short.context.micro_batch == 1
     # Sums over rows in another order, through three epochs of Adam at lr 1e-3: float32's 6e-8 grows to about 1e-6.
     for a, b in zip(lora_of(short), lora_of(whole), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -68,7 +68,7 @@ def test_memory_that_runs_out_in_decoding_leaves_the_micro_batch_alone(tmp_path,
     list(short.epochs())
     given = toy_training(new_run(tmp_path / "given", decode_batch=2), make_policy)
     list(given.epochs())
-    assert (short.decoder.batch, short.state.micro_batch) == (2, 2)
+    assert (short.context.decoder.batch, short.context.micro_batch) == (2, 2)
     assert same(lora_of(short), lora_of(given))
     assert timeless(short.run.metrics()) == timeless(given.run.metrics())
 

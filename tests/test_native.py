@@ -7,7 +7,7 @@ from comfyui import ask
 from safetensors.torch import save_file
 
 from comfy_tdpo.loading import load_components
-from comfy_tdpo.lora import add_lora, kohya_state
+from comfy_tdpo.models.lora import UNetLora
 from comfy_tdpo.shapes import WORLD
 
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
@@ -37,13 +37,13 @@ def test_the_shape_of_sd15_is_converted():
 def lora_file(tmp_path_factory) -> str:
     """A LoRA that changes much, of all targets and with an alpha that is not its rank."""
     unet = load_components(str(WORLD / "pipeline")).unet
-    add_lora(unet, rank=4, alpha=2.0, targets="attention+feed-forward", seed=0)
+    lora = UNetLora(unet, rank=4, alpha=2.0, targets="attention+feed-forward", seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=generator)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    save_file(kohya_state(unet, 2.0), path)
+    save_file(lora.kohya_state(), path)
     return str(path)
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from comfy_tdpo.critic import TemporalCritic
-from comfy_tdpo.neurons import (
+from comfy_tdpo.methods.critic import TemporalCritic
+from comfy_tdpo.methods.neurons import (
     ActivationRecorder,
     HiddenLayer,
     active_masks,
@@ -97,13 +97,13 @@ def test_a_reset_of_the_critic_touches_exactly_its_neurons(reset):
 @pytest.mark.parametrize("reset", ["none", "active", "dormant", "all"])
 def test_a_reset_of_the_lora_touches_exactly_its_neurons(make_policy, reset):
     policy = make_policy(trained=True, rank=8)
-    layers = lora_layers(policy.unet)
+    layers = lora_layers(policy.model.network)
     assert len(layers) == len(policy.parameters) / 2 == 32  # 4 transformer blocks, 2 attentions, 4 projections
     optimizer, active = trained_adamw(policy.parameters), random_masks(layers)
     masks = reset_masks(active, reset)
     downs, ups = ([getattr(layer, side).weight for layer in layers.values()] for side in ("incoming", "outgoing"))
     before = snapshot(downs, optimizer), snapshot(ups, optimizer)
-    base = {name: p.clone() for name, p in policy.unet.named_parameters() if not p.requires_grad}
+    base = {name: p.clone() for name, p in policy.model.network.named_parameters() if not p.requires_grad}
     count = reset_neurons(layers, masks, optimizer, torch.Generator().manual_seed(0))
     after = snapshot(downs, optimizer), snapshot(ups, optimizer)
     assert count == sum(int(mask.sum()) for mask in masks.values())
@@ -111,12 +111,12 @@ def test_a_reset_of_the_lora_touches_exactly_its_neurons(make_policy, reset):
         rows, columns = mask[:, None].expand_as(downs[i]), mask[None, :].expand_as(ups[i])
         assert_reset_exactly(rows, before[0][i], after[0][i], std=1 / 8)
         assert_reset_exactly(columns, before[1][i], after[1][i], std=0)
-    assert all(torch.equal(p, base[name]) for name, p in policy.unet.named_parameters() if name in base)
+    assert all(torch.equal(p, base[name]) for name, p in policy.model.network.named_parameters() if name in base)
 
 
 def test_a_policy_whose_neurons_are_all_reset_is_the_base_model(make_policy, generator):
     policy = make_policy(trained=True)
-    layers, embeds = lora_layers(policy.unet), policy.encode_prompts(["a red circle"])
+    layers, embeds = lora_layers(policy.model.network), policy.encode_prompts(["a red circle"])
     masks = reset_masks(random_masks(layers), "all")
     reset_neurons(layers, masks, torch.optim.AdamW(policy.parameters), generator)  # no Adam state yet: none is needed
     latents, position = torch.randn(1, *policy.latent_shape, generator=generator), torch.tensor([1])
@@ -188,7 +188,7 @@ def test_critic_scores(generator, critic_activation):
 
 def test_lora_scores_are_of_the_rank_space(make_policy, generator):
     policy = make_policy(trained=True, rank=8)
-    layers = lora_layers(policy.unet)
+    layers = lora_layers(policy.model.network)
     with torch.no_grad(), ActivationRecorder(layers) as recorder:
         policy.step(
             torch.randn(2, *policy.latent_shape, generator=generator),

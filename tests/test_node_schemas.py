@@ -7,6 +7,8 @@ from typing import get_args
 import pytest
 import standin
 
+from comfy_tdpo.methods import ALGORITHMS
+from comfy_tdpo.methods.settings import CriticSettings, NeuronSettings
 from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.trainer import config
 
@@ -80,17 +82,17 @@ def options(cls, input_id: str) -> set[str]:
 
 def test_choices_are_the_trainers(node):
     critic, train = node("TDPOTemporalCritic"), node("TDPOTrain")
-    assert options(train, "algorithm") == set(config.ALGORITHMS)
-    assert options(critic, "activation") == set(get_args(config.CriticConfig.model_fields["activation"].annotation))
-    assert options(critic, "reset") == set(get_args(config.NeuronConfig.model_fields["reset"].annotation))
-    assert options(critic, "activation_data") == set(get_args(config.NeuronConfig.model_fields["data"].annotation))
+    assert options(train, "algorithm") == set(ALGORITHMS)
+    assert options(critic, "activation") == set(get_args(CriticSettings.model_fields["activation"].annotation))
+    assert options(critic, "reset") == set(get_args(NeuronSettings.model_fields["reset"].annotation))
+    assert options(critic, "activation_data") == set(get_args(NeuronSettings.model_fields["data"].annotation))
     assert options(node("TDPORewardModel"), "reward") == set(reward_names())
 
 
 def test_the_critics_defaults_are_the_papers(node):
     cls = node("TDPOTemporalCritic")
     (settings,) = cls.execute(**{socket.id: socket.default for socket in cls.define_schema().inputs}).values
-    assert config.validate(settings) == config.TrainConfig()
+    assert config.validate(settings) == config.validate({})
 
 
 def test_a_name_that_comes_along_a_wire_is_checked_later(node):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from comfy_tdpo.diffusion import log_prob
-from comfy_tdpo.objectives import approximate_kl, clip_fraction, critic_loss, explained_variance, policy_loss
+from comfy_tdpo.methods.objectives import approximate_kl, clip_fraction, critic_loss, explained_variance, policy_loss
+from comfy_tdpo.process.gaussian import log_prob
 
 CLIP = 0.1
 

@@ -128,7 +128,7 @@ def test_the_arrow_finds(path, line):
         ("comfy_tdpo/rewards/shapes.py", "from ..shapes.gold import gold_scores"),
         ("comfy_tdpo/policy.py", "'python -m comfy_tdpo.trainer'"),
         ("trainer/job.py", "from .config import TrainConfig"),
-        ("trainer/job.py", "from comfy_tdpo.critic import TemporalCritic"),
+        ("trainer/job.py", "from comfy_tdpo.methods.critic import TemporalCritic"),
         ("trainer/job.py", "from comfy_tdpo import __version__, neurons"),
         ("nodes/train.py", "from ..trainer.job import Job"),
         ("nodes/train.py", "from comfy_api.latest import io"),

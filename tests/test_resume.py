@@ -67,7 +67,7 @@ def test_stopped_anywhere_and_continued_it_ends_the_same(variant, tmp_path, make
         stop = threading.Event()
         first = toy_training(run, make_policy, stop, StopAt(stop, call))
         list(first.epochs())
-        assert first.stopped or first.state.epoch == 3  # a stop after the last update finds nothing left to stop
+        assert first.stopped or first.context.epoch == 3  # a stop after the last update finds nothing left to stop
         second = toy_training(RunFolder.open(run.path), make_policy)
         list(second.epochs())
         assert same(lora_of(second), lora_of(reference)), f"stopped at call {call}"
@@ -259,9 +259,9 @@ def test_a_run_does_not_go_on_with_other_settings(change, finished, make_policy)
 
 def changed(policy, part):
     """`policy` with the last value of a weight, or its schedule, another one."""
-    networks = {"unet": policy.unet, "vae": policy.latent_decoder.network}
+    networks = {"unet": policy.model.network, "vae": policy.model.decode.network}
     if part == "schedule":
-        policy.scheduler.alphas_cumprod[500] *= 1.01
+        policy.model.scheduler.alphas_cumprod[500] *= 1.01
     else:
         weight = max((w for w in networks[part].parameters() if not w.requires_grad), key=torch.numel)
         weight.flatten()[-1] += 1

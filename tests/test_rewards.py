@@ -265,7 +265,7 @@ def test_the_papers_presets_train_with_small_encoders(small, tmp_path, make_poli
     training = Training(config, policy, reward, held_out, run, Accelerator(cpu=True))
     (metrics,) = training.epochs()
     assert {f"reward/{reward.name}/mean", "eval/imagereward/mean"} <= metrics.keys()
-    assert (training.encoder is reward) == config.critic.enabled
+    assert (training.method.encoder is reward) == config.critic.enabled
     assert ("critic/loss" in metrics) == config.critic.enabled
 
 
@@ -282,9 +282,9 @@ def test_there_is_one_copy_of_an_encoder(small, tmp_path, name):
     training = assembled(
         tmp_path, rewards=terms, eval_rewards=[name], critic={"encoder": name}, reward_weights={name: small[name]}
     )
-    assert training.encoder is training.eval_rewards[name]
-    assert training.encoder is training.reward.parts[0][0]
-    kind = type(training.encoder.encoder)
+    assert training.method.encoder is training.eval_rewards[name]
+    assert training.method.encoder is training.reward.parts[0][0]
+    kind = type(training.method.encoder.encoder)
     assert sum(type(module) is kind for module in modules() - before) == 1
 
 

@@ -31,6 +31,12 @@ def make_training(make_policy, tmp_path):
     return make
 
 
+def sampled(training: Training):
+    """The samples of the first epoch and what its updates aim at."""
+    training._sample(1)
+    return training.context.progress.batch(), training.context.progress.targets
+
+
 # --- the micro-batch
 
 
@@ -46,19 +52,18 @@ def test_the_update_does_not_know_the_micro_batch(make_training, algorithm):
     # at an epsilon of 1e-8 Adam's first step is the gradient's sign, which rounding decides near 0
     settings["policy"] = {"lr": 1e-4, "eps": 1e-3}
     sampled_by = make_training(micro_batch=8, **settings)
-    batch = sampled_by._sample(1)
-    targets = sampled_by._targets(batch, 1)
+    batch, targets = sampled(sampled_by)
     seen = {}
     for micro_batch in (8, 1):
         training = make_training(micro_batch=micro_batch, **settings)
         gradients, before = [], [p.detach().clone() for p in training.policy.parameters]
-        keep_gradients(training.state.optimizer, gradients)
-        rows, steps = training.updater.groups(1)[0]
-        assert len(rows) == (8 * len(training.policy.schedule) if algorithm == "ddpo-2" else 8)
-        training.updater.update_policy(batch, targets, rows, steps)
+        keep_gradients(training.context.optimizer, gradients)
+        rows, steps = training.method.groups(1)[0]
+        assert len(rows) == (8 * len(training.policy.process) if algorithm == "ddpo-2" else 8)
+        training.method.update_policy(batch, targets, rows, steps)
         parameters = [p.detach() for p in training.policy.parameters]
         assert not any(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
-        seen[micro_batch] = gradients, parameters, dict(training.state.progress.sums)
+        seen[micro_batch] = gradients, parameters, dict(training.context.progress.sums)
     (gradients, parameters, sums), (gradients_1, parameters_1, sums_1) = seen[8], seen[1]
     # of a norm of 0.05 and 0.09 here; float32 sums of thousands of terms in another order: measured 2e-8 and 2e-7
     torch.testing.assert_close(gradients_1, gradients, rtol=0, atol=1e-6)
@@ -75,10 +80,10 @@ def test_the_update_does_not_know_the_micro_batch(make_training, algorithm):
 def all_ratios(training: Training, batch) -> torch.Tensor:
     """|rho - 1| of every sample and step, (N, T), in the micro-batches in which the epoch's updates compute them."""
     drift = torch.full(batch.log_probs.shape, torch.nan)
-    for rows, steps in training.updater.groups(1):
-        size = training.state.micro_batch
+    for rows, steps in training.method.groups(1):
+        size = training.context.micro_batch
         for micro_rows, micro_steps in zip(rows.split(size), steps.split(size), strict=True):
-            ratio, _ = training.updater.ratio(batch, micro_rows, micro_steps)
+            ratio, _ = training.method.ratio(batch, micro_rows, micro_steps)
             assert ratio.requires_grad, "as in the update"
             drift[micro_rows, micro_steps] = (ratio.detach() - 1).abs()
     assert drift.isfinite().all(), "every sample and step once"
@@ -91,14 +96,14 @@ def test_the_ratio_of_fresh_samples_is_1(make_training, precision, micro_batch):
     training = make_training(
         PRECISIONS[precision], samples_per_epoch=12, samples_per_update=12, micro_batch=micro_batch, steps=5
     )
-    assert training.state.micro_batch == micro_batch
-    drift = all_ratios(training, training._sample(1))
+    assert training.context.micro_batch == micro_batch
+    drift = all_ratios(training, sampled(training)[0])
     assert drift.shape == (12, 5) and drift.max() < GATE
 
 
 def test_the_gate_fails_where_latents_are_rounded_after_they_were_scored(make_training):
     training = make_training(samples_per_epoch=4, samples_per_update=4)
-    batch = training._sample(1)
+    batch, _ = sampled(training)
     batch.latents = batch.latents.bfloat16().float()
     drift = all_ratios(training, batch)
     assert drift.max() > 10 * GATE
@@ -107,12 +112,11 @@ def test_the_gate_fails_where_latents_are_rounded_after_they_were_scored(make_tr
 
 def test_the_gate_is_a_metric(make_training):
     training = make_training(samples_per_epoch=4, samples_per_update=4)
-    batch = training._sample(1)
-    targets = training._targets(batch, 1)
+    batch, targets = sampled(training)
     batch.log_probs = batch.log_probs + 0.01
-    training.updater.update_policy(batch, targets, *training.updater.groups(1)[0])
+    training.method.update_policy(batch, targets, *training.method.groups(1)[0])
     # exp(-0.01) - 1, in float32 from log-probabilities of size 1
-    drift = training.state.progress.sums["policy/ratio_drift"].item()
+    drift = training.context.progress.maxima["policy/ratio_drift"].item()
     assert drift == pytest.approx(1 - 0.990050, abs=1e-5)
 
 
@@ -120,7 +124,7 @@ def test_the_gate_is_a_metric(make_training):
 def test_the_clip_range_scales_with_the_latent(make_training, resolution, factor):
     training = make_training({"resolution": resolution}, policy={"clip_range": 1e-4})
     assert training.policy.latent_size == 16_384 / factor
-    assert training.updater.clip_range == pytest.approx(1e-4 * factor, rel=1e-12)  # float64
+    assert training.method.clip_range == pytest.approx(1e-4 * factor, rel=1e-12)  # float64
 
 
 # --- what is trained
@@ -130,7 +134,7 @@ def test_the_clip_range_scales_with_the_latent(make_training, resolution, factor
 def test_an_epoch_trains_the_adapters_and_nothing_else(make_training, precision):
     training = make_training(PRECISIONS[precision], epochs=1, samples_per_epoch=4, samples_per_update=4)
     policy = training.policy
-    networks = {"unet": policy.unet, "vae": policy.latent_decoder.network, "text": policy.prompt_encoder.network}
+    networks = {"unet": policy.model.network, "vae": policy.model.decode.network, "text": policy.model.encode.network}
     everything = {f"{n}.{k}": p for n, network in networks.items() for k, p in network.named_parameters()}
     before = {name: p.detach().clone() for name, p in everything.items()}
     metrics = list(training.epochs())
@@ -190,7 +194,7 @@ def test_the_penalty_is_the_distance_from_the_base_model(make_policy):
     policy, base = make_policy(trained=True), make_policy()
     trajectories = Sampler(Decoder(policy, 4), **settings).sample(prompts, seeds)
     with torch.no_grad():
-        for k, sigma in enumerate(policy.schedule.sigma):
+        for k, sigma in enumerate(policy.process.sigma):
             embeds, positions = policy.encode_prompts(prompts), torch.full((2,), k)
             distance = (
                 policy.step(trajectories.latents[:, k], positions, embeds)[0]

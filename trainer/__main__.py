@@ -17,8 +17,8 @@ from typing import Any
 from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.rewards.function import allow_functions
 
-from .arguments import WRONG_INPUT, make_parser, overrides, with_dashes
-from .config import TrainConfig, make_config, override, plain_values
+from .arguments import WRONG_INPUT, flags_of, make_parser, overrides, with_dashes
+from .config import TrainConfig, make_config, may_change, override, plain_values
 from .run import CONFIG, RunFolder, TrainingError
 
 FINISHED, FAILED, STOPPED = 0, 1, 130
@@ -104,13 +104,12 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
 
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
     """The run's own, with what may be changed."""
-    from .identity import FREE  # which takes torch along
-
     changes, config = overrides(args), run.config
-    if args.run_dir or args.config or args.preset or changes.keys() - set(FREE):
+    free = may_change(config)
+    if args.run_dir or args.config or args.preset or changes.keys() - set(free):
         raise ValueError(
-            "got --resume with other settings; expected it alone, or with --epochs, --output.*, --model and "
-            "--reward-weights: a run continues as it was configured"
+            f"got --resume with other settings; expected it alone, or with {flags_of(free)}: a run continues as it was "
+            "configured"
         )
     return override(config, changes)
 

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from comfy_tdpo import __version__
+from comfy_tdpo.methods import ALGORITHMS
+from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import reward_names
+from comfy_tdpo.settings import section_of
 
-from .config import NONE, leaf_fields, presets
+from .config import NONE, TrainConfig, leaf_fields, may_change, presets
 
 WRONG_INPUT = 2  # exit status
 
@@ -38,7 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--config", type=Path, metavar="FILE", help="TOML file laid over the preset")
     where.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
     where.add_argument(
-        "--resume", type=Path, metavar="DIR", help="continue the run in this folder; --epochs and --output.* may change"
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help=f"continue the run in this folder; {flags_of(may_change(TrainConfig()))} may change",
     )
     where.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     where.add_argument(
@@ -63,11 +69,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Settings whose values are names in a registry, which more may be added to.
+_NAMES = {"algorithm": lambda: list(ALGORITHMS), "process": lambda: list(PROCESSES), "prompts": prompt_sets}
+
+
+def flags_of(settings: list[str]) -> str:
+    """The flags of settings and whole sections, for people."""
+    sections = {name for name, info in TrainConfig.model_fields.items() if section_of(info)}
+    flags = [f"--{name}{'.*' if name in sections else ''}".replace("_", "-") for name in settings]
+    return f"{', '.join(flags[:-1])} and {flags[-1]}"
+
+
 def _help(name: str, info: Any) -> str:
     """What a setting means, its choices, and its default."""
-    choices = prompt_sets() if name == "prompts" else _choices(info.annotation)
+    values = choices(name, info)
     default = NONE if info.default is None else info.default
-    return f"{info.description}{': ' + ', '.join(choices) if choices else ''} (default: {default})"
+    return f"{info.description}{': ' + ', '.join(values) if values else ''} (default: {default})"
+
+
+def choices(name: str, info: Any) -> list[str]:
+    """The values that a setting may have; none where they cannot be listed."""
+    return _NAMES[name]() if name in _NAMES else _choices(info.annotation)
 
 
 def _choices(annotation: Any) -> list[str]:

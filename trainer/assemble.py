@@ -1,6 +1,5 @@
 """From a configuration to a training: the accelerator, the rewards, the model."""
 
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -10,17 +9,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from comfy_tdpo.loading import load_components
+from comfy_tdpo.models import load_model
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.rewards import encoder_name, load_reward, load_rewards
+from comfy_tdpo.rewards import load_reward, load_rewards
 from comfy_tdpo.shapes import WORLD
 
 from .config import TrainConfig
 from .run import RunFolder
 from .state import Watch
 from .training import Training
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,10 +46,7 @@ def assemble(
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.eval_rewards}
     policy = (make_policy or load_policy)(config, accelerator.device)
-    training = Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
-    if training.encoder is not None:
-        logger.info("the critic reads images by the encoder of %s", encoder_name(training.encoder))
-    return training
+    return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
 
 
 def _check_processes(found: int) -> None:
@@ -82,8 +76,8 @@ def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     if config.model.startswith("comfyui:"):
         raise ValueError(f"got {config.model!r}, a MODEL of ComfyUI's, which only its own graph has: go on there")
     model = str(WORLD / "pipeline") if config.model == "shapes" else config.model
-    components = load_components(model, DTYPES[config.precision], config.prediction_type)
-    return DiffusionPolicy.from_components(components, **policy_settings(config, device))
+    loaded = load_model(model, DTYPES[config.precision], config.prediction_type)
+    return DiffusionPolicy(loaded, **policy_settings(config, device))
 
 
 def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]:
@@ -97,6 +91,7 @@ def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]
         "alpha": config.policy.alpha,
         "targets": config.policy.targets,
         "seed": config.seed,
+        "process": config.process,
         "device": device,
         "autocast": None if dtype == torch.float32 else dtype,
         "gradient_checkpointing": config.policy.gradient_checkpointing,

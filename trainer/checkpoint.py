@@ -11,17 +11,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from comfy_tdpo.tensor_files import write_tensors
 
 from .run import flush_to_disk, naming
 
 STATE, SUMS, PARTIAL = "state.json", "SHA256SUMS", ".partial"
-FORMAT = 3
+FORMAT = 4
+READABLE = (3, FORMAT)  # 3: of version 0.1.0
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -95,7 +95,7 @@ class Damage(Exception):
 
 def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if state["format"] != FORMAT:
+    if state["format"] not in READABLE:
         raise ValueError(
             f"checkpoint {str(path)!r} has format {state['format']}; expected {FORMAT}: continue the run with the "
             "version of comfy_tdpo that began it, or start a new one"
@@ -104,7 +104,15 @@ def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     _check_sums(path, {STATE, *files.values()})
     if state["name"] != path.name:
         raise Damage(f"it was saved as {state['name']!r}")
-    return {group: load_file(path / file) for group, file in files.items()}, state
+    tensors = {group: load_file(path / file) for group, file in files.items()}
+    return (_from_format_3(tensors) if state["format"] == 3 else tensors), state
+
+
+def _from_format_3(tensors: Tensors) -> Tensors:
+    """Metrics of which the largest value counts lay among those that are added up."""
+    maxima = {name: value for name, value in tensors.get("sums", {}).items() if name == "policy/ratio_drift"}
+    sums = {name: value for name, value in tensors.get("sums", {}).items() if name not in maxima}
+    return tensors | ({"sums": sums, "maxima": maxima} if "sums" in tensors else {})
 
 
 def _check_sums(path: Path, expected: set[str]) -> None:
@@ -121,26 +129,3 @@ def _check_sums(path: Path, expected: set[str]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state as <parameter's name>:<moment's name>."""
-    return {
-        f"{name}:{moment}": value
-        for name, parameter in parameters.items()
-        for moment, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` gave, to the parameters of the same names in the optimizer's one group."""
-    (group,) = optimizer.param_groups
-    names = {parameter: name for name, parameter in parameters.items()}
-    state: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, moment = key.rpartition(":")
-        state.setdefault(name, {})[moment] = value
-    by_position = {i: state[names[p]] for i, p in enumerate(group["params"]) if names[p] in state}
-    optimizer.load_state_dict({"state": by_position, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -6,51 +6,32 @@ values for that algorithm, a configuration file, the command line.
 
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
+
+from comfy_tdpo.methods import ALGORITHMS, find_algorithm, settings_class
+from comfy_tdpo.process import PROCESSES
+from comfy_tdpo.registry import entry
+from comfy_tdpo.rewards import check_reward
+from comfy_tdpo.settings import (
+    MAY_CHANGE,
+    NONE,
+    Count,
+    MethodSettings,
+    Positive,
+    Section,
+    Unset,
+    changeable,
+    leaves,
+    section_of,
 )
 
-from comfy_tdpo.rewards import check_reward
-
-Positive = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Algorithm = Literal["tdpo-r", "tdpo", "ddpo-2", "ddpo-100"]
-NeuronActivation = Literal["relu", "leaky_relu"]
-
 PRESETS = Path(__file__).parent / "presets"
-
-# Table 1 of the paper, as overrides of the defaults, which are TDPO-R's.
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "tdpo-r": {},
-    "tdpo": {"neurons": {"reset": "none"}},
-    "ddpo-2": {
-        "updates": "trajectory",
-        "advantage_clip": 5.0,
-        "policy": {"lr": 3e-4},
-        "critic": {"enabled": False},
-        "neurons": {"reset": "none"},
-    },
-    "ddpo-100": {"advantage_clip": 5.0, "critic": {"enabled": False}, "neurons": {"reset": "none"}},
-}
-
-
-NONE = "none"  # TOML and a command line have no null
-
-
-def _unset(value: Any) -> Any:
-    return None if value == NONE else value
+DEFAULT_ALGORITHM = "tdpo-r"
 
 
 def _split(value: Any) -> Any:
@@ -74,120 +55,8 @@ def _absolute(paths: dict[str, str]) -> dict[str, str]:
     return {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
 
 
-Unset = BeforeValidator(_unset)
 Names = Annotated[list[str], BeforeValidator(_split)]
 Pairs = BeforeValidator(_pairs)  # NAME=VALUE,NAME=VALUE on a command line, a table in TOML
-
-
-class Section(BaseModel):
-    """A group of fields: frozen, and unknown keys fail."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic takes true for 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("true and false are for switches; give a number or a word")
-        return value
-
-
-class OptimizerConfig(Section):
-    """AdamW, and the clipping of its gradients."""
-
-    lr: Rate = Field(default=1e-4, description="learning rate")
-    weight_decay: float = Field(default=1e-4, ge=0, le=1, description="AdamW's weight decay")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
-    eps: Positive = Field(default=1e-8, description="AdamW's epsilon")
-    max_grad_norm: Positive = Field(default=1.0, description="gradients are clipped to this norm")
-
-
-class PolicyConfig(OptimizerConfig):
-    """The LoRA on the U-Net and its update (Eq. 8)."""
-
-    clip_range: Positive = Field(
-        default=1e-4,
-        description="clip range of the ratio, stated for a latent of 4 x 64 x 64 and scaled to the actual one",
-    )
-    rank: int = Field(default=4, ge=1, le=1024, description="rank of the LoRA")
-    alpha: Annotated[Positive | None, Unset] = Field(
-        default=None, description="alpha of the LoRA; none: the rank, so that its scale is 1"
-    )
-    targets: Literal["attention", "attention+feed-forward"] = Field(
-        default="attention", description="which projections of the transformer blocks get a LoRA"
-    )
-    timestep_order: Literal["shuffled", "denoising"] = Field(
-        default="shuffled",
-        description="shuffled for each sample (the authors' code), or from noisy to clean (Algorithm 1)",
-    )
-    gradient_checkpointing: bool = Field(default=False, description="less memory for about a third more time")
-
-
-class CriticConfig(OptimizerConfig):
-    """The temporal critic and its update (Eq. 9-10)."""
-
-    enabled: bool = Field(default=True, description="whether there is a critic at all; without one it is DDPO")
-    activation: Literal["identity", "relu", "leaky_relu"] = Field(
-        default="identity",
-        description="between the layers; identity is the authors' code, the others are the paper's words",
-    )
-    clip_range: Positive = Field(
-        default=0.2, description="how far a prediction may move from its old value, in normalised reward"
-    )
-    encoder: Annotated[str | None, Unset] = Field(
-        default=None, description="reward whose image encoder the critic reads; none: the training reward's"
-    )
-    image_size: Annotated[int | None, Unset] = Field(
-        default=None,
-        ge=8,
-        le=4096,
-        description="pixels at which noisy latents are decoded for the critic; none: full size",
-    )
-
-
-class NeuronConfig(Section):
-    """Resets of neurons (Eq. 11-12)."""
-
-    reset: Literal["none", "active", "dormant", "all"] = Field(
-        default="active", description="which of the critic's neurons"
-    )
-    threshold: float = Field(
-        default=0.0, ge=0, le=1e3, description="a neuron of the critic whose score is above it is active"
-    )
-    policy_reset: Literal["none", "active", "dormant", "all"] = Field(
-        default="none", description="which of the LoRA's neurons"
-    )
-    policy_measure: bool = Field(
-        default=False, description="measure the LoRA's neurons every epoch even where none of them is reset"
-    )
-    policy_threshold: float = Field(default=0.1, ge=0, le=1e3, description="the same threshold for the LoRA's neurons")
-    every: Count = Field(default=10, description="epochs between two resets")
-    activation: NeuronActivation = Field(
-        default="relu", description="what is taken of a layer's output to score its neurons"
-    )
-    data: Literal["epoch", "first-step"] = Field(
-        default="epoch",
-        description="embeddings the critic's neurons are scored on: all of the epoch's, or the noisiest step's",
-    )
-
-
-class KLConfig(Section):
-    """The penalty for leaving the base model (Section 5)."""
-
-    coefficient: float = Field(default=0.0, ge=0, le=1e6, description="normalised reward per nat; 0: no penalty")
-    target: Annotated[Positive | None, Unset] = Field(
-        default=None, description="nats per trajectory to steer the coefficient to; none: fixed"
-    )
-    horizon: Count = Field(default=10_000, description="samples over which the coefficient adapts")
-
-
-class MomentsConfig(Section):
-    """Normalisation of rewards per prompt."""
-
-    buffer_size: Count = Field(default=32, description="latest rewards of a prompt that are remembered")
-    min_count: Count = Field(default=16, description="rewards a prompt needs before its own moments are used")
 
 
 class OutputConfig(Section):
@@ -200,11 +69,11 @@ class OutputConfig(Section):
     trackers: Names = Field(default=[], description="accelerate's trackers, such as tensorboard or wandb")
 
 
-class TrainConfig(Section):
-    """A whole run. The defaults are the paper's TDPO-R."""
+class TrainConfig(MethodSettings):
+    """A whole run but for its algorithm's own settings, see `config_class`."""
 
-    algorithm: Algorithm = Field(default="tdpo-r", description="sets the values of the paper's Table 1")
-    model: str = Field(
+    algorithm: str = Field(default=DEFAULT_ALGORITHM, description="sets the values of the paper's Table 1")
+    model: Annotated[str, MAY_CHANGE] = Field(
         default="shapes",
         min_length=1,
         description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint",
@@ -222,23 +91,21 @@ class TrainConfig(Section):
         description="what training rewards are divided by before they are weighted and summed, such as their standard "
         "deviations, which `score` prints; NAME=NUMBER,...",
     )
-    reward_weights: Annotated[dict[str, Annotated[str, Field(min_length=1)]], Pairs, AfterValidator(_absolute)] = Field(
-        default={}, description="files or folders to load rewards from instead of the hub; NAME=PATH,..."
-    )
+    reward_weights: Annotated[
+        dict[str, Annotated[str, Field(min_length=1)]], Pairs, AfterValidator(_absolute), MAY_CHANGE
+    ] = Field(default={}, description="files or folders to load rewards from instead of the hub; NAME=PATH,...")
     reward_precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the rewards' encoders")
     prompts: str = Field(default="shapes", description="prompt set, or a text file with one prompt a line")
     grid_prompts: Annotated[str | None, Unset] = Field(
         default=None, description="prompts of the sample grids; none: the training prompts"
     )
     seed: int = Field(default=42, ge=0, lt=2**63, description="every random number derives from it")
-    epochs: int = Field(default=100, ge=1, le=9999, description="rounds of sampling and updating")
+    epochs: Annotated[int, MAY_CHANGE] = Field(
+        default=100, ge=1, le=9999, description="rounds of sampling and updating"
+    )
     samples_per_epoch: Count = Field(default=256, description="reward queries an epoch")
     samples_per_update: Count = Field(
         default=128, description="samples in one gradient update; divides samples_per_epoch"
-    )
-    updates: Literal["timestep", "trajectory"] = Field(
-        default="timestep",
-        description="one gradient update a timestep (TDPO), or one for all steps of a trajectory (DDPO)",
     )
     micro_batch: Annotated[Count | None, Unset] = Field(
         default=None,
@@ -248,16 +115,10 @@ class TrainConfig(Section):
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
     guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1: none")
     resolution: int = Field(default=512, ge=8, le=8192, description="pixels a side of the images")
-    gamma: Rate = Field(default=1.0, description="discount of the returns")
-    advantage_clip: Annotated[Positive | None, Unset] = Field(
-        default=None, description="clip of the advantages without a critic; none: none"
+    process: Annotated[str | None, Unset] = Field(
+        default=None, description="how a denoising step draws its noise; none: as is usual for the model"
     )
-    policy: PolicyConfig = PolicyConfig()
-    critic: CriticConfig = CriticConfig()
-    neurons: NeuronConfig = NeuronConfig()
-    kl: KLConfig = KLConfig()
-    moments: MomentsConfig = MomentsConfig()
-    output: OutputConfig = OutputConfig()
+    output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
 
     @property
     def trained_on(self) -> list[str]:
@@ -271,21 +132,9 @@ class TrainConfig(Section):
                 f"samples_per_epoch {self.samples_per_epoch} is no multiple of samples_per_update "
                 f"{self.samples_per_update}; choose a divisor"
             )
-        if self.samples_per_epoch < 2:
-            raise ValueError("samples_per_epoch is 1; at least 2 are needed to normalise rewards")
-        if self.moments.min_count > self.moments.buffer_size:
-            raise ValueError("moments.min_count is larger than moments.buffer_size; it would never be reached")
-        if self.neurons.reset != "none" and not self.critic.enabled:
-            raise ValueError("neurons.reset needs a critic; set it to none, or critic.enabled to true")
-        if self.kl.target is not None and not self.kl.coefficient:
-            raise ValueError("kl.target steers kl.coefficient, which is 0; give it a value to start from")
-        if self.kl.target is not None and self.kl.horizon < self.samples_per_epoch:
-            raise ValueError(
-                f"kl.horizon {self.kl.horizon} is less than the {self.samples_per_epoch} samples of an epoch; the "
-                "coefficient would jump; give it several times as many"
-            )
-        if self.advantage_clip is not None and self.critic.enabled:
-            raise ValueError("advantage_clip is for algorithms without a critic; set it to none")
+        self.check_samples(self.samples_per_epoch)
+        if self.process is not None:
+            entry(PROCESSES, "process", self.process)
         if len(set(self.eval_rewards)) < len(self.eval_rewards):
             raise ValueError(f"eval_rewards lists a reward twice: {', '.join(self.eval_rewards)}; take one out")
         if len(self.trained_on) == 1 and self.trained_on[0] in self.eval_rewards:
@@ -294,8 +143,7 @@ class TrainConfig(Section):
             )
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one another weight")
-        encoders = [self.critic.encoder] if self.critic.encoder else []
-        used = [*self.rewards, *self.eval_rewards, *encoders]
+        used = [*self.rewards, *self.eval_rewards, *self.further_rewards]
         for name in used:
             check_reward(name)
         for name in self.reward_scales.keys() - set(self.rewards):
@@ -327,14 +175,15 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
         preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd14-aesthetic"
     if preset not in presets():
         raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
+    algorithm = _algorithm(*above)
     base = _read_toml(PRESETS / f"{preset}.toml")
     for_algorithm = base.pop("algorithms", {})
-    algorithm = _algorithm(*above)
+    base = _known(base, config_class(algorithm))
     trained_on = _topmost(above, "rewards", {})
     if isinstance(trained_on, dict):  # whatever else a file holds there is refused below
         base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in trained_on]
     merged: Fields = {}
-    for layer in (ALGORITHMS[algorithm], base, for_algorithm.get(algorithm, {}), *above):
+    for layer in (find_algorithm(algorithm).values, base, for_algorithm.get(algorithm, {}), *above):
         merged = _merge(merged, layer)
     return validate(merged)
 
@@ -346,15 +195,24 @@ def override(config: TrainConfig, changes: Fields) -> TrainConfig:
 
 def _algorithm(in_file: Fields, overrides: Fields) -> str:
     """Its values lie below those of a file, so a file that is made for another one would mix the two."""
-    algorithm = _topmost([in_file, overrides], "algorithm", "tdpo-r")
-    if algorithm not in tuple(ALGORITHMS):  # a file may hold a list, which no dictionary looks up
-        raise ValueError(f"got algorithm {algorithm!r}; expected one of {', '.join(ALGORITHMS)}")
+    algorithm = _topmost([in_file, overrides], "algorithm", DEFAULT_ALGORITHM)
+    find_algorithm(algorithm)
     if in_file.get("algorithm", algorithm) != algorithm:
         raise ValueError(
             f"got algorithm {algorithm!r} over a file made for {in_file['algorithm']!r}, whose values would stay; "
             "expected the same: take the algorithm and what belongs to it out of the file"
         )
     return algorithm
+
+
+def _known(values: Fields, section: type[Section]) -> Fields:
+    """What of a preset's `values` is a setting of `section`: presets name those of several algorithms."""
+    known: Fields = {}
+    for name, value in values.items():
+        if info := section.model_fields.get(name):
+            inner = section_of(info)
+            known[name] = _known(value, inner) if inner else value
+    return known
 
 
 def _topmost(layers: list[Fields], name: str, default: Any) -> Any:
@@ -364,7 +222,7 @@ def _topmost(layers: list[Fields], name: str, default: Any) -> Any:
 def validate(values: Fields) -> TrainConfig:
     """A TrainConfig from nested plain values; ValueError is one line."""
     try:
-        return TrainConfig.model_validate(values)
+        return config_class(values.get("algorithm", DEFAULT_ALGORITHM)).model_validate(values)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from error
 
@@ -395,13 +253,29 @@ def _read_toml(path: Path) -> Fields:
         raise ValueError(f"configuration {str(path)!r} cannot be read: {error}") from error
 
 
-def leaf_fields(section: type[Section] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting as (dotted name, pydantic's FieldInfo), sections opened."""
-    for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from leaf_fields(info.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", info
+def config_class(algorithm: str) -> type[TrainConfig]:
+    """TrainConfig with the settings of `algorithm`; ValueError where there is no such algorithm."""
+    return _config_class(settings_class(algorithm))
+
+
+@cache
+def _config_class(settings: type[MethodSettings]) -> type[TrainConfig]:
+    return create_model("TrainConfig", __base__=(settings, TrainConfig))  # type: ignore[arg-type]  # the latter counts
+
+
+def leaf_fields(algorithm: str | None = None) -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting of `algorithm`, or of all of them, as (dotted name, FieldInfo), sections opened."""
+    seen = set()
+    for name in [algorithm] if algorithm else ALGORITHMS:
+        for field, info in leaves(config_class(name)):
+            if field not in seen:
+                seen.add(field)
+                yield field, info
+
+
+def may_change(config: TrainConfig) -> list[str]:
+    """The dotted names of the settings that a run may change when it resumes; a section stands for all of its own."""
+    return list(changeable(type(config)))
 
 
 def plain_values(config: TrainConfig) -> Fields:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from comfy_tdpo import __version__
-from comfy_tdpo.lora import save_lora
+from comfy_tdpo.methods.context import Context
 from comfy_tdpo.rollout import Decoder, draw_images
 
 from .checkpoint import remove_partial
@@ -23,7 +22,7 @@ class Keeper:
     """Writes to the run's folder and to trackers; only the main process of a training asks it to keep anything.
 
     Args:
-        config, decoder, state, accelerator, watch: of the training; run: its folder.
+        config, decoder, state, watch: of the training; run: its folder.
         reward: the name of what it trains on; grid_prompts: of the images in a sample grid.
     """
 
@@ -31,28 +30,31 @@ class Keeper:
     decoder: Decoder
     state: TrainState
     run: RunFolder
-    accelerator: Accelerator
     reward: str
     grid_prompts: list[str]
     watch: Watch
 
+    @property
+    def context(self) -> Context:
+        return self.state.context
+
     def open_trackers(self) -> None:
         if self.config.output.trackers:
-            settings = {name: _setting(self.config, name) for name, _ in leaf_fields()}
-            self.accelerator.init_trackers("comfy_tdpo", config=settings)
+            settings = {name: _setting(self.config, name) for name, _ in leaf_fields(self.config.algorithm)}
+            self.context.accelerator.init_trackers("comfy_tdpo", config=settings)
 
     def close_trackers(self) -> None:
         if self.config.output.trackers:
-            self.accelerator.end_training()
+            self.context.accelerator.end_training()
 
     def keep_epoch(self, metrics: EpochMetrics) -> None:
         """An epoch is done: the checkpoint follows what it stands for."""
         self._check_finite()
-        epoch, config = self.state.epoch, self.config.output
+        epoch, config = self.context.epoch, self.config.output
         last = epoch == self.config.epochs
         self.state.metrics.append(metrics)
         self.run.append_metrics(metrics)
-        self.accelerator.log(metrics, step=epoch)
+        self.context.accelerator.log(metrics, step=epoch)
         if last or epoch % config.samples_every == 0:
             self.keep_grid()
             self._keep_lora(self.run.lora(epoch))
@@ -90,27 +92,27 @@ class Keeper:
         prompts = self.grid_prompts
         seeds = [(self.config.seed, "grid", i) for i in range(len(prompts))]
         self.watch("drawing samples", 0, len(prompts))
-        images = draw_images(self.decoder, prompts, seeds, self.state.micro_batch, check)
-        save_image_grid(images, self.run.sample_grid(self.state.epoch))
+        with torch.no_grad():
+            images = draw_images(self.decoder, prompts, seeds, self.context.micro_batch, check)
+        save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
     def _check_finite(self) -> None:
         """What has diverged is never kept: nothing could go on from it."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.state.policy.parameters):
+        if not all(torch.isfinite(parameter).all() for parameter in self.context.policy.parameters):
             raise TrainingError(
                 "the training has diverged, its LoRA is no longer finite: start a new run with a lower policy.lr; the "
                 "last checkpoint and LoRA of this one are from before"
             )
 
     def _keep_lora(self, path: Path) -> None:
-        policy = self.state.policy
         metadata = {
             "base_model": _model_name(self.config.model),
             "algorithm": self.config.algorithm,
             "reward": self.reward,
-            "epoch": str(self.state.epoch),
+            "epoch": str(self.context.epoch),
             "comfy_tdpo": __version__,
         }
-        write_atomically(path, lambda file: save_lora(policy.unet, file, policy.alpha, metadata))
+        write_atomically(path, lambda file: self.context.policy.trainable.export(file, metadata))
 
 
 def _setting(config: TrainConfig, name: str) -> int | float | str | bool:

@@ -39,7 +39,7 @@ def neuron_figure(run: RunFolder) -> Image.Image:
 def described(run: RunFolder) -> str:
     """The same in words: a line about the run, then one an epoch."""
     metrics, records = _recorded(run)
-    config, count = run.config.neurons, sum(map(len, records[-1].scores.values()))
+    config, count = run.config.neurons, sum(map(len, records[-1].scores.values()))  # type: ignore[attr-defined]
     resets = "none is reset" if config.reset == "none" else f"{config.reset} ones are reset every {config.every} epochs"
     return "\n".join([f"{run.path.name}: {count} neurons in the critic; {resets}", *map(_told, metrics)])
 

@@ -107,10 +107,9 @@ class RunFolder:
         self._write_text(CONFIG, tomli_w.dumps(plain_values(config)))
 
     def keep_changes(self, config: TrainConfig) -> None:
-        """Take over what `config` says of epochs and output, which may change on the way."""
-        changed = self.config.model_copy(update={"epochs": config.epochs, "output": config.output})
-        if changed != self.config:
-            self.write_config(changed)
+        """Keep `config`, which may differ from the run's own where a run may change on its way."""
+        if config != self.config:
+            self.write_config(_with_absolute_model(config))
 
     def _write_lines(self, name: str, lines: list[str]) -> None:
         self._write_text(name, "".join(f"{line}\n" for line in lines))

@@ -1,7 +1,6 @@
-"""Algorithm 1 of the paper, epoch by epoch: sample, temporal rewards, update, reset.
+"""A run, epoch by epoch: what every algorithm has in common.
 
-One loop serves all four algorithms. DDPO is the case without a critic, whose temporal reward is the normalised reward
-at every step, and DDPO-2 the case whose update takes in all steps of a trajectory at once.
+The algorithm itself, what it samples, aims at and updates, is a Method; see comfy_tdpo/methods.
 
 Shapes: N samples of an epoch in this process, T denoising steps.
 """
@@ -15,20 +14,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from comfy_tdpo import advantages, objectives
+from comfy_tdpo.memory import (
+    first_micro_batch,
+    fitting_micro_batch,
+    out_of_memory,
+    peak_memory,
+    reset_peak_memory,
+    smaller_micro_batch,
+)
+from comfy_tdpo.methods import make_method
+from comfy_tdpo.methods.context import Context, Progress
+from comfy_tdpo.optimizers import adamw
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
-from comfy_tdpo.rewards import RewardModel, load_reward
-from comfy_tdpo.rollout import Decoder, Sampler, Trajectories, critic_residuals
+from comfy_tdpo.rewards import RewardModel
+from comfy_tdpo.rollout import Decoder, Trajectories
 
 from .config import TrainConfig
 from .identity import identity
 from .keeping import Keeper
-from .memory import first_micro_batch, fitting_micro_batch, peak_memory, smaller_micro_batch
-from .neuron_states import NeuronStates
+from .neuron_log import append_neurons
 from .run import EpochMetrics, RunFolder
-from .state import Progress, Targets, TrainState, Watch
-from .update import Updater
+from .state import TrainState, Watch
 
 RATIO_TOLERANCE = 1e-5  # of the ratio gate: |ratio - 1| before the first update of an epoch
 
@@ -64,34 +71,35 @@ class Training:
         for model in (reward, *eval_rewards.values()):
             model.check_prompts(self.prompts)
         self.stopped = False
-        self.samples = self._own_share(config.samples_per_epoch)
-        self.samples_per_update = self._own_share(config.samples_per_update)
-        self.encoder = self._critic_encoder() if config.critic.enabled else None
-        self.decoder = Decoder(policy, config.decode_batch)
-        micro_batch = first_micro_batch(config.micro_batch, self.samples_per_update, policy.device)
-        embed_dim = self.encoder.embed_dim if self.encoder else None
-        own = identity(config, policy, self.prompts)
-        self.state = TrainState(config, policy, own, embed_dim, micro_batch, accelerator.num_processes)
-        self.updater = Updater(config, self.state, accelerator, self.samples, self.samples_per_update, self._check_stop)
+        self.context = self._context()
+        self.method = make_method(config.algorithm, self.context)
+        self.state = TrainState(self.context, self.method, identity(config, policy, self.prompts))
         grid_prompts = run.grid_prompts(config)
-        self.keeper = Keeper(config, self.decoder, self.state, run, accelerator, reward.name, grid_prompts, self.watch)
+        self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, grid_prompts, self.watch)
+
+    def _context(self) -> Context:
+        config, policy = self.config, self.policy
+        samples, samples_per_update = map(self._own_share, (config.samples_per_epoch, config.samples_per_update))
+        return Context(
+            config=config,
+            policy=policy,
+            optimizer=adamw(policy.parameters, config.policy),
+            decoder=Decoder(policy, config.decode_batch),
+            reward=self.reward,
+            eval_rewards=self.eval_rewards,
+            accelerator=self.accelerator,
+            samples=samples,
+            samples_per_update=samples_per_update,
+            micro_batch=first_micro_batch(config.micro_batch, samples_per_update, policy.device),
+            check=self._check_stop,
+            record=self._keep_neurons,
+        )
 
     def _own_share(self, samples: int) -> int:
         processes = self.accelerator.num_processes
         if samples % processes:
             raise ValueError(f"got {samples} samples for {processes} processes; expected a multiple of {processes}")
         return samples // processes
-
-    def _critic_encoder(self) -> RewardModel:
-        name = self.config.critic.encoder
-        how = (self.policy.device, self.config.reward_precision, self.config.reward_weights)
-        model = load_reward(name, *how) if name else self.reward
-        if model.embed_dim is None:
-            raise ValueError(
-                f"reward {model.name!r} has no image encoder to serve the critic; set critic.encoder to a reward that "
-                "has one, or choose an algorithm without a critic (ddpo-2, ddpo-100)"
-            )
-        return model
 
     # --- the epochs -------------------------------------------------------------------------------------------------
 
@@ -108,17 +116,17 @@ class Training:
             yield from self._epochs()
 
     def _epochs(self) -> Iterator[EpochMetrics]:
-        state = self.state
-        restored = state.restore(self.run.checkpoints, self._epoch_prompts)
-        if state.epoch > self.config.epochs:
-            raise ValueError(f"got {self.config.epochs} epochs for a run of {state.epoch}; expected as many or more")
+        context = self.context
+        restored = self.state.restore(self.run.checkpoints, self._epoch_prompts)
+        if context.epoch > self.config.epochs:
+            raise ValueError(f"got {self.config.epochs} epochs for a run of {context.epoch}; expected as many or more")
         if self.accelerator.is_main_process:
             self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
         try:
-            if state.epoch == 0 and not state.progress.parts:
+            if context.epoch == 0 and not context.progress.parts:
                 self._begin()
-            while state.epoch < self.config.epochs:
+            while context.epoch < self.config.epochs:
                 self._agree_to_stop()
                 yield self._run_epoch()
         except Stopped:
@@ -130,26 +138,33 @@ class Training:
     def _begin(self) -> None:
         """What comes before the first epoch: the micro-batch that fits, and what the model draws untrained."""
         self._check_stop()
-        self.state.micro_batch = fitting_micro_batch(
-            self.policy, self.prompts[0], self.state.micro_batch, self.samples_per_update
-        )
+        context = self.context
+        context.micro_batch = fitting_micro_batch(self._try_rows, context.micro_batch, context.samples_per_update)
         if self.accelerator.is_main_process:
             self.keeper.keep_grid(self._check_stop)
 
+    def _try_rows(self, rows: int) -> None:
+        """A training step of that many rows, whose gradients are thrown away."""
+        policy = self.policy
+        try:
+            latents = torch.zeros(rows, *policy.latent_shape, device=policy.device)
+            positions = torch.zeros(rows, dtype=torch.long, device=policy.device)
+            policy.step(latents, positions, policy.encode_prompts(self.prompts[:1]).expand(rows)).mean.sum().backward()
+        finally:
+            self.context.optimizer.zero_grad()
+
     def _run_epoch(self) -> EpochMetrics:
-        epoch, progress, start = self.state.epoch + 1, self.state.progress, time.perf_counter()
-        batch = self._sample(epoch)
-        if progress.targets is None:
-            progress.targets = self._targets(batch, epoch)
-        self._update(epoch, batch, progress.targets)
-        metrics = self._metrics(epoch, batch, progress.targets) | self._score_and_reset_neurons(batch)
+        context, method, start = self.context, self.method, time.perf_counter()
+        reset_peak_memory(self.policy.device)
+        if method.samples_first:
+            self._sample(context.epoch + 1)
+        self._update(context.epoch + 1)
+        with torch.no_grad():
+            batch = context.progress.batch()
+            metrics = self._metrics(batch) | method.finish(batch)
         metrics["time/epoch_s"] = time.perf_counter() - start
         self._finish_epoch(metrics)
         return metrics
-
-    def _gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, in the order of their ranks."""
-        return self.accelerator.gather(tensor)
 
     def _check_stop(self) -> None:
         """Several processes wait for one another in mid-epoch, so there none of them may leave alone."""
@@ -159,38 +174,31 @@ class Training:
     def _agree_to_stop(self) -> None:
         """One process that is asked to stop takes all others with it."""
         asked = torch.tensor([self.stop.is_set()], dtype=torch.int, device=self.accelerator.device)
-        if self._gather(asked).any():
+        if self.context.gather(asked).any():
             raise Stopped
 
-    # --- sampling ---------------------------------------------------------------------------------------------------
+    # --- sampling and updates ---------------------------------------------------------------------------------------
 
-    def _sample(self, epoch: int) -> Trajectories:
-        """N trajectories from the current policy, a micro-batch at a time."""
-        sampler, start, progress = self._sampler(), time.perf_counter(), self.state.progress
-        prompts, first = self._epoch_prompts(epoch), self.accelerator.process_index * self.samples
-        while (begin := progress.samples) < self.samples:
-            self.watch("sampling", begin, self.samples)
-            rows = range(first + begin, first + min(begin + self.state.micro_batch, self.samples))
+    @torch.no_grad()
+    def _sample(self, epoch: int) -> None:
+        """N trajectories from the current policy, a micro-batch at a time, and what the updates aim at."""
+        context, start = self.context, time.perf_counter()
+        progress, prompts = context.progress, self._epoch_prompts(epoch)
+        first = self.accelerator.process_index * context.samples
+        while (begin := progress.samples) < context.samples:
+            self.watch("sampling", begin, context.samples)
+            rows = range(first + begin, first + min(begin + context.micro_batch, context.samples))
             seeds = [(self.config.seed, "noise", epoch, row) for row in rows]
             try:
-                progress.parts.append(sampler.sample([prompts[row] for row in rows], seeds))
-            except torch.cuda.OutOfMemoryError:
-                self.state.micro_batch = smaller_micro_batch(self.state.micro_batch, self.samples_per_update)
+                progress.parts.append(self.method.sample([prompts[row] for row in rows], seeds))
+                continue
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+            context.micro_batch = smaller_micro_batch(context.micro_batch, context.samples_per_update)
         progress.times["sample"] += time.perf_counter() - start
-        progress.parts = [Trajectories.concatenate(progress.parts)]
-        return progress.parts[0]
-
-    def _sampler(self) -> Sampler:
-        config = self.config
-        return Sampler(
-            self.decoder,
-            self.reward,
-            self.eval_rewards,
-            embed=self.encoder.embed if self.encoder else None,
-            embed_image_size=config.critic.image_size,
-            with_kl=config.kl.coefficient > 0,
-            check=self._check_stop,
-        )
+        if progress.targets is None:
+            progress.targets = self.method.targets(progress.batch(), prompts)
 
     def _epoch_prompts(self, epoch: int) -> list[str]:
         """The prompt of each sample of the epoch, in all processes."""
@@ -198,74 +206,58 @@ class Training:
         chosen = torch.randint(len(self.prompts), (self.config.samples_per_epoch,), generator=generator)
         return [self.prompts[i] for i in chosen.tolist()]
 
-    # --- temporal rewards -------------------------------------------------------------------------------------------
-
-    def _targets(self, batch: Trajectories, epoch: int) -> Targets:
-        """Eq. 5-7. Moments are those of all processes; each keeps its own rows."""
-        gather = self._gather
-        kl = gather(batch.kl)
-        normalized = self.state.moments.normalize(self._epoch_prompts(epoch), gather(batch.rewards))
-        returns = advantages.returns(normalized, self.state.kl.value * kl, self.config.gamma)
-        self.state.kl.update(kl.sum(1).mean().item(), len(kl))
-        begin = self.accelerator.process_index * self.samples
-        own = slice(begin, begin + self.samples)
-        if self.encoder is None:
-            clip = self.config.advantage_clip or torch.inf
-            return Targets(returns[own].clamp(-clip, clip), returns[own], None)
-        assert self.state.critic is not None and batch.image_embeds is not None
-        residuals = critic_residuals(self.state.critic, batch.image_embeds)
-        temporal = advantages.temporal_rewards(returns, gather(residuals))
-        return Targets(temporal[own], returns[own], residuals)
-
-    # --- the update -------------------------------------------------------------------------------------------------
-
-    def _update(self, epoch: int, batch: Trajectories, targets: Targets) -> None:
-        """Eq. 8-10: one gradient update of policy and critic for each group of (sample, step) pairs."""
-        start = time.perf_counter()
-        groups = self.updater.groups(epoch)
-        for index in range(self.state.progress.updates, len(groups)):
+    def _update(self, epoch: int) -> None:
+        """The gradient updates of the epoch that are left."""
+        progress, start = self.context.progress, time.perf_counter()
+        groups = self.method.groups(epoch)
+        for index in range(progress.updates, len(groups)):
             self.watch("updating", index, len(groups))
-            self.updater.update(batch, targets, *groups[index])
-        self.state.progress.times["train"] += time.perf_counter() - start
-
-    def _score_and_reset_neurons(self, batch: Trajectories) -> EpochMetrics:
-        """Eq. 11-12: measure every epoch, reset every F epochs."""
-        states = NeuronStates(self.config, self.state, self.accelerator, self.run)
-        metrics: EpochMetrics = {}
-        if batch.image_embeds is not None:
-            metrics |= states.of_critic(batch.image_embeds)
-        if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
-            metrics |= states.of_policy(batch)
-        return metrics
+            self.method.update(groups[index])
+            progress.updates += 1
+        progress.times["train"] += time.perf_counter() - start
 
     # --- what is kept -----------------------------------------------------------------------------------------------
 
-    def _metrics(self, epoch: int, batch: Trajectories, targets: Targets) -> EpochMetrics:
-        gather, updates = self._gather, self.state.progress.updates
-        metrics: EpochMetrics = {"epoch": epoch, "reward_queries": epoch * self.config.samples_per_epoch}
-        rewards = gather(batch.rewards)
-        metrics[f"reward/{self.reward.name}/mean"] = rewards.mean().item()
-        metrics[f"reward/{self.reward.name}/std"] = rewards.std(correction=0).item()
+    def _metrics(self, batch: Trajectories) -> EpochMetrics:
+        """The metrics that every algorithm has, and its own."""
+        context, epoch = self.context, self.context.epoch + 1
+        rewards = context.gather(batch.rewards)
+        metrics: EpochMetrics = {
+            "epoch": epoch,
+            "reward_queries": epoch * self.config.samples_per_epoch,
+            f"reward/{self.reward.name}/mean": rewards.mean().item(),
+            f"reward/{self.reward.name}/std": rewards.std(correction=0).item(),
+        }
         for name, scores in batch.eval_rewards.items():
-            metrics[f"eval/{name}/mean"] = gather(scores).mean().item()
-        for name, total in self.state.progress.sums.items():
-            totals = gather(total[None])
-            metrics[name] = totals.max().item() if name == "policy/ratio_drift" else totals.mean().item() / updates
-        if targets.residuals is not None:
-            explained = objectives.explained_variance(gather(targets.residuals), gather(targets.returns))
-            metrics["critic/explained_variance"] = explained.item()
-        if self.config.kl.coefficient > 0:
-            metrics |= {"kl/nats": gather(batch.kl).sum(1).mean().item(), "kl/coefficient": self.state.kl.value}
-        metrics |= {f"time/{name}_s": seconds for name, seconds in self.state.progress.times.items()}
+            metrics[f"eval/{name}/mean"] = context.gather(scores).mean().item()
+        metrics |= self._metrics_of_updates() | self.method.metrics(batch)
+        metrics |= {f"time/{name}_s": seconds for name, seconds in context.progress.times.items()}
         metrics["memory/peak_bytes"] = peak_memory(self.policy.device)
         return metrics
 
+    def _metrics_of_updates(self) -> EpochMetrics:
+        """Means and maxima over the epoch's updates, of all processes, gathered at once."""
+        progress = self.context.progress
+        found = progress.sums | progress.maxima
+        if not found:
+            return {}
+        values = self.context.gather(torch.stack(list(found.values()))[None])  # a row for each process
+        means, maxima = values.mean(0).tolist(), values.amax(0).tolist()
+        return {
+            name: largest if name in progress.maxima else mean / progress.updates
+            for name, mean, largest in zip(found, means, maxima, strict=True)
+        }
+
+    def _keep_neurons(self, epoch: int, scores: dict[str, Tensor], reset: dict[str, Tensor]) -> None:
+        if self.accelerator.is_main_process:
+            append_neurons(self.run.path, epoch, scores, reset)
+
     def _finish_epoch(self, metrics: EpochMetrics) -> None:
-        self.state.epoch, self.state.progress = self.state.epoch + 1, Progress()
+        self.context.epoch, self.context.progress = self.context.epoch + 1, Progress()
         if self.accelerator.is_main_process:
             self.keeper.keep_epoch(metrics)
 
     def _save_unfinished(self) -> None:
         """Stopped: keep what there is, of an unfinished epoch too."""
-        if self.accelerator.is_main_process and (self.state.epoch or self.state.progress.parts):
+        if self.accelerator.is_main_process and (self.context.epoch or self.context.progress.parts):
             self.keeper.keep_state()

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..loading import load_components
+from ..models import load_model
 from ..policy import DiffusionPolicy
 from ..prompts import load_prompts
 from ..rollout import Decoder, draw_images
@@ -77,9 +78,10 @@ def write_report(world: Path) -> None:
     (world / "README.md").write_text(page, encoding="utf-8")
 
 
+@torch.no_grad()
 def _draw(world: Path, prompts: list[str]) -> Tensor:
-    components = load_components(str(world / "pipeline"))
-    policy = DiffusionPolicy.from_components(components, steps=STEPS, guidance=GUIDANCE, resolution=64, rank=1)
+    model = load_model(str(world / "pipeline"), torch.float32)
+    policy = DiffusionPolicy(model, steps=STEPS, guidance=GUIDANCE, resolution=64, rank=1)
     return draw_images(Decoder(policy, batch=30), prompts, [("report", i) for i in range(len(prompts))], batch=30)
 
 

@@ -7,15 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from comfy_tdpo.diffusion import (
-    gaussian_kl,
-    guide,
-    log_prob,
-    make_schedule,
-    scaled_clip_range,
-    step_distribution,
-    step_sigma,
-)
+from comfy_tdpo.process.ddim import ddim_tables, step_sigma
+from comfy_tdpo.process.gaussian import gaussian_kl, guide, log_prob, scaled_clip_range
 
 SHAPE = (4, 8, 8)
 
@@ -82,12 +75,12 @@ def ddim_in_float64(scheduler, output, latents, timestep) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("prediction_type", MEAN_TOLERANCE)
 def test_every_step_is_diffusers_ddim_at_eta_1(make_scheduler, generator, prediction_type, steps_offset, steps):
     settings = {"prediction_type": prediction_type, "steps_offset": steps_offset}
-    schedule = make_schedule(make_scheduler(**settings), steps)
+    schedule = ddim_tables(make_scheduler(**settings), steps)
     reference = make_scheduler(**settings)
     reference.set_timesteps(steps)
-    assert len(schedule) == steps and torch.equal(schedule.timesteps, reference.timesteps)
+    assert len(schedule) == steps and torch.equal(schedule.times, reference.timesteps)
     latents, output = draw(generator, steps, *SHAPE), draw(generator, steps, *SHAPE)
-    mean, sigma = step_distribution(output, latents, torch.arange(steps), schedule)
+    mean, sigma, _ = schedule.step(output, latents, torch.arange(steps))
     assert sigma.shape == (steps, 1, 1, 1)
     for k, timestep in enumerate(reference.timesteps):
         expected_mean, expected_sigma = ddim_in_float64(reference, output[k], latents[k], timestep)
@@ -98,32 +91,32 @@ def test_every_step_is_diffusers_ddim_at_eta_1(make_scheduler, generator, predic
 
 
 def test_positions_may_be_in_any_order(make_scheduler, generator):
-    schedule = make_schedule(make_scheduler(), 10)
+    schedule = ddim_tables(make_scheduler(), 10)
     latents, output = draw(generator, 10, *SHAPE), draw(generator, 10, *SHAPE)
-    mean, sigma = step_distribution(output, latents, torch.arange(10), schedule)
+    mean, sigma, _ = schedule.step(output, latents, torch.arange(10))
     order = torch.randperm(10, generator=generator)
-    shuffled = step_distribution(output[order], latents[order], order, schedule)
+    shuffled = schedule.step(output[order], latents[order], order)
     assert torch.equal(shuffled[0], mean[order]) and torch.equal(shuffled[1], sigma[order])
 
 
 def test_half_precision_outputs_are_computed_in_float32(make_scheduler, generator):
-    schedule = make_schedule(make_scheduler(), 10)
+    schedule = ddim_tables(make_scheduler(), 10)
     latents, output = draw(generator, 10, *SHAPE), draw(generator, 10, *SHAPE).bfloat16()
-    got, expected = (step_distribution(o, latents, torch.arange(10), schedule)[0] for o in (output, output.float()))
+    got, expected = (schedule.step(o, latents, torch.arange(10))[0] for o in (output, output.float()))
     assert got.dtype == torch.float32 and torch.equal(got, expected)
 
 
 def test_the_last_step_keeps_its_noise_where_the_final_alpha_is_one(make_scheduler):
     """The stated deviation from diffusers: its variance of the last step is zero there."""
-    schedule, usual = (make_schedule(make_scheduler(set_alpha_to_one=one), 20) for one in (True, False))
+    schedule, usual = (ddim_tables(make_scheduler(set_alpha_to_one=one), 20) for one in (True, False))
     assert torch.equal(schedule.sigma, usual.sigma) and schedule.sigma[-1] > 0
 
 
 def test_sd1_figures(sd1_scheduler_config):
     """SD 1.x: at 50 steps sigma runs from 0.454 to 0.02065."""
     config = json.loads(sd1_scheduler_config.read_text())
-    schedule = make_schedule(DDIMScheduler.from_config(config), 50)
-    assert schedule.timesteps[[0, -1]].tolist() == [981, 1]
+    schedule = ddim_tables(DDIMScheduler.from_config(config), 50)
+    assert schedule.times[[0, -1]].tolist() == [981, 1]
     assert schedule.sigma[0].item() == pytest.approx(0.454, abs=5e-4)  # half of the last digit given
     assert schedule.sigma[-1].item() == pytest.approx(0.02065, abs=5e-6)
 
@@ -137,7 +130,7 @@ def test_sigma_by_hand():
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_an_impossible_number_of_steps_is_refused(make_scheduler, steps):
     with pytest.raises(ValueError, match=f"got {steps} denoising steps; expected 1 to 1000"):
-        make_schedule(make_scheduler(), steps)
+        ddim_tables(make_scheduler(), steps)
 
 
 def test_a_schedule_without_noise_at_its_end_is_refused(make_policy):

@@ -1,0 +1,125 @@
+"""What a training lends its method: the model, the rewards, how far the epoch is, and the means to update.
+
+Shapes: N samples of an epoch in this process, M rows of one gradient update.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..memory import out_of_memory, smaller_micro_batch
+from ..policy import DiffusionPolicy
+from ..rewards import RewardModel
+from ..rollout import Decoder, Trajectories
+from . import TensorGroup
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come: its samples, then their targets, then its updates.
+
+    sums: metrics added up over the updates done; maxima: those of which the largest counts; times: seconds spent.
+    """
+
+    parts: list[Trajectories] = field(default_factory=list)
+    targets: TensorGroup | None = None
+    updates: int = 0
+    sums: TensorGroup = field(default_factory=dict)
+    maxima: TensorGroup = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "train": 0.0})
+
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.parts))
+
+    def batch(self) -> Trajectories:
+        """The samples so far, in one piece."""
+        self.parts = [Trajectories.concatenate(self.parts)]
+        return self.parts[0]
+
+
+@dataclass
+class Context:
+    """A training, as its method sees it.
+
+    config: all settings, the method's own among them; policy: what is trained; optimizer: of its parameters.
+    reward, eval_rewards: what it is trained on and watched by; decoder: from latents to images, some at a time.
+    samples, samples_per_update: N of an epoch and M of one update, in this process.
+    micro_batch: rows of every forward, made smaller where memory runs out; epoch: finished epochs.
+    check: called between forwards; what it raises leaves everything at the last whole update.
+    record: keeps one epoch's record of the critic's neurons: (epoch, scores, masks of what was reset).
+    """
+
+    config: Any
+    policy: DiffusionPolicy
+    optimizer: torch.optim.Optimizer
+    decoder: Decoder
+    reward: RewardModel
+    eval_rewards: dict[str, RewardModel]
+    accelerator: Accelerator
+    samples: int
+    samples_per_update: int
+    micro_batch: int
+    check: Callable[[], None]
+    record: Callable[[int, TensorGroup, TensorGroup], None]
+    epoch: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    # --- several processes
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks."""
+        return self.accelerator.gather(tensor)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """This process's N rows of what all of them have."""
+        begin = self.accelerator.process_index * self.samples
+        return tensor[begin : begin + self.samples]
+
+    # --- metrics of updates
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add `value` to a metric that is averaged over the epoch's updates."""
+        self.progress.sums[name] = self.progress.sums.get(name, 0) + value.detach()
+
+    def raise_to(self, name: str, value: Tensor) -> None:
+        """Raise a metric of which the epoch's largest value counts to `value`."""
+        value = value.detach()
+        self.progress.maxima[name] = torch.maximum(self.progress.maxima.get(name, value), value)
+
+    # --- updates
+
+    def update_policy(self, rows: int, accumulate: Callable[[slice], None]) -> None:
+        """One gradient update of the policy on `rows` rows, a micro-batch at a time.
+
+        `accumulate` backpropagates the share that a slice of the rows has in the loss, and adds its metrics. Where
+        memory runs out the update begins again with a smaller micro-batch.
+        """
+        progress = self.progress
+        before = dict(progress.sums), dict(progress.maxima)
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                for begin in range(0, rows, self.micro_batch):
+                    self.check()
+                    accumulate(slice(begin, min(begin + self.micro_batch, rows)))
+                break
+            except BaseException as error:  # a stop, too, leaves no half an update in the metrics
+                progress.sums, progress.maxima = dict(before[0]), dict(before[1])
+                if not out_of_memory(error):
+                    raise
+            self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
+        self.step(self.optimizer, self.config.policy.max_grad_norm)
+
+    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        """Apply the gradients, averaged over processes and clipped to a norm."""
+        parameters = optimizer.param_groups[0]["params"]
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()

@@ -1,0 +1,78 @@
+"""The neurons of critic and policy, epoch by epoch: how many are dormant, how many stay so, and their resets.
+
+arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples, T denoising steps, D embedding width, H neurons of a
+layer.
+"""
+
+import torch
+from torch import Tensor
+
+from ..randomness import generator_at
+from ..rollout import Trajectories
+from . import Metrics, TensorGroup, neurons
+from .context import Context
+from .critic import TemporalCritic
+
+
+class NeuronStates:
+    """Measures the neurons after the updates of an epoch, and resets them every F epochs.
+
+    active: the masks of the epoch before, (H,) per layer, of the critic ("neurons") and the policy ("policy_neurons").
+    """
+
+    def __init__(self, context: Context, critic: TemporalCritic | None, critic_optimizer: torch.optim.Optimizer | None):
+        self.context, self.config = context, context.config.neurons
+        self.critic, self.critic_optimizer = critic, critic_optimizer
+        self.active: dict[str, TensorGroup] = {}
+
+    def of_critic(self, image_embeds: Tensor) -> Metrics:
+        """The critic's neurons on the embeddings of the epoch, (N, T, D)."""
+        assert self.critic is not None and self.critic_optimizer is not None, "embeddings are made for a critic alone"
+        embeds = image_embeds[:, :1] if self.config.data == "first-step" else image_embeds
+        layers = neurons.critic_layers(self.critic)
+        with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
+            self.critic(embeds.flatten(0, 1))
+        scores = self._scores(recorder)
+        metrics = self._measure("neurons", scores, self.config.threshold)
+        masks = self._to_reset("neurons", self.config.reset)
+        self.context.record(self.context.epoch + 1, scores, masks)
+        return metrics | self._reset("neurons", masks, layers, self.critic_optimizer)
+
+    def of_policy(self, batch: Trajectories) -> Metrics:
+        """The LoRA's neurons on the first micro-batch of the epoch, at every step."""
+        policy, size = self.context.policy, self.context.micro_batch
+        layers = neurons.lora_layers(policy.trainable.network)
+        conditioning = policy.encode_prompts(batch.prompts[:size])
+        with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
+            for k in range(len(policy.process)):
+                policy.step(batch.latents[:size, k], torch.full((size,), k, device=policy.device), conditioning)
+        metrics = self._measure("policy_neurons", self._scores(recorder), self.config.policy_threshold)
+        masks = self._to_reset("policy_neurons", self.config.policy_reset)
+        return metrics | self._reset("policy_neurons", masks, layers, self.context.optimizer)
+
+    def _scores(self, recorder: neurons.ActivationRecorder) -> TensorGroup:
+        return recorder.scores(reduce=lambda mean: self.context.accelerator.reduce(mean, "mean"))
+
+    def _measure(self, group: str, scores: TensorGroup, threshold: float) -> Metrics:
+        """Dormant neurons now, and their overlap with those of the epoch before."""
+        active, before = neurons.active_masks(scores, threshold), self.active.get(group)
+        self.active[group] = active
+        metrics: Metrics = {f"{group}/dormant_percent": neurons.dormant_percent(active)}
+        overlap = neurons.overlap_percent(active, before) if before else None
+        return metrics if overlap is None else metrics | {f"{group}/overlap_percent": overlap}
+
+    def _to_reset(self, group: str, kind: str) -> TensorGroup:
+        """Which neurons are reset in this epoch, (H,) per layer; nothing where no reset is due."""
+        due = kind != "none" and (self.context.epoch + 1) % self.config.every == 0
+        return neurons.reset_masks(self.active[group], kind) if due else {}
+
+    def _reset(
+        self,
+        group: str,
+        masks: TensorGroup,
+        layers: dict[str, neurons.HiddenLayer],
+        optimizer: torch.optim.Optimizer,
+    ) -> Metrics:
+        draw = generator_at(self.context.config.seed, group, self.context.epoch + 1)
+        count = neurons.reset_neurons(layers, masks, optimizer, draw) if masks else 0
+        return {f"{group}/reset_count": count}

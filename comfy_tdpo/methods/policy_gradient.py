@@ -1,0 +1,209 @@
+"""DDPO, TDPO and TDPO-R (arXiv 2402.08552, Algorithm 1): one method in four settings.
+
+DDPO is the case without a critic, whose temporal reward is the normalised reward at every step, and DDPO-2 the case
+whose update takes in all steps of a trajectory at once.
+
+Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, B pairs
+of a micro-batch, D embedding width.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
+from ..process.gaussian import log_prob, scaled_clip_range
+from ..randomness import Coordinates, generator_at
+from ..rewards import RewardModel, encoder_name, load_reward
+from ..rollout import Sampler, Trajectories
+from . import Metrics, TensorGroup, advantages, objectives
+from .advantages import KLCoefficient, RewardMoments
+from .context import Context
+from .critic import TemporalCritic
+from .neuron_states import NeuronStates
+
+logger = logging.getLogger(__name__)
+
+Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
+
+
+class PolicyGradient:
+    """A Method: clipped policy gradients on temporal rewards, and the critic that gives them."""
+
+    samples_first = True
+
+    def __init__(self, context: Context):
+        self.context, self.config, self.policy = context, context.config, context.policy
+        config = self.config
+        self.encoder = self._critic_encoder() if config.critic.enabled else None
+        self.critic: TemporalCritic | None = None
+        if self.encoder is not None:
+            draw = generator_at(config.seed, "critic")
+            logger.info("the critic reads images by the encoder of %s", encoder_name(self.encoder))
+            embed_dim = self.encoder.embed_dim
+            assert embed_dim is not None, "as _critic_encoder has checked"
+            self.critic = TemporalCritic(embed_dim, config.critic.activation, draw).to(self.policy.device)
+            self.critic_optimizer = adamw(list(self.critic.parameters()), config.critic)
+        self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
+        self.kl = KLCoefficient(config.kl.coefficient, config.kl.target, config.kl.horizon)
+        self.neurons = NeuronStates(context, self.critic, self.critic_optimizer if self.critic else None)
+
+    def _critic_encoder(self) -> RewardModel:
+        """The reward whose image encoder the critic reads."""
+        config, name = self.config, self.config.critic.encoder
+        how = (self.policy.device, config.reward_precision, config.reward_weights)
+        model = load_reward(name, *how) if name else self.context.reward
+        if model.embed_dim is None:
+            raise ValueError(
+                f"reward {model.name!r} has no image encoder to serve the critic; set critic.encoder to a reward that "
+                "has one, or choose an algorithm without a critic (ddpo-2, ddpo-100)"
+            )
+        return model
+
+    @property
+    def clip_range(self) -> float:
+        return scaled_clip_range(self.config.policy.clip_range, self.policy.latent_size)
+
+    # --- samples and what they aim at
+
+    def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
+        context, config = self.context, self.config
+        sampler = Sampler(
+            context.decoder,
+            context.reward,
+            context.eval_rewards,
+            embed=self.encoder.embed if self.encoder else None,
+            embed_image_size=config.critic.image_size,
+            with_kl=config.kl.coefficient > 0,
+            check=context.check,
+        )
+        return sampler.sample(prompts, seeds)
+
+    def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
+        """Eq. 5-7: temporal_rewards and returns, and with a critic its residuals, (N, T) each.
+
+        Moments are those of all processes; each keeps its own rows.
+        """
+        gather, own = self.context.gather, self.context.own
+        kl = gather(batch.kl)
+        normalized = self.moments.normalize(prompts, gather(batch.rewards))
+        returns = advantages.returns(normalized, self.kl.value * kl, self.config.gamma)
+        self.kl.update(kl.sum(1).mean().item(), len(kl))
+        if self.critic is None:
+            clip = self.config.advantage_clip or torch.inf
+            return {"temporal_rewards": own(returns).clamp(-clip, clip), "returns": own(returns)}
+        residuals = self.critic(batch.image_embeds)
+        temporal = advantages.temporal_rewards(returns, gather(residuals))
+        return {"temporal_rewards": own(temporal), "returns": own(returns), "residuals": residuals}
+
+    # --- updates
+
+    def groups(self, epoch: int) -> list[Pairs]:
+        """The epoch's gradient updates, kept on the CPU, so that looking up prompts does not wait for the GPU."""
+        generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
+        samples = self.context.samples
+        rows = torch.randperm(samples, generator=generator)
+        (trained,) = self.policy.process.stochastic.nonzero(as_tuple=True)
+        steps = trained.repeat(samples, 1)  # (N, T), less the steps without noise
+        if self.config.policy.timestep_order == "shuffled":
+            steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
+        parts = rows.split(self.context.samples_per_update)
+        if self.config.updates == "trajectory":
+            return [(part.repeat_interleave(steps.shape[1]), steps[part].flatten()) for part in parts]
+        return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
+
+    def update(self, group: Pairs) -> None:
+        """Eq. 8-10: one gradient update of policy and critic on the pairs of `group`."""
+        progress = self.context.progress
+        batch, targets = progress.batch(), progress.targets
+        assert targets is not None, "they come before the updates"
+        self.update_policy(batch, targets, *group)
+        if self.critic is not None:
+            self._update_critic(batch, targets, *group)
+
+    def update_policy(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
+        """Eq. 8, averaged over the M pairs."""
+
+        def accumulate(part: slice) -> None:
+            self._accumulate(batch, targets, rows[part], steps[part], len(rows))
+
+        self.context.update_policy(len(rows), accumulate)
+
+    def _accumulate(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor, total: int) -> None:
+        """Add the gradients and metrics of B pairs out of the `total` M of the update."""
+        context, share = self.context, len(rows) / total
+        ratio, log_ratio = self.ratio(batch, rows, steps)
+        losses = objectives.policy_loss(ratio, targets["temporal_rewards"][rows, steps], self.clip_range)
+        loss = losses.sum() / total
+        loss.backward()
+        ratio, log_ratio = ratio.detach(), log_ratio.detach()
+        context.add("policy/loss", loss)
+        context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
+        context.add("policy/clip_fraction", share * objectives.clip_fraction(ratio, self.clip_range))
+        if context.progress.updates == 0:  # of the epoch: the policy is still the one that sampled
+            context.raise_to("policy/ratio_drift", (ratio - 1).abs().max())
+
+    def ratio(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """rho of Eq. 8 and its logarithm for pairs of samples and steps, (B,) each."""
+        conditioning = self.policy.encode_prompts([batch.prompts[row] for row in rows.tolist()])
+        rows, steps = rows.to(self.policy.device), steps.to(self.policy.device)
+        mean, sigma, _ = self.policy.step(batch.latents[rows, steps], steps, conditioning)
+        log_ratio = log_prob(batch.latents[rows, steps + 1], mean, sigma) - batch.log_probs[rows, steps]
+        return log_ratio.exp(), log_ratio
+
+    def _update_critic(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
+        """Eq. 9-10 over the M pairs at once: the critic is small, and its dropout then knows no micro-batches."""
+        context, config = self.context, self.config
+        assert self.critic is not None and batch.image_embeds is not None
+        self.critic_optimizer.zero_grad()
+        seed = (config.seed, "dropout", context.epoch + 1, context.progress.updates, context.accelerator.process_index)
+        residuals = self.critic(batch.image_embeds[rows, steps], dropout=generator_at(*seed))
+        old, returns = targets["residuals"][rows, steps], targets["returns"][rows, steps]
+        loss = objectives.critic_loss(residuals, old, returns, config.critic.clip_range).mean()
+        loss.backward()
+        context.add("critic/loss", loss)
+        context.step(self.critic_optimizer, config.critic.max_grad_norm)
+
+    # --- after the updates
+
+    def metrics(self, batch: Trajectories) -> Metrics:
+        gather, targets, metrics = self.context.gather, self.context.progress.targets, Metrics()
+        if self.critic is not None:
+            assert targets is not None
+            explained = objectives.explained_variance(gather(targets["residuals"]), gather(targets["returns"]))
+            metrics["critic/explained_variance"] = explained.item()
+        if self.config.kl.coefficient > 0:
+            metrics |= {"kl/nats": gather(batch.kl).sum(1).mean().item(), "kl/coefficient": self.kl.value}
+        return metrics
+
+    def finish(self, batch: Trajectories) -> Metrics:
+        """Eq. 11-12: measure every epoch, reset every F epochs."""
+        metrics = self.neurons.of_critic(batch.image_embeds) if batch.image_embeds is not None else Metrics()
+        if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
+            metrics |= self.neurons.of_policy(batch)
+        return metrics
+
+    # --- what it keeps
+
+    def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
+        tensors: dict[str, TensorGroup] = {}
+        if self.critic is not None:
+            tensors["critic"] = self.critic.state_dict()
+            tensors["critic_optimizer"] = optimizer_tensors(self.critic_optimizer, dict(self.critic.named_parameters()))
+        tensors |= {f"active_{group}": masks for group, masks in self.neurons.active.items()}
+        return tensors, {"kl_coefficient": self.kl.value, "moments": self.moments.state_dict()}
+
+    def load_state(self, tensors: dict[str, TensorGroup], plain: dict[str, Any]) -> None:
+        if self.critic is not None:
+            self.critic.load_state_dict(tensors["critic"])
+            named = dict(self.critic.named_parameters())
+            load_optimizer_tensors(self.critic_optimizer, named, tensors["critic_optimizer"])
+        prefix = "active_"
+        self.neurons.active = {
+            name.removeprefix(prefix): masks for name, masks in tensors.items() if name.startswith(prefix)
+        }
+        self.kl.value = plain["kl_coefficient"]
+        self.moments.load_state_dict(plain["moments"])

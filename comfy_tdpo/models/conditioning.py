@@ -1,0 +1,64 @@
+"""What a denoiser needs to know of prompts, opaque to everyone else.
+
+Shapes: B prompts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+Rows = slice | list[int]  # or int64 (B,)
+
+
+class Conditioning(ABC):
+    """The conditioning of B prompts, a row each."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, rows: Rows | Tensor) -> Self:
+        """Those rows, in that order."""
+
+    @classmethod
+    @abstractmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all `parts`, in order."""
+
+    @abstractmethod
+    def expand(self, count: int) -> Self:
+        """Its one row `count` times."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self: ...
+
+
+class TensorConditioning(Conditioning):
+    """A Conditioning made of tensors, (B, ...) each, under names that the denoiser knows."""
+
+    def __init__(self, **parts: Tensor):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, rows: Rows | Tensor) -> TensorConditioning:
+        return self._each(lambda part: part[rows])
+
+    @classmethod
+    def cat(cls, parts: Sequence[TensorConditioning]) -> TensorConditioning:
+        return cls(**{name: torch.cat([part.parts[name] for part in parts]) for name in parts[0].parts})
+
+    def expand(self, count: int) -> TensorConditioning:
+        return self._each(lambda part: part.expand(count, *part.shape[1:]))
+
+    def to(self, device: torch.device | str) -> TensorConditioning:
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TensorConditioning:
+        return type(self)(**{name: change(part) for name, part in self.parts.items()})

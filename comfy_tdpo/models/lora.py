@@ -1,0 +1,90 @@
+"""LoRA (arXiv 2106.09685) on a U-Net: adapters in, one safetensors file out that every tool loads.
+
+Files are in kohya's key format, which ComfyUI, A1111 and diffusers all read; ComfyUI skips diffusers' own keys for
+attention projections without a word.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from ..randomness import generator_at
+from ..tensor_files import write_tensors
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = {
+    "attention": ATTENTION,
+    "attention+feed-forward": (*ATTENTION, "ff.net.0.proj", "ff.net.2"),
+}
+
+
+class UNetLora:
+    """A Trainable: float32 adapters on a U-Net, which computes what it did before until they are trained.
+
+    Args:
+        unet: the network that gets the adapters; rank: theirs; alpha: their scale times the rank.
+        targets: a key of TARGETS; seed: of A's draw from N(0, 1/rank), as in the authors' code. B starts at zero.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int):
+        if targets not in TARGETS:
+            raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
+        self.network, self.alpha = unet, alpha
+        with torch.random.fork_rng([]):  # peft draws from torch's global generator; its draw of A is replaced below
+            unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets])))
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad
+        }
+        for name, parameter in self.parameters.items():
+            parameter.data = parameter.data.float()
+            if "lora_A" in name:
+                fresh = torch.randn(parameter.shape, generator=generator_at(seed, "lora", name)) / rank
+                parameter.data.copy_(fresh)
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapters' weights under peft's names, for checkpoints."""
+        return get_peft_model_state_dict(self.network)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave.
+
+        Raises:
+            ValueError: it is the state of other adapters.
+        """
+        different = sorted(state.keys() ^ self.state().keys())
+        if different:
+            raise ValueError(
+                f"got adapter weights of another model or of other targets: {different[0]!r} (and maybe more) is in "
+                "one of the two only; expected those of the same model and policy.targets"
+            )
+        set_peft_model_state_dict(self.network, state)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside the block the network is the frozen base model: the adapters are off."""
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    def kohya_state(self) -> dict[str, Tensor]:
+        """The adapters' weights under kohya's names: lora_unet_<path>.lora_down.weight, .lora_up.weight and .alpha."""
+        state = {}
+        for key, weight in self.state().items():
+            path, matrix, _ = key.rsplit(".", 2)  # down_blocks.0...to_q, lora_A, weight
+            module = f"lora_unet_{path.replace('.', '_')}"
+            direction = {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
+            state[f"{module}.{direction}.weight"] = weight.detach().float()
+            state[f"{module}.alpha"] = torch.tensor(float(self.alpha))
+        return state
+
+    def export(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the adapters to `path` in kohya's format; `metadata` goes into the file's header."""
+        write_tensors(path, self.kohya_state(), {"format": "pt", **metadata})

@@ -1,0 +1,39 @@
+"""AdamW as settings describe it, and its state under the parameters' names."""
+
+import torch
+from torch import Tensor, nn
+
+from .settings import OptimizerSettings
+
+
+def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """AdamW's state as <parameter's name>:<moment's name>."""
+    return {
+        f"{name}:{moment}": value
+        for name, parameter in parameters.items()
+        for moment, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, to the parameters of the same names in the optimizer's one group."""
+    (group,) = optimizer.param_groups
+    names = {parameter: name for name, parameter in parameters.items()}
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(":")
+        state.setdefault(name, {})[moment] = value
+    by_position = {i: state[names[p]] for i, p in enumerate(group["params"]) if names[p] in state}
+    optimizer.load_state_dict({"state": by_position, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,62 @@
+"""Processes: how a model's output becomes a Gaussian denoising step, and their registry.
+
+Shapes: B batch, T denoising steps, C H W latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ..registry import entry, look_up
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Step(NamedTuple):
+    """One step p(x_{k+1} | x_k, c) = N(mean, std^2), float32: mean and clean (B, C, H, W), std (B, 1, 1, 1).
+
+    clean: the clean latent that the model's output predicts.
+    """
+
+    mean: Tensor
+    std: Tensor
+    clean: Tensor
+
+
+class Process(Protocol):
+    """The T steps from noise to a clean latent.
+
+    times: (T,) on the policy's device, what the denoiser is told of the noise level at each step.
+    stochastic: (T,) bool on the CPU: the steps that have a density. The others are sampled and never trained.
+    """
+
+    times: Tensor
+    stochastic: Tensor
+
+    def __len__(self) -> int: ...
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """x_0, the latent that sampling starts from, of standard normal `noise`; both (B, C, H, W)."""
+        ...
+
+    def step(self, output: Tensor, latents: Tensor, positions: Tensor) -> Step:
+        """The step from `latents` x_k at `positions` k, int64 (B,), given the model's (guided) `output`."""
+        ...
+
+
+MakeProcess = Callable[[Any, int, "torch.device"], Process]  # (the model's noise schedule, T, device)
+
+# name -> "module:attribute", where the attribute is a MakeProcess.
+PROCESSES = {"ddim": "comfy_tdpo.process.ddim:make_ddim"}
+
+
+def make_process(name: str, scheduler: Any, steps: int, device: torch.device) -> Process:
+    """The process `name` over `steps` steps of the model's own noise schedule `scheduler`.
+
+    Raises:
+        ValueError: there is no such process, or it cannot take this schedule or that number of steps.
+    """
+    return look_up(entry(PROCESSES, "process", name))(scheduler, steps, device)
