@@ -6,12 +6,12 @@ import threading
 import pytest
 from fake_training import begin, runs_in, wanted
 
-from comfy_tdpo.nodes import answers
-from comfy_tdpo.nodes.choosing import choose, is_done, token
-from comfy_tdpo.nodes.runs import finite, newest_grid
-from comfy_tdpo.nodes.scoring import RewardChoice
-from comfy_tdpo.nodes.snapshots import snapshots
-from comfy_tdpo.nodes.starting import check_device_free, job_under_way, prepare, wait_for
+from comfy_tdpo.nodes.runs import answers
+from comfy_tdpo.nodes.runs.registry import finite, newest_grid
+from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+from comfy_tdpo.nodes.runs.select import choose, is_done, token
+from comfy_tdpo.nodes.runs.snapshots import snapshots
+from comfy_tdpo.nodes.runs.start import check_device_free, job_under_way, prepare, wait_for
 
 KEYS = (
     "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
@@ -175,7 +175,7 @@ def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
 
     import torch
 
-    from comfy_tdpo.nodes.starting import start
+    from comfy_tdpo.nodes.runs.start import start
 
     want, run = wanted(), runs.folder("one")
     prepare(runs, run, want.config(), want.prompts())
@@ -267,14 +267,14 @@ def test_epochs_and_the_end_are_always_told(runs):
 def test_phases_are_told_now_and_then(runs, monkeypatch):
     from types import SimpleNamespace
 
-    from comfy_tdpo.nodes import starting
+    from comfy_tdpo.nodes.runs import start
 
     clock = [0.0]
-    monkeypatch.setattr(starting.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(start.time, "monotonic", lambda: clock[0])
     want = wanted()
     prepare(runs, runs.folder("one"), want.config(), want.prompts())
     told = []
-    teller = starting.Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
+    teller = start.Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
     for clock[0] in (1.0, 1.1, 1.19, 1.21, 1.3):
         teller("phase", SimpleNamespace(phase="sampling", metrics=None))
     teller("phase", SimpleNamespace(phase="updating", metrics=None))

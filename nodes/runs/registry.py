@@ -13,8 +13,8 @@ from typing import Any
 
 from comfy_tdpo.rewards import name_of_sum
 
-from ..trainer.job import ENDED, Job, find_job
-from ..trainer.run import CONFIG, EpochMetrics, RunFolder, epoch_in, write_atomically
+from ...trainer.job import ENDED, Job, find_job
+from ...trainer.run import CONFIG, EpochMetrics, RunFolder, epoch_in, write_atomically
 from .names import check_run_name, problem_with
 
 Fields = dict[str, Any]
@@ -226,7 +226,7 @@ def _samples(run: RunFolder) -> bytes:
 def _rewards(run: RunFolder) -> bytes:
     import io
 
-    from ..trainer.plots import reward_figure
+    from ...trainer.plots import reward_figure
 
     buffer = io.BytesIO()
     reward_figure(run.metrics(), run.config).save(buffer, "png")

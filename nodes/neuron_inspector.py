@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .wires import CATEGORY, Run
+from .comfy.sockets import CATEGORY, Run
 
 
 class NeuronInspector(io.ComfyNode):
@@ -26,6 +26,6 @@ class NeuronInspector(io.ComfyNode):
     @classmethod
     def execute(cls, run) -> io.NodeOutput:
         from ..trainer.neuron_plot import described, neuron_figure
-        from .results import as_tensor
+        from .runs.outputs import as_tensor
 
         return io.NodeOutput(as_tensor(neuron_figure(run)), described(run))

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from ..trainer import job as jobs
-from ..trainer.config import TrainConfig
-from ..trainer.job import ENDED, Job, Status, TrainingFactory
-from ..trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
-from .choosing import is_blank
-from .runs import Fields, Runs, finite, mark_node
+from ...trainer import job as jobs
+from ...trainer.config import TrainConfig
+from ...trainer.job import ENDED, Job, Status, TrainingFactory
+from ...trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
+from .registry import Fields, Runs, finite, mark_node
+from .select import is_blank
 
 SECONDS_TO_SAVE = 60  # that a training gets when ComfyUI quits: the step it is in, and a checkpoint
 SECONDS_BETWEEN_EVENTS = 0.2
@@ -81,7 +81,7 @@ def _keep(runs: Runs, run: RunFolder, event: str) -> None:
         return
     runs.share_lora(run)
     if event == "end" and run.metrics():
-        from ..trainer.plots import save_plots
+        from ...trainer.plots import save_plots
 
         save_plots(run)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 
-from ..trainer.config import Fields, TrainConfig, make_config, override, plain_values
-from ..trainer.run import RunFolder
-from .scoring import RewardChoice, joined
-from .words import AUTO, check_choice
+from ...trainer.config import Fields, TrainConfig, make_config, override, plain_values
+from ...trainer.run import RunFolder
+from .combos import AUTO, check_choice
+from .reward_choice import RewardChoice, joined
 
 SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: of the embedded world, and the paper's
 INPUTS = (
