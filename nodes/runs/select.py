@@ -6,7 +6,7 @@ from ...trainer.run import CONFIG, RunFolder
 from .combos import AS_IT_IS, NEW
 from .names import check_run_name, later_name
 from .registry import Runs
-from .settings import difference
+from .resume import difference
 
 
 def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
