@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .comfy.folders import lora_modified, lora_names
 from .comfy.sockets import CATEGORY, Run
 from .runs.combos import LATEST, NO_FILE, SNAPSHOTS
+from .runs.wording import words_of_nodes
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -59,6 +60,7 @@ class ApplyLoRA(io.ComfyNode):
         return lora_modified(lora_name)
 
     @classmethod
+    @words_of_nodes()
     def execute(cls, model, strength: float, snapshot: str, epoch: int, lora_name: str, run=None) -> io.NodeOutput:
         from .comfy.lora import apply_file, apply_run
 

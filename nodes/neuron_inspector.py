@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .comfy.sockets import CATEGORY, Run
+from .runs.wording import words_of_nodes
 
 
 class NeuronInspector(io.ComfyNode):
@@ -24,6 +25,7 @@ class NeuronInspector(io.ComfyNode):
         )
 
     @classmethod
+    @words_of_nodes()
     def execute(cls, run) -> io.NodeOutput:
         from ..trainer.neuron_plot import described, neuron_figure
         from .runs.outputs import as_tensor

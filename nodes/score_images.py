@@ -6,6 +6,7 @@ from torch import Tensor
 from .comfy.scoring import captioned, described, device_with_room, prompt_of_each, score
 from .comfy.sockets import CATEGORY, Reward
 from .runs.reward_choice import RewardChoice
+from .runs.wording import words_of_nodes
 
 
 class ScoreImages(io.ComfyNode):
@@ -35,6 +36,7 @@ class ScoreImages(io.ComfyNode):
         )
 
     @classmethod
+    @words_of_nodes()
     def execute(cls, images: Tensor, reward: RewardChoice, prompt: str) -> io.NodeOutput:
         prompts = prompt_of_each(prompt, len(images))
         scores = score(images, prompts, reward, device_with_room())

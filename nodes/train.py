@@ -8,6 +8,7 @@ from comfy_tdpo.prompts import prompt_sets
 
 from .comfy.sockets import CATEGORY, Critic, Reward, Run
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
+from .runs.wording import words_of_nodes
 
 ALGORITHMS = ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"]
 AS_PRESET = " 0: as in the preset, which is 'shapes' for the Shapes Model and the paper's for any other."
@@ -163,6 +164,7 @@ class Train(io.ComfyNode):
         return token(all_runs(), run_name, wait=mode == WAIT)
 
     @classmethod
+    @words_of_nodes()
     def execute(
         cls,
         model,
