@@ -99,12 +99,3 @@ def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fiel
             yield from leaves(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
-
-
-def changeable(section: type[Section], prefix: str = "") -> Iterator[str]:
-    """The dotted names of the settings that a run may change when it resumes; a section stands for all of its own."""
-    for name, info in section.model_fields.items():
-        if MAY_CHANGE in info.metadata:
-            yield f"{prefix}{name}"
-        elif inner := section_of(info):
-            yield from changeable(inner, f"{prefix}{name}.")

@@ -1,20 +1,22 @@
-"""ComfyUI's nodes for the trainer: thin, over plain classes that know nothing of ComfyUI."""
+"""The nodes' schemas, one file a node; `comfy/` touches ComfyUI, and `runs/` holds runs as a graph sees them."""
 
 
 async def comfy_entrypoint():
     """The extension ComfyUI asks for. ComfyUI is imported here, so that this package can be imported without it."""
     from comfy_api.latest import ComfyExtension, io
 
-    from . import reward_files, routes
-    from .apply import ApplyLoRA
-    from .critic import TemporalCritic
-    from .inspector import NeuronInspector
-    from .rewards import RewardModel, ScoreImages
-    from .shapes import ShapesModel
+    from .apply_lora import ApplyLoRA
+    from .comfy.folders import register_rewards_folder
+    from .comfy.routes import register_routes
+    from .neuron_inspector import NeuronInspector
+    from .reward_model import RewardModel
+    from .score_images import ScoreImages
+    from .shapes_model import ShapesModel
+    from .temporal_critic import TemporalCritic
     from .train import Train
 
-    reward_files.register()
-    routes.register()
+    register_rewards_folder()
+    register_routes()
 
     class Extension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:

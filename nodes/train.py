@@ -6,8 +6,9 @@ from comfy_api.latest import io
 
 from comfy_tdpo.prompts import prompt_sets
 
-from .wires import CATEGORY, Critic, Reward, Run
-from .words import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
+from .comfy.sockets import CATEGORY, Critic, Reward, Run
+from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
+from .runs.wording import words_of_nodes
 
 ALGORITHMS = ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"]
 AS_PRESET = " 0: as in the preset, which is 'shapes' for the Shapes Model and the paper's for any other."
@@ -145,7 +146,7 @@ class Train(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, run_name: str | None = None) -> bool | str:
-        from .names import problem_with
+        from .runs.names import problem_with
 
         if run_name is None:  # it comes along a wire, and later
             return True
@@ -157,12 +158,13 @@ class Train(io.ComfyNode):
     def fingerprint_inputs(cls, run_name: str | None, mode: str | None, **_: Any) -> str | float:
         if run_name is None:
             return float("nan")  # equals nothing, so that the node runs whenever it is queued
-        from .choosing import token
-        from .place import all_runs
+        from .comfy.folders import all_runs
+        from .runs.select import token
 
         return token(all_runs(), run_name, wait=mode == WAIT)
 
     @classmethod
+    @words_of_nodes()
     def execute(
         cls,
         model,
@@ -187,9 +189,9 @@ class Train(io.ComfyNode):
         held_out=None,
         settings: str = "",
     ) -> io.NodeOutput:
-        from .graph import Wires
-        from .results import lora_weights, plot_image, sample_image
-        from .training import train
+        from .comfy.executor import train
+        from .comfy.models_in import Wires
+        from .runs.outputs import lora_weights, plot_image, sample_image
 
         check_choice("resume", resume, RESUME)
         check_choice("mode", mode, MODES)

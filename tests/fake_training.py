@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from comfy_tdpo.nodes.configure import Wanted
-from comfy_tdpo.nodes.runs import Runs
-from comfy_tdpo.nodes.scoring import RewardChoice
-from comfy_tdpo.nodes.starting import prepare, start
+from comfy_tdpo.nodes.runs.registry import Runs
+from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+from comfy_tdpo.nodes.runs.settings import Wanted
+from comfy_tdpo.nodes.runs.start import prepare, start
 from comfy_tdpo.trainer.job import Job
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder, write_atomically
 

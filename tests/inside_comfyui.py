@@ -28,7 +28,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E40
 from torch import Tensor, nn  # noqa: E402
 
 from comfy_tdpo.loading import CONFIGS, load_components  # noqa: E402
-from comfy_tdpo.nodes import embedded, native  # noqa: E402
+from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
 from comfy_tdpo.policy import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
@@ -47,19 +47,19 @@ def drawn(*shape: int) -> Tensor:
 def shapes() -> dict[str, float]:
     """The world of Shapes as it lies on disk, as native models, and back."""
     ours = load_components(str(WORLD / "pipeline"))
-    model, clip, vae = embedded.shapes_native()
+    model, clip, vae = shapes_out.shapes_native()
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS)
     expected = ours.unet(latents, timesteps, embeds).sample
-    decoder = native.ComfyDecoder(vae, model)
+    decoder = models_in.ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {
-        "text": difference(native.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS), embeds),
+        "text": difference(models_in.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS), embeds),
         "native unet": difference(model.model.diffusion_model(latents, timesteps, context=embeds), expected),
-        "unet from native": difference(native.diffusers_unet(model)(latents, timesteps, embeds).sample, expected),
+        "unet from native": difference(models_in.diffusers_unet(model)(latents, timesteps, embeds).sample, expected),
         "decoder": difference(decoder(latents), images),
         "native vae": difference(vae.decode(model.model.process_latent_out(latents)).permute(0, 3, 1, 2), images),
-        "alpha_bar": difference(native.scheduler_of(model).alphas_cumprod, ours.scheduler.alphas_cumprod),
+        "alpha_bar": difference(models_in.scheduler_of(model).alphas_cumprod, ours.scheduler.alphas_cumprod),
         "scale of the output": expected.abs().max().item(),
     }
 
@@ -79,8 +79,8 @@ class SmallSD2(comfy.supported_models.SD20):
 def sd2() -> dict[str, float]:
     """The layout of 2.x: linear projections, heads of 64 channels, v-prediction."""
     model = small_sd2()
-    assert native.scheduler_of(model).config.prediction_type == "v_prediction"
-    return both_ways(model, native.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
+    assert models_in.scheduler_of(model).config.prediction_type == "v_prediction"
+    return both_ways(model, models_in.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
 
 
 def small_sd2() -> comfy.model_patcher.ModelPatcher:
@@ -120,8 +120,8 @@ def sd1() -> dict[str, float]:
     latents, context = drawn(1, 4, 8, 8), drawn(1, 77, 768)
     expected = ours(latents, torch.tensor([700]), context).sample
     del ours
-    found = both_ways(model, native.diffusers_unet(model), latents, context)
-    again = native.diffusers_unet(model)(latents, torch.tensor([700]), context).sample
+    found = both_ways(model, models_in.diffusers_unet(model), latents, context)
+    again = models_in.diffusers_unet(model)(latents, torch.tensor([700]), context).sample
     return found | {"as it was before ComfyUI": difference(again, expected)}
 
 
@@ -146,10 +146,10 @@ def both_ways(model, unet: UNet2DConditionModel, latents: Tensor, context: Tenso
 
 def lora(file: str) -> dict[str, float]:
     """What Shapes predicts with the LoRA on, by whoever applies it."""
-    from comfy_tdpo.nodes.applying import apply_weights
-    from comfy_tdpo.nodes.snapshots import read_lora
+    from comfy_tdpo.nodes.comfy.lora import apply_weights
+    from comfy_tdpo.nodes.runs.snapshots import read_lora
 
-    model, _, _ = embedded.shapes_native()
+    model, _, _ = shapes_out.shapes_native()
     parts = load_components(str(WORLD / "pipeline"))
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS)
@@ -179,10 +179,10 @@ def lora(file: str) -> dict[str, float]:
     return {
         "Apply": difference(by_comfyui(ours), expected),
         "diffusers": difference(pipeline.unet(latents, timesteps, context).sample, expected),
-        "baked in": difference(native.diffusers_unet(ours)(latents, timesteps, context).sample, expected),
+        "baked in": difference(models_in.diffusers_unet(ours)(latents, timesteps, context).sample, expected),
         "what it changes": difference(plain, expected),
-        "names differ": float(native.model_name(ours) != native.model_name(model)),
-        "names repeat": float(native.model_name(ours) == native.model_name(apply_again(model, file))),
+        "names differ": float(models_in.model_name(ours) != models_in.model_name(model)),
+        "names repeat": float(models_in.model_name(ours) == models_in.model_name(apply_again(model, file))),
     }
 
 
@@ -206,10 +206,9 @@ class SimpleVAE(SimpleNamespace):
 
 def refusals() -> dict[str, str]:
     """What a user reads who wires in something else."""
-    from comfy_tdpo.nodes.graph import Wires
     from comfy_tdpo.trainer.config import make_config
 
-    model, clip, vae = embedded.shapes_native()
+    model, clip, vae = shapes_out.shapes_native()
     families = {
         "SD3": comfy.supported_models.SD3({"in_channels": 16, "pos_embed_scaling_factor": None}),
         "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
@@ -217,15 +216,17 @@ def refusals() -> dict[str, str]:
         "inpainting": comfy.supported_models.SD15({"model_channels": 320, "context_dim": 768, "in_channels": 9}),
     }
     others = {
-        name: lambda config=config: native.diffusers_unet(SimpleNamespace(model=SimpleNamespace(model_config=config)))
+        name: lambda config=config: models_in.diffusers_unet(
+            SimpleNamespace(model=SimpleNamespace(model_config=config))
+        )
         for name, config in families.items()
     }
     config = make_config("shapes")
     wires = {
-        "another CLIP": lambda: Wires(small_sd2(), clip, vae).factory(config, PROMPTS, CPU),
-        "another VAE": lambda: native.ComfyDecoder(SimpleVAE(16), model),
-        "no CLIP": lambda: Wires(model, None, vae).wanted(),
-        "no VAE": lambda: Wires(model, clip, None).wanted(),
+        "another CLIP": lambda: models_in.Wires(small_sd2(), clip, vae).factory(config, PROMPTS, CPU),
+        "another VAE": lambda: models_in.ComfyDecoder(SimpleVAE(16), model),
+        "no CLIP": lambda: models_in.Wires(model, None, vae).wanted(),
+        "no VAE": lambda: models_in.Wires(model, clip, None).wanted(),
     }
     return {name: refusal(ask) for name, ask in (others | wires).items()}
 

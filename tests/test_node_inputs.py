@@ -2,8 +2,8 @@
 
 import pytest
 
-from comfy_tdpo.nodes.configure import Wanted
-from comfy_tdpo.nodes.scoring import RewardChoice
+from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+from comfy_tdpo.nodes.runs.settings import Wanted
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import make_config
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from comfy_tdpo.nodes.names import check_run_name, later_name, problem_with
+from comfy_tdpo.nodes.runs.names import check_run_name, later_name, problem_with
 
 
 @pytest.mark.parametrize("name", ["a", "my run", "Run-2_b+c.v1", "été 3", "花", "x" * 80, "con2", "com"])

@@ -6,12 +6,13 @@ import threading
 import pytest
 from fake_training import begin, runs_in, wanted
 
-from comfy_tdpo.nodes import answers
-from comfy_tdpo.nodes.choosing import choose, is_done, token
-from comfy_tdpo.nodes.runs import finite, newest_grid
-from comfy_tdpo.nodes.scoring import RewardChoice
-from comfy_tdpo.nodes.snapshots import snapshots
-from comfy_tdpo.nodes.starting import check_device_free, job_under_way, prepare, wait_for
+from comfy_tdpo.nodes.runs import answers, resume
+from comfy_tdpo.nodes.runs.registry import finite, newest_grid
+from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+from comfy_tdpo.nodes.runs.select import choose, is_done, token
+from comfy_tdpo.nodes.runs.snapshots import snapshots
+from comfy_tdpo.nodes.runs.start import check_device_free, job_under_way, prepare, wait_for
+from comfy_tdpo.trainer.config import override
 
 KEYS = (
     "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
@@ -66,7 +67,7 @@ def test_what_is_finished_is_given_again_as_it_would_only_repeat_itself(runs):
         ({"seed": 7}, "seed was 42 and is 7"),
         ({"model": "comfyui:Test:2"}, "model was 'comfyui:Test:1' and is 'comfyui:Test:2'"),
         ({"text": "a blue circle"}, "its prompts were others"),
-        ({"algorithm": "ddpo-100"}, "advantage_clip was 'none' and is 5.0"),
+        ({"algorithm": "ddpo-100"}, "algorithm was 'tdpo-r' and is 'ddpo-100'"),
     ],
 )
 def test_other_settings_are_another_run(runs, change, difference):
@@ -105,6 +106,22 @@ def test_a_run_goes_on_with_files_that_have_moved(runs):
     assert chosen(runs, reward=reward("/b")) == "one"
     finish(runs, reward=reward("/b"), epochs=3)
     assert runs.find("one").config.reward_weights == {"hpsv2": "/b/HPS_v2_compressed.pt"}
+
+
+@pytest.mark.parametrize("may_change", [None, lambda name: name in ("epochs", "micro_batch")], ids=["ours", "another"])
+def test_what_may_change_is_said_in_one_place(runs, monkeypatch, may_change):
+    """Which run is meant and what it goes on with both follow it."""
+    if may_change:
+        monkeypatch.setattr(resume, "may_change", may_change)
+    finish(runs)
+    kept = runs.find("one").config
+    free, fixed = ("output.samples_every", "micro_batch")[:: -1 if may_change else 1]
+    with pytest.raises(ValueError, match=f"begun with other settings: {fixed} was .* and is 2;"):
+        chosen(runs, settings=f"{fixed} = 2")
+    assert chosen(runs, settings=f"{free} = 2") == "one"
+    finish(runs, settings=f"{free} = 2", epochs=3)
+    expected = override(kept, {"epochs": 3} | ({"micro_batch": 2} if may_change else {"output": {"samples_every": 2}}))
+    assert runs.find("one").config == expected
 
 
 def test_the_token_changes_with_what_a_node_would_give(runs):
@@ -175,7 +192,7 @@ def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
 
     import torch
 
-    from comfy_tdpo.nodes.starting import start
+    from comfy_tdpo.nodes.runs.start import start
 
     want, run = wanted(), runs.folder("one")
     prepare(runs, run, want.config(), want.prompts())
@@ -267,14 +284,14 @@ def test_epochs_and_the_end_are_always_told(runs):
 def test_phases_are_told_now_and_then(runs, monkeypatch):
     from types import SimpleNamespace
 
-    from comfy_tdpo.nodes import starting
+    from comfy_tdpo.nodes.runs import start
 
     clock = [0.0]
-    monkeypatch.setattr(starting.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(start.time, "monotonic", lambda: clock[0])
     want = wanted()
     prepare(runs, runs.folder("one"), want.config(), want.prompts())
     told = []
-    teller = starting.Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
+    teller = start.Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
     for clock[0] in (1.0, 1.1, 1.19, 1.21, 1.3):
         teller("phase", SimpleNamespace(phase="sampling", metrics=None))
     teller("phase", SimpleNamespace(phase="updating", metrics=None))

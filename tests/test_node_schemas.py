@@ -13,13 +13,13 @@ from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.trainer import config
 
 NODES = {
-    "TDPORewardModel": "rewards.RewardModel",
-    "TDPOTemporalCritic": "critic.TemporalCritic",
+    "TDPORewardModel": "reward_model.RewardModel",
+    "TDPOTemporalCritic": "temporal_critic.TemporalCritic",
     "TDPOTrain": "train.Train",
-    "TDPONeuronInspector": "inspector.NeuronInspector",
-    "TDPOApplyLoRA": "apply.ApplyLoRA",
-    "TDPOScoreImages": "rewards.ScoreImages",
-    "TDPOShapesModel": "shapes.ShapesModel",
+    "TDPONeuronInspector": "neuron_inspector.NeuronInspector",
+    "TDPOApplyLoRA": "apply_lora.ApplyLoRA",
+    "TDPOScoreImages": "score_images.ScoreImages",
+    "TDPOShapesModel": "shapes_model.ShapesModel",
 }
 
 

@@ -19,12 +19,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
-# folder -> the name it is imported by, and the rooms it may import.
+# folder -> the name it is imported by; room -> the rooms it may import. Of ComfyUI the schemas need comfy_api alone.
 ROOMS = {"comfy_tdpo": "comfy_tdpo", "trainer": "comfy_tdpo.trainer", "nodes": "comfy_tdpo.nodes"}
 ARROW = {
     "comfy_tdpo": {"comfy_tdpo"},
     "trainer": {"comfy_tdpo", "trainer"},
-    "nodes": {"comfy_tdpo", "trainer", "nodes", "ComfyUI"},
+    "nodes/runs": {"comfy_tdpo", "trainer", "nodes/runs"},
+    "nodes/comfy": {"comfy_tdpo", "trainer", "nodes/runs", "nodes/comfy", "comfy_api", "ComfyUI"},
+    "nodes": {"comfy_tdpo", "trainer", "nodes/runs", "nodes/comfy", "nodes", "comfy_api"},
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras"}
 COMFYUI |= {"execution", "folder_paths", "nodes", "server"}
@@ -67,16 +69,23 @@ def imported(path: Path, source: str) -> Iterator[tuple[str, bool]]:
 
 
 def room_of(name: str) -> str:
-    """The room that the import `name` leads to, ComfyUI, or nothing where it is somebody else's."""
+    """The room that the import `name` leads to, comfy_api, ComfyUI, or nothing where it is somebody else's."""
     top, *rest = name.split(".")
     if top == "comfy_tdpo":
-        return rest[0] if rest and rest[0] in ("trainer", "nodes") else "comfy_tdpo"
+        return _inner("/".join(rest[:2])) if rest and rest[0] in ("trainer", "nodes") else "comfy_tdpo"
+    if top == "comfy_api":
+        return top
     return "ComfyUI" if top in COMFYUI else ""
+
+
+def _inner(place: str) -> str:
+    """The room that a path such as nodes/runs or trainer/config lies in."""
+    return place if place in ARROW else place.split("/")[0]
 
 
 def wrong_imports(path: Path, source: str) -> list[str]:
     """The imports in `source`, the file `path` below the root, that go against the arrow or are not spelled our way."""
-    here = path.parts[0]
+    here = _inner("/".join(path.parts[:2]))
     wrong = []
     for name, by_place in imported(path, source):
         there = room_of(name)
@@ -84,7 +93,7 @@ def wrong_imports(path: Path, source: str) -> list[str]:
             wrong.append(f"{path}: {here} must not import {name} of {there}")
         elif here != "comfy_tdpo" and there == "comfy_tdpo" and by_place:
             wrong.append(f"{path}: import {name} by name, from comfy_tdpo...")
-        elif there in ("trainer", "nodes") and not by_place:
+        elif there.startswith(("trainer", "nodes")) and not by_place:
             wrong.append(f"{path}: import {name} by place, from . or ..")
         elif name.split(".")[0] == "trainer":
             wrong.append(f"{path}: {name} is not importable; it is called comfy_tdpo.{name}")
@@ -116,6 +125,17 @@ def test_imports_follow_the_arrow(path):
         ("trainer/job.py", "from trainer.config import TrainConfig"),
         ("nodes/train.py", "from comfy_tdpo.trainer.job import Job"),
         ("nodes/train.py", "from ..policy import DiffusionPolicy"),
+        ("nodes/train.py", "import folder_paths"),
+        ("nodes/train.py", "def execute():\n    from comfy import model_management"),
+        ("nodes/comfy/executor.py", "from ..train import Train"),
+        ("nodes/comfy/executor.py", "from ...policy import DiffusionPolicy"),
+        ("nodes/runs/start.py", "import comfy.model_management"),
+        ("nodes/runs/start.py", "from comfy_api.latest import io"),
+        ("nodes/runs/start.py", "def stop():\n    from server import PromptServer"),
+        ("nodes/runs/start.py", "from ..comfy.folders import all_runs"),
+        ("nodes/runs/start.py", "from .. import comfy"),
+        ("nodes/runs/start.py", "from ..train import Train"),
+        ("nodes/runs/start.py", "from comfy_tdpo.nodes.runs.registry import Runs"),
     ],
 )
 def test_the_arrow_finds(path, line):
@@ -132,6 +152,11 @@ def test_the_arrow_finds(path, line):
         ("trainer/job.py", "from comfy_tdpo import __version__, neurons"),
         ("nodes/train.py", "from ..trainer.job import Job"),
         ("nodes/train.py", "from comfy_api.latest import io"),
+        ("nodes/train.py", "from .comfy.sockets import Run"),
+        ("nodes/comfy/lora.py", "import comfy.sd"),
+        ("nodes/comfy/lora.py", "from ..runs.snapshots import read_lora"),
+        ("nodes/runs/start.py", "from ...trainer import job as jobs"),
+        ("nodes/runs/start.py", "from .registry import Runs"),
     ],
 )
 def test_the_arrow_allows(path, line):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from comfy_tdpo.nodes import scoring
-from comfy_tdpo.nodes.scoring import RewardChoice, captioned, described, prompt_of_each, score
+from comfy_tdpo.nodes.comfy import scoring
+from comfy_tdpo.nodes.comfy.scoring import captioned, described, prompt_of_each, score
+from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.rewards import RewardError, load_reward
 
 CPU = torch.device("cpu")

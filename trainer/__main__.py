@@ -18,7 +18,8 @@ from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.rewards.function import allow_functions
 
 from .arguments import WRONG_INPUT, flags_of, make_parser, overrides, with_dashes
-from .config import TrainConfig, make_config, may_change, override, plain_values
+from .changes import changeable
+from .config import TrainConfig, make_config, override, plain_values
 from .run import CONFIG, RunFolder, TrainingError
 
 FINISHED, FAILED, STOPPED = 0, 1, 130
@@ -105,7 +106,7 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
     """The run's own, with what may be changed."""
     changes, config = overrides(args), run.config
-    free = may_change(config)
+    free = list(changeable(type(config)))
     if args.run_dir or args.config or args.preset or changes.keys() - set(free):
         raise ValueError(
             f"got --resume with other settings; expected it alone, or with {flags_of(free)}: a run continues as it was "

@@ -11,7 +11,8 @@ from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.settings import section_of
 
-from .config import NONE, TrainConfig, leaf_fields, may_change, presets
+from .changes import changeable
+from .config import NONE, TrainConfig, leaf_fields, presets
 
 WRONG_INPUT = 2  # exit status
 
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume",
         type=Path,
         metavar="DIR",
-        help=f"continue the run in this folder; {flags_of(may_change(TrainConfig()))} may change",
+        help=f"continue the run in this folder; {flags_of(list(changeable()))} may change",
     )
     where.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     where.add_argument(

@@ -25,7 +25,6 @@ from comfy_tdpo.settings import (
     Positive,
     Section,
     Unset,
-    changeable,
     leaves,
     section_of,
 )
@@ -271,11 +270,6 @@ def leaf_fields(algorithm: str | None = None) -> Iterator[tuple[str, FieldInfo]]
             if field not in seen:
                 seen.add(field)
                 yield field, info
-
-
-def may_change(config: TrainConfig) -> list[str]:
-    """The dotted names of the settings that a run may change when it resumes; a section stands for all of its own."""
-    return list(changeable(type(config)))
 
 
 def plain_values(config: TrainConfig) -> Fields:

@@ -5,7 +5,6 @@ All that the routes and the nodes tell of runs is made here, without ComfyUI and
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 
 from comfy_tdpo.rewards import name_of_sum
 
-from ..trainer.job import ENDED, Job, find_job
-from ..trainer.run import CONFIG, EpochMetrics, RunFolder, epoch_in, write_atomically
+from ...trainer.job import ENDED, Job, find_job
+from ...trainer.run import CONFIG, EpochMetrics, RunFolder, epoch_in, write_atomically
 from .names import check_run_name, problem_with
+from .wording import in_words_of_nodes, without_folders
 
 Fields = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Runs:
         """
         run = self.folder(name)
         if not self.exists(name):
-            raise NoSuchRun(f"got run {name!r}; expected one of those in output/tdpo: start it in a TDPO Train node")
+            raise NoSuchRun(f"got run {name!r}; expected one of those in output/tdpo: start it in a TDPO-R Train node")
         return run
 
     def exists(self, name: str) -> bool:
@@ -112,8 +112,8 @@ class Runs:
         return self.status(run)
 
     def told(self, text: str) -> str:
-        """`text` without the folders of this machine, for whoever asks from elsewhere."""
-        return _BARE.sub("", _QUOTED.sub(r"\1", text.replace(f"{self.root}", "output/tdpo")))
+        """`text` as a graph says it, without the folders of this machine, for whoever asks from elsewhere."""
+        return without_folders(in_words_of_nodes(text).replace(f"{self.root}", "output/tdpo"))
 
     # --- its LoRA, where Load LoRA looks ----------------------------------------------------------------------------
 
@@ -133,13 +133,6 @@ class Runs:
 
     def _shared_lora(self, run: RunFolder) -> Path:
         return self.loras / "tdpo" / f"{run.path.name}.safetensors"
-
-
-# An absolute path up to its last part, of Windows or of others. Only between quotes may its names have spaces:
-# elsewhere nobody could tell where it ends.
-_START = r"(?:[A-Za-z]:|~)?[/\\]"
-_QUOTED = re.compile(rf"""(['"]){_START}[^'"\n]*[/\\](?=[^'"\n]*\1)""")
-_BARE = re.compile(rf"""(?<![\w.~/\\'"]){_START}(?:[^\s/\\'":;,()]+[/\\])+""")
 
 
 def _of_job(job: Job) -> Fields:
@@ -226,7 +219,7 @@ def _samples(run: RunFolder) -> bytes:
 def _rewards(run: RunFolder) -> bytes:
     import io
 
-    from ..trainer.plots import reward_figure
+    from ...trainer.plots import reward_figure
 
     buffer = io.BytesIO()
     reward_figure(run.metrics(), run.config).save(buffer, "png")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from .runs import NoSuchRun, NotRunning, Runs
+from .registry import NoSuchRun, NotRunning, Runs
 
 STATUS = {NoSuchRun: 404, NotRunning: 409}
 

@@ -4,42 +4,27 @@ Shapes: B images, H W pixels; ComfyUI's images are float (B, H, W, 3) in [0, 1].
 """
 
 import statistics
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from comfy_tdpo.rewards import check_reward, load_rewards, name_of_sum, score_images
+from comfy_tdpo.rewards import load_rewards, score_images
+
+from ..runs.reward_choice import RewardChoice
 
 SCORED_AT_ONCE = 16
+ROOM = 5 * 2**30  # bytes: the largest reward in float32, and what it computes with
 
 
-@dataclass(frozen=True)
-class RewardChoice:
-    """Rewards by name: the weight of each in their sum, and the file of those that are not to be looked for."""
+def device_with_room() -> torch.device:
+    """ComfyUI's device, after ComfyUI has made room for a reward there."""
+    from comfy import model_management  # here, so that the rest is tested without ComfyUI
 
-    weights: dict[str, float]
-    files: dict[str, str] = field(default_factory=dict)
-
-    def with_reward(self, name: str, weight: float, file: str | None = None) -> "RewardChoice":
-        """This and one more; the weights of one that is in already add up."""
-        check_reward(name)
-        files = joined(self.files, {name: file} if file else {})
-        return RewardChoice(self.weights | {name: self.weights.get(name, 0.0) + weight}, files)
-
-    @property
-    def name(self) -> str:
-        return name_of_sum(self.weights)
-
-
-def joined(files: dict[str, str], others: dict[str, str]) -> dict[str, str]:
-    """Both; ValueError where they differ about a reward, which is one model in a run."""
-    for name, file in others.items():
-        if files.get(name, file) != file:
-            raise ValueError(f"got {files[name]} and {file} as the weights of reward {name!r}; choose one of them")
-    return files | others
+    device = model_management.get_torch_device()
+    model_management.free_memory(ROOM, device)
+    return device
 
 
 def prompt_of_each(text: str, images: int) -> list[str]:

@@ -1,12 +1,12 @@
 """Which run a Train node means, and when it would give something new."""
 
-from ..trainer.config import TrainConfig
-from ..trainer.job import ENDED
-from ..trainer.run import CONFIG, RunFolder
-from .configure import difference
+from ...trainer.config import TrainConfig
+from ...trainer.job import ENDED
+from ...trainer.run import CONFIG, RunFolder
+from .combos import AS_IT_IS, NEW
 from .names import check_run_name, later_name
-from .runs import Runs
-from .words import AS_IT_IS, NEW
+from .registry import Runs
+from .resume import difference
 
 
 def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> RunFolder:

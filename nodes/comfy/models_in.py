@@ -2,13 +2,15 @@
 
 Nothing that comes in is shared with the training: weights are copied, with the LoRAs that are applied to a MODEL baked
 in, and the copies belong to the caller. They are made outside of inference mode, in which ComfyUI runs its nodes and
-whose tensors can never be trained. Imports ComfyUI, so it is itself imported by the nodes only.
+whose tensors can never be trained.
 """
 
 import copy
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.lora
@@ -21,8 +23,61 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from comfy_tdpo.models.conditioning import TensorConditioning
+from comfy_tdpo.models.stable_diffusion import StableDiffusion
+from comfy_tdpo.policy import DiffusionPolicy
+
+from ...trainer.assemble import DTYPES, assemble, policy_settings
+from ...trainer.config import TrainConfig
+from ...trainer.job import TrainingFactory
+from ..runs.settings import Wanted
+from .shapes_out import is_shapes
 
 SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
+
+
+@dataclass(frozen=True)
+class Wires:
+    """MODEL, CLIP and VAE as they come in."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+    def wanted(self, **inputs: Any) -> Wanted:
+        """What is asked for of this MODEL.
+
+        Raises:
+            ValueError: a wire carries nothing, or a MODEL that cannot be trained.
+        """
+        for name, part in (("CLIP", self.clip), ("VAE", self.vae)):
+            if part is None:
+                raise ValueError(
+                    f"got no {name}, as the checkpoint has none; expected one: load it from a file of its own"
+                )
+        diffusers_config(self.model)
+        return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
+
+    def factory(self, config: TrainConfig, prompts: list[str], device: torch.device) -> TrainingFactory:
+        """What makes the Training, on copies of all that is in the wires.
+
+        Raises:
+            ValueError: the three do not belong together.
+        """
+        encode, decode = EncodedPrompts(self.clip, prompts, device), ComfyDecoder(self.vae, self.model)
+        expected = diffusers_config(self.model)["cross_attention_dim"]
+        if encode.width != expected:
+            raise ValueError(
+                f"got a CLIP whose embeddings are {encode.width} wide; expected {expected}: use that of the MODEL's "
+                "checkpoint"
+            )
+        unet = diffusers_unet(self.model, DTYPES[config.precision])
+        make_policy = partial(_policy, unet, scheduler_of(self.model), encode, decode)
+        return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
+
+
+def _policy(unet, scheduler, encode, decode, config: TrainConfig, device: torch.device) -> DiffusionPolicy:
+    settings = policy_settings(config, device)
+    return DiffusionPolicy(StableDiffusion(unet, scheduler, encode, decode.to(device), config.model), **settings)
 
 
 def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:

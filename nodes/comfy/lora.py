@@ -1,14 +1,13 @@
 """Applies LoRAs as ComfyUI does, but for silence where nothing fits."""
 
-from pathlib import Path
 from typing import Any
 
 import comfy.sd
-import folder_paths
 from torch import Tensor
 
-from ..trainer.run import RunFolder
-from .snapshots import epoch_of, find_snapshot, read_lora
+from ...trainer.run import RunFolder
+from ..runs.snapshots import epoch_of, find_snapshot, read_lora
+from .folders import lora_file
 
 
 def apply_run(model: Any, run: RunFolder, snapshot: str, epoch: int, strength: float) -> tuple[Any, str]:
@@ -22,10 +21,8 @@ def apply_run(model: Any, run: RunFolder, snapshot: str, epoch: int, strength: f
 
 def apply_file(model: Any, name: str, strength: float) -> tuple[Any, str]:
     """The MODEL with the LoRA of a file in ComfyUI's list."""
-    path = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
-    if path is None:
-        raise ValueError(f"got LoRA {name!r}; expected a run on the wire, or one of the files in models/loras")
-    return apply_weights(model, read_lora(Path(path)), strength, f"{name!r}"), f"{name}, strength {strength:g}"
+    weights = read_lora(lora_file(name))
+    return apply_weights(model, weights, strength, f"{name!r}"), f"{name}, strength {strength:g}"
 
 
 def apply_weights(model: Any, weights: dict[str, Tensor], strength: float, what: str) -> Any:

@@ -7,8 +7,11 @@ from typing import Any
 from aiohttp import web
 from server import PromptServer
 
+from ..runs import answers
+from .folders import all_runs
 
-def register() -> None:
+
+def register_routes() -> None:
     """Add the routes to ComfyUI's server, before it starts to serve."""
     routes = PromptServer.instance.routes
 
@@ -42,8 +45,5 @@ async def _respond(question: str, *arguments: str) -> web.Response:
 
 
 def _ask(question: str, *arguments: str) -> tuple[int, Any]:
-    from . import answers
-    from .place import all_runs
-
     ask: Callable[..., tuple[int, Any]] = getattr(answers, question)
     return ask(all_runs(), *arguments)

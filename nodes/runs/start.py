@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from ..trainer import job as jobs
-from ..trainer.config import TrainConfig
-from ..trainer.job import ENDED, Job, Status, TrainingFactory
-from ..trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
-from .choosing import is_blank
-from .runs import Fields, Runs, finite, mark_node
+from ...trainer import job as jobs
+from ...trainer.config import TrainConfig
+from ...trainer.job import ENDED, Job, Status, TrainingFactory
+from ...trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
+from .registry import Fields, Runs, finite, mark_node
+from .resume import resumed
+from .select import is_blank
 
 SECONDS_TO_SAVE = 60  # that a training gets when ComfyUI quits: the step it is in, and a checkpoint
 SECONDS_BETWEEN_EVENTS = 0.2
@@ -37,11 +38,10 @@ def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
 
 
 def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
-    """Make the folder of a new run, or have one that goes on do so as is wanted now."""
+    """Make the folder of a new run, or have one that goes on do so as is wanted now: `choose` has compared the two."""
     if (run.path / CONFIG).exists() and not is_blank(runs, run):
         with run.lock():
-            changed = {name: getattr(config, name) for name in ("epochs", "output", "reward_weights")}
-            run.write_config(run.config.model_copy(update=changed))
+            run.write_config(resumed(run.config, config))
         return
     blank = (run.path / CONFIG).exists()  # it never got to train, and nothing of it is missed
     if not blank:
@@ -81,7 +81,7 @@ def _keep(runs: Runs, run: RunFolder, event: str) -> None:
         return
     runs.share_lora(run)
     if event == "end" and run.metrics():
-        from ..trainer.plots import save_plots
+        from ...trainer.plots import save_plots
 
         save_plots(run)
 

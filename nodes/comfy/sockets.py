@@ -1,4 +1,4 @@
-"""The types that run along our own wires between nodes."""
+"""The types of our own sockets: what runs along the wires between our nodes."""
 
 from comfy_api.latest import io
 

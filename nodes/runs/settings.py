@@ -1,29 +1,21 @@
-"""From what a Train node is given to a configuration, and whether two configurations are one run.
-
-A run gives the same result whenever it is repeated with the same settings, seed among them. So nothing here asks which
-of two such runs is meant.
-"""
+"""From what a Train node is given to a configuration."""
 
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 
-from ..trainer.config import Fields, TrainConfig, make_config, override, plain_values
-from ..trainer.run import RunFolder
-from .scoring import RewardChoice, joined
-from .words import AUTO, check_choice
+from ...trainer.config import Fields, TrainConfig, make_config, override
+from .combos import AUTO, check_choice
+from .reward_choice import RewardChoice, joined
 
 SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: of the embedded world, and the paper's
+# Settings that the node's inputs and wires decide, so that the text of more settings may not.
 INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
     *("prompts", "grid_prompts", "seed"),
 )
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: as the preset has them
-# On the way; prompts are compared by their words.
-MAY_CHANGE = ("epochs", "output.", "reward_weights", "prompts", "grid_prompts")
 
 
 @dataclass(frozen=True)
@@ -94,24 +86,3 @@ class Wanted:
             if name in more:
                 raise ValueError(f"got {name!r} among the settings; the node has an input or a wire for it: use that")
         return more
-
-
-# --- whether it is the same run ---------------------------------------------------------------------------------------
-
-
-def difference(run: RunFolder, config: TrainConfig, prompts: list[str]) -> str:
-    """In what `config` and `prompts` would be another run than `run`; empty where they would not."""
-    before = run.config
-    old, new = dict(_leaves(plain_values(before))), dict(_leaves(plain_values(config)))
-    for name in sorted(old.keys() | new.keys()):
-        if not name.startswith(MAY_CHANGE) and old.get(name) != new.get(name):
-            return f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-    return "" if run.prompts(before) == prompts else "its prompts were others"
-
-
-def _leaves(values: Fields, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and name != "rewards":
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

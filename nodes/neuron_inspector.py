@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from .wires import CATEGORY, Run
+from .comfy.sockets import CATEGORY, Run
+from .runs.wording import words_of_nodes
 
 
 class NeuronInspector(io.ComfyNode):
@@ -24,8 +25,9 @@ class NeuronInspector(io.ComfyNode):
         )
 
     @classmethod
+    @words_of_nodes()
     def execute(cls, run) -> io.NodeOutput:
         from ..trainer.neuron_plot import described, neuron_figure
-        from .results import as_tensor
+        from .runs.outputs import as_tensor
 
         return io.NodeOutput(as_tensor(neuron_figure(run)), described(run))

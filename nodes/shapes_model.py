@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .wires import CATEGORY
+from .comfy.sockets import CATEGORY
 
 
 class ShapesModel(io.ComfyNode):
@@ -25,6 +25,6 @@ class ShapesModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from .embedded import shapes_native
+        from .comfy.shapes_out import shapes_native
 
         return io.NodeOutput(*shapes_native())

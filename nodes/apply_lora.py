@@ -1,13 +1,13 @@
 """A run's LoRA on a MODEL."""
 
-from pathlib import Path
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io
 
-from .wires import CATEGORY, Run
-from .words import LATEST, NO_FILE, SNAPSHOTS
+from .comfy.folders import lora_modified, lora_names
+from .comfy.sockets import CATEGORY, Run
+from .runs.combos import LATEST, NO_FILE, SNAPSHOTS
+from .runs.wording import words_of_nodes
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -42,7 +42,7 @@ class ApplyLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    [NO_FILE, *folder_paths.get_filename_list("loras")],
+                    [NO_FILE, *lora_names()],
                     default=NO_FILE,
                     tooltip="A LoRA file, where no run is wired in.",
                 ),
@@ -57,12 +57,12 @@ class ApplyLoRA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str = NO_FILE, **_: Any) -> str:
         """A file may be overwritten; a newer snapshot of a run shows in the fingerprint of its Train node."""
-        path = folder_paths.get_full_path("loras", lora_name)
-        return str(Path(path).stat().st_mtime_ns) if path else ""
+        return lora_modified(lora_name)
 
     @classmethod
+    @words_of_nodes()
     def execute(cls, model, strength: float, snapshot: str, epoch: int, lora_name: str, run=None) -> io.NodeOutput:
-        from .applying import apply_file, apply_run
+        from .comfy.lora import apply_file, apply_run
 
         if run is not None:
             return io.NodeOutput(*apply_run(model, run, snapshot, epoch, strength))

@@ -5,15 +5,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..trainer.plots import reward_figure
-from ..trainer.run import RunFolder
-from .runs import newest_grid
+from ...trainer.plots import reward_figure
+from ...trainer.run import RunFolder
+from .registry import newest_grid
+from .snapshots import read_lora
 
 
 def lora_weights(run: RunFolder) -> dict[str, Tensor]:
     """The newest LoRA; before the first there are no weights, which is what an untrained one amounts to."""
-    from .snapshots import read_lora
-
     return read_lora(run.latest_lora) if run.latest_lora.is_file() else {}
 
 

@@ -1,7 +1,4 @@
-"""The world of Shapes as native MODEL, CLIP and VAE: what ComfyUI's own sampler, encoder and decoder take.
-
-Imports ComfyUI, so it is itself imported by the nodes only.
-"""
+"""The world of Shapes as native MODEL, CLIP and VAE: what ComfyUI's own sampler, encoder and decoder take."""
 
 from functools import partial
 
@@ -66,7 +63,7 @@ def _native_model(parts: Components) -> comfy.model_patcher.ModelPatcher:
 
 
 def comfy_config(unet: UNet2DConditionModel) -> dict:
-    """The inverse of `diffusers_config`: ComfyUI's configuration for a U-Net of diffusers."""
+    """The inverse of `models_in.diffusers_config`: ComfyUI's configuration for a U-Net of diffusers."""
     config = unet.config
     width, layers = config.block_out_channels[0], config.layers_per_block
     depths = [int("CrossAttn" in block) for block in config.down_block_types]

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .wires import CATEGORY, Critic
+from .comfy.sockets import CATEGORY, Critic
 
 ACTIVATIONS = ["identity", "relu", "leaky_relu"]
 RESETS = ["active", "dormant", "all", "none"]

@@ -6,9 +6,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..trainer.plots import reward_names
-from ..trainer.run import EpochMetrics, RunFolder, epoch_in
-from .words import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
+from ...trainer.plots import reward_names
+from ...trainer.run import EpochMetrics, RunFolder, epoch_in
+from .combos import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,61 @@
+"""What the Train node does on ComfyUI's executor: everything but the training itself, which has a thread of its own."""
+
+import signal
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+
+from ...trainer.run import RunFolder
+from ..runs.combos import AS_IT_IS
+from ..runs.select import choose, is_done
+from ..runs.settings import Wanted
+from ..runs.start import check_device_free, job_under_way, prepare, start, wait_for
+from .folders import all_runs
+from .models_in import Wires
+
+
+def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node: str) -> RunFolder:
+    """The run that is meant, trained to its end where it `wait`s, and begun where it does not."""
+    runs, device = all_runs(), comfy.model_management.get_torch_device()
+    config, prompts = wanted.config(), wanted.prompts()
+    run = choose(runs, name, resume, config, prompts)
+    if resume == AS_IT_IS or is_done(run, config):
+        return run
+    job = job_under_way(runs, run)
+    if job is None:
+        check_device_free(run, device)
+        factory = wires.factory(config, prompts, device)  # in main memory until the models there have made room
+        prepare(runs, run, config, prompts)
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+        _save_before_quitting()
+        job = start(runs, run, factory, device, node, tell)
+    if wait:
+        bar = comfy.utils.ProgressBar(100 * config.epochs)
+        wait_for(job, bar.update_absolute)
+    return run
+
+
+def tell(detail: dict[str, Any]) -> None:
+    """Send an event to every browser, from any thread."""
+    PromptServer.instance.send_sync("tdpo.progress", detail)
+
+
+# --- quitting ---------------------------------------------------------------------------------------------------------
+
+
+def _save_before_quitting() -> None:
+    """See to it that trainings are saved when ComfyUI ends.
+
+    A normal end and Ctrl+C run what `atexit` holds, which stops all jobs. A request to terminate, as service managers
+    send it, would kill ComfyUI on the spot; from the first training on it is the same as Ctrl+C, where nobody else has
+    taken it. Signals can only be taken on the main thread, where ComfyUI's server loop runs.
+    """
+    PromptServer.instance.loop.call_soon_threadsafe(_take_sigterm)
+
+
+def _take_sigterm() -> None:
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)

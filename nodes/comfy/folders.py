@@ -1,0 +1,74 @@
+"""ComfyUI's folders: where runs, LoRAs and the weights of rewards lie.
+
+Weights of rewards lie in models/tdpo_rewards, and where extra_model_paths.yaml adds to it.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import folder_paths
+
+from ..runs.registry import Runs
+
+REWARDS = "tdpo_rewards"
+REWARD_SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+def all_runs() -> Runs:
+    """The runs below ComfyUI's output folder, whose LoRAs go where its own Load LoRA looks."""
+    loras, *_ = folder_paths.get_folder_paths("loras")
+    return Runs(Path(folder_paths.get_output_directory()).resolve() / "tdpo", Path(loras).resolve())
+
+
+# --- LoRAs ------------------------------------------------------------------------------------------------------------
+
+
+def lora_names() -> list[str]:
+    """The files in ComfyUI's list of LoRAs."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_file(name: str) -> Path:
+    """Where the LoRA of that name in ComfyUI's list is; ValueError where there is none."""
+    path = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
+    if path is None:
+        raise ValueError(f"got LoRA {name!r}; expected a run on the wire, or one of the files in models/loras")
+    return Path(path)
+
+
+def lora_modified(name: str) -> str:
+    """When that LoRA's file was last written; empty where there is none."""
+    path = folder_paths.get_full_path("loras", name)
+    return str(Path(path).stat().st_mtime_ns) if path else ""
+
+
+# --- weights of rewards -----------------------------------------------------------------------------------------------
+
+
+def register_rewards_folder() -> None:
+    """Tell ComfyUI of the folder, before it asks the nodes what they are."""
+    folder = Path(folder_paths.models_dir) / REWARDS
+    with suppress(OSError):  # where nobody may write, the folders that extra_model_paths.yaml names still serve
+        folder.mkdir(parents=True, exist_ok=True)
+    folder_paths.add_model_folder_path(REWARDS, str(folder))
+
+
+def reward_file_names() -> list[str]:
+    """The weights there, relative to their folder."""
+    return [name for name in folder_paths.get_filename_list(REWARDS) if name.endswith(REWARD_SUFFIXES)]
+
+
+def reward_file(name: str) -> str:
+    """Where the weights of that name are; ValueError where none are, or they would lie outside the folders."""
+    path = folder_paths.get_full_path(REWARDS, name) if name in reward_file_names() else None
+    if path is None:
+        raise ValueError(f"got weights {name!r}, which are not in models/{REWARDS}; put them there, or choose 'auto'")
+    return path
+
+
+def look_in_rewards_folder() -> None:
+    """Have rewards find their weights there, from now on."""
+    from comfy_tdpo.rewards.weights import add_weights_folder  # slow to import, and ComfyUI is starting
+
+    for folder in folder_paths.get_folder_paths(REWARDS):
+        add_weights_folder(Path(folder))

@@ -1,0 +1,56 @@
+"""A reward, chosen, weighed and summed."""
+
+from comfy_api.latest import io
+
+from comfy_tdpo.rewards import reward_names
+
+from .comfy.folders import look_in_rewards_folder, reward_file, reward_file_names
+from .comfy.sockets import CATEGORY, Reward
+from .runs.combos import AUTO, check_choice
+from .runs.reward_choice import RewardChoice
+
+
+class RewardModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TDPORewardModel",
+            display_name="TDPO Reward Model",
+            category=CATEGORY,
+            description="A model that scores images. Chain several by 'also' to train on their weighted sum.",
+            inputs=[
+                io.Combo.Input("reward", reward_names(), default="shapes-aesthetic", tooltip="What scores the images."),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.1,
+                    round=0.0001,
+                    tooltip="What its score is multiplied by in the sum. That of a held-out reward does not count.",
+                ),
+                io.Combo.Input(
+                    "weights",
+                    [AUTO, *reward_file_names()],
+                    default=AUTO,
+                    optional=True,
+                    tooltip="The reward's file in models/tdpo_rewards. auto: looked for there by its published name, "
+                    "then downloaded. Rewards of Shapes and of JPEG have none.",
+                ),
+                Reward.Input("also", optional=True, tooltip="Another Reward Model, whose weighted score is added."),
+            ],
+            outputs=[
+                Reward.Output(
+                    "rewards", display_name="reward", tooltip="Goes into Train, into Score Images, or another's 'also'."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, reward: str, weight: float, weights: str = AUTO, also: RewardChoice | None = None
+    ) -> io.NodeOutput:
+        check_choice("reward", reward, reward_names())
+        look_in_rewards_folder()
+        file = None if weights == AUTO else reward_file(weights)
+        return io.NodeOutput((also or RewardChoice({})).with_reward(reward, weight, file))

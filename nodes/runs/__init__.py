@@ -1,0 +1,1 @@
+"""Runs as a graph sees them; nothing here knows ComfyUI."""

@@ -1,0 +1,106 @@
+"""What the trainer says, as a graph says it: in the words of widgets and wires, and without the machine's folders.
+
+The trainer speaks to its command line, of options and of settings by their dotted names. A user of the nodes sees
+neither.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ...trainer.config import leaf_fields
+from .settings import INPUTS, NUMBERS
+
+CRITIC = "of TDPO Temporal Critic"
+WEIGHTS = "weights of TDPO Reward Model"
+
+# Settings that a graph calls otherwise: by a wire or a widget of its own, or by a widget beside which the text of
+# `settings` takes the setting's own name too.
+WIRES = {"eval_rewards": "held_out", "reward_weights": WEIGHTS}
+WIDGETS = {
+    "policy.rank": "rank",
+    "policy.lr": "learning_rate",
+    "critic.activation": f"activation {CRITIC}",
+    "critic.lr": f"learning_rate {CRITIC}",
+    "critic.clip_range": f"clip_range {CRITIC}",
+    "neurons.reset": f"reset {CRITIC}",
+    "neurons.every": f"reset_every {CRITIC}",
+    "neurons.threshold": f"threshold {CRITIC}",
+    "neurons.data": f"activation_data {CRITIC}",
+}
+# What options of the command line are in a graph; any other is called as its setting is.
+OPTIONS = {
+    "reward": "reward",
+    "eval-reward": "held_out",
+    "run-dir": "run_name",
+    "resume": "queueing the graph again",
+    "print-config": "the config.toml of any run in output/tdpo",
+}
+
+# Advice that is another in a graph.
+ADVICE = [
+    (r", or python:module:function\b", ""),
+    (r" \(--eval-reward none watches none\)", ""),
+    (r"take it out of the rewards\b", "take it out of reward and held_out"),
+    (r"\brewards was (?=\{)", "reward was "),
+    (r"\brewards\.([\w.-]+)(?=: got )", r"weight of \1"),
+    (
+        r"or put it at (.+?), or into a folder, .*?and say where: reward_weights \S+=FOLDER",
+        rf"or put it at \1, or choose its file in {WEIGHTS}",
+    ),
+    (r"or put it into a folder, .*?and say where: reward_weights \S+=FOLDER", "or put it into models/tdpo_rewards"),
+    (r"(as the weights of reward \S+, which has none); take that away", rf"\1; set {WEIGHTS} to 'auto'"),
+    (r"\bgive the right path\b", f"choose the right file in {WEIGHTS}"),
+    (r"\brun directory (.+?); --resume continues it, or choose another", r"run folder \1; choose another run_name"),
+    (
+        r"\bgot run directory (.+?); expected a new or an empty folder: choose another",
+        r"got a run_name whose folder is \1; expected a new or an empty one: choose another name",
+    ),
+    (r"\brun directory\b", "run folder"),
+    (r"\bstart a new run\b(?! \(set resume)", "start a new run (set resume to 'new')"),
+]
+
+_OPTION = re.compile(r"(?<![\w'\"-])--([a-z](?:[\w.-]*\w)?)")
+_CALLED_OTHERWISE = re.compile(
+    rf"""(?<![\w.(/'"-])({"|".join(map(re.escape, WIRES | WIDGETS))})(?!\w|[.-]\w)""",
+)
+_IN_SETTINGS = {name for name, _ in leaf_fields()} - {*WIRES, *WIDGETS, *INPUTS, *NUMBERS}
+_SET = re.compile(rf"\bset ({'|'.join(map(re.escape, sorted(_IN_SETTINGS)))})\b(?! \(in settings\)|[.-]\w)")
+
+
+def in_words_of_nodes(text: str) -> str:
+    """`text` of the trainer's in the words of widgets and wires; what has them already stays."""
+    for pattern, advice in ADVICE:
+        text = re.sub(pattern, advice, text)
+    text = _OPTION.sub(lambda match: OPTIONS.get(match[1], match[1].replace("-", "_")), text)
+    text = _CALLED_OTHERWISE.sub(_called, text)
+    return _SET.sub(r"set \1 (in settings)", text)
+
+
+def _called(match: re.Match[str]) -> str:
+    name = match[1]
+    return WIRES[name] if name in WIRES else f"{WIDGETS[name]} ({name} in settings)"
+
+
+@contextmanager
+def words_of_nodes() -> Iterator[None]:
+    """Around a node's `execute`: what the trainer raises reads as a graph says it."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        text = str(error)
+        if (reworded := in_words_of_nodes(text)) != text:
+            error.args = (reworded,)
+        raise
+
+
+# An absolute path up to its last part, of Windows or of others. Only between quotes may its names have spaces:
+# elsewhere nobody could tell where it ends.
+_START = r"(?:[A-Za-z]:|~)?[/\\]"
+_QUOTED = re.compile(rf"""(['"]){_START}[^'"\n]*[/\\](?=[^'"\n]*\1)""")
+_BARE = re.compile(rf"""(?<![\w.~/\\'"]){_START}(?:[^\s/\\'":;,()]+[/\\])+""")
+
+
+def without_folders(text: str) -> str:
+    """`text` with the names of files and without the folders they lie in."""
+    return _BARE.sub("", _QUOTED.sub(r"\1", text))
