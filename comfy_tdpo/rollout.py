@@ -22,7 +22,7 @@ class Trajectories:
     """B sampled trajectories; tensors are float32 on the policy's device.
 
     latents (B, T + 1, C, H, W): x_0 ... x_T in sampling order, so that `latents[:, k + 1]` is step k's sample;
-    log_probs (B, T) under the policy that sampled; kl (B, T) nats against the base model, zero where not asked for;
+    log_probs (B, T) under the policy that sampled; kl (B, T) nats against the base model, see `denoise`;
     image_embeds (B, T, D) of the decoded x_k, None without a critic; rewards (B,); eval_rewards name -> (B,).
     """
 
@@ -91,7 +91,7 @@ class Sampler:
     Args:
         embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
         embed_image_size: pixels at which intermediate latents are decoded for the critic, None for full size.
-        with_kl: also run the base model, for the KL penalty.
+        kl: what Trajectories.kl holds, see `denoise`.
         check: called between model calls; may raise to stop.
     """
 
@@ -100,13 +100,13 @@ class Sampler:
     eval_rewards: dict[str, RewardModel]
     embed: Callable[[Tensor], Tensor] | None = None
     embed_image_size: int | None = None
-    with_kl: bool = False
+    kl: str = "none"
     check: Callable[[], None] = lambda: None
 
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
         """One trajectory for each of `prompts`, its noise drawn at the coordinates in `seeds`."""
         policy = self.decoder.policy
-        latents, log_probs, kl = denoise(policy, prompts, draw_noise(policy, seeds), self.with_kl, self.check)
+        latents, log_probs, kl = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
         images = self.decoder(latents[:, -1], check=self.check)
         return Trajectories(
             prompts=prompts,
@@ -137,16 +137,17 @@ def denoise(
     policy: DiffusionPolicy,
     prompts: list[str],
     noise: Tensor,
-    with_kl: bool = False,
+    kl: str = "none",
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of the trajectories that `noise` drives.
 
-    Both are zero at steps that are not stochastic.
+    kl: "exact": of each step against the base model's, in nats; "sampled": the log-ratio of the sample, of which the
+    former is the mean; "none": zero. Steps that are not stochastic have zeros in both tensors.
     """
     conditioning = policy.encode_prompts(prompts)
     latents = [policy.process.initial(noise[:, 0])]
-    log_probs, kl = [], []
+    log_probs, divergences = [], []
     zero = noise.new_zeros(len(noise))
     for k, stochastic in enumerate(policy.process.stochastic.tolist()):
         check()
@@ -154,13 +155,17 @@ def denoise(
         mean, sigma, _ = policy.step(latents[k], positions, conditioning)
         latents.append(mean + sigma * noise[:, k + 1])
         log_probs.append(log_prob(latents[-1], mean, sigma) if stochastic else zero)
-        if with_kl and stochastic:
+        divergence = zero
+        if kl != "none" and stochastic:
             with policy.reference():
                 reference_mean = policy.step(latents[k], positions, conditioning).mean
-            kl.append(gaussian_kl(mean, reference_mean, sigma))
-        else:
-            kl.append(zero)
-    return torch.stack(latents, dim=1), torch.stack(log_probs, dim=1), torch.stack(kl, dim=1)
+            if kl == "exact":
+                divergence = gaussian_kl(mean, reference_mean, sigma)
+            else:
+                log_ratio = log_probs[-1] - log_prob(latents[-1], reference_mean, sigma)
+                divergence = log_ratio * policy.latent_size
+        divergences.append(divergence)
+    return torch.stack(latents, dim=1), torch.stack(log_probs, dim=1), torch.stack(divergences, dim=1)
 
 
 def draw_images(

@@ -1,10 +1,14 @@
 """Tiny models with random weights, made from a seed: everything a policy needs, in a fraction of a second."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
+# Before torch is imported, whose threads would spin while they wait: beside other work that takes many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 

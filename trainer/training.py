@@ -91,6 +91,7 @@ class Training:
             samples=samples,
             samples_per_update=samples_per_update,
             micro_batch=first_micro_batch(config.micro_batch, samples_per_update, policy.device),
+            prompts=self._epoch_prompts,
             check=self._check_stop,
             record=self._keep_neurons,
         )
@@ -157,8 +158,8 @@ class Training:
         context, method, start = self.context, self.method, time.perf_counter()
         reset_peak_memory(self.policy.device)
         if method.samples_first:
-            self._sample(context.epoch + 1)
-        self._update(context.epoch + 1)
+            self._sample()
+        self._update()
         with torch.no_grad():
             batch = context.progress.batch()
             metrics = self._metrics(batch) | method.finish(batch)
@@ -180,17 +181,15 @@ class Training:
     # --- sampling and updates ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _sample(self, epoch: int) -> None:
+    def _sample(self) -> None:
         """N trajectories from the current policy, a micro-batch at a time, and what the updates aim at."""
         context, start = self.context, time.perf_counter()
-        progress, prompts = context.progress, self._epoch_prompts(epoch)
-        first = self.accelerator.process_index * context.samples
+        progress = context.progress
         while (begin := progress.samples) < context.samples:
             self.watch("sampling", begin, context.samples)
-            rows = range(first + begin, first + min(begin + context.micro_batch, context.samples))
-            seeds = [(self.config.seed, "noise", epoch, row) for row in rows]
+            rows = range(begin, min(begin + context.micro_batch, context.samples))
             try:
-                progress.parts.append(self.method.sample([prompts[row] for row in rows], seeds))
+                progress.parts.append(self.method.sample(*context.draws(rows)))
                 continue
             except Exception as error:
                 if not out_of_memory(error):
@@ -198,7 +197,7 @@ class Training:
             context.micro_batch = smaller_micro_batch(context.micro_batch, context.samples_per_update)
         progress.times["sample"] += time.perf_counter() - start
         if progress.targets is None:
-            progress.targets = self.method.targets(progress.batch(), prompts)
+            progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(context.epoch + 1))
 
     def _epoch_prompts(self, epoch: int) -> list[str]:
         """The prompt of each sample of the epoch, in all processes."""
@@ -206,10 +205,10 @@ class Training:
         chosen = torch.randint(len(self.prompts), (self.config.samples_per_epoch,), generator=generator)
         return [self.prompts[i] for i in chosen.tolist()]
 
-    def _update(self, epoch: int) -> None:
+    def _update(self) -> None:
         """The gradient updates of the epoch that are left."""
         progress, start = self.context.progress, time.perf_counter()
-        groups = self.method.groups(epoch)
+        groups = self.method.groups(self.context.epoch + 1)
         for index in range(progress.updates, len(groups)):
             self.watch("updating", index, len(groups))
             self.method.update(groups[index])

@@ -45,9 +45,9 @@ def _moments(values: list[float]) -> tuple[float, float]:
     return data.mean().item(), data.std(correction=0).item()
 
 
-def returns(rewards: Tensor, kl_penalties: Tensor, gamma: float = 1.0) -> Tensor:
+def returns(rewards: Tensor, penalties: Tensor, gamma: float = 1.0) -> Tensor:
     """G_k of Eq. 5: the reward, (B,), at the last step less the penalties, (B, T), discounted backwards, (B, T)."""
-    step_rewards = -kl_penalties
+    step_rewards = -penalties
     step_rewards[:, -1] += rewards
     result = torch.empty_like(step_rewards)
     following = torch.zeros_like(rewards)
@@ -57,10 +57,21 @@ def returns(rewards: Tensor, kl_penalties: Tensor, gamma: float = 1.0) -> Tensor
     return result
 
 
-def temporal_rewards(returns: Tensor, residuals: Tensor) -> Tensor:
-    """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and steps, (B, T)."""
+def returns_with_later_kl(rewards: Tensor, penalties: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_k where a step's own exact KL has its gradient in the loss: the penalties of the steps after k alone, (B, T).
+
+    They count relative to their mean over the samples at that step, a baseline: without it, the many steps still to
+    come at an early k would weigh on every sample there alike.
+    """
+    later = returns(torch.zeros_like(rewards), penalties, gamma) + penalties
+    return returns(rewards, torch.zeros_like(penalties), gamma) + later - later.mean(0)
+
+
+def temporal_rewards(returns: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+    """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and steps, (B, T), and what it was divided by."""
     raw = returns - residuals
-    return (raw - raw.mean()) / (raw.std(correction=0) + 1e-8)
+    std = raw.std(correction=0) + 1e-8
+    return (raw - raw.mean()) / std, std
 
 
 class KLCoefficient:

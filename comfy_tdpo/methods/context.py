@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..memory import out_of_memory, smaller_micro_batch
 from ..policy import DiffusionPolicy
+from ..randomness import Coordinates
 from ..rewards import RewardModel
 from ..rollout import Decoder, Trajectories
 from . import TensorGroup
@@ -38,7 +39,8 @@ class Progress:
 
     def batch(self) -> Trajectories:
         """The samples so far, in one piece."""
-        self.parts = [Trajectories.concatenate(self.parts)]
+        if len(self.parts) > 1:
+            self.parts = [Trajectories.concatenate(self.parts)]
         return self.parts[0]
 
 
@@ -50,6 +52,7 @@ class Context:
     reward, eval_rewards: what it is trained on and watched by; decoder: from latents to images, some at a time.
     samples, samples_per_update: N of an epoch and M of one update, in this process.
     micro_batch: rows of every forward, made smaller where memory runs out; epoch: finished epochs.
+    prompts: of an epoch, a prompt for each sample of all processes.
     check: called between forwards; what it raises leaves everything at the last whole update.
     record: keeps one epoch's record of the critic's neurons: (epoch, scores, masks of what was reset).
     """
@@ -64,10 +67,19 @@ class Context:
     samples: int
     samples_per_update: int
     micro_batch: int
+    prompts: Callable[[int], list[str]]
     check: Callable[[], None]
     record: Callable[[int, TensorGroup, TensorGroup], None]
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
+
+    # --- samples
+
+    def draws(self, rows: range) -> tuple[list[str], list[Coordinates]]:
+        """What is drawn for those of this process's N rows in the current epoch: prompts and where noise comes from."""
+        epoch, first = self.epoch + 1, self.accelerator.process_index * self.samples
+        prompts, places = self.prompts(epoch), [first + row for row in rows]
+        return [prompts[place] for place in places], [(self.config.seed, "noise", epoch, place) for place in places]
 
     # --- several processes
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.conditioning import Conditioning
 from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
-from ..process.gaussian import log_prob, scaled_clip_range
+from ..process import Step
+from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
 from ..rewards import RewardModel, encoder_name, load_reward
 from ..rollout import Sampler, Trajectories
@@ -77,27 +79,41 @@ class PolicyGradient:
             context.eval_rewards,
             embed=self.encoder.embed if self.encoder else None,
             embed_image_size=config.critic.image_size,
-            with_kl=config.kl.coefficient > 0,
+            kl=config.kl.form if config.kl.coefficient else "none",
             check=context.check,
         )
         return sampler.sample(prompts, seeds)
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
-        """Eq. 5-7: temporal_rewards and returns, and with a critic its residuals, (N, T) each.
+        """Eq. 5-7: temporal_rewards and returns, with a critic its residuals, (N, T) each, and kl_weight, a number.
 
-        Moments are those of all processes; each keeps its own rows.
+        Moments are those of all processes; each keeps its own rows. A step's exact KL depends on the state alone, so as
+        that step's reward it would have no gradient: it is a term of the loss, and only later steps' is in the return.
+        The policy gradient of a mean log-probability is 1 / (C H W) of that of the sum, and temporal rewards are
+        divided by their standard deviation; kl_weight gives the KL the same scale.
         """
         gather, own = self.context.gather, self.context.own
         kl = gather(batch.kl)
+        penalties = self.kl.value * kl
         normalized = self.moments.normalize(prompts, gather(batch.rewards))
-        returns = advantages.returns(normalized, self.kl.value * kl, self.config.gamma)
-        self.kl.update(kl.sum(1).mean().item(), len(kl))
+        returns_of = advantages.returns_with_later_kl if self._kl_in_loss else advantages.returns
+        returns = returns_of(normalized, penalties, self.config.gamma)
+        targets = {"returns": own(returns)}
         if self.critic is None:
-            clip = self.config.advantage_clip or torch.inf
-            return {"temporal_rewards": own(returns).clamp(-clip, clip), "returns": own(returns)}
-        residuals = self.critic(batch.image_embeds)
-        temporal = advantages.temporal_rewards(returns, gather(residuals))
-        return {"temporal_rewards": own(temporal), "returns": own(returns), "residuals": residuals}
+            clip, scale = self.config.advantage_clip or torch.inf, torch.ones_like(returns[0, 0])
+            targets["temporal_rewards"] = own(returns).clamp(-clip, clip)
+        else:
+            targets["residuals"] = self.critic(batch.image_embeds)
+            temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]))
+            targets["temporal_rewards"] = own(temporal)
+        if self._kl_in_loss:
+            targets["kl_weight"] = self.kl.value / (self.policy.latent_size * scale)
+        self.kl.update(kl.sum(1).mean().item(), len(kl))
+        return targets
+
+    @property
+    def _kl_in_loss(self) -> bool:
+        return self.config.kl.coefficient > 0 and self.config.kl.form == "exact"
 
     # --- updates
 
@@ -135,24 +151,37 @@ class PolicyGradient:
     def _accumulate(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor, total: int) -> None:
         """Add the gradients and metrics of B pairs out of the `total` M of the update."""
         context, share = self.context, len(rows) / total
-        ratio, log_ratio = self.ratio(batch, rows, steps)
+        step, log_ratio = self._step_now(batch, rows, steps)
+        ratio = log_ratio.exp()
         losses = objectives.policy_loss(ratio, targets["temporal_rewards"][rows, steps], self.clip_range)
         loss = losses.sum() / total
+        context.add("policy/loss", loss)
+        if self._kl_in_loss:
+            penalty = targets["kl_weight"] * self._kl_now(batch, rows, steps, step).sum() / total
+            context.add("kl/loss", penalty)
+            loss = loss + penalty
         loss.backward()
         ratio, log_ratio = ratio.detach(), log_ratio.detach()
-        context.add("policy/loss", loss)
         context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
         context.add("policy/clip_fraction", share * objectives.clip_fraction(ratio, self.clip_range))
         if context.progress.updates == 0:  # of the epoch: the policy is still the one that sampled
             context.raise_to("policy/ratio_drift", (ratio - 1).abs().max())
 
-    def ratio(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """rho of Eq. 8 and its logarithm for pairs of samples and steps, (B,) each."""
+    def _step_now(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Step, Tensor]:
+        """The step as the policy takes it now, and the logarithm of rho of Eq. 8, (B,), for B pairs."""
+        step = self.policy.step(*self._inputs(batch, rows, steps))
+        log_probs = log_prob(batch.latents[rows, steps + 1], step.mean, step.std)
+        return step, log_probs - batch.log_probs[rows, steps]
+
+    def _kl_now(self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step) -> Tensor:
+        """KL of the policy's `step` against the base model's, (B,), for the same pairs."""
+        with self.policy.reference():
+            reference = self.policy.step(*self._inputs(batch, rows, steps))
+        return gaussian_kl(step.mean, reference.mean, step.std)
+
+    def _inputs(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         conditioning = self.policy.encode_prompts([batch.prompts[row] for row in rows.tolist()])
-        rows, steps = rows.to(self.policy.device), steps.to(self.policy.device)
-        mean, sigma, _ = self.policy.step(batch.latents[rows, steps], steps, conditioning)
-        log_ratio = log_prob(batch.latents[rows, steps + 1], mean, sigma) - batch.log_probs[rows, steps]
-        return log_ratio.exp(), log_ratio
+        return batch.latents[rows, steps], steps.to(self.policy.device), conditioning
 
     def _update_critic(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
         """Eq. 9-10 over the M pairs at once: the critic is small, and its dropout then knows no micro-batches."""

@@ -70,7 +70,18 @@ class NeuronSettings(Section):
 class KLSettings(Section):
     """The penalty for leaving the base model (Section 5)."""
 
-    coefficient: float = Field(default=0.0, ge=0, le=1e6, description="normalised reward per nat; 0: no penalty")
+    coefficient: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="normalised reward per nat of a trajectory; 0: no penalty. (The authors' kl_coef is per nat and "
+        "element of a step's latent: theirs times C * H * W is this one)",
+    )
+    form: Literal["exact", "sampled"] = Field(
+        default="exact",
+        description="exact: each step's KL is a term of the loss, and that of later steps lowers the returns; sampled: "
+        "the log-ratio of each sampled step to the base model is a cost of that step (the paper), which is noisier",
+    )
     target: Annotated[Positive | None, Unset] = Field(
         default=None, description="nats per trajectory to steer the coefficient to; none: fixed"
     )
