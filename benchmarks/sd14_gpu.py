@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from comfy_tdpo.diffusion import log_prob, scaled_clip_range
-from comfy_tdpo.loading import CONFIGS, Components, clip_tokenizer
+from comfy_tdpo.models.components import Components
+from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 from comfy_tdpo.objectives import policy_loss
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rollout import Decoder, denoise, draw_noise

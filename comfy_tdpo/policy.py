@@ -18,7 +18,7 @@ from .diffusion import Schedule, guide, make_schedule, step_distribution
 from .lora import add_lora, named_lora_parameters
 
 if TYPE_CHECKING:
-    from .loading import Components
+    from .models.components import Components
 
 PromptEncoder = Callable[[list[str]], Tensor]  # prompts -> (B, L, E), on the policy's device
 

@@ -18,11 +18,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import comfy_tdpo.loading as loading
-from comfy_tdpo.loading import load_components
+from comfy_tdpo.models import diffusers_folder, shipped
+from comfy_tdpo.models.components import Components, load_components
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = loading.CONFIGS
+SHIPPED = shipped.CONFIGS
 MODEL = "model.diffusion_model."
 LAST_NORM = f"{MODEL}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
@@ -69,7 +69,7 @@ def models(configs, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 @pytest.fixture(autouse=True)
 def tiny(configs, monkeypatch) -> None:
-    monkeypatch.setattr(loading, "CONFIGS", configs)
+    monkeypatch.setattr(shipped, "CONFIGS", configs)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_single_file_and_folder_are_one_model(models, family):
         assert torch.equal(expected, got) and got.isfinite().all() and got.std() > 0
 
 
-def outputs(parts: loading.Components) -> list[torch.Tensor]:
+def outputs(parts: Components) -> list[torch.Tensor]:
     tokens = torch.tensor([[49_406, 320, 2_368, *[49_407] * 74]])  # "a cat"
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     states = parts.text_encoder(tokens).last_hidden_state  # (1, 77, D)
@@ -166,7 +166,7 @@ def test_shipped_configurations_have_the_published_sizes(family, unet, text_enco
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_tokens_are_open_clips(family):
-    tokenizer = loading.clip_tokenizer(SHIPPED / family)
+    tokenizer = shipped.clip_tokenizer(SHIPPED / family)
     got = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, 77)
     expected = open_clip.tokenize(PROMPTS)  # padded with 0, which is "!"
     end = 49_407
@@ -253,7 +253,9 @@ def test_a_cached_hub_id_loads_offline(models, cached):
 
 
 def test_a_hub_id_of_another_pipeline_is_named_before_its_weights_are_fetched(cached, monkeypatch):
-    monkeypatch.setattr(loading.StableDiffusionPipeline, "download", lambda *args, **kwargs: pytest.fail("fetched"))
+    monkeypatch.setattr(
+        diffusers_folder.StableDiffusionPipeline, "download", lambda *args, **kwargs: pytest.fail("fetched")
+    )
     cached.mkdir(parents=True)
     (cached / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "vae": ["diffusers", "V"]}))
     with pytest.raises(ValueError, match="is a FluxPipeline whose unet is None"):

@@ -6,8 +6,8 @@ import torch
 from comfyui import ask
 from safetensors.torch import save_file
 
-from comfy_tdpo.loading import load_components
 from comfy_tdpo.lora import add_lora, kohya_state
+from comfy_tdpo.models.components import load_components
 from comfy_tdpo.shapes import WORLD
 
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from comfy_tdpo.loading import load_components
+from comfy_tdpo.models.components import load_components
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import encoder_name, load_reward, load_rewards
 from comfy_tdpo.shapes import WORLD
