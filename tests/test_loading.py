@@ -1,11 +1,6 @@
-"""Loading: every source gives the same components, and every file that is something else gives one clear ValueError.
-
-The checkpoint in the original layout is made from a random diffusers pipeline by benchmarks/full_architecture.py, whose
-table of names is written from the two architectures and shares nothing with the conversion under test.
-"""
+"""Loading: every source gives the same components, and every file that is something else gives one clear ValueError."""
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -16,29 +11,14 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tiny_models import MODEL, SHIPPED, edited, make_tiny_configs, make_tiny_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from comfy_tdpo.models import diffusers_folder, shipped
 from comfy_tdpo.models.components import Components, load_components
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = shipped.CONFIGS
-MODEL = "model.diffusion_model."
 LAST_NORM = f"{MODEL}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
-# Sizes that make a family's architecture tiny and leave its layout as it is, layer by layer.
-TINY_UNET = {"block_out_channels": [32, 64, 64, 64]}
-TINY_SIZES = {
-    "sd1": {
-        "unet": TINY_UNET | {"cross_attention_dim": 32},
-        "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2},
-    },
-    "sd2": {
-        "unet": TINY_UNET | {"cross_attention_dim": 48, "attention_head_dim": [1, 2, 2, 2]},
-        "text_encoder": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4},
-    },
-}
-TINY_SIZES["sd2-v"] = TINY_SIZES["sd2"]
 PROMPTS = [
     "a green colored rabbit",
     "WOW!! it's the cat's pyjamas!",
@@ -50,21 +30,13 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory) -> Path:
-    """The shipped configurations with tiny sizes."""
-    folder = tmp_path_factory.mktemp("configs") / "configs"
-    shutil.copytree(SHIPPED, folder)
-    for family, parts in TINY_SIZES.items():
-        for part, sizes in (parts | {"vae": {"block_out_channels": [32, 32, 64, 64]}}).items():
-            path = folder / family / part / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
-    return folder
+    return make_tiny_configs(tmp_path_factory.mktemp("configs") / "configs")
 
 
 @pytest.fixture(scope="module")
 def models(configs, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Of each family a diffusers folder and a single file with the same random weights."""
-    make_models = runpy.run_path(str(ROOT / "benchmarks" / "full_architecture.py"))["make_models"]
-    return {family: make_models(tmp_path_factory.mktemp(family), configs / family) for family in ("sd1", "sd2")}
+    return {family: make_tiny_model(tmp_path_factory.mktemp(family), configs / family) for family in ("sd1", "sd2")}
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +48,6 @@ def tiny(configs, monkeypatch) -> None:
 def folder(models, tmp_path) -> Path:
     """A copy of the SD 1.x folder, to be spoiled."""
     return shutil.copytree(models["sd1"][0], tmp_path / "model")
-
-
-def edited(source: Path, target: Path, change, metadata: dict | None = None) -> str:
-    """`source` with its weights changed in place by `change`, as `target`."""
-    weights = load_file(source)
-    change(weights)
-    save_file(weights, target, metadata)
-    return str(target)
 
 
 # --- the sources agree

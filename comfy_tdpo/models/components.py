@@ -38,6 +38,4 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, prediction_t
         parts = load_file(path, dtype, prediction_type)
     else:
         parts = load_folder(path if path.is_dir() else download(model, dtype), dtype, prediction_type)
-    for name in ("unet", "vae", "text_encoder"):
-        parts[name].eval().requires_grad_(False)
     return Components(**parts, source=model)

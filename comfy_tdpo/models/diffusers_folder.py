@@ -1,19 +1,22 @@
 """Stable Diffusion from a folder that diffusers saved, on this machine or on the hub."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..quiet import quiet_loading
 from .files import EXPECTED, PICKLE_SUFFIXES, naming, read_json, required
+from .names import folder_names
 from .scheduler import load_scheduler
-from .weights import check_channels, missing_weights, open_weights
+from .weights import Weights, check_channels, check_weights, fill
 
 # What a pipeline of Stable Diffusion is made of, besides its scheduler.
 _CLASSES = {
@@ -49,10 +52,8 @@ def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         required(folder, "tokenizer/vocab.json")
         required(folder, "tokenizer/merges.txt")
-    return {
-        "unet": _from_pretrained(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        "vae": _vae_of_folder(folder / "vae", dtype),
-        "text_encoder": _from_pretrained(CLIPTextModel, folder / "text_encoder").to(dtype),
+    networks = {name: _empty(folder / name, _CLASSES[name]) for name in ("unet", "vae", "text_encoder")}
+    return {name: _load(network, folder / name, dtype) for name, network in networks.items()} | {
         "tokenizer": _tokenizer(folder / "tokenizer"),
         "scheduler": load_scheduler(scheduler, prediction_type),
     }
@@ -71,48 +72,51 @@ def _check_index(index: Path) -> None:
         raise ValueError(f"{index.parent} is a {kind} with two text encoders (SDXL); {EXPECTED}")
 
 
-def _vae_of_folder(folder: Path, dtype: torch.dtype) -> nn.Module:
-    vae = _from_pretrained(AutoencoderKL, folder, torch_dtype=dtype)
-    if not isinstance(vae.config.scaling_factor, int | float):
-        got = vae.config.scaling_factor
-        raise ValueError(f"{folder / 'config.json'} has scaling_factor {got!r}; expected a number, as 0.18215")
-    return vae
+def _empty(folder: Path, cls: Any) -> nn.Module:
+    """The network that `folder` has the configuration of, without memory for its weights."""
+    config = read_json(required(folder.parent, f"{folder.name}/config.json"))
+    with quiet_loading(), naming(folder), init_empty_weights():
+        network = cls(CLIPTextConfig.from_pretrained(folder)) if cls is CLIPTextModel else cls.from_config(config)
+    factor = getattr(network.config, "scaling_factor", 1)
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"{folder / 'config.json'} has scaling_factor {factor!r}; expected a number above 0, as 0.18215"
+        )
+    return network
+
+
+def _load(network: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
+    name = "model" if isinstance(network, CLIPTextModel) else "diffusion_pytorch_model"
+    weights = Weights(_weight_files(folder, name))
+    weights.rename(folder_names(weights.names, network))
+    weights.check_numbers(read_json(folder / "config.json").get("quantization_config"))
+    found = weights.read("", dtype)
+    check_weights(weights.source, network, found)
+    return fill(network, found, dtype, weights.source)
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """The files of weights called `name` in `folder`, plain where there are such, else those in fp16."""
+    for variant in ("", ".fp16"):
+        path, index = folder / f"{name}{variant}.safetensors", folder / f"{name}.safetensors.index{variant}.json"
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            return [required(folder, shard) for shard in _shards(index)]
+    found = ", ".join(path.name for path in sorted(folder.glob("*"))) or "nothing"
+    raise ValueError(
+        f"{folder} holds no weights as .safetensors or .fp16.safetensors (got {found}); "
+        "convert them with `pipeline.save_pretrained(folder, safe_serialization=True)`"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+        raise ValueError(f"{index} has no weight_map from weights to files; fetch or save the whole folder again")
+    return sorted(set(table.values()))
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     with naming(folder):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _from_pretrained(cls: Any, folder: Path, **kwargs) -> nn.Module:
-    required(folder.parent, f"{folder.name}/config.json")
-    variant = _variant(folder)
-    with quiet_loading(), naming(folder):
-        model, found = cls.from_pretrained(
-            folder,
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **kwargs,
-        )
-    if found["missing_keys"]:
-        raise ValueError(missing_weights(folder, cls, sorted(found["missing_keys"])))
-    return model
-
-
-def _variant(folder: Path) -> str | None:
-    """None where plain weights lie in `folder`, "fp16" where only those do; their headers are sound."""
-    files = {path.name.removesuffix(".safetensors"): path for path in sorted(folder.glob("*.safetensors"))}
-    plain = [path for stem, path in files.items() if "." not in stem]
-    half = [path for stem, path in files.items() if ".fp16" in stem]
-    if not plain and not half:
-        names = ", ".join(path.name for path in sorted(folder.glob("*"))) or "nothing"
-        raise ValueError(
-            f"{folder} holds no weights as .safetensors or .fp16.safetensors (got {names}); "
-            "convert them with `pipeline.save_pretrained(folder, safe_serialization=True)`"
-        )
-    for path in plain or half:
-        with open_weights(path):
-            pass
-    return None if plain else "fp16"
