@@ -2,13 +2,17 @@
 
 Shapes: B batch, T denoising steps, C H W latent. All arithmetic is float32, whatever the model's dtype.
 
-Deviations from diffusers' DDIMScheduler: the step before the first training timestep is timestep 0 whatever
-`set_alpha_to_one` says, so that the last step keeps its variance and its log-probability exists, as in the authors'
-code.
+Deviations from diffusers' DDIMScheduler:
+- a step leads to the next one's timestep, and the last step to timestep 0 whatever `set_alpha_to_one` says, so that it
+  keeps its variance and its log-probability exists, as in the authors' code;
+- timesteps spaced as "linspace" are those of diffusers' multistep solvers (DPM-Solver, UniPC, DEIS): DDIM's own end on
+  timestep 0, and a step from there has no noise;
+- timesteps spaced as "trailing" never are one too many, as the rounding of diffusers' has it for 61 steps and others.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -38,15 +42,21 @@ def make_schedule(scheduler: DDIMScheduler, steps: int, device: torch.device | s
     config = scheduler.config
     if not 1 <= steps <= config.num_train_timesteps:
         raise ValueError(f"got {steps} denoising steps; expected 1 to {config.num_train_timesteps}")
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.cpu().long()
+    timesteps = spaced_timesteps(scheduler, steps)
     if timesteps.max() >= config.num_train_timesteps:
         raise ValueError(
             f"got {steps} denoising steps, which with steps_offset {config.steps_offset} begin beyond the "
             f"{config.num_train_timesteps} the model was trained on; expected fewer"
         )
-    previous = (timesteps - config.num_train_timesteps // steps).clamp(min=0)
-    alpha_bar, alpha_bar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[previous]
+    following = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.int64)])
+    alpha_bar, alpha_bar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[following]
+    if alpha_bar.min() <= 0 and config.prediction_type == "epsilon":
+        raise ValueError(
+            f"got a model that predicts the noise and a schedule that begins with nothing else (at timestep "
+            f"{timesteps[0]}, by rescale_betas_zero_snr), where a prediction of the noise gives no image; expected "
+            "prediction_type v_prediction: set it if the model was trained so; otherwise set rescale_betas_zero_snr to "
+            "false or timestep_spacing to leading in the model's scheduler_config.json"
+        )
     return Schedule(
         timesteps.to(device),
         alpha_bar.to(device),
@@ -54,6 +64,16 @@ def make_schedule(scheduler: DDIMScheduler, steps: int, device: torch.device | s
         step_sigma(alpha_bar, alpha_bar_prev).to(device),
         config.prediction_type,
     )
+
+
+def spaced_timesteps(scheduler: DDIMScheduler, steps: int) -> Tensor:
+    """The timesteps, int64 (T,), from noisy to clean, by the `timestep_spacing` of the scheduler's configuration."""
+    config = scheduler.config
+    if config.timestep_spacing == "linspace":
+        points = np.linspace(0, config.num_train_timesteps - 1, steps + 1).round()[:0:-1]
+        return torch.from_numpy(points.astype(np.int64))
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.cpu().long()[:steps]
 
 
 def step_sigma(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:

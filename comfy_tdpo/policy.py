@@ -130,10 +130,13 @@ class DiffusionPolicy:
         schedule = make_schedule(scheduler, steps, self.device)
         if schedule.sigma.min() <= 0:
             position = int(schedule.sigma.argmin())
+            config = scheduler.config
+            remedy = f"choose at most {config.num_train_timesteps // 2} steps"
+            if config.timestep_spacing == "leading" and config.steps_offset == 0:
+                remedy = f"set steps_offset to 1 in {self.source}'s scheduler_config.json (it is 0)"
             raise ValueError(
                 f"got a schedule whose step {position + 1} of {steps} has no noise, so that its log-probability does "
-                f"not exist; expected sigma > 0 everywhere: set steps_offset to 1 in {self.source}'s scheduler "
-                f"configuration (it is {scheduler.config.steps_offset}) or choose other steps"
+                f"not exist; expected sigma > 0 everywhere: {remedy}"
             )
         return schedule
 

@@ -371,3 +371,11 @@ def test_a_scaling_factor_that_is_no_number_is_refused(folder, factor):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": factor}))
     with pytest.raises(ValueError, match="vae/config.json has scaling_factor .*expected a number above 0"):
         load_components(str(folder))
+
+
+@pytest.mark.parametrize("condition", ["time_cond_proj_dim", "num_class_embeds", "addition_embed_type"])
+def test_a_unet_that_wants_more_than_text_is_refused(folder, condition):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {condition: 256}))
+    with pytest.raises(ValueError, match=f"is conditioned on more than text and timestep .{condition} 256.*choose"):
+        load_components(str(folder))

@@ -26,6 +26,11 @@ _CLASSES = {
     "tokenizer": CLIPTokenizer,
 }
 
+# What U-Nets of other models want besides: guidance (distilled LCM), classes, image embeddings, sizes.
+_MORE_CONDITIONS = (
+    *("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
+)
+
 
 def download(repo: str, dtype: torch.dtype) -> Path:
     """The hub's folder of `repo`, from the cache where it is there; only the files that are loaded."""
@@ -47,7 +52,7 @@ def download(repo: str, dtype: torch.dtype) -> Path:
 
 def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
     _check_index(required(folder, "model_index.json"))
-    check_channels(read_json(required(folder, "unet/config.json")).get("in_channels", 4), folder)
+    _check_unet(read_json(required(folder, "unet/config.json")), folder)
     scheduler = required(folder, "scheduler/scheduler_config.json")
     if not (folder / "tokenizer" / "tokenizer.json").is_file():
         required(folder, "tokenizer/vocab.json")
@@ -70,6 +75,15 @@ def _check_index(index: Path) -> None:
             raise ValueError(f"{index.parent} is a {kind} whose {name} is {found}, not {expected.__name__}; {EXPECTED}")
     if "text_encoder_2" in parts:
         raise ValueError(f"{index.parent} is a {kind} with two text encoders (SDXL); {EXPECTED}")
+
+
+def _check_unet(config: dict, folder: Path) -> None:
+    check_channels(config.get("in_channels", 4), folder)
+    if more := [name for name in _MORE_CONDITIONS if config.get(name)]:
+        raise ValueError(
+            f"the U-Net in {folder} is conditioned on more than text and timestep ({more[0]} {config[more[0]]!r}); "
+            f"{EXPECTED}; choose the base model of the same family"
+        )
 
 
 def _empty(folder: Path, cls: Any) -> nn.Module:
