@@ -3,11 +3,12 @@
 Shapes: B batch, T denoising steps, C H W latent. All arithmetic is float32, whatever the model's dtype.
 
 Deviations from diffusers' DDIMScheduler:
-- a step leads to the next one's timestep, and the last step to timestep 0 whatever `set_alpha_to_one` says, so that it
-  keeps its variance and its log-probability exists, as in the authors' code;
-- timesteps spaced as "linspace" are those of diffusers' multistep solvers (DPM-Solver, UniPC, DEIS): DDIM's own end on
-  timestep 0, and a step from there has no noise;
-- timesteps spaced as "trailing" never are one too many, as the rounding of diffusers' has it for 61 steps and others.
+- each step ends at the next step's timestep, where diffusers subtracts a fixed distance. The last step ends at timestep
+  0 whatever `set_alpha_to_one` says, so that it keeps its variance and its log-probability exists, as in the authors'
+  code;
+- "linspace" spaces timesteps as diffusers' multistep solvers do (DPM-Solver, UniPC, DEIS). DDIM's own include timestep
+  0, and a step from there has no noise;
+- "trailing" gives as many timesteps as were asked for. Rounding gives diffusers one more in some cases (61 steps).
 """
 
 from dataclasses import dataclass
@@ -52,10 +53,10 @@ def make_schedule(scheduler: DDIMScheduler, steps: int, device: torch.device | s
     alpha_bar, alpha_bar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[following]
     if alpha_bar.min() <= 0 and config.prediction_type == "epsilon":
         raise ValueError(
-            f"got a model that predicts the noise and a schedule that begins with nothing else (at timestep "
-            f"{timesteps[0]}, by rescale_betas_zero_snr), where a prediction of the noise gives no image; expected "
-            "prediction_type v_prediction: set it if the model was trained so; otherwise set rescale_betas_zero_snr to "
-            "false or timestep_spacing to leading in the model's scheduler_config.json"
+            f"got prediction_type epsilon on a schedule with zero terminal SNR (rescale_betas_zero_snr): at timestep "
+            f"{timesteps[0]} the latent is pure noise, and a prediction of it gives no image; expected prediction_type "
+            "v_prediction: set it if the model was trained that way; otherwise set rescale_betas_zero_snr to false or "
+            "timestep_spacing to leading in the model's scheduler_config.json"
         )
     return Schedule(
         timesteps.to(device),

@@ -28,13 +28,13 @@ _DTYPES = {
 class TensorFile:
     """The tensors of a .safetensors file, mapped into memory and read one by one.
 
-    The safetensors library refuses a file with bytes after its last tensor; they do no harm and are ignored here, as
-    in ComfyUI.
+    Bytes after the last tensor are harmless. The safetensors library refuses them; here they are ignored, as in
+    ComfyUI.
 
     shapes: name -> shape; metadata: the header's texts.
     dtypes: name -> dtype, or the format's own word for one that this version of PyTorch does not have.
-    Raises ValueError, with the reason alone, where the file is not one or ends too early; OSError where it cannot be
-    read.
+    Raises ValueError, with the reason alone, where the file is damaged or of another format; OSError where it cannot
+    be read.
     """
 
     def __init__(self, path: Path):
@@ -69,12 +69,12 @@ def _parse(header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header is no JSON: {error}") from error
+        raise ValueError(f"its header is not valid JSON: {error}") from error
     if not isinstance(entries, dict):
-        raise ValueError(f"its header is a {type(entries).__name__}, no table of tensors")
+        raise ValueError(f"its header is a {type(entries).__name__}, not a table of tensors")
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is no table of texts")
+        raise ValueError("its metadata is not a table of texts")
     return entries, metadata
 
 

@@ -45,8 +45,8 @@ SOUND = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        (b"{", "is no JSON"),
-        (b"[" * 9999, "is no JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[" * 9999, "is not valid JSON"),
         ([], "is a list"),
         ({"x": 3}, "describes 'x' as 3"),
         ({"x": SOUND | {"shape": [3]}}, "describes 'x'"),

@@ -30,9 +30,9 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def ldm_names(names: Collection[str]) -> Rename:
-    """From a checkpoint's names to those of the original layout: without a prefix that its maker put before all.
+    """From a checkpoint's names to those of the original layout, without a prefix that some program put before all.
 
-    Where only averaged weights of the U-Net are there, they get its names.
+    Where the file has the U-Net's averaged weights (EMA) only, they get the names of the U-Net's own.
     """
     plain = {_uncompiled(name) for name in names}
     prefix = _prefix(plain, _PLAIN)
@@ -68,7 +68,7 @@ def below_text_model(network: nn.Module) -> Rename:
 
 
 def _prefix(names: Collection[str], anchor: str) -> str:
-    """What stands before `anchor` among `names`, where it stands there once only."""
+    """The prefix of the one name that ends with `anchor`; empty where none does, or more than one."""
     if anchor in names:
         return ""
     found = [name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}")]

@@ -14,7 +14,7 @@ FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith(("
 
 # X.weight's scale in ComfyUI's older format, and in its newer one and diffusers'.
 _SCALE = re.compile(r"(?<=\.)(?:scale_weight|weight_scale)$")
-# What says nothing about the weights: markers, and the scales of a layer's inputs for arithmetic in float8.
+# These do not change the weights: markers, and scales of a layer's inputs for arithmetic in float8.
 _NO_WEIGHT = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_input|input_scale|comfy_quant)$")
 
 _SCHEMES = {

@@ -1,7 +1,7 @@
 """The noise schedule that a model was trained on, from the configuration of whatever sampler its folder names.
 
-What is read says how the model was trained, and how the timesteps are spaced. A sampler's own refinements are left out:
-its order, Karras, exponential or beta sigmas, thresholding. Latents are not in [-1, 1], so nothing is clipped.
+Only the noise levels, the prediction type and the spacing of timesteps are read. The sampler's own refinements are
+ignored: its order, Karras, exponential or beta sigmas, thresholding. Latents are not in [-1, 1], so nothing is clipped.
 """
 
 from pathlib import Path
@@ -65,10 +65,10 @@ def _sampler(config: dict, path: Path) -> str:
 
 
 def _spacing(config: dict, sampler: str) -> str:
-    """What the folder says, or diffusers' default for its sampler.
+    """The spacing in the configuration, or diffusers' default for the sampler.
 
-    Old folders say nothing: an offset is for timesteps that are spaced as "leading". Distilled models know the last
-    timestep of each stretch, which is "trailing".
+    Old folders do not name a spacing. Those with an offset mean "leading", the only one that uses it. LCM and TCD
+    models were distilled on the timesteps that "trailing" gives, whatever their folder says.
     """
     if sampler in ("LCM", "TCD"):
         return "trailing"

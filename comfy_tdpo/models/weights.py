@@ -139,7 +139,7 @@ def check_finite(copy: Tensor, stored: Tensor, name: str) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """One pass without a copy: the least and the greatest value are NaN where any is."""
+    """In one pass and without a copy: if any value is NaN, so are the least and the greatest."""
     if not tensor.numel():
         return True
     least, greatest = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())
