@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from comfy_tdpo import loading
+from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 
 TRAINING = (
     *("--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "4", "--resolution", "64"),
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        models = make_models(work, loading.CONFIGS / "sd1")
+        models = make_models(work, CONFIGS / "sd1")
         for model in () if args.make_only else models:
             subprocess.run(training_command(model, work / f"run-{model.stem}"), check=True)
 
@@ -68,7 +68,7 @@ def random_pipeline(configs: Path) -> StableDiffusionPipeline:
         unet=UNet2DConditionModel.from_config(config("unet/config.json")).half(),
         vae=AutoencoderKL.from_config(config("vae/config.json")).half(),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")).half(),
-        tokenizer=loading.clip_tokenizer(configs),
+        tokenizer=clip_tokenizer(configs),
         scheduler=DDIMScheduler.from_config(config("scheduler/scheduler_config.json")),
         safety_checker=None,
         feature_extractor=None,

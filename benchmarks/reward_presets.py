@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from comfy_tdpo import loading
 from comfy_tdpo.methods import ALGORITHMS
+from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.trainer.run import RunFolder
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
         make_files(work)
-        folder, _ = MODELS["make_models"](work, loading.CONFIGS / "sd1")
+        folder, _ = MODELS["make_models"](work, CONFIGS / "sd1")
         runs = [train(work, folder, preset, algorithm) for preset in args.presets for algorithm in args.algorithms]
         text = report(runs, " ".join(["python benchmarks/reward_presets.py", *sys.argv[1:]]))
     args.out.write_text(text, encoding="utf-8")

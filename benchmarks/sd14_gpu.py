@@ -16,9 +16,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from comfy_tdpo.loading import CONFIGS, Components, clip_tokenizer
 from comfy_tdpo.memory import peak_memory, reset_peak_memory
 from comfy_tdpo.methods.objectives import policy_loss
+from comfy_tdpo.models.components import Components
+from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.process.gaussian import log_prob, scaled_clip_range

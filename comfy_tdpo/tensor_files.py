@@ -1,10 +1,96 @@
-"""Safetensors files that are the same to the byte for the same content."""
+"""Safetensors files: written the same to the byte for the same content, and read without trusting them."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
+
+_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+
+# What the format calls its types; those that a version of torch lacks are left out.
+_DTYPES = {
+    name: getattr(torch, dtype)
+    for name, dtype in {
+        **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+        **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"},
+        **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "C64": "complex64"},
+        **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
+        **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+    }.items()
+    if hasattr(torch, dtype)
+}
+
+
+class TensorFile:
+    """The tensors of a .safetensors file, mapped into memory and read one by one.
+
+    Bytes after the last tensor are harmless. The safetensors library refuses them; here they are ignored, as in
+    ComfyUI.
+
+    shapes: name -> shape; metadata: the header's texts.
+    dtypes: name -> dtype, or the format's own word for one that this version of PyTorch does not have.
+    Raises ValueError, with the reason alone, where the file is damaged or of another format; OSError where it cannot
+    be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > _LARGEST_HEADER:
+                raise ValueError("it does not begin with the length of a header")
+            header = file.read(length)
+        size = path.stat().st_size - 8 - length
+        if size < 0:
+            raise ValueError(f"it ends within its header of {length} bytes")
+        entries, self.metadata = _parse(header)
+        self._places = {name: _place(name, entry, size) for name, entry in entries.items()}
+        self.shapes = {name: shape for name, (_, shape, _) in self._places.items()}
+        self.dtypes = {name: dtype for name, (dtype, _, _) in self._places.items()}
+        self._data = torch.UntypedStorage.from_file(str(path), False, 8 + length + size)
+        self._start = 8 + length
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor `name`, as a view of the file where its place there allows it."""
+        dtype, shape, begin = self._places[name]
+        if isinstance(dtype, str):
+            raise ValueError(f"{name} is stored as {dtype}, which PyTorch {torch.__version__} cannot read")
+        count, begin = math.prod(shape), self._start + begin
+        octets = torch.tensor([], dtype=torch.uint8).set_(self._data, begin, (count * dtype.itemsize,))
+        return (octets.clone() if begin % dtype.itemsize else octets).view(dtype).view(shape)
+
+
+def _parse(header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header is not valid JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"its header is a {type(entries).__name__}, not a table of tensors")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is not a table of texts")
+    return entries, metadata
+
+
+def _place(name: str, entry: Any, size: int) -> tuple[torch.dtype | str, tuple[int, ...], int]:
+    """A tensor's dtype, shape and first byte in data of `size` bytes, from the header's word for it."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype = _DTYPES.get(code, code)
+        sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end)) and isinstance(code, str)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"its header describes {name!r} as {str(entry)[:80]}") from error
+    if not sound or (isinstance(dtype, torch.dtype) and end - begin != math.prod(shape) * dtype.itemsize):
+        raise ValueError(f"its header describes {name!r} as {str(entry)[:80]}")
+    if end > size:
+        raise ValueError(f"{name!r} ends at byte {end} of the {size} that are there")
+    return dtype, shape, begin
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

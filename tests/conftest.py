@@ -12,7 +12,8 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
-from comfy_tdpo.loading import Components
+from comfy_tdpo.models.components import Components
+from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.shapes.build import build_tokenizer
@@ -90,7 +91,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def sd1_scheduler_config() -> Path:
-    return Path(__file__).parent.parent / "comfy_tdpo" / "configs" / "sd1" / "scheduler" / "scheduler_config.json"
+    return CONFIGS / "sd1" / "scheduler" / "scheduler_config.json"
 
 
 def _unet() -> UNet2DConditionModel:

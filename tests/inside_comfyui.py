@@ -27,7 +27,8 @@ import torch  # noqa: E402
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from comfy_tdpo.loading import CONFIGS, load_components  # noqa: E402
+from comfy_tdpo.models.components import load_components  # noqa: E402
+from comfy_tdpo.models.shipped import CONFIGS  # noqa: E402
 from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
 from comfy_tdpo.policy import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402

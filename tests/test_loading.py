@@ -1,11 +1,6 @@
-"""Loading: every source gives the same components, and every file that is something else gives one clear ValueError.
-
-The checkpoint in the original layout is made from a random diffusers pipeline by benchmarks/full_architecture.py, whose
-table of names is written from the two architectures and shares nothing with the conversion under test.
-"""
+"""Loading: every source gives the same components, and every file that is something else gives one clear ValueError."""
 
 import json
-import runpy
 import shutil
 from pathlib import Path
 
@@ -16,29 +11,14 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tiny_models import MODEL, SHIPPED, edited, make_tiny_configs, make_tiny_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import comfy_tdpo.loading as loading
-from comfy_tdpo.loading import load_components
+from comfy_tdpo.models import diffusers_folder, shipped
+from comfy_tdpo.models.components import Components, load_components
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = loading.CONFIGS
-MODEL = "model.diffusion_model."
 LAST_NORM = f"{MODEL}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
-# Sizes that make a family's architecture tiny and leave its layout as it is, layer by layer.
-TINY_UNET = {"block_out_channels": [32, 64, 64, 64]}
-TINY_SIZES = {
-    "sd1": {
-        "unet": TINY_UNET | {"cross_attention_dim": 32},
-        "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2},
-    },
-    "sd2": {
-        "unet": TINY_UNET | {"cross_attention_dim": 48, "attention_head_dim": [1, 2, 2, 2]},
-        "text_encoder": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4},
-    },
-}
-TINY_SIZES["sd2-v"] = TINY_SIZES["sd2"]
 PROMPTS = [
     "a green colored rabbit",
     "WOW!! it's the cat's pyjamas!",
@@ -50,40 +30,24 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory) -> Path:
-    """The shipped configurations with tiny sizes."""
-    folder = tmp_path_factory.mktemp("configs") / "configs"
-    shutil.copytree(SHIPPED, folder)
-    for family, parts in TINY_SIZES.items():
-        for part, sizes in (parts | {"vae": {"block_out_channels": [32, 32, 64, 64]}}).items():
-            path = folder / family / part / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
-    return folder
+    return make_tiny_configs(tmp_path_factory.mktemp("configs") / "configs")
 
 
 @pytest.fixture(scope="module")
 def models(configs, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Of each family a diffusers folder and a single file with the same random weights."""
-    make_models = runpy.run_path(str(ROOT / "benchmarks" / "full_architecture.py"))["make_models"]
-    return {family: make_models(tmp_path_factory.mktemp(family), configs / family) for family in ("sd1", "sd2")}
+    return {family: make_tiny_model(tmp_path_factory.mktemp(family), configs / family) for family in ("sd1", "sd2")}
 
 
 @pytest.fixture(autouse=True)
 def tiny(configs, monkeypatch) -> None:
-    monkeypatch.setattr(loading, "CONFIGS", configs)
+    monkeypatch.setattr(shipped, "CONFIGS", configs)
 
 
 @pytest.fixture
 def folder(models, tmp_path) -> Path:
     """A copy of the SD 1.x folder, to be spoiled."""
     return shutil.copytree(models["sd1"][0], tmp_path / "model")
-
-
-def edited(source: Path, target: Path, change, metadata: dict | None = None) -> str:
-    """`source` with its weights changed in place by `change`, as `target`."""
-    weights = load_file(source)
-    change(weights)
-    save_file(weights, target, metadata)
-    return str(target)
 
 
 # --- the sources agree
@@ -103,7 +67,7 @@ def test_single_file_and_folder_are_one_model(models, family):
         assert torch.equal(expected, got) and got.isfinite().all() and got.std() > 0
 
 
-def outputs(parts: loading.Components) -> list[torch.Tensor]:
+def outputs(parts: Components) -> list[torch.Tensor]:
     tokens = torch.tensor([[49_406, 320, 2_368, *[49_407] * 74]])  # "a cat"
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     states = parts.text_encoder(tokens).last_hidden_state  # (1, 77, D)
@@ -166,7 +130,7 @@ def test_shipped_configurations_have_the_published_sizes(family, unet, text_enco
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_tokens_are_open_clips(family):
-    tokenizer = loading.clip_tokenizer(SHIPPED / family)
+    tokenizer = shipped.clip_tokenizer(SHIPPED / family)
     got = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, 77)
     expected = open_clip.tokenize(PROMPTS)  # padded with 0, which is "!"
     end = 49_407
@@ -253,7 +217,9 @@ def test_a_cached_hub_id_loads_offline(models, cached):
 
 
 def test_a_hub_id_of_another_pipeline_is_named_before_its_weights_are_fetched(cached, monkeypatch):
-    monkeypatch.setattr(loading.StableDiffusionPipeline, "download", lambda *args, **kwargs: pytest.fail("fetched"))
+    monkeypatch.setattr(
+        diffusers_folder.StableDiffusionPipeline, "download", lambda *args, **kwargs: pytest.fail("fetched")
+    )
     cached.mkdir(parents=True)
     (cached / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "vae": ["diffusers", "V"]}))
     with pytest.raises(ValueError, match="is a FluxPipeline whose unet is None"):

@@ -6,7 +6,7 @@ import torch
 from comfyui import ask
 from safetensors.torch import save_file
 
-from comfy_tdpo.loading import load_components
+from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.lora import UNetLora
 from comfy_tdpo.shapes import WORLD
 

@@ -114,7 +114,7 @@ def test_imports_follow_the_arrow(path):
         ("comfy_tdpo/rewards/shapes.py", "from ..nodes import train"),
         ("comfy_tdpo/rewards/shapes.py", "from .. import nodes"),
         ("comfy_tdpo/rewards/__init__.py", "REWARDS = {'mine': 'comfy_tdpo.nodes.rewards:Mine'}"),
-        ("comfy_tdpo/loading.py", "def load():\n    import comfy.utils"),
+        ("comfy_tdpo/models/components.py", "def load():\n    import comfy.utils"),
         ("trainer/job.py", "from ..nodes.train import Train"),
         ("trainer/job.py", "from server import PromptServer"),
         ("trainer/job.py", "import folder_paths as paths"),

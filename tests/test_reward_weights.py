@@ -161,6 +161,30 @@ def test_other_models_are_refused_before_they_are_used(tmp_path, there, complain
     assert torch.equal(module.weight, before)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"bias": torch.tensor([1.0, float("nan")])}, r"bias in .* holds NaN or infinity \(1 of 2 values\)"),
+        ({"weight_scale": torch.ones(())}, "is quantised: .*; expected some.pt"),
+        ({"weight.absmax": torch.ones(1)}, "is quantised: bitsandbytes in 4 bits"),
+    ],
+)
+def test_weights_that_are_not_finite_or_quantised_are_refused(tmp_path, suffix, changes, complaint):
+    path, found = tmp_path / f"model{suffix}", {"m.weight": torch.ones(2, 2), "m.bias": torch.ones(2)}
+    found |= {f"m.{name}": value for name, value in changes.items()}
+    save_file(found, path) if suffix == ".safetensors" else torch.save(found, path)
+    with pytest.raises(ValueError, match=complaint):
+        load_weights(nn.Linear(2, 2), path, SOURCE, key=lambda name: f"m.{name}")
+
+
+def test_bytes_after_the_last_tensor_do_no_harm(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, path)
+    path.write_bytes(path.read_bytes() + bytes(16))
+    assert load_weights(nn.Linear(2, 2), path, SOURCE).weight.sum() == 4
+
+
 def test_a_checkpoint_without_its_entry_is_refused(tmp_path):
     torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"KeyError 'state_dict'"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from comfy_tdpo.loading import load_components
+from comfy_tdpo.models.components import load_components
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import load_reward

@@ -232,7 +232,7 @@ MAKE_CHECKPOINT = """
 import sys; sys.path[:0] = [{root!r}, {benchmarks!r}]
 from full_architecture import random_pipeline, to_ldm
 from safetensors.torch import save_file
-from comfy_tdpo.loading import CONFIGS
+from comfy_tdpo.models.shipped import CONFIGS
 save_file(to_ldm(random_pipeline(CONFIGS / "sd1")), {path!r})
 """
 

@@ -17,7 +17,7 @@ from .conditioning import Conditioning, TensorConditioning
 from .lora import UNetLora
 
 if TYPE_CHECKING:
-    from ..loading import Components
+    from .components import Components
 
 
 class ClipText:
@@ -112,7 +112,7 @@ class StableDiffusionFamily:
         return True  # what it cannot load it refuses by name
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion:
-        from ..loading import load_components
+        from .components import load_components
 
         return StableDiffusion.from_components(load_components(source, dtype, prediction_type))
 

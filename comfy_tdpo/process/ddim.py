@@ -1,10 +1,17 @@
 """DDIM with eta = 1 (arXiv 2010.02502, Eq. 12 and 16) as a Gaussian process.
 
-Deviations from diffusers' DDIMScheduler: the step before the first training timestep is timestep 0 whatever
-`set_alpha_to_one` says, so that the last step keeps its variance and its log-probability exists, as in the authors'
-code.
+Deviations from diffusers' DDIMScheduler:
+- each step ends at the next step's timestep, where diffusers subtracts a fixed distance. The last step ends at timestep
+  0 whatever `set_alpha_to_one` says, so that it keeps its variance and its log-probability exists, as in the authors'
+  code;
+- "linspace" spaces timesteps as diffusers' multistep solvers do (DPM-Solver, UniPC, DEIS). DDIM's own include timestep
+  0, and a step from there has no noise;
+- "trailing" gives as many timesteps as were asked for. Rounding gives diffusers one more in some cases (61 steps).
+
+Shapes: T denoising steps.
 """
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
@@ -20,11 +27,13 @@ def make_ddim(scheduler: DDIMScheduler, steps: int, device: torch.device | str =
     """
     process = ddim_tables(scheduler, steps, device)
     if not process.stochastic.all():
-        position = int(process.stochastic.int().argmin())
+        config, position = scheduler.config, int(process.stochastic.int().argmin())
+        remedy = f"choose at most {config.num_train_timesteps // 2} steps"
+        if config.timestep_spacing == "leading" and config.steps_offset == 0:
+            remedy = "set steps_offset to 1 in the model's scheduler_config.json (it is 0)"
         raise ValueError(
             f"got a schedule whose step {position + 1} of {steps} has no noise, so that its log-probability does not "
-            "exist; expected sigma > 0 everywhere: set steps_offset to 1 in the model's scheduler_config.json (it is "
-            f"{scheduler.config.steps_offset}) or choose other steps"
+            f"exist; expected sigma > 0 everywhere: {remedy}"
         )
     return process
 
@@ -34,15 +43,21 @@ def ddim_tables(scheduler: DDIMScheduler, steps: int, device: torch.device | str
     config = scheduler.config
     if not 1 <= steps <= config.num_train_timesteps:
         raise ValueError(f"got {steps} denoising steps; expected 1 to {config.num_train_timesteps}")
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps.cpu().long()
+    timesteps = spaced_timesteps(scheduler, steps)
     if timesteps.max() >= config.num_train_timesteps:
         raise ValueError(
             f"got {steps} denoising steps, which with steps_offset {config.steps_offset} begin beyond the "
             f"{config.num_train_timesteps} the model was trained on; expected fewer"
         )
-    previous = (timesteps - config.num_train_timesteps // steps).clamp(min=0)
-    alpha_bar, alpha_bar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[previous]
+    following = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.int64)])
+    alpha_bar, alpha_bar_prev = scheduler.alphas_cumprod[timesteps], scheduler.alphas_cumprod[following]
+    if alpha_bar.min() <= 0 and config.prediction_type == "epsilon":
+        raise ValueError(
+            f"got prediction_type epsilon on a schedule with zero terminal SNR (rescale_betas_zero_snr): at timestep "
+            f"{timesteps[0]} the latent is pure noise, and a prediction of it gives no image; expected prediction_type "
+            "v_prediction: set it if the model was trained that way; otherwise set rescale_betas_zero_snr to false or "
+            "timestep_spacing to leading in the model's scheduler_config.json"
+        )
     sigma = step_sigma(alpha_bar, alpha_bar_prev)
     return TableProcess(
         times=timesteps.to(device),
@@ -53,6 +68,16 @@ def ddim_tables(scheduler: DDIMScheduler, steps: int, device: torch.device | str
         sigma=sigma.to(device),
         prediction_type=config.prediction_type,
     )
+
+
+def spaced_timesteps(scheduler: DDIMScheduler, steps: int) -> Tensor:
+    """The timesteps, int64 (T,), from noisy to clean, by the `timestep_spacing` of the scheduler's configuration."""
+    config = scheduler.config
+    if config.timestep_spacing == "linspace":
+        points = np.linspace(0, config.num_train_timesteps - 1, steps + 1).round()[:0:-1]
+        return torch.from_numpy(points.astype(np.int64))
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.cpu().long()[:steps]
 
 
 def step_sigma(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..loading import CONFIGS, clip_tokenizer
+from ..models.shipped import CONFIGS, clip_tokenizer
 from .agreement import Agreement
 from .clip import VIT_H_14, Clip, empty_clip
 from .options import Options

@@ -6,16 +6,18 @@ use is not read.
 """
 
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from ..models.quantised import find_scales
+from ..models.weights import check_finite
+from ..tensor_files import TensorFile
 
 Module = TypeVar("Module", bound=nn.Module)
 Shape = tuple[int, ...]
@@ -116,20 +118,27 @@ def load_weights(
     """
     names = {name: key(name) for name in module.state_dict()}
     expected = {names[name]: tuple(empty.shape) for name, empty in module.state_dict().items()}
-    with _open(path, source, inside) as (shapes, read):
-        _check(path, source, expected, shapes)
-        weights = {}
-        for name, stored in names.items():
-            weight = read(stored)
-            if not weight.is_floating_point() or weight.layout != torch.strided:
-                raise ValueError(f"{stored} in '{path}' is {weight.dtype} ({weight.layout}); expected {source}")
-            weights[name] = weight.to(dtype if weight.ndim else torch.float32, copy=True)
+    shapes, read = _open(path, source, inside)
+    _check(path, source, expected, shapes)
+    weights = {}
+    for name, stored in names.items():
+        weight = read(stored)
+        if not weight.is_floating_point() or weight.layout != torch.strided:
+            raise ValueError(f"{stored} in '{path}' is {weight.dtype} ({weight.layout}); expected {source}")
+        weights[name] = weight.to(dtype if weight.ndim else torch.float32, copy=True)
+        check_finite(weights[name], weight, f"{stored} in '{path}'")
     module.load_state_dict(weights, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def _check(path: Path, source: Source, expected: dict[str, Shape], shapes: dict[str, Shape]) -> None:
     missing = sorted(expected.keys() - shapes.keys())
+    try:
+        quantised = next(iter(find_scales(shapes).values()), None)
+    except ValueError as error:
+        quantised = str(error)
+    if quantised:
+        raise ValueError(f"'{path}' is quantised: {quantised}; expected {source}; fetch that file")
     if missing:
         raise ValueError(
             f"'{path}' lacks {len(missing)} of {len(expected)} weights, the first is {missing[0]}; expected {source}; "
@@ -142,18 +151,16 @@ def _check(path: Path, source: Source, expected: dict[str, Shape], shapes: dict[
             )
 
 
-@contextmanager
-def _open(path: Path, source: Source, inside: str) -> Iterator[tuple[dict[str, Shape], Callable[[str], Tensor]]]:
+def _open(path: Path, source: Source, inside: str) -> tuple[dict[str, Shape], Callable[[str], Tensor]]:
     """The shapes of what lies in a file, by name, and what reads one of them."""
+    if path.suffix != ".safetensors":
+        tensors = _tensors(path, source, inside)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                yield {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor
-        else:
-            tensors = _tensors(path, source, inside)
-            yield {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
-    except SafetensorError as error:
+        file = TensorFile(path)
+    except (ValueError, OSError) as error:
         raise _damaged(path, source, error) from error
+    return file.shapes, file.__getitem__
 
 
 def _tensors(path: Path, source: Source, inside: str) -> dict[str, Tensor]:

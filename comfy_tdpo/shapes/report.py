@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..loading import load_components
 from ..models import load_model
+from ..models.components import load_components
 from ..policy import DiffusionPolicy
 from ..prompts import load_prompts
 from ..rollout import Decoder, draw_images

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel
 
-from comfy_tdpo.loading import Components, load_components
+from comfy_tdpo.models.components import Components, load_components
 from comfy_tdpo.shapes import WORLD
 
 

@@ -1,0 +1,41 @@
+"""Stable Diffusion 1.x and 2.x from wherever a user has it: a diffusers folder, a hub id, or one .safetensors file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .diffusers_folder import download, load_folder
+from .scheduler import PREDICTION_TYPES
+from .single_file import load_file
+
+
+@dataclass(frozen=True)
+class Components:
+    """What of Stable Diffusion is trained and sampled; modules in evaluation mode, without gradients."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDIMScheduler
+    source: str
+
+
+def load_components(model: str, dtype: torch.dtype = torch.float32, prediction_type: str | None = None) -> Components:
+    """Load `model` on the CPU with its weights in `dtype`.
+
+    model: a diffusers folder, a .safetensors checkpoint in the original layout, or a hub id "owner/name".
+    prediction_type: "epsilon", "v_prediction" or "sample", where the model itself says nothing or is wrong.
+    Raises ValueError when the model cannot be had or is not Stable Diffusion 1.x or 2.x for text to image.
+    """
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+    path = Path(model).expanduser()
+    if path.is_file():
+        parts = load_file(path, dtype, prediction_type)
+    else:
+        parts = load_folder(path if path.is_dir() else download(model, dtype), dtype, prediction_type)
+    return Components(**parts, source=model)

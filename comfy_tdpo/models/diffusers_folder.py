@@ -1,0 +1,136 @@
+"""Stable Diffusion from a folder that diffusers saved, on this machine or on the hub."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..quiet import quiet_loading
+from .files import EXPECTED, PICKLE_SUFFIXES, naming, read_json, required
+from .names import folder_names
+from .scheduler import load_scheduler
+from .weights import Weights, check_channels, check_weights, fill
+
+# What a pipeline of Stable Diffusion is made of, besides its scheduler.
+_CLASSES = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+}
+
+# What U-Nets of other models want besides: guidance (distilled LCM), classes, image embeddings, sizes.
+_MORE_CONDITIONS = (
+    *("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
+)
+
+
+def download(repo: str, dtype: torch.dtype) -> Path:
+    """The hub's folder of `repo`, from the cache where it is there; only the files that are loaded."""
+    suffix = Path(repo).suffix
+    if suffix in (".safetensors", *PICKLE_SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
+        raise ValueError(f"no file or folder {repo!r}; {EXPECTED}; check the path")
+    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    variant = None if dtype == torch.float32 else "fp16"
+    try:
+        _check_index(Path(hf_hub_download(repo, "model_index.json")))
+        return Path(StableDiffusionPipeline.download(repo, variant=variant, use_safetensors=True, **unused))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{repo!r} is no file or folder here, and as a hub id it cannot be had: {reason}; {EXPECTED}; "
+            "check the name, the connection and HF_HUB_OFFLINE, or log in with `hf auth login` where access is gated"
+        ) from error
+
+
+def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
+    _check_index(required(folder, "model_index.json"))
+    _check_unet(read_json(required(folder, "unet/config.json")), folder)
+    scheduler = required(folder, "scheduler/scheduler_config.json")
+    if not (folder / "tokenizer" / "tokenizer.json").is_file():
+        required(folder, "tokenizer/vocab.json")
+        required(folder, "tokenizer/merges.txt")
+    networks = {name: _empty(folder / name, _CLASSES[name]) for name in ("unet", "vae", "text_encoder")}
+    return {name: _load(network, folder / name, dtype) for name, network in networks.items()} | {
+        "tokenizer": _tokenizer(folder / "tokenizer"),
+        "scheduler": load_scheduler(scheduler, prediction_type),
+    }
+
+
+def _check_index(index: Path) -> None:
+    """The pipeline's classes, before anything big is loaded."""
+    parts = read_json(index)
+    kind = parts.get("_class_name")
+    for name, expected in _CLASSES.items():
+        part = parts.get(name)
+        found = part[-1] if isinstance(part, list) and part else part  # [library, class]
+        if str(found).removesuffix("Fast") != expected.__name__:
+            raise ValueError(f"{index.parent} is a {kind} whose {name} is {found}, not {expected.__name__}; {EXPECTED}")
+    if "text_encoder_2" in parts:
+        raise ValueError(f"{index.parent} is a {kind} with two text encoders (SDXL); {EXPECTED}")
+
+
+def _check_unet(config: dict, folder: Path) -> None:
+    check_channels(config.get("in_channels", 4), folder)
+    if more := [name for name in _MORE_CONDITIONS if config.get(name)]:
+        raise ValueError(
+            f"the U-Net in {folder} is conditioned on more than text and timestep ({more[0]} {config[more[0]]!r}); "
+            f"{EXPECTED}; choose the base model of the same family"
+        )
+
+
+def _empty(folder: Path, cls: Any) -> nn.Module:
+    """The network that `folder` has the configuration of, without memory for its weights."""
+    config = read_json(required(folder.parent, f"{folder.name}/config.json"))
+    with quiet_loading(), naming(folder), init_empty_weights():
+        network = cls(CLIPTextConfig.from_pretrained(folder)) if cls is CLIPTextModel else cls.from_config(config)
+    factor = getattr(network.config, "scaling_factor", 1)
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"{folder / 'config.json'} has scaling_factor {factor!r}; expected a number above 0, as 0.18215"
+        )
+    return network
+
+
+def _load(network: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
+    name = "model" if isinstance(network, CLIPTextModel) else "diffusion_pytorch_model"
+    weights = Weights(_weight_files(folder, name))
+    weights.rename(folder_names(weights.names, network))
+    weights.check_numbers(read_json(folder / "config.json").get("quantization_config"))
+    found = weights.read("", dtype)
+    check_weights(weights.source, network, found)
+    return fill(network, found, dtype, weights.source)
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """The files of weights called `name` in `folder`, plain where there are such, else those in fp16."""
+    for variant in ("", ".fp16"):
+        path, index = folder / f"{name}{variant}.safetensors", folder / f"{name}.safetensors.index{variant}.json"
+        if path.is_file():
+            return [path]
+        if index.is_file():
+            return [required(folder, shard) for shard in _shards(index)]
+    found = ", ".join(path.name for path in sorted(folder.glob("*"))) or "nothing"
+    raise ValueError(
+        f"{folder} holds no weights as .safetensors or .fp16.safetensors (got {found}); "
+        "convert them with `pipeline.save_pretrained(folder, safe_serialization=True)`"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+        raise ValueError(f"{index} has no weight_map from weights to files; fetch or save the whole folder again")
+    return sorted(set(table.values()))
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    with naming(folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)

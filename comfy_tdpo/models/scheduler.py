@@ -1,0 +1,96 @@
+"""The noise schedule that a model was trained on, from the configuration of whatever sampler its folder names.
+
+Only the noise levels, the prediction type and the spacing of timesteps are read. The sampler's own refinements are
+ignored: its order, Karras, exponential or beta sigmas, thresholding. Latents are not in [-1, 1], so nothing is clipped.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDIMScheduler
+
+from .files import EXPECTED, naming, read_json
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
+
+# Samplers of models trained on discrete noise levels -> diffusers' defaults for them, where they are not DDIM's.
+_LINSPACE = {"timestep_spacing": "linspace"}
+_SECOND_ORDER = _LINSPACE | {"beta_start": 0.00085, "beta_end": 0.012}
+_DISTILLED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_SAMPLERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM"), {}),
+    **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "SASolver"), _LINSPACE),
+    **dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep"), _LINSPACE),
+    **dict.fromkeys(("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), _SECOND_ORDER),
+    **dict.fromkeys(("LCM", "TCD"), _DISTILLED),
+}
+
+_READ = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "steps_offset", "set_alpha_to_one"),
+)
+
+
+def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
+    """DDIM on the noise schedule in the file `path`; prediction_type: in place of the file's own.
+
+    Raises ValueError where the file describes no schedule of Stable Diffusion 1.x or 2.x.
+    """
+    config = read_json(path) | ({"prediction_type": prediction_type} if prediction_type else {})
+    sampler = _sampler(config, path)
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise ValueError(f"{path} has prediction_type {kind!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+    settings = _SAMPLERS[sampler] | {key: config[key] for key in _READ if key in config}
+    settings |= {"timestep_spacing": _spacing(config, sampler), "clip_sample": False}
+    with naming(path):
+        scheduler = DDIMScheduler(**settings)
+    _check(scheduler, path)
+    return scheduler
+
+
+def _sampler(config: dict, path: Path) -> str:
+    """The folder's sampler, as diffusers calls it, without "Scheduler"."""
+    given = str(config.get("_class_name", "DDIMScheduler"))
+    name = given.removeprefix("Flax").removesuffix("Scheduler")
+    continuous = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
+    if name not in _SAMPLERS or continuous:
+        raise ValueError(
+            f"{path} has the scheduler {given}{' with continuous noise levels' if continuous else ''}, which is for "
+            f"other models (flow matching, EDM); {EXPECTED}; if the model is one of these, save its folder with "
+            "diffusers' DDIMScheduler"
+        )
+    return name
+
+
+def _spacing(config: dict, sampler: str) -> str:
+    """The spacing in the configuration, or diffusers' default for the sampler.
+
+    Old folders do not name a spacing. Those with an offset mean "leading", the only one that uses it. LCM and TCD
+    models were distilled on the timesteps that "trailing" gives, whatever their folder says.
+    """
+    if sampler in ("LCM", "TCD"):
+        return "trailing"
+    silent = "leading" if config.get("steps_offset") else _SAMPLERS[sampler].get("timestep_spacing", "leading")
+    return config.get("timestep_spacing") or silent
+
+
+def _check(scheduler: DDIMScheduler, path: Path) -> None:
+    config, betas = scheduler.config, scheduler.betas
+    if config.timestep_spacing not in SPACINGS:
+        raise ValueError(
+            f"{path} has timestep_spacing {config.timestep_spacing!r}; expected one of {', '.join(SPACINGS)}"
+        )
+    if not isinstance(config.steps_offset, int) or config.steps_offset < 0:
+        raise ValueError(f"{path} has steps_offset {config.steps_offset!r}; expected 0 or 1")
+    if len(betas) != config.num_train_timesteps:
+        raise ValueError(
+            f"{path} has {len(betas)} trained_betas and num_train_timesteps {config.num_train_timesteps}; expected as "
+            "many; fetch or save the folder again"
+        )
+    if not ((betas > 0) & (betas <= 1)).all():  # 1 is the last one's of zero terminal SNR
+        raise ValueError(
+            f"{path} has betas from which no noise schedule follows (beta_start {config.beta_start}, beta_end "
+            f"{config.beta_end}); expected betas between 0 and 1, as 0.00085 and 0.012; fetch or save the folder again"
+        )

@@ -1,0 +1,146 @@
+"""Stable Diffusion from one .safetensors file in the original (LDM) layout, which carries weights only.
+
+Deviations from diffusers' `from_single_file`, on purpose:
+- every weight must arrive: diffusers leaves a missing one uninitialised;
+- where a file has the U-Net's averaged weights only (EMA), these are taken;
+- an SD 2.x file that does not say how it predicts is taken as ComfyUI takes it. diffusers' own rule, v-prediction
+  unless `global_step` is 875000, is brittle by its own comment, and most files carry no `global_step`;
+- "!" in a prompt stays the word "!" although SD 2.x pads with that token: open_clip and ComfyUI tokenize it so.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from . import shipped
+from .files import EXPECTED
+from .names import below_text_model, ldm_names
+from .scheduler import load_scheduler
+from .shipped import clip_tokenizer, read_config
+from .weights import Weights, check_channels, check_weights, fill
+
+logger = logging.getLogger(__name__)
+
+# Keys of the original (LDM) layout that tell a checkpoint's family by their shapes.
+_CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"  # (width, latent channels, 3, 3)
+_CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (width, text width)
+_LABELS = "model.diffusion_model.label_emb."  # conditions on classes or images
+_LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # (width,)
+
+# What else a .safetensors file may be, by a part of its keys; the most frequent names it, the first among equals.
+_OTHER_FILES = {
+    "lora_": "a LoRA",
+    ".lora.": "a LoRA",
+    "control_model.": "a ControlNet",
+    "conditioner.embedders.": "an SDXL checkpoint",
+    "joint_blocks.": "an SD 3 checkpoint",
+    "double_blocks.": "a Flux checkpoint",
+    "label_emb.": "a U-Net with class or image conditions (SDXL, unCLIP)",
+    "down_blocks.": "one component of a diffusers folder",
+}
+
+
+def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is no .safetensors file; {EXPECTED}; convert it to .safetensors first (a pickled .ckpt, .pt or "
+            ".bin file can run code when it is loaded)"
+        )
+    weights = Weights([path])
+    weights.rename(ldm_names(weights.names))
+    _check_kind(weights)
+    weights.check_numbers()
+    family = _family(weights)
+    prediction_type = prediction_type or _prediction_type(weights, family)
+    configs = shipped.CONFIGS / ("sd2-v" if (family, prediction_type) == ("sd2", "v_prediction") else family)
+    makers = {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder}
+    try:
+        networks = {name: make(weights, configs, dtype) for name, make in makers.items()}
+    except KeyError as error:  # diffusers' conversion takes a layer's bias for granted where its weight is
+        raise ValueError(f"{path} lacks {error.args[0]}; {EXPECTED}; fetch the model again") from error
+    for network, found in networks.values():
+        check_weights(path, network, found)
+    return {name: fill(network, found, dtype, path) for name, (network, found) in networks.items()} | {
+        "tokenizer": clip_tokenizer(configs),
+        "scheduler": load_scheduler(configs / "scheduler" / "scheduler_config.json", prediction_type),
+    }
+
+
+def _check_kind(weights: Weights) -> None:
+    """By what is there: a stray key makes a whole checkpoint nothing else."""
+    names = weights.names
+    counts = {part: sum(part in name for name in names) for part in _OTHER_FILES}
+    part = max(counts, key=counts.__getitem__)
+    if {_CONV_IN, _CONTEXT} <= names:
+        if any(name.startswith(_LABELS) for name in names):
+            raise ValueError(f"{weights.source} is {_OTHER_FILES['label_emb.']}; {EXPECTED}")
+        return
+    kind = _OTHER_FILES[part] if counts[part] else f"something else: keys like {min(names, default='none')}"
+    raise ValueError(f"{weights.source} is {kind}; {EXPECTED}")
+
+
+def _family(weights: Weights) -> str:
+    """ "sd1" or "sd2", from shapes alone."""
+    path, shapes = weights.source, [weights.shape(key) for key in (_CONV_IN, _CONTEXT)]
+    if [len(shape) for shape in shapes] != [4, 2]:
+        raise ValueError(f"{path} has weights of the shapes {shapes} where a U-Net begins; {EXPECTED}")
+    (width, channels, _, _), (_, text_width) = shapes
+    check_channels(channels, path)
+    known = {}
+    for family in ("sd1", "sd2"):
+        config = read_config(shipped.CONFIGS / family, "unet/config.json")
+        known[config["block_out_channels"][0], config["cross_attention_dim"]] = family
+    if (width, text_width) not in known:
+        raise ValueError(f"the U-Net in {path} is {width} wide and reads text {text_width} wide; {EXPECTED}")
+    return known[width, text_width]
+
+
+def _prediction_type(weights: Weights, family: str) -> str:
+    """What the file says of itself (ModelSpec's key, or ComfyUI's); for a silent SD 2.x file, ComfyUI's guess."""
+    said = weights.metadata.get("modelspec.prediction_type") or weights.metadata.get("modelspec.predict_key")
+    if said:
+        return "v_prediction" if said.startswith("v") else "epsilon"
+    if family == "sd1" or _LAST_NORM not in weights.names:
+        return "epsilon"
+    guess = "v_prediction" if weights[_LAST_NORM].float().std(unbiased=False) > 0.09 else "epsilon"
+    logger.warning(
+        "%s does not say how it predicts; taken as %s; prediction_type overrides that", weights.source, guess
+    )
+    return guess
+
+
+def _unet(weights: Weights, configs: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = read_config(configs, "unet/config.json")
+    with init_empty_weights():
+        model = UNet2DConditionModel.from_config(config)
+    return model, convert_ldm_unet_checkpoint(weights.read("model.diffusion_model.", dtype), config)
+
+
+def _vae(weights: Weights, configs: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = read_config(configs, "vae/config.json")
+    with init_empty_weights():
+        model = AutoencoderKL.from_config(config)
+    return model, convert_ldm_vae_checkpoint(weights.read("first_stage_model.", dtype), config)
+
+
+def _text_encoder(weights: Weights, configs: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    with init_empty_weights():
+        model = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
+    found = weights.read("cond_stage_model.", dtype)
+    if any(key.startswith("cond_stage_model.model.") for key in found):
+        found = convert_open_clip_checkpoint(model, found)
+    else:
+        found = convert_ldm_clip_checkpoint(found)
+    rename = below_text_model(model)
+    return model, {rename(key): weight for key, weight in found.items()}
