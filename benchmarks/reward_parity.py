@@ -80,6 +80,7 @@ def compare(name: str, args: argparse.Namespace) -> Result:
     return result
 
 
+@torch.no_grad()
 def measure(name: str, record: dict, weights: dict[str, str]) -> Result:
     images = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in REFERENCE["images"]()]
     expected, prompts = torch.tensor(record["scores"]), record["prompts"]

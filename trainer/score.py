@@ -115,6 +115,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read as an image: {error}; give PNG, JPEG or WebP files")
 
 
+@torch.no_grad()
 def _scores(models: list[RewardModel], image: Tensor, prompt: str) -> Tensor:
     """By each of `models`; an image at a time, since they may differ in size."""
     return torch.cat([score_images(model, image, [prompt]) for model in models]).cpu()

@@ -26,11 +26,16 @@ if TYPE_CHECKING:
 class RewardModel(Protocol):
     """What every reward offers. Images are float (B, 3, H, W) in [0, 1]; preprocessing is the reward's own business.
 
-    name: of the registry; embed_dim: the width D of `embed`, or None where there is no encoder to serve a critic.
+    Neither method enables or disables gradients: the caller decides. Weights are frozen, so a graph is kept only where
+    the images carry a gradient.
+
+    name: of the registry; embed_dim: the width D of `embed`, or None where there is no encoder to serve a critic;
+    differentiable: whether `score` keeps a gradient back to the images.
     """
 
     name: str
     embed_dim: int | None
+    differentiable: bool
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit embeddings, float (B, D)."""
@@ -136,6 +141,7 @@ class WeightedSum:
         self.name = " + ".join(_term(model.name, weight, scale) for model, weight, scale in parts)
         self.encoder = next((model for model, _, _ in parts if model.embed_dim), None)
         self.embed_dim = self.encoder.embed_dim if self.encoder else None
+        self.differentiable = all(model.differentiable for model, _, _ in parts)
 
     def embed(self, images: Tensor) -> Tensor:
         assert self.encoder is not None, "embed_dim is None: there is no encoder"

@@ -51,6 +51,7 @@ class UserFunction:
 
     sources = ()
     embed_dim = None
+    differentiable = True  # as far as anybody knows before a call
 
     def __init__(self, name: str, options: Options):
         check_function(name)
@@ -73,8 +74,7 @@ class UserFunction:
         import torch
 
         assert self.function is not None
-        with torch.no_grad():
-            scores = self.function(images.clone(), list(prompts))  # it may change them, and others see them after it
+        scores = self.function(images.clone(), list(prompts))  # it may change them, and others see them after it
         return scores if isinstance(scores, torch.Tensor) else torch.as_tensor(scores, device=images.device)
 
     def check_prompts(self, prompts: list[str]) -> None:
