@@ -74,8 +74,8 @@ def test_the_gradient_is_that_of_central_differences(weights, monkeypatch, name,
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_the_score_is_the_same_with_gradient_and_without(weights, name, size):
-    """To the last bit, except for open_clip's attention in HPSv2: without a gradient torch takes a faster one, which sums
-    in another order.
+    """To the last bit, except for HPSv2: without a gradient, torch computes open_clip's attention by another kernel,
+    which sums in another order.
     """
     reward, images = load_reward(name, CPU, weights=weights), noise(size)
     with_gradient, without = (reward.score(x, PROMPTS) for x in (images.clone().requires_grad_(), images))
