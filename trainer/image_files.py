@@ -4,7 +4,7 @@
   arbitrary.
 - Of an animation, or a file of several images, the first one.
 - Turned as the camera noted in EXIF.
-- 16-bit grey is divided by 65535. Other files with 16 bits a channel are read to 8 bits, which rewards round to anyway.
+- 16-bit grey is divided by 65535. Other files with 16 bits a channel are read to 8, which learned rewards round to.
 - Colours are taken as sRGB: profiles are not applied, and CMYK is converted by the plain formula.
 - 32-bit pixels are refused, since nothing says which value is white.
 """
