@@ -1,10 +1,18 @@
 """Do the rewards agree with upstream at full size? `python benchmarks/reward_parity.py --upstream OLD/bin/python`
 
-OLD is the environment that benchmarks/reward_reference.py describes. For each learned reward, one after the other,
-upstream's code makes a checkpoint of the true architecture with random weights and scores 16 images with 4 prompts;
-ours loads that file, scores the same, and is compared. Measured besides: what bf16 changes, memory, and time per image.
-The results go into a page with date and machine; one that has been measured before (--work) is not measured again.
-Needs 12 GB of memory, and 4 GB of disk for the largest checkpoint, which is removed after it (--keep keeps it).
+OLD is an environment of its own for upstream's packages, which benchmarks/reward_reference.py describes. For hpsv2
+alone the extra `hpsv2` makes one, in which both sides run:
+
+    python3.11 -m venv old && old/bin/pip install '.[hpsv2]'
+    old/bin/python benchmarks/reward_parity.py hpsv2 --upstream old/bin/python --out build/parity/hpsv2.md
+
+hpsv2's wheel lacks its BPE vocabulary; open_clip's, which is the same file, is copied there.
+
+For each learned reward, one after the other, upstream's code makes a checkpoint of the true architecture with random
+weights and scores 16 images with 4 prompts; ours loads that file, scores the same, and is compared. Measured besides:
+what bf16 changes, memory, and time per image. The results go into a page with date and machine; a reward that has been
+measured before (--work) is not measured again. Needs 12 GB of memory, and 4 GB of disk for the largest checkpoint,
+which is removed after it (--keep keeps it).
 """
 
 import argparse
@@ -59,6 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     results = [compare(name, args) for name in args.rewards]
     text = report(results, " ".join(["python benchmarks/reward_parity.py", *sys.argv[1:]]))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
     print(text)
     if any(result.relative > TOLERANCE for result in results):
@@ -69,7 +78,9 @@ def compare(name: str, args: argparse.Namespace) -> Result:
     done = args.work / f"{name}-result.json"
     if done.exists():
         return Result(**json.loads(done.read_text(encoding="utf-8")))
+    vocabulary = REFERENCE["package_folder"]("open_clip") / REFERENCE["VOCABULARY"]
     script = [HERE / "reward_reference.py", name, "--size", "full", "--work", args.work, "--out", args.work]
+    script += ["--vocabulary", vocabulary]
     subprocess.run([str(part) for part in (args.upstream, "-W", "ignore", *script)], check=True)
     record = json.loads((args.work / f"{name}.json").read_text(encoding="utf-8"))
     result = measure(name, record, {name: str(args.work / name)})
@@ -80,6 +91,7 @@ def compare(name: str, args: argparse.Namespace) -> Result:
     return result
 
 
+@torch.no_grad()
 def measure(name: str, record: dict, weights: dict[str, str]) -> Result:
     images = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 for image in REFERENCE["images"]()]
     expected, prompts = torch.tensor(record["scores"]), record["prompts"]

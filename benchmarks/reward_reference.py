@@ -8,8 +8,10 @@ imported. How to make one:
         accelerate==0.23 'huggingface_hub<0.25' clint braceexpand webdataset sentencepiece protobuf
     old/bin/pip install --no-deps hpsv2==1.2.0 image-reward==1.5
 
-hpsv2's wheel lacks its vocabulary: put open_clip's bpe_simple_vocab_16e6.txt.gz into hpsv2/src/open_clip. image-reward
-imports OpenAI's clip for other rewards than ours: an empty clip.py will do.
+For hpsv2 alone, `python3.11 -m venv old && old/bin/pip install '.[hpsv2]'` is enough, with today's torch. hpsv2's wheel
+lacks its vocabulary, bpe_simple_vocab_16e6.txt.gz, without which it cannot be imported: open_clip's, which is the same,
+is copied into it (--vocabulary; benchmarks/reward_parity.py names that of its own open_clip). image-reward imports
+OpenAI's clip for other rewards than ours: an empty clip.py will do.
 
 For each reward it makes a checkpoint in upstream's file format in --work, has upstream score 16 images with 4 prompts,
 and writes NAME.json to --out: keys and shapes of the checkpoint, versions, prompts and scores. Every weight derives
@@ -21,10 +23,13 @@ import json
 import math
 import platform
 import re
+import shutil
 import sys
 import tomllib
 import zlib
 from collections.abc import Callable
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ from PIL import Image
 PROMPTS = ["a red fox", "Two dogs & a cat, playing chess!", "an oil painting of a lighthouse at night " * 12, "snail"]
 SIZES = [(224, 224), (64, 64), (512, 512), (300, 200), (225, 338), (331, 226), (768, 512), (96, 131)]
 PUBLISHED = Path(__file__).parent.parent / "tests" / "golden" / "checkpoints.toml"
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 REWARDS = ("aesthetic", "pickscore", "hpsv2", "imagereward", "clipscore")
 
 
@@ -120,6 +126,26 @@ def remembered(encode: Callable) -> Callable:
         return known[key]
 
     return once
+
+
+def supply_vocabulary(given: Path | None) -> None:
+    """Put `given`, or what open_clip_torch has here, where hpsv2 looks for its vocabulary; what is there is kept."""
+    package = package_folder("hpsv2")
+    if package is None:
+        sys.exit("hpsv2 is not installed in this environment; see --help")
+    wanted = package / "src" / "open_clip" / VOCABULARY
+    if wanted.exists():
+        return
+    open_clip = package_folder("open_clip")
+    found = given or (open_clip / VOCABULARY if open_clip else None)
+    if found is None or not found.exists():
+        sys.exit(f"hpsv2 lacks {wanted}; name open_clip's {VOCABULARY} with --vocabulary")
+    shutil.copyfile(found, wanted)
+
+
+def package_folder(name: str) -> Path | None:
+    spec = find_spec(name)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 # --- the architectures
@@ -330,7 +356,9 @@ def main() -> None:
     parser.add_argument("--size", choices=("small", "full"), default="small")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="folder for what upstream says")
+    parser.add_argument("--vocabulary", type=Path, help=f"open_clip's {VOCABULARY}; none: that of open_clip_torch here")
     args = parser.parse_args()
+    supply_vocabulary(args.vocabulary)
     for name in args.rewards:
         work = args.work / name
         files, score = REFERENCES.get(name, clip_reference)(name, args.size, work)
@@ -356,10 +384,9 @@ def one_line_lists(text: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
-
+    """Of the packages that decide scores, where they are installed."""
     names = ("torch", "torchvision", "transformers", "timm", "pillow", "hpsv2", "image-reward")
-    return {name: version(name) for name in names}
+    return {name: found.version for name in names for found in distributions(name=name)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Preprocessing against the processors upstream uses, level by level."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
@@ -10,8 +14,9 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from comfy_tdpo.rewards.pixels import CLIP_MEAN, CLIP_STD, pillow_pixels, torchvision_pixels
 
-# height, width: as it is, up, down, tall, wide, an odd number to cut off, tiny, a large factor
+# height, width: as it is, up, down, tall, wide, an odd number to cut off, tiny, a large factor, long
 SIZES = [(224, 224), (64, 64), (512, 512), (300, 200), (224, 400), (225, 338), (333, 226), (9, 17), (1000, 1300)]
+SIZES += [(224, 3000), (3000, 100), (9, 2000), (2000, 9), (1, 300)]
 BICUBIC = InterpolationMode.BICUBIC
 # with its defaults, which are the configuration published with the model; version 5 moved it
 PROCESSOR = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
@@ -68,3 +73,27 @@ def test_images_between_levels_are_taken_as_a_file_would_keep_them():
     assert torch.equal(pillow_pixels(image, 32), pillow_pixels(kept, 32))
     assert torch.equal(torchvision_pixels(image, 32), torchvision_pixels(kept, 32))
     assert pillow_pixels(image.bfloat16(), 32).dtype == torch.float32
+
+
+LONG = [(20000, 800), (100, 8000), (1000, 30000), (10, 20000), (20000, 10)]
+
+
+@pytest.mark.parametrize("size", LONG, ids=str)
+@pytest.mark.parametrize("preprocess", [pillow_pixels, torchvision_pixels])
+def test_a_long_image_takes_little_memory(preprocess, size):
+    """It is stretched to as many as 448,000 pixels, of which 224 are kept."""
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with at_most_another(2**30):
+        assert preprocess(image, 224).shape == (1, 3, 224, 224)
+
+
+@contextmanager
+def at_most_another(size: int) -> Iterator[None]:
+    """Inside the block, more memory than that cannot be had: RuntimeError or MemoryError."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -1,5 +1,8 @@
 """`python -m comfy_tdpo.trainer score`: files in, scores out, one line for a wrong input."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +59,54 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path, capsys):
     assert plain == turned
 
 
+def test_a_transparent_image_scores_as_on_white(tmp_path, capsys):
+    cutout = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    cutout.paste((255, 0, 0, 255), (20, 20, 44, 44))
+    cutout.save(tmp_path / "cutout.png")
+    white = Image.new("RGB", cutout.size, "white")
+    white.paste(cutout, mask=cutout.getchannel("A"))
+    white.save(tmp_path / "white.png")
+    paths = [str(tmp_path / name) for name in ("cutout.png", "white.png")]
+    assert main(["score", "--reward", "shapes-aesthetic", *paths]) == 0
+    transparent, opaque = (line.split("\t")[1] for line in capsys.readouterr().out.splitlines()[1:3])
+    assert transparent == opaque
+
+
+def test_a_tilde_is_the_home_folder(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert main(["score", "--reward", "jpeg-compressibility", "~/red.png"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{tmp_path / 'red.png'}\t")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_name_that_the_console_cannot_show_is_escaped(tmp_path, monkeypatch, encoding):
+    """Of another script, of bytes that are no text, and of a tab, which would be a column."""
+    names = ["\u72d0.png", os.fsdecode(b"caf\xe9.png"), "a\tb.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    rewards = ["--reward", "jpeg-compressibility"]
+    assert main(["score", *rewards, *(str(tmp_path / name) for name in names)]) == 0
+    _, fox, cafe, tab, *_ = out.buffer.getvalue().decode(encoding).splitlines()
+    assert fox.split("\t")[0].endswith("\u72d0.png" if encoding == "utf-8" else r"\u72d0.png")
+    assert cafe.split("\t")[0].endswith(r"caf\udce9.png")
+    assert tab.split("\t")[0].endswith(r"a\tb.png")
+    assert main(["score", *rewards, str(tmp_path / "\u72d1.png")]) == 2
+    assert b"cannot be read as an image: there is no such file" in err.buffer.getvalue()
+
+
+def test_control_c_is_one_line(files, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "load_reward", interrupted)
+    assert main(["score", "--reward", "hpsv2", files[0]]) == 130
+    assert capsys.readouterr().err == "comfy_tdpo: stopped\n"
+
+
 def test_a_reward_that_fails_is_named(files, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_score.py").write_text("def broken(images, prompts):\n    return float('nan')\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -95,6 +146,10 @@ WRONG = {
     ),
     "weights of nothing": (["--reward", "hpsv2", "--reward-weights", "hpsv2", "{image}"], "expected NAME=PATH,..."),
     "floats": (["--reward", "shapes-judge", "{folder}/floats.tiff"], "has 32 bits a pixel, whose white nobody knows"),
+    "a folder": (["--reward", "shapes-judge", "{folder}"], "it is a folder; give the files in it"),
+    "an image twice": (["--reward", "shapes-judge", "{image}", "{image}"], "the same file; give each image once"),
+    "an image by two names": (["--reward", "shapes-judge", "{image}", "{folder}/link.png"], "give each image once"),
+    "another's home": (["--reward", "shapes-judge", "~nobody-at-all/a.png"], "got ~nobody-at-all/a.png, whose home"),
     "a bomb": (["--reward", "shapes-judge", "{folder}/bomb.png"], "bomb.png cannot be read as an image"),
     "a prompt it cannot judge": (
         ["--reward", "shapes-gold", "--prompt", "a fox", "{image}"],
@@ -107,6 +162,7 @@ WRONG = {
 def test_a_wrong_input_is_one_line(files, tmp_path, capsys, case):
     args, complaint = WRONG[case]
     Image.new("F", (8, 8)).save(tmp_path / "floats.tiff")
+    (tmp_path / "link.png").symlink_to(files[0])
     if case == "a bomb":
         Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     assert main(["score", *(arg.format(image=files[0], folder=tmp_path) for arg in args)]) == 2

@@ -29,6 +29,7 @@ class Brightness:
 
     name = "brightness"
     embed_dim = 48
+    differentiable = True
 
     def embed(self, images: Tensor) -> Tensor:
         return F.normalize(F.adaptive_avg_pool2d(images, 4).flatten(1), dim=-1)

@@ -1,18 +1,17 @@
 """Scores image files: `python -m comfy_tdpo.trainer score --reward hpsv2.1 --prompt "a fox" *.png`.
 
-Prints tab-separated lines, and under more than one image their mean and standard deviation, which is what
-reward_scales takes.
+Prints tab-separated lines, and below more than one image their mean and standard deviation, which is what reward_scales
+takes. image_files.py says how files are read.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from comfy_tdpo.rewards import (
@@ -26,19 +25,24 @@ from comfy_tdpo.rewards import (
 from comfy_tdpo.rewards.function import allow_functions
 
 from .config import named_values
+from .image_files import check_image, read_image
 
-FINISHED, FAILED, WRONG_INPUT = 0, 1, 2
+FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input."""
+    """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
     allow_functions()  # the user names them here
     args = _parser().parse_args(argv)
     try:
         _score(args)
     except (ValueError, RewardError) as error:
-        print(f"comfy_tdpo: {' '.join(str(error).split())}", file=sys.stderr)
+        _print(f"comfy_tdpo: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED if isinstance(error, RewardError) else WRONG_INPUT
+    except KeyboardInterrupt:
+        _print("comfy_tdpo: stopped", file=sys.stderr)
+        return STOPPED
     return FINISHED
 
 
@@ -61,21 +65,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _score(args: argparse.Namespace) -> None:
-    for path in args.images:
-        _open(path).close()
+    paths = _paths(args.images)
     weights, device = _weights(args), Accelerator().device
     models = [load_reward(name, device, args.reward_precision, weights) for name in args.reward]
     for model in models:
         model.check_prompts([args.prompt])
-    print("image", *args.reward, sep="\t")
+    _print("image", *args.reward)
     rows = []
-    for path in args.images:
-        rows.append(_scores(models, _load(path).to(device), args.prompt))
-        _print(str(path), rows[-1])
+    for path in paths:
+        rows.append(_scores(models, read_image(path).to(device), args.prompt))
+        _row(str(path), rows[-1])
     if len(rows) > 1:
         table = torch.stack(rows).double()
-        _print("mean", table.mean(0))
-        _print("standard deviation", table.std(0))
+        _row("mean", table.mean(0))
+        _row("standard deviation", table.std(0))
+
+
+def _paths(given: list[Path]) -> list[Path]:
+    """Of image files; ValueError where one is none, or is given twice and would count twice in the mean."""
+    seen: dict[Path, Path] = {}
+    for path in map(_without_tilde, given):
+        check_image(path)
+        if (file := path.resolve()) in seen:
+            raise ValueError(f"got {path} and {seen[file]}, the same file; give each image once")
+        seen[file] = path
+    return list(seen.values())
+
+
+def _without_tilde(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"got {path}, whose home folder cannot be found; write the whole path") from error
 
 
 def _weights(args: argparse.Namespace) -> dict[str, str]:
@@ -88,37 +109,19 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
     return weights
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _load(path: Path) -> Tensor:
-    """The image, (1, 3, H, W) in [0, 1], turned as its camera says; transparency is passed over."""
-    with _open(path) as image:
-        try:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # of which Pillow would take everything above 255 for white
-                grey = np.array(image).astype(np.float32) / 65535
-                return torch.from_numpy(grey).expand(1, 3, -1, -1)
-            if image.mode in ("I", "F"):
-                raise ValueError(f"{path} has 32 bits a pixel, whose white nobody knows; expected 8 or 16")
-            levels = np.array(image.convert("RGB"))
-        except OSError as error:
-            raise _unreadable(path, error) from error
-    return torch.from_numpy(levels).permute(2, 0, 1)[None] / 255
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} cannot be read as an image: {error}; give PNG, JPEG or WebP files")
-
-
+@torch.no_grad()
 def _scores(models: list[RewardModel], image: Tensor, prompt: str) -> Tensor:
     """By each of `models`; an image at a time, since they may differ in size."""
     return torch.cat([score_images(model, image, [prompt]) for model in models]).cpu()
 
 
-def _print(label: str, values: Tensor) -> None:
-    print(label, *(f"{value:.6g}" for value in values.tolist()), sep="\t", flush=True)
+def _row(label: str, values: Tensor) -> None:
+    _print(label, *(f"{value:.6g}" for value in values.tolist()))
+
+
+def _print(*cells: str, file: TextIO | None = None) -> None:
+    """A line of cells. What the console's encoding lacks is escaped, and so is what would break the table."""
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    line = "\t".join(cell.translate(_ESCAPES) for cell in cells)
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)

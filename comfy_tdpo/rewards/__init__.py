@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from .answers import RewardError, checked
 from .function import check_function, is_function
 from .options import Options
 from .shared import shared_while_used
@@ -26,11 +27,16 @@ if TYPE_CHECKING:
 class RewardModel(Protocol):
     """What every reward offers. Images are float (B, 3, H, W) in [0, 1]; preprocessing is the reward's own business.
 
-    name: of the registry; embed_dim: the width D of `embed`, or None where there is no encoder to serve a critic.
+    Neither method enables or disables gradients: the caller decides. Weights are frozen, so a graph is kept only where
+    the images carry a gradient.
+
+    name: of the registry; embed_dim: the width D of `embed`, or None where there is no encoder to serve a critic;
+    differentiable: whether `score` keeps a gradient back to the images.
     """
 
     name: str
     embed_dim: int | None
+    differentiable: bool
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit embeddings, float (B, D)."""
@@ -51,10 +57,6 @@ class RewardClass(Protocol):
     sources: tuple[Source, ...]
 
     def __call__(self, name: str, options: Options) -> RewardModel: ...
-
-
-class RewardError(RuntimeError):
-    """A reward model failed in the middle of a training; the message names it."""
 
 
 # name -> "module:class", where the class is a RewardClass.
@@ -136,6 +138,7 @@ class WeightedSum:
         self.name = " + ".join(_term(model.name, weight, scale) for model, weight, scale in parts)
         self.encoder = next((model for model, _, _ in parts if model.embed_dim), None)
         self.embed_dim = self.encoder.embed_dim if self.encoder else None
+        self.differentiable = all(model.differentiable for model, _, _ in parts)
 
     def embed(self, images: Tensor) -> Tensor:
         assert self.encoder is not None, "embed_dim is None: there is no encoder"
@@ -195,28 +198,8 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
             "precision fp32, or another VAE"
         )
     try:
-        return _checked(model.name, model.score(images, prompts), images)
+        return checked(model.name, model.score(images, prompts), images)
     except (torch.cuda.OutOfMemoryError, RewardError):
         raise  # the former is the caller's to mend, the latter names the part of a sum that failed
     except (Exception, SystemExit) as error:  # it may be anybody's code, and the user must learn whose
         raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error
-
-
-def _checked(name: str, scores: Tensor, images: Tensor) -> Tensor:
-    """`scores` as float32; RewardError where they are not one number for each of `images`."""
-    import torch
-
-    if scores.shape != images.shape[:1]:
-        raise RewardError(
-            f"reward {name!r} returned shape {tuple(scores.shape)}; expected one score per image, ({len(images)},)"
-        )
-    if scores.device != images.device:
-        raise RewardError(
-            f"reward {name!r} returned scores on {scores.device}; expected {images.device}, where the images are"
-        )
-    if scores.is_complex() or scores.layout != torch.strided:
-        raise RewardError(f"reward {name!r} returned {scores.dtype} ({scores.layout}); expected plain real numbers")
-    scores = scores.float()
-    if not torch.isfinite(scores).all():
-        raise RewardError(f"reward {name!r} returned a score that is not finite: {scores.tolist()}")
-    return scores

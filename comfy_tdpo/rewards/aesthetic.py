@@ -1,6 +1,5 @@
 """Aesthetic Score: how people would rate an image alone, about 1 to 10 (LAION's improved-aesthetic-predictor)."""
 
-import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor
@@ -27,6 +26,7 @@ class Aesthetic:
     """A linear head on CLIP's unit embedding of the image; CLIP's text half is not loaded."""
 
     sources = (HEAD, CLIP)
+    differentiable = True
 
     def __init__(self, name: str, options: Options):
         self.name, self.embed_dim = name, ARCHITECTURE.projection_dim
@@ -39,11 +39,9 @@ class Aesthetic:
         self.encoder = load_weights(encoder, clip, CLIP, options.dtype).to(options.device)
         self.size = ARCHITECTURE.vision_config.image_size
 
-    @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         return F.normalize(self.encoder(pillow_pixels(images, self.size)), dim=-1)
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.head(self.embed(images))
 

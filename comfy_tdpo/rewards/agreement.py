@@ -8,6 +8,8 @@ from torch import Tensor
 class Agreement:
     """A score from the cosine of two embeddings, -1 to 1; the image's also serves the critic."""
 
+    differentiable = True
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Embeddings, float32 (B, D), of images in [0, 1]."""
         raise NotImplementedError
@@ -19,11 +21,9 @@ class Agreement:
     def in_upstreams_units(self, cosine: Tensor) -> Tensor:
         return cosine
 
-    @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         return F.normalize(self.encode_images(images), dim=-1)
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         text = F.normalize(self.encode_prompts(prompts, images.device), dim=-1)
         return self.in_upstreams_units((self.embed(images) * text).sum(-1))

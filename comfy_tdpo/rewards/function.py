@@ -8,9 +8,10 @@ named the file, and ComfyUI's nodes do not.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .answers import scores_of
+from .calling import Call
 from .options import Options
 
 if TYPE_CHECKING:
@@ -47,10 +48,14 @@ def _function(name: str) -> str:
 
 
 class UserFunction:
-    """Any callable of images, float (B, 3, H, W) in [0, 1], and a list of B prompts that returns B numbers."""
+    """Any callable of images, float (B, 3, H, W) in [0, 1], and a list of B prompts that returns B numbers.
+
+    calling.py says which parameters it may have, answers.py what it may return.
+    """
 
     sources = ()
     embed_dim = None
+    differentiable = True  # nobody knows before a call
 
     def __init__(self, name: str, options: Options):
         check_function(name)
@@ -62,20 +67,17 @@ class UserFunction:
                 f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; mend it, or where it is not "
                 "found run in the folder of its file, or put that on PYTHONPATH"
             ) from error
-        self.function: Callable[[Tensor, list[str]], Any] | None = getattr(module, _function(name), None)
-        if not callable(self.function):
+        function = getattr(module, _function(name), None)
+        if not callable(function):
             raise ValueError(f"got reward {name!r}, but {module.__name__} has no function {_function(name)!r}")
+        self.call = Call(name, function, options.device)
 
     def embed(self, images: Tensor) -> Tensor:
         raise TypeError(f"{self.name} is a function and has no encoder")
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        import torch
-
-        assert self.function is not None
-        with torch.no_grad():
-            scores = self.function(images.clone(), list(prompts))  # it may change them, and others see them after it
-        return scores if isinstance(scores, torch.Tensor) else torch.as_tensor(scores, device=images.device)
+        answer = self.call(images.clone(), list(prompts))  # it may change them, and others see them after it
+        return scores_of(self.name, answer, images)
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """What it can judge only its author knows."""
+        """Only its author knows what it can judge."""

@@ -98,6 +98,7 @@ class ImageReward:
     """Image and text are read together, so there is no embedding of the image to serve a critic; about -2 to 2."""
 
     sources = (MODEL, VOCABULARY)
+    differentiable = True
     embed_dim = None
 
     def __init__(self, name: str, options: Options):
@@ -114,7 +115,6 @@ class ImageReward:
     def embed(self, images: Tensor) -> Tensor:
         raise TypeError(f"{self.name} has no encoder of images alone")
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         texts = self.tokenizer.encode_batch(prompts)
         tokens = torch.tensor([text.ids for text in texts], device=images.device)

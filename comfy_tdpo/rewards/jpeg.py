@@ -17,6 +17,7 @@ class JpegSize:
 
     sources = ()
     embed_dim = None
+    differentiable = False
 
     def __init__(self, name: str, options: Options):
         self.name, self.sign = name, SIGNS[name]
@@ -25,7 +26,7 @@ class JpegSize:
         raise TypeError(f"{self.name} has no encoder")
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        levels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        levels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         sizes = [_kilobytes(Image.fromarray(image)) for image in levels]
         return self.sign * torch.tensor(sizes, device=images.device)
 

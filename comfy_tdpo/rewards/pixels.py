@@ -1,13 +1,18 @@
-"""From images in [0, 1] to what CLIP and BLIP are fed, on the images' device: the shorter side to the model's size by
-antialiased bicubic resizing, the middle cut out, normalised.
+"""From images in [0, 1] to what CLIP and BLIP are fed, on the images' device: resize the shorter side to the model's
+size by antialiased bicubic interpolation, crop the centre, normalise.
 
-Upstream's processors do that on the CPU, to 8-bit images by Pillow or to float tensors by torchvision. Pillow computes
-in integers and rounds to 8 bits after each axis; here it is done with the same integers, so the levels are the same.
+Upstream's processors do this on the CPU: on 8-bit images with Pillow, or on float tensors with torchvision. Pillow
+computes in integers and rounds to 8 bits after each axis; this module uses the same integers, so the levels are equal.
+Only what the crop keeps is computed, so a long image costs no more than its centre.
 
-Shapes: B images.
+Rounding has no gradient. Where images carry one, they get the exact values with the gradient of the same steps in
+floats: the value is the same to the last bit, with gradient or without.
+
+Shapes: B images; n pixels along an axis.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,61 +24,110 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _BITS = 22  # of the fraction in Pillow's coefficients
 _SUPPORT = 2  # pixels on either side that a cubic sees
+_AT_ONCE = 2**22  # pixels of a channel that are interpolated at once before a crop, to bound memory
+
+
+class _Axis(NamedTuple):
+    """One axis of an image: resized from `before` to `after` pixels, of which `size` are kept from `start` on."""
+
+    before: int
+    after: int
+    start: int
+    size: int
+
+    @property
+    def kept(self) -> slice:
+        return slice(self.start, self.start + self.size)
 
 
 def pillow_pixels(images: Tensor, size: int, crop: str = "rounded") -> Tensor:
-    """What follows from Pillow's resizing, float32 (B, 3, size, size)."""
-    height, width = _shorter_side_to(size, images)
-    levels = _resize_last_axis(_levels(images), width)
-    levels = _resize_last_axis(levels.mT, height).mT
-    return _normalize(_crop(levels, size, crop))
+    """What follows from Pillow's resizing, float32 (B, 3, size, size).
+
+    crop: "rounded" or "first", which centre is kept where there are two; see `_axes`.
+    """
+    rows, columns = _axes(images, size, crop)
+    whole = _levels(images.detach()[..., _read(rows), _read(columns)]).round().int()
+    resized = _resize_rows(_resize_rows(whole.mT.contiguous(), columns).mT.contiguous(), rows).float()
+    if images.requires_grad and torch.is_grad_enabled():
+        resized = _straight_through(resized, _interpolate(_levels(images), rows, columns, clamp=True))
+    return _normalize(resized)
 
 
 def torchvision_pixels(images: Tensor, size: int) -> Tensor:
-    """What follows from torchvision's resizing of float tensors (0.17 and later): nothing rounded, overshoot kept."""
-    height, width = _shorter_side_to(size, images)
+    """What follows from torchvision's resizing of float tensors (0.17 and later): not rounded, overshoot kept."""
+    rows, columns = _axes(images, size, "rounded")
     levels = _levels(images)
-    if levels.shape[-2:] != (height, width):
-        levels = F.interpolate(levels, (height, width), mode="bicubic", antialias=True)
-    return _normalize(_crop(levels, size, "rounded"))
+    return _normalize(_interpolate(_straight_through(levels.round(), levels), rows, columns))
 
 
 def _levels(images: Tensor) -> Tensor:
-    """0 to 255: what is left of images in a file."""
-    return (images.float() * 255).round().clamp(0, 255)
+    """0 to 255; rounded, they are what a file would keep."""
+    return (images.float() * 255).clamp(0, 255)
 
 
-def _shorter_side_to(size: int, images: Tensor) -> tuple[int, int]:
-    height, width = images.shape[-2:]
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
+def _straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
+    """The value of `exact` with the gradient of `smooth`, if it has one."""
+    return exact.detach() + (smooth - smooth.detach()) if smooth.requires_grad else exact
 
 
-def _resize_last_axis(levels: Tensor, size: int) -> Tensor:
-    """Whole numbers throughout: each product of levels and digits sums to less than 2^24, which float32 holds."""
-    if levels.shape[-1] == size:
+def _axes(images: Tensor, size: int, crop: str) -> tuple[_Axis, _Axis]:
+    """Rows and columns. Of two centres torchvision takes the one that starts at an even pixel ("rounded"), transformers
+    the first.
+    """
+    before = images.shape[-2:]
+    after = [int(size * n / min(before)) for n in before]
+    starts = [round((n - size) / 2) if crop == "rounded" else (n - size) // 2 for n in after]
+    rows, columns = (_Axis(*axis, size) for axis in zip(before, after, starts, strict=True))
+    return rows, columns
+
+
+# --- as Pillow resizes
+
+
+def _resize_rows(levels: Tensor, axis: _Axis) -> Tensor:
+    """Pillow's resizing along the last axis but one, int32 in and out, of the pixels that `_read` names.
+
+    Sums stay below 2^31: 255 * 2^22 is half of that.
+    """
+    if axis.before == axis.after:
         return levels
-    total = torch.zeros((), dtype=torch.int32, device=levels.device)
-    for digit in _coefficients(levels.shape[-1], size, levels.device):
-        total = total * 256 + (levels @ digit).int()
-    return ((total + 2 ** (_BITS - 1)) >> _BITS).clamp(0, 255).float()
+    pixels, weights = _windows(axis, levels.device)
+    total = levels.new_full((*levels.shape[:-2], axis.size, levels.shape[-1]), 2 ** (_BITS - 1))  # a half, to round
+    for read, weight in zip(pixels, weights, strict=True):
+        total += levels.index_select(-2, read) * weight[:, None]
+    return (total >> _BITS).clamp(0, 255)
 
 
-@lru_cache(maxsize=8)  # a training has one size or two, and those of a folder may all differ
-def _coefficients(before: int, after: int, device: torch.device) -> list[Tensor]:
-    """The digits, to the base of 256 and highest first, of how much of each pixel goes where, each (before, after)."""
-    scale = before / after
-    stretch = max(scale, 1.0)
-    centers = (np.arange(after) + 0.5) * scale
-    first = np.maximum((centers - _SUPPORT * stretch + 0.5).astype(int), 0)
-    last = np.minimum((centers + _SUPPORT * stretch + 0.5).astype(int), before)
-    pixels = np.arange(before)[:, None]
-    weights = _cubic(np.abs(pixels + 0.5 - centers) / stretch) * (first <= pixels) * (pixels < last)
+def _read(axis: _Axis) -> slice:
+    """The pixels before resizing that decide the kept ones."""
+    if axis.before == axis.after:
+        return axis.kept
+    _, first, last = _reach(axis)
+    return slice(first[0], last[-1])
+
+
+def _reach(axis: _Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each kept pixel, the centre before resizing, the first pixel that it reads, and the one after the last."""
+    scale = axis.before / axis.after
+    centers = (np.arange(axis.start, axis.start + axis.size) + 0.5) * scale
+    reach = _SUPPORT * max(scale, 1.0)
+    first = np.maximum((centers - reach + 0.5).astype(int), 0)
+    return centers, first, np.minimum((centers + reach + 0.5).astype(int), axis.before)
+
+
+@lru_cache(maxsize=8)  # a training has one size or two; those of image files may all differ
+def _windows(axis: _Axis, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pixels that each kept one reads, counted from the first of all, and their weights in units of 2^-22.
+
+    Both (window, size); a shorter window is filled up with weights of 0.
+    """
+    centers, first, last = _reach(axis)
+    pixels = first + np.arange((last - first).max())[:, None]
+    weights = _cubic(np.abs(pixels + 0.5 - centers) / max(axis.before / axis.after, 1.0)) * (pixels < last)
     weights /= weights.sum(axis=0)
-    whole = np.trunc(weights * 2**_BITS + np.copysign(0.5, weights)).astype(np.int64)
-    digits = [whole >> 16, whole >> 8 & 255, whole & 255]
-    return [torch.tensor(digit, dtype=torch.float32, device=device) for digit in digits]
+    whole = np.trunc(weights * 2**_BITS + np.copysign(0.5, weights))
+    read = np.minimum(pixels, last[-1] - 1) - first[0]
+    return torch.tensor(read, device=device), torch.tensor(whole, dtype=torch.int32, device=device)
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:
@@ -83,14 +137,32 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def _crop(levels: Tensor, size: int, crop: str) -> Tensor:
-    """The middle; where there are two, torchvision takes the even-numbered ("rounded"), transformers the first."""
-    height, width = levels.shape[-2:]
-    if crop == "rounded":
-        top, left = round((height - size) / 2), round((width - size) / 2)
+# --- in floats
+
+
+def _interpolate(levels: Tensor, rows: _Axis, columns: _Axis, clamp: bool = False) -> Tensor:
+    """The same by torch; clamp: to 0 ... 255 after each axis, as Pillow's rounding does.
+
+    One axis after the other, as torch itself does, with a crop between them: a long image has few pixels that are kept.
+    """
+    if columns.before != columns.after:
+        levels = _bicubic(levels, rows.before, columns.after)
+    levels = _clamp(levels[..., columns.kept], clamp)
+    if rows.before != rows.after:
+        parts = levels.split(max(1, _AT_ONCE // rows.after), -1)
+        kept = [_bicubic(part, rows.after, part.shape[-1])[..., rows.kept, :].clone() for part in parts]
+        levels = torch.cat(kept, -1)
     else:
-        top, left = (height - size) // 2, (width - size) // 2
-    return levels[..., top : top + size, left : left + size]
+        levels = levels[..., rows.kept, :]
+    return _clamp(levels, clamp)
+
+
+def _bicubic(levels: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(levels, (height, width), mode="bicubic", antialias=True)
+
+
+def _clamp(levels: Tensor, clamp: bool) -> Tensor:
+    return levels.clamp(0, 255) if clamp else levels
 
 
 def _normalize(levels: Tensor) -> Tensor:

@@ -30,17 +30,16 @@ class ShapesAesthetic:
 
     sources = ()
     embed_dim = 64
+    differentiable = True
 
     def __init__(self, name: str, options: Options):
         self.name = name
         self.encoder = _clip_encoder(options.device)
         self.head = load_preference_head(WORLD).to(options.device)
 
-    @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         return self.encoder.embed_images(images)
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.head(self.embed(images))
 
@@ -53,16 +52,15 @@ class _Agreement:
 
     sources = ()
     embed_dim = 64
+    differentiable = True
 
     def __init__(self, name: str, encoder: ClipEncoder | JudgeEncoder):
         self.name, self.encoder = name, encoder
         self.tokenizer = load_tokenizer(WORLD)
 
-    @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         return self.encoder.embed_images(images)
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         text = self.encoder.embed_tokens(tokenize(self.tokenizer, prompts).to(images.device))
         return (self.embed(images) * text).sum(-1)
@@ -90,6 +88,7 @@ class ShapesGold:
 
     sources = ()
     embed_dim = None
+    differentiable = False
 
     def __init__(self, name: str, options: Options):
         self.name = name

@@ -1,0 +1,124 @@
+"""How a user's function is called: each argument goes to the parameter whose name says what it takes.
+
+So `f(images, prompts)`, `f(prompts, images)` and `f(*, image, caption, **more)` all work, and so does the form that
+DDPO, TRL and flow_grpo share, `f(images, prompts, metadata)`. Nothing is passed by position: a function that gets the
+two the wrong way round may well return numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from inspect import BoundArguments, Parameter, Signature
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+IMAGES, PROMPTS, METADATA = "images", "prompts", "metadata"
+
+# What parameters are called here and in other trainers; whatever the case.
+NAMES = {
+    IMAGES: ("images", "image", "imgs", "img", "pixels", "pixel_values", "pictures", "picture"),
+    PROMPTS: ("prompts", "prompt", "captions", "caption", "texts", "text"),
+    METADATA: ("metadata", "prompt_metadata", "metadatas", "meta"),
+}
+DEVICE = "device"  # what a factory may ask for
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+_WRAP = "wrap it in a function of your own: def reward(images, prompts): return ..."
+
+
+class Call:
+    """A user's function with its parameters understood.
+
+    A function that takes nothing, or a device alone, is a factory, as in ddpo-pytorch and flow_grpo: it is called once,
+    and what it returns is the function. So is a class.
+
+    Raises ValueError where the names of the parameters do not say what they take.
+    """
+
+    def __init__(self, name: str, function: Callable, device: torch.device):
+        self.function, self.signature = function, _signature(name, function)
+        if _is_factory(function, self.signature):
+            self.function = _made(name, function, self.signature, device)
+            self.signature = _signature(name, self.function)
+        self.takes = _understood(name, self.signature)
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Any:
+        """Whatever the function returns for float images (B, 3, H, W) and B prompts."""
+        given = {IMAGES: images, PROMPTS: prompts, METADATA: [{} for _ in prompts]}
+        bound = BoundArguments(self.signature, OrderedDict())
+        for name, what in self.takes.items():
+            bound.arguments[name] = given[what]
+        more = {what: given[what] for what in (IMAGES, PROMPTS) if what not in self.takes.values()}
+        for parameter in self.signature.parameters.values():
+            if parameter.kind is Parameter.VAR_KEYWORD:
+                bound.arguments[parameter.name] = more
+        return self.function(*bound.args, **bound.kwargs)
+
+
+def _signature(name: str, function: Callable) -> Signature:
+    forward = None if inspect.isclass(function) else getattr(function, "forward", None)  # of a torch module
+    try:
+        return inspect.signature(forward if callable(forward) else function)
+    except (TypeError, ValueError) as error:  # written in C, and silent about it
+        raise ValueError(f"got reward {name!r}, whose parameters cannot be read ({error}); {_WRAP}") from error
+
+
+def _required(signature: Signature) -> list[str]:
+    parameters = signature.parameters.values()
+    return [p.name for p in parameters if p.default is Parameter.empty and p.kind not in _VARIADIC]
+
+
+def _meaning(parameter: str) -> str | None:
+    return next((what for what, names in NAMES.items() if parameter.lower() in names), None)
+
+
+def _is_factory(function: Callable, signature: Signature) -> bool:
+    parameters = signature.parameters.values()
+    anything = any(p.kind in _VARIADIC for p in parameters) and not inspect.isclass(function)
+    if anything or any(_meaning(p.name) for p in parameters):
+        return False
+    return set(_required(signature)) <= {DEVICE}
+
+
+def _made(name: str, factory: Callable, signature: Signature, device: torch.device) -> Callable:
+    try:
+        made = factory(**{DEVICE: device} if DEVICE in signature.parameters else {})
+    except Exception as error:  # whatever the user's code does
+        raise ValueError(
+            f"reward {name!r} takes no images, so it was called to make the function that does, and failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not callable(made):
+        if inspect.iscoroutine(made):
+            made.close()  # or Python warns that nobody awaited it
+        raise ValueError(
+            f"reward {name!r} takes neither images nor prompts, and returned {type(made).__name__}; expected a "
+            "function of (images, prompts), or one without arguments that returns such a function"
+        )
+    return made
+
+
+def _understood(name: str, signature: Signature) -> dict[str, str]:
+    """What each parameter takes, by its name: the first that is called so, and metadata where it must be given."""
+    required, takes = _required(signature), dict[str, str]()
+    for parameter in signature.parameters.values():
+        what = _meaning(parameter.name)
+        optional = what == METADATA and parameter.name not in required
+        if what and what not in takes.values() and parameter.kind not in _VARIADIC and not optional:
+            takes[parameter.name] = what
+    everything = any(p.kind is Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    if not everything and not {IMAGES, PROMPTS} & set(takes.values()):
+        raise ValueError(
+            f"got reward {name!r} with the parameters {signature}; expected images and prompts, which are passed by "
+            f"name: call its parameters so, or {_WRAP}"
+        )
+    if lacking := [parameter for parameter in required if parameter not in takes]:
+        raise ValueError(
+            f"reward {name!r} also requires {', '.join(lacking)}; expected (images, prompts) or (images, prompts, "
+            f"metadata): give the others a default, call those that take images and prompts so, or {_WRAP}"
+        )
+    return takes
