@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from comfy_tdpo.trainer.config import make_config
-from comfy_tdpo.trainer.plots import critic_panels, readable, reward_figure, reward_panels, save_image_grid, save_plots
+from comfy_tdpo.trainer.image_grid import save_image_grid
+from comfy_tdpo.trainer.metrics import readable
+from comfy_tdpo.trainer.plots import critic_panels, reward_figure, reward_panels, save_plots
 from comfy_tdpo.trainer.run import RunFolder
 
 CRITIC = {"critic/explained_variance": 0.3, "neurons/dormant_percent": 10.0, "neurons/reset_count": 0}

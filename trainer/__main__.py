@@ -162,8 +162,8 @@ def _resume_command(run: RunFolder) -> str:
 
 def _conclude(run: RunFolder, stopped: bool) -> int:
     """Draw the plots and say what came of it."""
-    from .console import summary
     from .plots import save_plots
+    from .summary import summary
 
     if run.metrics():
         save_plots(run)
