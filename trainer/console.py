@@ -1,5 +1,6 @@
 """What a person at the terminal sees while a run trains: a bar, or lines."""
 
+import os
 import sys
 import time
 from collections import deque
@@ -11,35 +12,48 @@ from tqdm import tqdm
 from .config import TrainConfig
 from .metrics import duration, readable, reward_names
 from .run import EpochMetrics
+from .streams import SafeStream, encodable
 from .training import RATIO_TOLERANCE
 
 PACE = 5  # latest epochs whose mean duration makes the ETA
+NARROW = 50  # columns; below that, a bar would leave no room for words
 
 
 class Console:
-    """One progress bar for the whole run on a terminal, one plain line an epoch anywhere else.
+    """One progress bar for the whole run on a terminal, one plain line an epoch anywhere else and where TERM is dumb.
+
+    A stream that fails, or lacks a character, does not end the training.
 
     Args:
         config: the run's configuration; first_epoch: the one that runs first, above 1 in a resumed run.
-        stream: where to write; none: stderr.
+        stream: where to write; by default stderr.
     """
 
     def __init__(self, config: TrainConfig, first_epoch: int, stream: TextIO | None = None):
-        self.config, self.stream = config, stream or sys.stderr
+        self.config, self.stream = config, SafeStream(stream or sys.stderr)
         self._paces: deque[float] = deque(maxlen=PACE)
         self._end: float | None = None  # when the run will be done, on the monotonic clock
         self._results, self._held_out, self._warned = "", "", False
-        self._bar = self._make_bar(first_epoch - 1) if self.stream.isatty() else None
+        has_bar = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar = self._make_bar(first_epoch - 1) if has_bar else None
 
     def _make_bar(self, done: int) -> tqdm:
+        columns, bar_format = self._layout()
         return tqdm(
             total=self.config.epochs,
             initial=done,
             file=self.stream,
-            dynamic_ncols=True,
             miniters=0,  # tqdm then redraws by the clock alone, at most ten times a second
-            bar_format="epochs {n_fmt}/{total_fmt} |{bar:8}| {desc}",
+            ncols=columns,
+            bar_format=bar_format,
         )
+
+    def _layout(self) -> tuple[int | None, str]:
+        """One line's columns, of the terminal as wide as it is now, and its format; tqdm cuts off what does not fit."""
+        columns = self.stream.columns()
+        narrow = columns is not None and columns < NARROW
+        bar_format = "{n_fmt}/{total_fmt} {desc}" if narrow else "epochs {n_fmt}/{total_fmt} |{bar:8}| {desc}"
+        return columns, bar_format
 
     def begin(self, device: object) -> None:
         """It is loaded, and begins."""
@@ -51,7 +65,7 @@ class Console:
     def watch(self, phase: str, done: int, total: int) -> None:
         """See the current epoch move; cheap enough for every micro-batch."""
         if self._bar is not None:
-            self._bar.set_description_str(self._describe(f"{phase} {done}/{total}"), refresh=False)
+            self._describe(f"{phase} {done}/{total}")
             self._bar.update(0)
 
     def epoch(self, metrics: EpochMetrics) -> None:
@@ -63,7 +77,8 @@ class Console:
         else:
             self._results, self._held_out = "  ".join(_results(metrics, "EV")), "  ".join(_held_out(metrics))
             self._bar.n = metrics["epoch"]
-            self._bar.set_description_str(self._describe("epoch done"))
+            self._describe("epoch done")
+            self._bar.refresh()
         self._check_drift(metrics["policy/ratio_drift"])
 
     def close(self) -> None:
@@ -71,8 +86,12 @@ class Console:
         if self._bar is not None:
             self._bar.close()
 
-    def _describe(self, phase: str) -> str:
-        return "  ".join(part for part in (phase.ljust(15), self._results, self._eta(), self._held_out) if part)
+    def _describe(self, phase: str) -> None:
+        assert self._bar is not None
+        parts = (phase.ljust(15), self._results, self._eta(), self._held_out)
+        text = encodable("  ".join(part for part in parts if part), self.stream.encoding)
+        self._bar.set_description_str(text, refresh=False)
+        self._bar.ncols, self._bar.bar_format = self._layout()
 
     def _eta(self) -> str:
         return f"ETA {duration(max(0.0, self._end - time.monotonic()))}" if self._end is not None else ""

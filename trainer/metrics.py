@@ -1,5 +1,7 @@
 """Metrics as people read them: which rewards a run has, its curves, and numbers and times in words."""
 
+from unicodedata import combining, east_asian_width
+
 from .config import TrainConfig
 from .run import EpochMetrics
 
@@ -32,7 +34,21 @@ def readable(value: float, like: float | None = None, sign: str = "") -> str:
 
 
 def shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 3]}..."
+    """`name` with its end cut off where it takes more than `length` columns of a terminal."""
+    if columns_of(name) <= length:
+        return name
+    while columns_of(name) > length - 3:
+        name = name[:-1]
+    return f"{name}..."
+
+
+def padded(text: str, width: int) -> str:
+    return text + " " * (width - columns_of(text))
+
+
+def columns_of(text: str) -> int:
+    """The columns that a terminal needs for it: two for each wide character, none for a combining one."""
+    return sum(2 if east_asian_width(char) in "FW" else not combining(char) for char in text)
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from .metrics import duration, readable, reward_names, role, shortened
+from .metrics import columns_of, duration, padded, readable, reward_names, role, shortened
 from .run import EpochMetrics, RunFolder
 
 COLUMNS = 100
@@ -92,8 +92,8 @@ def _table(training: Course, watching: list[Course], roles: dict[str, str]) -> s
         ("reward", "epoch 1", _last_epochs(len(training.means)), "change", "in std of epoch 1")
     ]
     rows += [_row(training, "trained on"), *(_row(course, roles[course.name]) for course in watching)]
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{name:<{width}}  {a:>9}  {b:>15}  {c:>9}  {d:>17}" for name, a, b, c, d in rows)
+    width = max(columns_of(row[0]) for row in rows)
+    return "\n".join(f"{padded(name, width)}  {a:>9}  {b:>15}  {c:>9}  {d:>17}" for name, a, b, c, d in rows)
 
 
 def _last_epochs(epochs: int) -> str:
