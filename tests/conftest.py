@@ -1,8 +1,10 @@
 """Tiny models with random weights, made from a seed: everything a policy needs, in a fraction of a second."""
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import children
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -77,6 +79,20 @@ def make_policy(make_components) -> Callable[..., DiffusionPolicy]:
         return policy
 
     return make
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a process, as subprocess.Popen does, that ends with the test at the latest."""
+    started: list[subprocess.Popen] = []
+
+    def start(command: list, **settings) -> subprocess.Popen:
+        started.append(children.start(command, **settings))
+        return started[-1]
+
+    yield start
+    for process in started:
+        children.end(process)
 
 
 @pytest.fixture
