@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from accelerate.tracking import GeneralTracker
 from toy import new_run, toy_training
@@ -100,7 +101,8 @@ def test_resumed_settings_are_the_runs_own(finished, capsys):
         ),
     ],
 )
-def test_a_resume_that_is_refused_changes_no_file(flags, message, finished, capfd):
+def test_a_resume_that_is_refused_changes_no_file(flags, message, finished, capfd, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nobody waits for the hub
     path, _ = finished
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert main(["--resume", str(path), *flags]) == 2
