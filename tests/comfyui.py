@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import children
+
 ROOT = Path(__file__).parent.parent
 CHECKOUT = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 PYTHON = CHECKOUT / ".venv" / "bin" / "python"
@@ -53,8 +55,12 @@ class Server:
         flags = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
         flags += ["--disable-api-nodes", "--disable-auto-launch"]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen([PYTHON, "main.py", *flags], cwd=CHECKOUT, stdout=log, stderr=log)
-        wait_until(self._is_up, "the server")
+            self.process = children.start([PYTHON, "main.py", *flags], cwd=CHECKOUT, stdout=log, stderr=log)
+        try:
+            wait_until(self._is_up, "the server")
+        except BaseException:
+            children.end(self.process)
+            raise
 
     def _is_up(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -64,9 +70,18 @@ class Server:
             return False
 
     def end(self) -> int:
-        """As a service manager does it; the exit status."""
+        """As a service manager does it: asked to, then killed; the exit status."""
         self.process.terminate()
-        return self.process.wait(timeout=PATIENCE)
+        try:
+            return self.process.wait(timeout=PATIENCE)
+        finally:
+            children.end(self.process)
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        children.end(self.process)
 
     # --- over HTTP
 

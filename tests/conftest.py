@@ -1,12 +1,14 @@
 """Tiny models with random weights, made from a seed: everything a policy needs, in a fraction of a second."""
 
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, whose threads would spin while they wait: beside other work that takes many times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import children  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -82,6 +84,20 @@ def make_policy(make_components) -> Callable[..., DiffusionPolicy]:
         return policy
 
     return make
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a process, as subprocess.Popen does, that ends with the test at the latest."""
+    started: list[subprocess.Popen] = []
+
+    def start(command: list, **settings) -> subprocess.Popen:
+        started.append(children.start(command, **settings))
+        return started[-1]
+
+    yield start
+    for process in started:
+        children.end(process)
 
 
 @pytest.fixture

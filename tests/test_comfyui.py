@@ -116,10 +116,10 @@ def test_a_background_run_trains_while_other_graphs_sample(server):
 
 def test_quitting_in_mid_run_saves_it(server, tmp_path):
     """Its folder then goes on in another ComfyUI."""
-    other = Server(tmp_path)
-    other.run(train_graph("quit", mode="background", epochs=500, samples_per_epoch=16, steps=8))
-    other.until("quit", lambda status: status["phase"] == "updating")
-    assert other.end() == 0, other.log.read_text()
+    with Server(tmp_path) as other:
+        other.run(train_graph("quit", mode="background", epochs=500, samples_per_epoch=16, steps=8))
+        other.until("quit", lambda status: status["phase"] == "updating")
+        assert other.end() == 0, other.log.read_text()
     run = tmp_path / "output" / "tdpo" / "quit"
     (checkpoint,) = (run / "checkpoints").glob("epoch-0000-samples-*")
     assert (checkpoint / "state.json").is_file() and (run / "lora" / "latest.safetensors").is_file()

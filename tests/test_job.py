@@ -14,14 +14,15 @@ from comfy_tdpo.trainer.run import RunFolder
 
 @pytest.fixture
 def make_job(tmp_path, make_policy):
-    """A job on a toy run; jobs of one name share a run, as a resumed one does."""
+    """A job on a toy run; jobs of one name share a run, as a resumed one does. None outlives its test."""
 
     def make(name: str = "run", **overrides) -> Job:
         path = tmp_path / name
         run = RunFolder.open(path) if path.exists() else new_run(path, **overrides)
         return Job(run, lambda run, stop, watch: toy_training(run, make_policy, stop, watch))
 
-    return make
+    yield make
+    stop_all(timeout=60)
 
 
 def test_a_job_trains_to_its_end_and_says_so(make_job):

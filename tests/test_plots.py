@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 
 from comfy_tdpo.trainer.config import make_config
-from comfy_tdpo.trainer.plots import critic_panels, readable, reward_figure, reward_panels, save_image_grid, save_plots
+from comfy_tdpo.trainer.drawing import DPI, WIDTH
+from comfy_tdpo.trainer.image_grid import save_image_grid
+from comfy_tdpo.trainer.metrics import readable
+from comfy_tdpo.trainer.plots import LEFT, RIGHT, critic_panels, reward_figure, reward_panels, save_plots
 from comfy_tdpo.trainer.run import RunFolder
 
 CRITIC = {"critic/explained_variance": 0.3, "neurons/dormant_percent": 10.0, "neurons/reset_count": 0}
@@ -97,8 +100,10 @@ def test_each_reward_has_a_panel_the_training_reward_first():
 
 def test_a_figure_grows_with_each_held_out_reward():
     config = make_config()
-    heights = [reward_figure(epochs(2, **more), config).height for more in ({}, {"eval/more/mean": 1.0})]
-    assert heights[1] - heights[0] == pytest.approx(200 * 1.55, abs=1)  # inches of a panel and its title at 200 dpi
+    more = [{}, {"eval/more/mean": 1.0}, {"eval/more/mean": 1.0, "eval/most/mean": 1.0}]
+    heights = [reward_figure(epochs(2, **rewards), config).height for rewards in more]
+    assert heights[2] - heights[1] == pytest.approx(heights[1] - heights[0], abs=1)  # a pixel of rounding
+    assert heights[0] < heights[1]
 
 
 def test_resets_are_marked():
@@ -116,9 +121,11 @@ def test_metrics_that_start_later_are_drawn(tmp_path):
     for line in metrics[1:]:
         line["neurons/overlap_percent"] = 80.0
     run = make_run(tmp_path, metrics)
-    with_overlap = Image.open(save_plots(run)[1])
-    without = Image.open(save_plots(make_run(tmp_path / "other", epochs(3, **CRITIC)))[1])
-    assert with_overlap.size == without.size and not same(with_overlap, without)
+    picture = np.asarray(Image.open(save_plots(run)[1])).astype(int)  # (H, W, 3)
+    vermilion = (abs(picture - np.array([0xD5, 0x5E, 0x00])) < 3).all(-1).any(0).nonzero()[0]
+    left, width = DPI * LEFT, DPI * (WIDTH - LEFT - RIGHT)
+    second = left + width * 96 / (1.01 * 144)  # of three epochs of 48 queries
+    assert vermilion.min() == pytest.approx(second, abs=DPI / 20)  # half a marker and half a line
 
 
 @pytest.mark.parametrize(("worst", "low", "cut"), [(0.1, -0.05, False), (-0.5, -0.55, False), (-30.0, -1.0, True)])

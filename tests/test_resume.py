@@ -38,9 +38,9 @@ class StopAt:
             self.stop.set()
 
 
-def whole_run(path, make_policy, **overrides):
+def whole_run(path, make_policy, watch=lambda *call: None, **overrides):
     run = new_run(path, **overrides)
-    training = toy_training(run, make_policy)
+    training = toy_training(run, make_policy, watch=watch)
     list(training.epochs())
     return run, training
 
@@ -50,19 +50,11 @@ def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def count_watch_calls(path, make_policy, **overrides) -> int:
-    calls = []
-    run = new_run(path, **overrides)
-    list(toy_training(run, make_policy, watch=lambda *call: calls.append(call)).epochs())
-    return len(calls)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_anywhere_and_continued_it_ends_the_same(variant, tmp_path, make_policy):
-    overrides = VARIANTS[variant]
-    whole, reference = whole_run(tmp_path / "whole", make_policy, **overrides)
-    calls = count_watch_calls(tmp_path / "count", make_policy, **overrides)
-    for call in range(1, calls + 1, 5):
+    overrides, calls = VARIANTS[variant], []
+    whole, reference = whole_run(tmp_path / "whole", make_policy, lambda *call: calls.append(call), **overrides)
+    for call in range(1, len(calls) + 1, 5):
         run = new_run(tmp_path / f"stopped-{call}", **overrides)
         stop = threading.Event()
         first = toy_training(run, make_policy, stop, StopAt(stop, call))

@@ -162,15 +162,16 @@ def _resume_command(run: RunFolder) -> str:
 
 def _conclude(run: RunFolder, stopped: bool) -> int:
     """Draw the plots and say what came of it."""
-    from .console import summary
     from .plots import save_plots
+    from .streams import say
+    from .summary import summary
 
     if run.metrics():
         save_plots(run)
-        print(summary(run))
+        say(summary(run))
     if stopped:
         saved = "everything is saved" if any(run.checkpoints.glob("*")) else "there was nothing to save yet"
-        print(f"Stopped; {saved}. Continue with: {_resume_command(run)}")
+        say(f"Stopped; {saved}. Continue with: {_resume_command(run)}")
         return STOPPED
     return FINISHED
 

@@ -12,7 +12,7 @@ from comfy_tdpo.rollout import Decoder, draw_images
 
 from .checkpoint import remove_partial
 from .config import TrainConfig, leaf_fields
-from .plots import save_image_grid
+from .image_grid import save_image_grid
 from .run import EpochMetrics, RunFolder, TrainingError, write_atomically
 from .state import TrainState, Watch
 

@@ -1,6 +1,6 @@
 """The critic's neurons over the epochs, as a picture and in words.
 
-Drawn with matplotlib's objects alone, as in plots.py, so on any thread. Shapes: E epochs, H neurons of a layer.
+Shapes: E epochs, H neurons of a layer.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from .drawing import BLUE, GREY, INK, SMALL, VERMILION, WIDTH, blank_figure, draw_curve, label_x, render, stack
 from .neuron_log import NeuronRecord, read_neurons
-from .plots import BLUE, DPI, GREY, INK, VERMILION, WIDTH
 from .run import EpochMetrics, RunFolder
 
 if TYPE_CHECKING:
@@ -28,12 +28,8 @@ def neuron_figure(run: RunFolder) -> Image.Image:
     Raises:
         ValueError: nothing is recorded: no epoch is finished, or there is no critic.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     metrics, records = _recorded(run)
-    canvas = FigureCanvasAgg(_figure(run, metrics, records))
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return render(_figure(run, metrics, records))
 
 
 def described(run: RunFolder) -> str:
@@ -56,34 +52,24 @@ def _recorded(run: RunFolder) -> tuple[list[EpochMetrics], list[NeuronRecord]]:
     metrics = [line for line in run.metrics() if "neurons/dormant_percent" in line]
     records = read_neurons(run.path, len(metrics))
     if not records:
-        reason = "no epoch is finished" if run.config.critic.enabled else "its algorithm has no critic"
+        reason = "its algorithm has no critic" if run.metrics() else "no epoch is finished"
         raise ValueError(f"run {run.path.name!r} has no record of neurons: {reason}; expected one of tdpo-r or tdpo")
     return metrics, records
 
 
 def _figure(run: RunFolder, metrics: list[EpochMetrics], records: list[NeuronRecord]) -> "Figure":
-    from matplotlib.figure import Figure
-
     layers = {name: len(scores) for name, scores in records[-1].scores.items()}
     heights = [min(max(SHORTEST, count / 400), TALLEST) for count in layers.values()] + [CHART]
     total = TOP + sum(height + GAP for height in heights) + BOTTOM
-    figure = Figure(figsize=(WIDTH, total), dpi=DPI, facecolor="white")
+    figure = blank_figure(total)
     _head(figure, run, records, total)
-    stacked, bottom = [], total - TOP
-    for height in heights:
-        bottom -= height
-        width = 1 - (LEFT + RIGHT) / WIDTH
-        stacked.append(figure.add_axes((LEFT / WIDTH, bottom / total, width, height / total)))
-        bottom -= GAP
+    stacked = stack(figure, heights, LEFT, RIGHT, TOP, above=0, below=GAP)
     for axes, name in zip(stacked, layers, strict=False):
         _draw_layer(axes, name, records)
     _draw_shares(stacked[-1], metrics)
     for axes in stacked:
         axes.set_xlim(records[0].epoch - 0.5, records[-1].epoch + 0.5)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelsize=9, labelcolor=GREY, labelbottom=axes is stacked[-1])
-    stacked[-1].set_xlabel("epoch", color=GREY, fontsize=9.5)
-    stacked[-1].locator_params(axis="x", nbins=10, integer=True)
+    label_x(stacked[-1], "epoch", ticks=10)
     return figure
 
 
@@ -92,9 +78,9 @@ def _head(figure: "Figure", run: RunFolder, records: list[NeuronRecord], total: 
     title = f"Neurons of the critic: {run.path.name}"
     figure.text(left, first, title, color=INK, fontsize=13, weight="bold", va="bottom", parse_math=False)
     scale = f"white: dormant, dark: {BRIGHTEST:g} times the layer's mean activation or more"
-    figure.text(left, second, scale, color=GREY, fontsize=9.5, va="bottom")
+    figure.text(left, second, scale, color=GREY, fontsize=SMALL, va="bottom")
     if any(record.reset_count for record in records):
-        figure.text(1 - RIGHT / WIDTH, second, "▌ reset", color=VERMILION, fontsize=9.5, ha="right", va="bottom")
+        figure.text(1 - RIGHT / WIDTH, second, "▌ reset", color=VERMILION, fontsize=SMALL, ha="right", va="bottom")
 
 
 def _draw_layer(axes: "Axes", name: str, records: list[NeuronRecord]) -> None:
@@ -112,7 +98,7 @@ def _draw_layer(axes: "Axes", name: str, records: list[NeuronRecord]) -> None:
     axes.set_ylim(rows, 0)
     axes.set_yticks([])
     label = f"layer {int(name.split('.')[-1]) + 1}\n{rows}"
-    axes.set_ylabel(label, color=GREY, fontsize=9.5, rotation=0, ha="right", va="center")
+    axes.set_ylabel(label, color=GREY, fontsize=SMALL, rotation=0, ha="right", va="center")
 
 
 def _show(axes: "Axes", picture: np.ndarray, sides: tuple[float, float], **colors: Any) -> None:
@@ -127,7 +113,7 @@ def _draw_shares(axes: "Axes", metrics: list[EpochMetrics]) -> None:
         points = [(line["epoch"], line[key]) for line in metrics if key in line]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.2)
-            axes.annotate(label, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", color=color, fontsize=9.5)
+            draw_curve(axes, x, y, color)
+            axes.annotate(label, (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", color=color, fontsize=SMALL)
     axes.set_ylim(-5, 105)
     axes.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])

@@ -1,34 +1,39 @@
-"""Pictures of a run: its charts, and grids of its images.
-
-matplotlib is imported where it draws, so that importing this module stays cheap, and only its objects are used: no
-pyplot, no display, no global settings, safe on any thread.
-"""
+"""The charts of a run: its rewards, its critic, the share of its neurons that is dormant."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from .config import TrainConfig
+from .drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    LIGHT,
+    MARK,
+    MINUS,
+    SMALL,
+    VERMILION,
+    WIDTH,
+    blank_figure,
+    draw_curve,
+    label_x,
+    render,
+    stack,
+    write_title,
+)
+from .metrics import keys_of, points_of, readable, reward_names, role, shortened
 from .run import EpochMetrics, RunFolder, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 200  # 1600 pixels wide, drawn to be read at 800
-WIDTH, LEFT, RIGHT = 8.0, 0.62, 0.85  # inches
+LEFT, RIGHT = 0.62, 0.85  # inches
 HEADER, TITLE, GAP, FOOTER = 0.5, 0.34, 0.16, 0.46  # inches: above all panels, above one, below one, below all
-
-# Of the palette of Okabe and Ito, which the colour-blind can tell apart.
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-INK, GREY, MARK, LIGHT = "#1F2328", "#656D76", "#A0A8B0", "#E8EBEE"
-MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -54,22 +59,6 @@ class Panel:
     with_change: bool = True
 
 
-# --- image grids ----------------------------------------------------------------------------------------------------
-
-
-def save_image_grid(images: Tensor, path: Path) -> None:
-    """Save images, float (B, 3, H, W) in [0, 1], as one near-square PNG with thin white gaps."""
-    pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    count, height, width = pixels.shape[:3]
-    columns = math.ceil(math.sqrt(count))
-    rows, gap = math.ceil(count / columns), max(2, width // 64)
-    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(pixels):
-        row, column = divmod(index, columns)
-        grid.paste(Image.fromarray(image), (column * (width + gap), row * (height + gap)))
-    write_atomically(path, grid.save)
-
-
 # --- what there is to show ------------------------------------------------------------------------------------------
 
 
@@ -83,31 +72,20 @@ def save_plots(run: RunFolder) -> list[Path]:
     }
     paths = []
     for name in [name for name in panels if panels[name]]:
-        write_atomically(run.plot(name), _render(panels[name], metrics, config).save)
+        write_atomically(run.plot(name), _draw(panels[name], metrics, config).save)
         paths.append(run.plot(name))
     return paths
 
 
 def reward_figure(metrics: list[EpochMetrics], config: TrainConfig) -> Image.Image:
     """The rewards so far as an RGB image, 1600 pixels wide; without an epoch it says so."""
-    return _render(reward_panels(metrics, config), metrics, config)
+    return _draw(reward_panels(metrics, config), metrics, config)
 
 
 def reward_panels(metrics: list[EpochMetrics], config: TrainConfig) -> list[Panel]:
     """The training reward, then each one that watches: one panel each, as their units differ."""
     training = [_training_panel(name) for name in reward_names(metrics, "reward")]
     return training + [_watching_panel(name, role(name, config)) for name in reward_names(metrics, "eval")]
-
-
-def role(name: str, config: TrainConfig) -> str:
-    """What a reward that watches is to the training: a part of the sum that it trains on, or held out."""
-    return "part of the sum" if name in config.trained_on else "held out"
-
-
-def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
-    """The rewards in the metrics; kind is "reward", what is trained on, or "eval", what only watches."""
-    keys = [key for key in _keys(metrics) if key.startswith(f"{kind}/") and key.endswith("/mean")]
-    return [key.removeprefix(f"{kind}/").removesuffix("/mean") for key in keys]
 
 
 def _training_panel(name: str) -> Panel:
@@ -125,7 +103,7 @@ def neuron_panels(metrics: list[EpochMetrics]) -> list[Panel]:
     for group, title in (("neurons", "Critic neurons"), ("policy_neurons", "LoRA neurons")):
         dormant = Line(f"{group}/dormant_percent", BLUE, label="dormant")
         overlap = Line(f"{group}/overlap_percent", VERMILION, label="overlap")
-        lines = tuple(line for line in (dormant, overlap) if line.key in _keys(metrics))
+        lines = tuple(line for line in (dormant, overlap) if line.key in keys_of(metrics))
         if lines:
             subtitle = "share dormant, and overlap of the dormant sets of neighbouring epochs"
             panels.append(Panel(title, subtitle, lines, 1.9, limits=(-3, 103), unit=" %", with_change=False))
@@ -135,23 +113,13 @@ def neuron_panels(metrics: list[EpochMetrics]) -> list[Panel]:
 def critic_panels(metrics: list[EpochMetrics]) -> list[Panel]:
     """How well the critic explains the returns; an untrained one can be far below 0, which is cut off at -1."""
     line = Line("critic/explained_variance", GREEN)
-    values = _series(metrics, line.key)[1]
+    values = points_of(metrics, line.key)[1]
     if not values:
         return []
     low = min(-0.05, max(-1.0, min(values) - 0.05))
     cut = f"; below {MINUS}1 cut off" if min(values) < -1 else ""
     subtitle = f"explained variance of the returns: 1 is perfect, 0 a constant{cut}"
     return [Panel("Critic", subtitle, (line,), 2.1, limits=(low, 1.03), with_change=False)]
-
-
-def _keys(metrics: list[EpochMetrics]) -> list[str]:
-    return list(dict.fromkeys(key for epoch in metrics for key in epoch))
-
-
-def _series(metrics: list[EpochMetrics], key: str) -> tuple[list[float], list[float]]:
-    """Reward queries and values of the epochs that have `key`."""
-    having = [epoch for epoch in metrics if key in epoch]
-    return [epoch["reward_queries"] for epoch in having], [epoch[key] for epoch in having]
 
 
 def _resets(metrics: list[EpochMetrics]) -> list[float]:
@@ -163,52 +131,31 @@ def _resets(metrics: list[EpochMetrics]) -> list[float]:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
-def _render(panels: list[Panel], metrics: list[EpochMetrics], config: TrainConfig) -> Image.Image:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(_figure(panels, metrics, config))
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _figure(panels: list[Panel], metrics: list[EpochMetrics], config: TrainConfig) -> "Figure":
-    from matplotlib.figure import Figure
-
-    height = HEADER + sum(TITLE + panel.height + GAP for panel in panels) + FOOTER
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
+def _draw(panels: list[Panel], metrics: list[EpochMetrics], config: TrainConfig) -> Image.Image:
+    figure = blank_figure(HEADER + sum(TITLE + panel.height + GAP for panel in panels) + FOOTER)
     _draw_header(figure, config, resets=bool(_resets(metrics)))
     if not panels:
         figure.text(0.5, 0.3, "no epoch has finished yet", color=GREY, fontsize=10, ha="center")
-        return figure
-    stacked = list(_stack(figure, panels))
+        return render(figure)
+    stacked = stack(figure, [panel.height for panel in panels], LEFT, RIGHT, HEADER, above=TITLE, below=GAP)
     for axes, panel in zip(stacked, panels, strict=True):
         _draw_panel(axes, panel, metrics)
-    _draw_x_axis(stacked[-1], metrics)
-    return figure
-
-
-def _stack(figure: "Figure", panels: list[Panel]) -> Iterator["Axes"]:
-    """Axes from top to bottom, of the panels' heights."""
-    total, left, width = figure.get_figheight(), LEFT / WIDTH, (WIDTH - LEFT - RIGHT) / WIDTH
-    bottom = total - HEADER
-    for panel in panels:
-        bottom -= TITLE + panel.height
-        yield figure.add_axes((left, bottom / total, width, panel.height / total))
-        bottom -= GAP
+    _draw_x_axis(stacked[-1])
+    return render(figure)
 
 
 def _draw_header(figure: "Figure", config: TrainConfig, resets: bool) -> None:
     y = 1 - 0.33 / figure.get_figheight()
     facts = f"{Path(config.model).name} · {config.samples_per_epoch} images an epoch · seed {config.seed}"
-    _write(figure, (LEFT / WIDTH, y), "figure fraction", config.algorithm.upper(), 13, facts)
+    write_title(figure, (LEFT / WIDTH, y), "figure fraction", config.algorithm.upper(), 13, facts)
     if resets:
-        figure.text(1 - RIGHT / WIDTH, y, "┊ neuron reset", color=GREY, fontsize=9.5, ha="right", va="bottom")
+        figure.text(1 - RIGHT / WIDTH, y, "┊ neuron reset", color=GREY, fontsize=SMALL, ha="right", va="bottom")
 
 
 def _draw_panel(axes: "Axes", panel: Panel, metrics: list[EpochMetrics]) -> None:
     _style(axes, panel)
     corner = (0, 1 + 0.07 / panel.height)
-    _write(axes, corner, "axes fraction", shortened(panel.title, 44), 10.5, panel.subtitle)
+    write_title(axes, corner, "axes fraction", shortened(panel.title, 44), 10.5, panel.subtitle)
     for x in _resets(metrics):
         axes.axvline(x, color=MARK, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
     for line in panel.lines:
@@ -221,10 +168,8 @@ def _draw_panel(axes: "Axes", panel: Panel, metrics: list[EpochMetrics]) -> None
 
 def _style(axes: "Axes", panel: Panel) -> None:
     """Nothing but horizontal lines and grey numbers."""
-    axes.spines[:].set_visible(False)
     axes.grid(axis="y", color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=GREY, labelbottom=False)
     axes.locator_params(axis="y", nbins=5 if panel.height > 1.5 else 3)
     if panel.unit:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}{panel.unit}")
@@ -233,11 +178,11 @@ def _style(axes: "Axes", panel: Panel) -> None:
 
 
 def _draw_line(axes: "Axes", line: Line, metrics: list[EpochMetrics]) -> None:
-    x, y = _series(metrics, line.key)
+    x, y = points_of(metrics, line.key)
     queries, values = [e["reward_queries"] for e in metrics], [e.get(line.key, math.nan) for e in metrics]
-    axes.plot(queries, values, color=line.color, linewidth=1.8, marker="o" if len(x) <= 30 else "", markersize=3.2)
+    draw_curve(axes, queries, values, line.color, dots=len(x) <= 30)
     if line.band:
-        spread = _series(metrics, line.band)[1]
+        spread = points_of(metrics, line.band)[1]
         low, high = ([a + sign * b for a, b in zip(y, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=line.color, alpha=0.15, linewidth=0)
         if len(x) == 1:
@@ -247,7 +192,7 @@ def _draw_line(axes: "Axes", line: Line, metrics: list[EpochMetrics]) -> None:
 def _label_ends(axes: "Axes", panel: Panel, metrics: list[EpochMetrics]) -> None:
     """What each line is or came to, to the right of its end and in its colour, moved apart where two would touch."""
     low, high = axes.get_ylim()
-    series = [_series(metrics, line.key)[1] for line in panel.lines]
+    series = [points_of(metrics, line.key)[1] for line in panel.lines]
     ends = _apart([min(max(values[-1], low), high) for values in series], gap=(high - low) * 0.38 / panel.height)
     for y, values, line in zip(ends, series, panel.lines, strict=True):
         first_row, second_row = _end_rows(panel, line, values)
@@ -263,16 +208,6 @@ def _end_rows(panel: Panel, line: Line, values: list[float]) -> tuple[str, str]:
     return readable(values[-1]), readable(values[-1] - values[0], like=values[-1], sign="+")
 
 
-def readable(value: float, like: float | None = None, sign: str = "") -> str:
-    """A reward for people: two decimals, or three where it, or what it is set beside, is below 1."""
-    decimals = 3 if abs(value if like is None else like) < 1 else 2
-    return f"{value:{sign}z.{decimals}f}"
-
-
-def shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 3]}..."
-
-
 def _annotate_end(axes: "Axes", y: float, text: str, color: str, up: float, weight: str) -> None:
     axes.annotate(
         text.replace("-", MINUS),
@@ -281,7 +216,7 @@ def _annotate_end(axes: "Axes", y: float, text: str, color: str, up: float, weig
         xytext=(5, up),
         textcoords="offset points",
         color=color,
-        fontsize=9.5,
+        fontsize=SMALL,
         weight=weight,
         va="center",
     )
@@ -295,22 +230,7 @@ def _apart(heights: list[float], gap: float) -> list[float]:
     return [middle + sign * gap / 2, middle - sign * gap / 2]
 
 
-def _draw_x_axis(axes: "Axes", metrics: list[EpochMetrics]) -> None:
-    axes.tick_params(axis="x", labelbottom=True, pad=8)
-    axes.locator_params(axis="x", nbins=8, integer=True)
+def _draw_x_axis(axes: "Axes") -> None:
+    label_x(axes, "reward queries (images scored)", ticks=8)
+    axes.tick_params(axis="x", pad=8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("reward queries (images scored)", color=GREY, fontsize=9.5)
-
-
-def _write(
-    place: "Figure | Axes", corner: tuple[float, float], coords: str, title: str, size: float, more: str
-) -> None:
-    """A bold title whose lower left corner is at `corner`, and grey words after it on the same baseline."""
-    from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
-
-    bold = TextArea(title, textprops={"color": INK, "fontsize": size, "weight": "bold", "parse_math": False})
-    grey = TextArea(more, textprops={"color": GREY, "fontsize": 9.5, "parse_math": False})
-    row = HPacker(children=[bold, grey], align="baseline", pad=0, sep=8)
-    place.add_artist(
-        AnnotationBbox(row, corner, xycoords=coords, box_alignment=(0, 0), frameon=False, pad=0, annotation_clip=False)
-    )

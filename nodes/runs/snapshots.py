@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...trainer.plots import reward_names
+from ...trainer.metrics import reward_names
 from ...trainer.run import EpochMetrics, RunFolder, epoch_in
 from .combos import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
 

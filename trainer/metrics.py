@@ -1,0 +1,58 @@
+"""Metrics as people read them: which rewards a run has, its curves, and numbers and times in words."""
+
+from unicodedata import combining, east_asian_width
+
+from .config import TrainConfig
+from .run import EpochMetrics
+
+
+def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
+    """The rewards in the metrics; kind is "reward", what is trained on, or "eval", what only watches."""
+    keys = [key for key in keys_of(metrics) if key.startswith(f"{kind}/") and key.endswith("/mean")]
+    return [key.removeprefix(f"{kind}/").removesuffix("/mean") for key in keys]
+
+
+def role(name: str, config: TrainConfig) -> str:
+    """What a reward that watches is to the training: a part of the sum that it trains on, or held out."""
+    return "part of the sum" if name in config.trained_on else "held out"
+
+
+def keys_of(metrics: list[EpochMetrics]) -> list[str]:
+    return list(dict.fromkeys(key for epoch in metrics for key in epoch))
+
+
+def points_of(metrics: list[EpochMetrics], key: str) -> tuple[list[float], list[float]]:
+    """Reward queries and values of the epochs that have `key`."""
+    having = [epoch for epoch in metrics if key in epoch]
+    return [epoch["reward_queries"] for epoch in having], [epoch[key] for epoch in having]
+
+
+def readable(value: float, like: float | None = None, sign: str = "") -> str:
+    """A reward for people: two decimals, or three where it, or what it is set beside, is below 1."""
+    decimals = 3 if abs(value if like is None else like) < 1 else 2
+    return f"{value:{sign}z.{decimals}f}"
+
+
+def shortened(name: str, length: int) -> str:
+    """`name` with its end cut off where it takes more than `length` columns of a terminal."""
+    if columns_of(name) <= length:
+        return name
+    while columns_of(name) > length - 3:
+        name = name[:-1]
+    return f"{name}..."
+
+
+def padded(text: str, width: int) -> str:
+    return text + " " * (width - columns_of(text))
+
+
+def columns_of(text: str) -> int:
+    """The columns that a terminal needs for it: two for each wide character, none for a combining one."""
+    return sum(2 if east_asian_width(char) in "FW" else not combining(char) for char in text)
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as in 2:04, with hours before them where there are any."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,169 @@
+"""What came of a run, in words: a table of its rewards, a verdict on overoptimisation, and where its files are."""
+
+import math
+import textwrap
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+
+from .metrics import columns_of, duration, padded, readable, reward_names, role, shortened
+from .run import EpochMetrics, RunFolder
+
+COLUMNS = 100
+LAST = 3  # epochs whose mean is compared with the first
+
+
+@dataclass(frozen=True)
+class Course:
+    """The means of a reward over the epochs, and its standard deviation in the first, NaN where it is not known.
+
+    The last epochs are the last three, or as many as there are after the first. After a single epoch there are none,
+    and what they would tell is NaN.
+    """
+
+    name: str
+    means: list[float]
+    std: float
+
+    @property
+    def last(self) -> float:
+        return fmean(self._latest) if self._latest else math.nan
+
+    @property
+    def change(self) -> float:
+        return self.last - self.means[0]
+
+    @property
+    def change_in_std(self) -> float:
+        return self.change / self.std if self.std > 0 else math.nan
+
+    @property
+    def direction(self) -> int:
+        """1 where the reward rose, -1 where it fell, 0 where it changed by less than twice the standard error.
+
+        The variance of an epoch's mean is read off neighbouring epochs, E[d^2] / 2, which a trend hardly enters; the
+        change has that of the first epoch and that of the mean of the last ones.
+        """
+        if not self._latest:
+            return 0
+        noise = self._noise(len(self._latest))
+        return 0 if abs(self.change) <= noise else int(math.copysign(1, self.change))
+
+    def had_fallen(self, epoch: int) -> bool:
+        """Whether it was lower in `epoch` than in the first by more than noise."""
+        return self.means[epoch - 1] < self.means[0] - self._noise(1)
+
+    def _noise(self, epochs: int) -> float:
+        """Twice the standard error of the change from the first epoch to the mean of `epochs`."""
+        variance = fmean((after - before) ** 2 for before, after in pairwise(self.means)) / 2
+        rounding = 1e-9 * abs(self.means[0])  # where nothing changed
+        return max(2 * math.sqrt(variance * (1 + 1 / epochs)), rounding)
+
+    @property
+    def _latest(self) -> list[float]:
+        return self.means[1:][-LAST:]
+
+
+def summary(run: RunFolder) -> str:
+    """What came of the run: a table, a verdict, and where things lie; at most 100 columns but for paths."""
+    metrics = run.metrics()
+    if not metrics:
+        return f"No epoch has finished yet in {run.path}."
+    (training,), watching = _courses(metrics, "reward"), _courses(metrics, "eval")
+    roles = {course.name: role(course.name, run.config) for course in watching}
+    held_out = [course for course in watching if roles[course.name] == "held out"]
+    verdict = textwrap.fill(_verdict(training, held_out, run), COLUMNS)
+    return "\n\n".join([_table(training, watching, roles), verdict, _facts(run, metrics)])
+
+
+def _courses(metrics: list[EpochMetrics], kind: str) -> list[Course]:
+    return [
+        Course(
+            name,
+            [epoch[f"{kind}/{name}/mean"] for epoch in metrics],
+            metrics[0].get(f"{kind}/{name}/std", math.nan),
+        )
+        for name in reward_names(metrics, kind)
+    ]
+
+
+def _table(training: Course, watching: list[Course], roles: dict[str, str]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("reward", "epoch 1", _last_epochs(len(training.means)), "change", "in std of epoch 1")
+    ]
+    rows += [_row(training, "trained on"), *(_row(course, roles[course.name]) for course in watching)]
+    width = max(columns_of(row[0]) for row in rows)
+    return "\n".join(f"{padded(name, width)}  {a:>9}  {b:>15}  {c:>9}  {d:>17}" for name, a, b, c, d in rows)
+
+
+def _last_epochs(epochs: int) -> str:
+    first = max(2, epochs - LAST + 1)
+    if epochs <= 2:
+        return "epoch 2" if epochs == 2 else "later"
+    return f"mean of {first}-{epochs}"
+
+
+def _row(course: Course, role: str) -> tuple[str, ...]:
+    first, change = course.means[0], course.change
+    cells = [
+        (first, readable(first)),
+        (course.last, readable(course.last, like=first)),
+        (change, readable(change, like=first, sign="+")),
+        (course.change_in_std, f"{course.change_in_std:+z.2f}"),
+    ]
+    return f"{shortened(course.name, 28)} ({role})", *(text if math.isfinite(value) else "-" for value, text in cells)
+
+
+def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
+    if len(training.means) == 1:
+        return "One epoch has finished: there is no change to tell yet."
+    fallen = [course for course in held_out if course.direction < 0]
+    fell = [course.name for course in fallen]
+    if training.direction > 0 and fallen:
+        return (
+            f"Overoptimisation: {training.name} rose while the held-out {_listed(fell)} fell: later images suit the "
+            f"training reward at the cost of the others. Use an earlier LoRA of this run{_earlier(run, fallen)}, train "
+            "for fewer epochs, or add a KL penalty (--kl.coefficient)."
+        )
+    return f"{_training_sentence(training)} {_held_out_sentence(held_out, fell)}"
+
+
+def _earlier(run: RunFolder, fallen: list[Course]) -> str:
+    """The last LoRA that was kept before one of `fallen` fell."""
+    epochs = range(1, len(fallen[0].means))
+    kept = [e for e in epochs if run.lora(e).exists() and not any(course.had_fallen(e) for course in fallen)]
+    return f", such as {'/'.join(run.lora(kept[-1]).parts[-2:])}" if kept else ""
+
+
+def _training_sentence(training: Course) -> str:
+    if training.direction == 0:
+        return f"{training.name} did not change by more than the noise between epochs."
+    size = readable(abs(training.change), like=training.means[0])
+    return f"{training.name} {'rose' if training.direction > 0 else 'fell'} by {size} in {len(training.means)} epochs."
+
+
+def _held_out_sentence(held_out: list[Course], fell: list[str]) -> str:
+    if not held_out:
+        return "No held-out reward watched; --eval-reward adds one, and shows overoptimisation."
+    if fell:
+        return f"The held-out {_listed(fell)} fell."
+    rose = [course.name for course in held_out if course.direction > 0]
+    return f"The held-out {_listed(rose)} rose, and none fell." if rose else "No held-out reward rose or fell."
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _facts(run: RunFolder, metrics: list[EpochMetrics]) -> str:
+    lora, plots = run.latest_lora.resolve(), run.plot("reward").parent.resolve()
+    rows = [
+        ("reward queries", f"{metrics[-1]['reward_queries']:,.0f}"),
+        ("total time", duration(sum(epoch["time/epoch_s"] for epoch in metrics))),
+        ("peak memory", f"{max(epoch['memory/peak_bytes'] for epoch in metrics) / 2**30:.1f} GiB"),
+        ("LoRA", str(lora)),
+        ("  in ComfyUI", "copy it to models/loras and choose it in a Load LoRA node"),
+        ("  in diffusers", f"pipe.load_lora_weights({str(lora)!r})"),
+        ("plots", str(plots)),
+    ]
+    return "\n".join(f"{label:<14}  {value}" for label, value in rows)
