@@ -7,7 +7,9 @@ import pytest
 from comfy_tdpo.critic import ACTIVATIONS
 from comfy_tdpo.lora import TARGETS
 from comfy_tdpo.neurons import NEURON_ACTIVATIONS, reset_masks
+from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import ALGORITHMS, TrainConfig, leaf_fields, make_config, plain_values, presets, validate
+from comfy_tdpo.trainer.run import RunFolder
 
 
 def test_the_defaults_are_the_papers_tdpo_r():
@@ -150,3 +152,33 @@ def test_an_unreadable_file_is_named(tmp_path):
 def test_the_configuration_is_frozen():
     with pytest.raises(Exception, match="frozen"):
         TrainConfig().epochs = 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_file_of_another_system_is_read(encoding, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_bytes('epochs = 7\r\nprompts = "simple-animals"\r\n'.encode(encoding))
+    assert (make_config(file=file).epochs, make_config(file=file).prompts) == (7, "simple-animals")
+    file.write_bytes(b"epochs = 7\rsteps = 9\r")
+    assert (make_config(file=file).epochs, make_config(file=file).steps) == (7, 9)
+
+
+def test_a_run_whose_configuration_an_editor_has_marked_is_read(tmp_path):
+    run = RunFolder(tmp_path / "run").create(make_config())
+    for name in ("config.toml", "prompts.txt"):
+        file = run.path / name
+        file.write_bytes(file.read_text().encode("utf-8-sig"))
+    assert run.config == make_config()
+    assert run.prompts(run.config) == load_prompts("shapes")
+
+
+def test_a_run_keeps_prompts_word_for_word(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('["#1 fox", "a fox, red\\nand small"]')
+    config = make_config(overrides={"prompts": str(file)})
+    assert RunFolder(tmp_path / "run").create(config).prompts(config) == ["#1 fox", "a fox, red and small"]
+    host = RunFolder(tmp_path / "host")  # as ComfyUI's graph puts its own prompts in place
+    host.path.mkdir()
+    (host.path / "prompts.txt").write_text("#1 fox\na (red:1.2) fox")
+    config = make_config(overrides={"prompts": str(host.path / "prompts.txt")})
+    assert host.create(config).prompts(config) == ["#1 fox", "a (red:1.2) fox"]

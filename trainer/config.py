@@ -4,7 +4,6 @@ Later layers win: the defaults below (the paper's values), the algorithm's row o
 values for that algorithm, a configuration file, the command line.
 """
 
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +21,8 @@ from pydantic import (
 )
 
 from comfy_tdpo.rewards import check_reward
+
+from .toml_files import read_toml
 
 Positive = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -322,12 +323,12 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     Raises:
         ValueError: a layer is not what it should be; the message is one line that names the field.
     """
-    above = [_read_toml(file) if file else {}, overrides or {}]
+    above = [read_toml(file) if file else {}, overrides or {}]
     if preset is None:
         preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd14-aesthetic"
     if preset not in presets():
         raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
-    base = _read_toml(PRESETS / f"{preset}.toml")
+    base = read_toml(PRESETS / f"{preset}.toml")
     for_algorithm = base.pop("algorithms", {})
     algorithm = _algorithm(*above)
     trained_on = _topmost(above, "rewards", {})
@@ -386,13 +387,6 @@ def _merge(base: Fields, over: Fields) -> Fields:
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
-
-
-def _read_toml(path: Path) -> Fields:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # of UTF-8, of TOML, of an endless number or nesting
-        raise ValueError(f"configuration {str(path)!r} cannot be read: {error}") from error
 
 
 def leaf_fields(section: type[Section] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,6 @@ plots/*.png
 
 import json
 import os
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,10 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.user_files import read_text
 
 from .config import TrainConfig, plain_values, validate
+from .toml_files import read_toml
 
 EpochMetrics = dict[str, float]
 
@@ -97,10 +98,16 @@ class RunFolder:
 
     def configure(self, config: TrainConfig) -> None:
         """Make `config` that of a run which has trained nothing yet; call it under the lock."""
-        self._write_lines(PROMPTS, load_prompts(config.prompts))
-        shown = load_prompts(config.grid_prompts or config.prompts)
+        prompts = self._load_prompts(config.prompts)
+        self._write_lines(PROMPTS, prompts)
+        shown = self._load_prompts(config.grid_prompts) if config.grid_prompts else prompts
         self._write_lines(GRID_PROMPTS, spread(shown, config.output.grid_images))
         self.write_config(_with_absolute_model(config))
+
+    def _load_prompts(self, source: str) -> list[str]:
+        """Those of a set or a user's file; those that a host has put in place are taken as they are."""
+        path = self.path / PROMPTS
+        return _read_lines(path) if source == str(path) else load_prompts(source)
 
     def write_config(self, config: TrainConfig) -> None:
         """Replace the run's configuration; what is not free to change is refused when the run goes on."""
@@ -127,10 +134,7 @@ class RunFolder:
 
     @property
     def config(self) -> TrainConfig:
-        try:
-            return validate(tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"{self.path / CONFIG} cannot be read: {error}") from error
+        return validate(read_toml(self.path / CONFIG))
 
     def prompts(self, config: TrainConfig) -> list[str]:
         """The training prompts, as the run began with them; before there is a run, those that `config` names."""
@@ -146,7 +150,7 @@ class RunFolder:
             return []
         if not (self.path / name).is_file():
             raise ValueError(f"{self.path / name} is gone, without which the run cannot go on; put it back")
-        return load_prompts(str(self.path / name))
+        return _read_lines(self.path / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -207,6 +211,11 @@ class RunFolder:
 def spread(prompts: list[str], count: int) -> list[str]:
     """`count` of `prompts`, evenly over all of them."""
     return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The prompts that a run keeps, one a line, without what a user's file may hold besides."""
+    return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
 def _is_foreign(path: Path) -> bool:
