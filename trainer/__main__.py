@@ -19,7 +19,8 @@ from comfy_tdpo.rewards.function import allow_functions
 
 from .arguments import WRONG_INPUT, make_parser, overrides, with_dashes
 from .config import TrainConfig, make_config, override, plain_values
-from .run import CONFIG, RunFolder, TrainingError
+from .run import RunFolder, TrainingError
+from .run_paths import CONFIG
 
 FINISHED, FAILED, STOPPED = 0, 1, 130
 LONGEST = 900  # characters of an error, which may hold what a user gave

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from .config import TrainConfig
-from .run import EpochMetrics, RunFolder, write_atomically
+from .files import write_atomically
+from .run import EpochMetrics, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

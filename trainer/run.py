@@ -1,17 +1,8 @@
-"""A run is a folder, readable without us, and the only memory of a run.
-
-config.toml, prompts.txt       everything needed to repeat it
-grid-prompts.txt               the prompts of a sample grid's images, row by row
-metrics.jsonl                  one line an epoch, appended and flushed
-samples/epoch-0010.png         a fixed prompt and seed grid
-lora/epoch-0010.safetensors    and lora/latest.safetensors
-checkpoints/epoch-0010/        exact state
-plots/*.png
-"""
+"""A run is a folder, readable without us, and the only memory of a run. What lies in it: see run_paths.py."""
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -23,58 +14,25 @@ from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.user_files import read_text
 
 from .config import TrainConfig, plain_values, validate
+from .files import flush_to_disk as flush_to_disk
+from .files import naming, write_atomically
+from .run_paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths
+from .run_paths import epoch_in as epoch_in
+from .run_paths import epoch_name as epoch_name
 from .toml_files import read_toml
 
 EpochMetrics = dict[str, float]
-
-CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
-LOCK = ".lock"
 
 
 class TrainingError(RuntimeError):
     """A training cannot go on; what it saved before is whole."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, flush it to the disk, and put it in place; never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        with naming(path):
-            write(beside)
-            flush_to_disk(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    flush_to_disk(path.parent)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside the block an OSError that names no file, as that of a full disk, names `path`."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class RunFolder:
+class RunFolder(RunPaths):
     """The folder of one run."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         self._lock = FileLock(path / LOCK, timeout=0)
 
     def check_free(self) -> None:
@@ -190,23 +148,6 @@ class RunFolder:
         """Have `metrics`, and those alone, in the file."""
         self._write_lines(METRICS, [json.dumps(line) for line in metrics])
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def latest_lora(self) -> Path:
-        return self.path / "lora" / "latest.safetensors"
-
-    def lora(self, epoch: int) -> Path:
-        return self.path / "lora" / f"{epoch_name(epoch)}.safetensors"
-
-    def sample_grid(self, epoch: int) -> Path:
-        return self.path / "samples" / f"{epoch_name(epoch)}.png"
-
-    def plot(self, name: str) -> Path:
-        return self.path / "plots" / f"{name}.png"
-
 
 def spread(prompts: list[str], count: int) -> list[str]:
     """`count` of `prompts`, evenly over all of them."""
@@ -237,13 +178,3 @@ def _with_absolute_model(config: TrainConfig) -> TrainConfig:
     if config.model == "shapes" or not Path(config.model).expanduser().exists():
         return config
     return config.model_copy(update={"model": str(Path(config.model).expanduser().resolve())})
-
-
-def epoch_name(epoch: int) -> str:
-    return f"epoch-{epoch:04d}"
-
-
-def epoch_in(path: Path) -> int | None:
-    """The epoch that a run's file is called after; None where somebody else has named it."""
-    number = path.stem.removeprefix("epoch-")
-    return int(number) if number.isdecimal() and path.stem == epoch_name(int(number)) else None

@@ -21,7 +21,8 @@ from comfy_tdpo.rollout import Trajectories
 from .checkpoint import load_latest, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from .config import OptimizerConfig, TrainConfig
 from .identity import check_same
-from .run import EpochMetrics, epoch_name
+from .run import EpochMetrics
+from .run_paths import epoch_name
 
 TensorGroup = dict[str, Tensor]
 Watch = Callable[[str, int, int], None]  # (phase, done, total)
