@@ -37,6 +37,7 @@ _KINDS = (
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page or an XML document"),
 )
 _LINE_ENDS = re.compile("\r\n|[\r\v\f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # as Python writes a byte that is not UTF-8
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 
@@ -44,12 +45,13 @@ def user_path(text: str | Path) -> Path:
     """The path that a user means, with `~` written out: a shell does not do it in `--run-dir=~/runs`.
 
     Raises:
-        ValueError: it is empty, or names the home of somebody who has none here.
+        ValueError: it is empty, is not UTF-8, or names the home of somebody who has none here.
     """
     if not str(text).strip():
         raise ValueError(
             f"got {str(text)!r} as a path; expected a file or folder: a variable in the command may be empty"
         )
+    check_name(text)
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -58,6 +60,12 @@ def user_path(text: str | Path) -> Path:
             f"got the path '{text}', but {first} has no home folder here; write the folder out, or ./{text} if it is "
             "called so"
         ) from error
+
+
+def check_name(path: str | Path) -> None:
+    """Raise ValueError where a path is not UTF-8: neither a configuration nor the safetensors library can name it."""
+    if _SURROGATE.search(str(path)):
+        raise ValueError(f"got the path {str(path)!r}, which is not UTF-8; rename the file or folder")
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:

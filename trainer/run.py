@@ -11,12 +11,13 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from comfy_tdpo.prompts import load_prompts
-from comfy_tdpo.user_files import read_text
+from comfy_tdpo.user_files import read_text, user_path
 
 from .config import TrainConfig, plain_values, validate
 from .files import flush_to_disk as flush_to_disk
 from .files import naming, write_atomically
-from .run_paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths
+from .new_folder import check_free
+from .run_paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths, run_nearby
 from .run_paths import epoch_in as epoch_in
 from .run_paths import epoch_name as epoch_name
 from .toml_files import read_toml
@@ -37,10 +38,7 @@ class RunFolder(RunPaths):
 
     def check_free(self) -> None:
         """Raise ValueError where a new run cannot be made here."""
-        if (self.path / CONFIG).exists():
-            raise ValueError(f"run directory {str(self.path)!r} holds a run; --resume continues it, or choose another")
-        if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
-            raise ValueError(f"got run directory {str(self.path)!r}; expected a new or an empty folder: choose another")
+        check_free(self.path)
 
     def create(self, config: TrainConfig) -> "RunFolder":
         """Make it a new run of `config`, which can be continued from any folder and whatever becomes of the prompts.
@@ -87,12 +85,20 @@ class RunFolder(RunPaths):
     def open(cls, path: Path) -> "RunFolder":
         """The run at `path`, for reading or resuming."""
         if not (path / CONFIG).is_file():
-            raise ValueError(f"got run directory {str(path)!r}; expected a folder with a {CONFIG}, as a run makes it")
+            meant = run_nearby(path)
+            hint = f"; did you mean {str(meant)!r}?" if meant else ""
+            raise ValueError(
+                f"got run directory {str(path)!r}; expected a folder with a {CONFIG}, as a run makes it{hint}"
+            )
         return cls(path)
 
     @property
     def config(self) -> TrainConfig:
-        return validate(read_toml(self.path / CONFIG))
+        values = read_toml(self.path / CONFIG)
+        try:
+            return validate(values)
+        except ValueError as error:
+            raise ValueError(f"configuration '{self.path / CONFIG}': {error}") from error
 
     def prompts(self, config: TrainConfig) -> list[str]:
         """The training prompts, as the run began with them; before there is a run, those that `config` names."""
@@ -118,6 +124,10 @@ class RunFolder(RunPaths):
         except Timeout as error:
             raise ValueError(
                 f"run directory {str(self.path)!r} is in use by another process; stop that first"
+            ) from error
+        except NotImplementedError as error:  # as some network mounts
+            raise ValueError(
+                f"run directory {str(self.path)!r} is on a file system without locks; choose one on another disk"
             ) from error
         try:
             yield
@@ -159,11 +169,6 @@ def _read_lines(path: Path) -> list[str]:
     return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether it is something else than what a process killed while it made the run has left."""
-    return path.name not in (PROMPTS, GRID_PROMPTS, LOCK) and ".partial" not in path.name
-
-
 def _parse_metrics(line: str) -> EpochMetrics:
     metrics = json.loads(line)
     if not isinstance(metrics, dict) or not isinstance(metrics.get("epoch"), int):
@@ -175,6 +180,7 @@ def _parse_metrics(line: str) -> EpochMetrics:
 
 def _with_absolute_model(config: TrainConfig) -> TrainConfig:
     """A model's file or folder as it is called from everywhere; a name stays."""
-    if config.model == "shapes" or not Path(config.model).expanduser().exists():
+    model = user_path(config.model)
+    if config.model == "shapes" or not model.exists():
         return config
-    return config.model_copy(update={"model": str(Path(config.model).expanduser().resolve())})
+    return config.model_copy(update={"model": str(model.resolve())})

@@ -39,6 +39,20 @@ class RunPaths:
         return self.path / "plots" / f"{name}.png"
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether `folder` looks like a run: another program may have a configuration of that name, but not the prompts."""
+    return (folder / CONFIG).is_file() and (folder / PROMPTS).is_file()
+
+
+def run_nearby(path: Path) -> Path | None:
+    """The run that a wrong `path` may mean: the one it lies in, or the one that was begun last in it."""
+    around = next((parent for parent in path.absolute().parents if holds_run(parent)), None)
+    if around or not path.is_dir():
+        return around
+    inside = [folder for folder in path.iterdir() if holds_run(folder)]
+    return max(inside, key=lambda folder: (folder / CONFIG).stat().st_mtime, default=None)
+
+
 def epoch_name(epoch: int) -> str:
     return f"epoch-{epoch:04d}"
 

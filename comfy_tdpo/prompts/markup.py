@@ -6,7 +6,6 @@ Signs that an encoder may well read, as ((brackets)) and commas, are left alone.
 import json
 import re
 from collections.abc import Sequence
-from textwrap import shorten
 
 # sign, what it is, what to do
 _MARKUP = tuple(
@@ -32,11 +31,11 @@ def check_words(prompts: Sequence[tuple[str, str]]) -> None:
     for sign, what, remedy in _MARKUP:
         found = [(place, match[0]) for place, prompt in prompts if (match := sign.search(prompt))]
         if found:
-            (place, match), others = found[0], len(found) - 1
+            (place, example), others = found[0], len(found) - 1
             also = f" and {others} more" if others else ""
             raise ValueError(
-                f"has {what} in {place}{also}, {shorten(match.strip(), 60)!r}; expected words, which are read as they "
-                f"stand: {remedy}"
+                f"has {what} in {place}{also}, {example.strip()!r:.60}; expected words, which are read as they stand: "
+                f"{remedy}"
             )
 
 
