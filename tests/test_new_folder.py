@@ -99,6 +99,8 @@ def test_a_run_is_found_where_its_name_is_nearly_right(tmp_path):
         assert str(wrong) in str(error.value)
     with pytest.raises(ValueError, match="as a run makes it$"):
         RunFolder.open(tmp_path / "none")
+    with pytest.raises(ValueError, match="cannot be read: File name too long; check the path"):
+        RunFolder.open(Path("a" * 300))
 
 
 def test_a_tilde_is_the_home_folder_in_every_option(tmp_path, monkeypatch, capsys):

@@ -84,8 +84,12 @@ class RunFolder(RunPaths):
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """The run at `path`, for reading or resuming."""
-        if not (path / CONFIG).is_file():
-            meant = run_nearby(path)
+        try:
+            found = (path / CONFIG).is_file()
+            meant = None if found else run_nearby(path)
+        except OSError as error:  # nobody may look, or its name is too long
+            raise ValueError(f"run directory {str(path)!r} cannot be read: {error.strerror}; check the path") from error
+        if not found:
             hint = f"; did you mean {str(meant)!r}?" if meant else ""
             raise ValueError(
                 f"got run directory {str(path)!r}; expected a folder with a {CONFIG}, as a run makes it{hint}"

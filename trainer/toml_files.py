@@ -78,7 +78,7 @@ def _explain(message: str, text: str) -> str:
     for at in (number, number - 1):  # what has no end is noticed in the next line
         line = lines[at - 1].strip() if 0 < at <= len(lines) else ""
         if advice := line and _advice(message, line):
-            return f"line {at}, {line!r:.80}: {advice}"
+            return f"line {at}, '{line:.80}': {advice}"
     return message
 
 

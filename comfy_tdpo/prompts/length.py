@@ -39,6 +39,6 @@ def describe_cut(cut: list[CutPrompt]) -> str:
     which = "; the longest" if len(cut) > 1 else ""
     return (
         f"{count} longer than the text encoder reads{which}, {shorten(longest.prompt, 80, placeholder='...')!r}, has "
-        f"{longest.tokens} tokens of at most {longest.limit} and is read up to {longest.read[-40:]!r}; shorten it, or "
-        "the rest counts for rewards alone"
+        f"{longest.tokens} tokens of at most {longest.limit} and is read up to {longest.read[-40:]!r}; shorten it: "
+        "the model never sees the rest"
     )
