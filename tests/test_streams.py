@@ -90,8 +90,22 @@ def test_a_training_goes_on_without_its_readers(monkeypatch, tmp_path):
     assert_finished(tmp_path / "run")
 
 
+OPENS_A_FILE = """
+import os, sys
+from comfy_tdpo.trainer.streams import forgiving_streams
+with forgiving_streams():
+    os._exit(os.open(os.devnull, os.O_WRONLY))
+"""
+
+
 @posix
-def test_a_training_needs_no_streams_and_writes_into_no_other_file_instead(tmp_path):
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(closed):
+    assert shell(f"\"{sys.executable}\" -c '{OPENS_A_FILE}' {closed}").returncode > 2
+
+
+@posix
+def test_a_training_needs_no_streams(tmp_path):
     process = shell(f'TRAIN {" ".join(QUICK)} "{tmp_path / "run"}" >&- 2>&-')
     assert process.returncode == 0
     assert_finished(tmp_path / "run")
