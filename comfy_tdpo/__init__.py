@@ -6,7 +6,7 @@ checkout they lie beside it.
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _here = Path(__file__).parent
 if not (_here / "trainer").is_dir() and (_here.parent / "trainer").is_dir():

@@ -17,7 +17,9 @@ import pytest
 from accelerate.tracking import GeneralTracker
 from toy import new_run, toy_training
 
-from comfy_tdpo.trainer.__main__ import _make_folder, main
+from comfy_tdpo import __version__
+from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.new_folder import make_folder
 from comfy_tdpo.trainer.run import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -84,9 +86,42 @@ def test_a_finished_run_is_trained_longer(finished, tmp_path):
 def test_resumed_settings_are_the_runs_own(finished, capsys):
     path, _ = finished
     assert main(["--resume", str(path), "--print-config"]) == 0
-    assert capsys.readouterr().out == (path / "config.toml").read_text()
+    written_by, _, settings = (path / "config.toml").read_text().partition("\n")
+    assert capsys.readouterr().out == settings and written_by == f"# comfy_tdpo {__version__}"
     assert main(["--resume", str(path), "--policy.lr", "0.1"]) == 2
-    assert "--resume with other settings" in capsys.readouterr().err
+    assert "--resume with other settings (--policy.lr)" in capsys.readouterr().err
+    assert main(["--resume", str(path), "--reward", "shapes-gold", "--preset", "shapes"]) == 2
+    assert "--resume with other settings (--preset, --reward)" in capsys.readouterr().err
+
+
+def test_a_run_whose_configuration_was_edited_says_what_to_put_back(finished, tmp_path, capsys):
+    path = shutil.copytree(finished[0], tmp_path / "edited")
+    config = (path / "config.toml").read_text()
+    edited = config.replace("guidance = 3.0", "guidance = 4.0").replace("lr = 0.0005", "lr = 0.0006")
+    (path / "config.toml").write_text(edited)
+    assert main(["--resume", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert "guidance was 3.0 and is 4.0, policy.lr was 0.0005 and is 0.0006; expected the same" in err
+    assert "put back what was in its config.toml, or start a new run" in err
+    (path / "config.toml").write_text(edited.replace("lr = 0.0006", "lr = 6.0"))
+    assert main(["--resume", str(path)]) == 2
+    assert f"configuration '{path / 'config.toml'}': policy.lr: got 6.0; expected" in capsys.readouterr().err
+
+
+def test_a_run_whose_files_have_moved_says_how_to_go_on(finished, tmp_path, capsys):
+    path = shutil.copytree(finished[0], tmp_path / "moved")
+    config = (path / "config.toml").read_text()
+    for model in ("/gone/model", "C:\\gone\\model.safetensors"):
+        (path / "config.toml").write_text(config.replace('model = "shapes"', f"model = '{model}'"))
+        assert main(["--resume", str(path)]) == 2
+        err = capsys.readouterr().err
+        assert f"the model of this run, {model!r}, is not there; if it has moved, continue with: " in err
+        assert err.endswith(f"-m comfy_tdpo.trainer --resume {path} --model NEW\n")
+    (path / "config.toml").write_text(
+        config.replace("[reward_weights]", '[reward_weights]\nshapes-judge = "/gone/weights"')
+    )
+    assert main(["--resume", str(path)]) == 2
+    assert f"--resume {path} --reward-weights shapes-judge=NEW" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -124,20 +159,26 @@ def test_a_preset_does_not_watch_what_is_trained_on(capsys):
 
 
 def test_the_help_needs_no_torch():
-    code = "import sys, comfy_tdpo.trainer.__main__ as m; m.make_parser(); sys.exit('torch' in sys.modules)"
+    code = "import sys, comfy_tdpo.trainer.__main__ as m; m.parse([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_default_folders_differ_within_a_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        folders = [folder for folder, _ in pool.map(_make_folder, [None] * 8)]
+        folders = [folder for folder, _ in pool.map(make_folder, [None] * 8)]
     assert len(set(folders)) == 8
 
 
 WRONG = {
     "an unknown preset": (["--preset", "sd99"], "got preset 'sd99'; expected one of"),
-    "an unknown flag": (["--polcy.lr", "1"], "unrecognized arguments: --polcy.lr"),
+    "an unknown flag": (["--polcy.lr", "1"], "unrecognized arguments: --polcy.lr 1; did you mean --policy.lr?"),
+    "a flag without its section": (["--lr=1"], "--lr=1; did you mean --policy.lr or --critic.lr?"),
+    "a flag by another name": (["--learning_rate", "1"], "did you mean --policy.lr or --critic.lr?"),
+    "no flag": (["train"], "unrecognized arguments: train; an option begins with --"),
+    "an empty variable": (["--run-dir="], "argument --run-dir: got '' as a path"),
+    "a home of nobody": (["--resume=~nobody-of-that-name/x"], "~nobody-of-that-name has no home folder here"),
+    "a model in a home of nobody": (["--model=~nobody-of-that-name/x"], "~nobody-of-that-name has no home folder"),
     "an unknown reward": (["--reward", "beauty"], "got reward 'beauty'"),
     "a weight that is no number": (["--reward", "shapes-judge=much"], "NAME=WEIGHT"),
     "no weights": (
@@ -301,7 +342,7 @@ def test_ctrl_c_while_it_loads_is_one_line_and_leaves_nothing(tmp_path, start):
 LIMIT_FILE_SIZE = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from comfy_tdpo.trainer.__main__ import _make_folder, main
+from comfy_tdpo.trainer.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -7,8 +7,10 @@ from comfy_tdpo.methods.critic import ACTIVATIONS
 from comfy_tdpo.methods.neurons import NEURON_ACTIVATIONS, reset_masks
 from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.process import PROCESSES
+from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.arguments import choices
 from comfy_tdpo.trainer.config import leaf_fields, make_config, plain_values, presets, validate
+from comfy_tdpo.trainer.run import RunFolder
 
 
 def test_the_defaults_are_the_papers_tdpo_r():
@@ -100,7 +102,7 @@ def test_every_setting_says_what_it_means():
 
 
 WRONG = [
-    ({"eval_rewards": 5}, "eval_rewards: got 5; input should be a valid list"),
+    ({"eval_rewards": 5}, "eval_rewards: got 5; expected a list of names"),
     ({"algorithm": ["tdpo"]}, "got algorithm ['tdpo']; expected one of tdpo-r"),
     ({"kl": {"target": 5.0}}, "kl.target steers kl.coefficient, which is 0"),
     ({"kl": {"coefficient": 0.1, "target": 5.0, "horizon": 10}}, "kl.horizon 10 is less than"),
@@ -113,7 +115,6 @@ WRONG = [
     ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-r"),
     ({"rewards": {"beauty": 1.0}}, "got reward 'beauty'; expected one of"),
     ({"rewards": {"shapes-judge": 0.0}}, "weights of all rewards are 0"),
-    ({"rewards": {}}, "rewards"),
     ({"epochs": 0}, "epochs: got 0"),
     ({"epochs": 10**12}, "epochs: got 1000000000000"),
     ({"epochs": 2.5}, "epochs: got 2.5"),
@@ -123,7 +124,32 @@ WRONG = [
     ({"samples_per_epoch": 10, "samples_per_update": 4}, "no multiple"),
     ({"moments": {"min_count": 40}}, "moments.min_count"),
     ({"algorithm": "ddpo-2", "neurons": {"reset": "active"}}, "needs a critic"),
-    ({"steps": 1001}, "steps: got 1001"),
+    ({"steps": 1001}, "steps: got 1001; expected a whole number from 1 to 1000"),
+    ({"policy": {"lr": "0,1"}}, "policy.lr: got '0,1'; expected a number above 0 and at most 1; write a point"),
+    ({"policy": {"alpha": "much"}}, "policy.alpha: got 'much'; expected a number above 0 and below 1e+06 or \"none\""),
+    ({"critic": {"beta1": 1}}, "critic.beta1: got 1; expected a number of at least 0 and below 1"),
+    ({"critic": {"enabled": "perhaps"}}, "critic.enabled: got 'perhaps'; expected true or false"),
+    ({"updates": "step"}, "updates: got 'step'; expected one of timestep, trajectory"),
+    ({"prediction_type": "v"}, 'expected one of epsilon, v_prediction, sample or "none"'),
+    ({"epochs": 1e-4}, "epochs: got 0.0001; expected a whole number from 1 to 9999"),
+    ({"model": ""}, "model: got ''; expected text that is not empty"),
+    ({"rewards": {}}, "rewards: got {}; expected a table, { NAME = VALUE } with at least one entry"),
+    ({"rewards": {"shapes-judge": "much"}}, "rewards.shapes-judge: got 'much'; expected a number from"),
+    ({"rewards": ["shapes-judge", "shapes-judge"]}, "got reward 'shapes-judge' twice"),
+    ({"policy": 5}, "policy: got 5; expected a section, [policy], with settings of its own"),
+    ({"policy": {"lr": {"x": 1}}}, "policy.lr: got {'x': 1}; expected a number above 0 and at most 1"),
+    ({"lr": 1}, "unknown setting 'lr'; did you mean policy.lr or critic.lr?"),
+    ({"learning_rate": 1}, "unknown setting 'learning_rate'; did you mean policy.lr or critic.lr?"),
+    ({"epoch": 1}, "unknown setting 'epoch'; did you mean epochs?"),
+    ({"policy": {"resolution": 64}}, "unknown setting 'policy.resolution'; did you mean resolution?"),
+    ({"critic": {"activaton": "relu"}}, "unknown setting 'critic.activaton'; did you mean critic.activation?"),
+    ({"kl": {"b": 1}}, "unknown setting 'kl.b'; [kl] has coefficient, form, target, horizon"),
+    ({"polcy": {"lr": 1}}, "unknown setting 'polcy'; did you mean [policy]?"),
+    ({"preset": "shapes"}, "unknown setting 'preset'; it is an option of the command line, --preset"),
+    ({"zz": 1, "yy": 1, "xx": 1, "ww": 1, "vv": 1}, "and 2 more like these"),
+    ({"model": "D:\new\test"}, r"model: got 'D:\new\test', which contains a line break; expected text on one line"),
+    ({"reward_weights": {"aesthetic": "D:\test"}}, "reward_weights.aesthetic: got"),
+    ({"model": "caf\udce9"}, r"got the path 'caf\udce9', which is not UTF-8"),
 ]
 
 
@@ -131,6 +157,66 @@ WRONG = [
 def test_a_wrong_value_is_named_in_one_line(overrides, message):
     with pytest.raises(ValueError) as error:
         make_config(overrides=overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ('"hpsv2.1"', {"hpsv2.1": 1.0}),
+        ('"shapes-gold=2, shapes-judge"', {"shapes-gold": 2.0, "shapes-judge": 1.0}),
+        ('["shapes-gold", "shapes-judge=0.5"]', {"shapes-gold": 1.0, "shapes-judge": 0.5}),
+    ],
+)
+def test_rewards_may_be_names(rewards, expected, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(f'rewards = {rewards}\neval_rewards = "shapes-alignment, aesthetic"\n')
+    config = make_config(file=file)
+    assert (config.rewards, config.eval_rewards) == (expected, ["shapes-alignment", "aesthetic"])
+    file.write_text(f"rewards = {rewards}\n")  # what it trains on is not watched, here too
+    assert make_config(file=file).eval_rewards == [n for n in ("shapes-judge", "shapes-gold") if n not in expected]
+
+
+NO_TOML = [
+    (
+        r'model = "C:\Users\me\sd15.safetensors"',
+        "a backslash in double quotes begins an escape: write a path in single",
+    ),
+    (r'model = "D:\models\x.safetensors"', "a backslash in double quotes begins an escape"),
+    ("rewards = { hpsv2.1 = 1.0 }", 'a name with a dot needs quotes: "hpsv2.1" = ...'),
+    ("[rewards]\nhpsv2.1 = 1.0", 'a name with a dot needs quotes: "hpsv2.1" = ...'),
+    ("reward_weights = { hpsv2.1 = 'x' }", 'a name with a dot needs quotes: "hpsv2.1" = ...'),
+    ("epochs = 5\n\nepochs = 6", "line 3, 'epochs = 6': this is there twice: keep one of them"),
+    ("[kl]\n[policy]\n[kl]", "line 3, '[kl]': this is there twice"),
+    ("model = shapes", "line 1, 'model = shapes': text needs quotes"),
+    ("model = ~/x", "text needs quotes"),
+    ('model = "shapes\n', "its quotes are not closed"),
+    ("model = 'shapes", "its quotes are not closed"),
+    ("model = \u201cshapes\u201d", "typographic quotes"),
+    ("gamma = .5", "a number needs a digit on both sides of its point"),
+    ("gamma = 0,5", "a number has a point and no comma"),
+    ("[critic]\nenabled = True", "line 2, 'enabled = True': write true or false"),
+    ("steps =", "a value is missing"),
+    ("steps = None # all", "a value is missing"),
+    ("// mine", "a comment begins with #"),
+    ("epochs 5", "expected KEY = VALUE"),
+    ("rewards = { aesthetic: 1 }", "TOML has = between a name and its value"),
+    ("rewards = { aesthetic = 1, }", "take away the comma"),
+    ("rewards = {\n aesthetic = 1\n}", "braces open and close in one line"),
+    ('{"epochs": 5}', "it is JSON; expected TOML"),
+    ("epochs: 5\npolicy:\n  lr: 1e-4\n", "this looks like YAML"),
+    ("policy = " + "[" * 5000, "nested too deeply"),
+    ("\x89PNG\r\n", "is a PNG image"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NO_TOML)
+def test_a_file_that_is_no_configuration_says_what_to_do(text, message, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_bytes(text.encode("latin-1" if "PNG" in text else "utf-8"))
+    with pytest.raises(ValueError) as error:
+        make_config(file=file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -147,3 +233,33 @@ def test_an_unreadable_file_is_named(tmp_path):
 def test_the_configuration_is_frozen():
     with pytest.raises(Exception, match="frozen"):
         validate({}).epochs = 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_file_of_another_system_is_read(encoding, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_bytes('epochs = 7\r\nprompts = "simple-animals"\r\n'.encode(encoding))
+    assert (make_config(file=file).epochs, make_config(file=file).prompts) == (7, "simple-animals")
+    file.write_bytes(b"epochs = 7\rsteps = 9\r")
+    assert (make_config(file=file).epochs, make_config(file=file).steps) == (7, 9)
+
+
+def test_a_run_whose_configuration_an_editor_has_marked_is_read(tmp_path):
+    run = RunFolder(tmp_path / "run").create(make_config())
+    for name in ("config.toml", "prompts.txt"):
+        file = run.path / name
+        file.write_bytes(file.read_text().encode("utf-8-sig"))
+    assert run.config == make_config()
+    assert run.prompts(run.config) == load_prompts("shapes")
+
+
+def test_a_run_keeps_prompts_word_for_word(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('["#1 fox", "a fox, red\\nand small"]')
+    config = make_config(overrides={"prompts": str(file)})
+    assert RunFolder(tmp_path / "run").create(config).prompts(config) == ["#1 fox", "a fox, red and small"]
+    host = RunFolder(tmp_path / "host")  # as ComfyUI's graph puts its own prompts in place
+    host.path.mkdir()
+    (host.path / "prompts.txt").write_text("#1 fox\na (red:1.2) fox")
+    config = make_config(overrides={"prompts": str(host.path / "prompts.txt")})
+    assert host.create(config).prompts(config) == ["#1 fox", "a (red:1.2) fox"]

@@ -1,7 +1,9 @@
 """The command line: `python -m comfy_tdpo.trainer`."""
 
 import argparse
+import codecs
 import os
+import re
 import shlex
 import signal
 import sys
@@ -9,40 +11,57 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
-from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.rewards.function import allow_functions
 
-from .arguments import WRONG_INPUT, flags_of, make_parser, overrides, with_dashes
-from .changes import changeable
+from .arguments import WRONG_INPUT, flags_of, given, overrides, parse
+from .changes import changeable, may_change
 from .config import TrainConfig, make_config, override, plain_values
-from .run import CONFIG, RunFolder, TrainingError
+from .new_folder import RUNS, new_folder
+from .run import RunFolder, TrainingError
+from .run_paths import CONFIG
+from .streams import forgiving_streams, hush, say, unheard_stdout
 
 FINISHED, FAILED, STOPPED = 0, 1, 130
 LONGEST = 900  # characters of an error, which may hold what a user gave
-RUNS = Path("runs")
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # as launchers of several processes say it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 finished, 1 failed, 2 wrong input, 130 stopped by the user."""
-    allow_functions()  # whoever types a command may name his own function
-    argv = sys.argv[1:] if argv is None else argv
+    allow_functions()  # whoever types a command may name their own function
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see docs/LOG.md: threads that spin slow down all other work
+    with forgiving_streams():
+        try:
+            try:
+                return _command(sys.argv[1:] if argv is None else argv)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # as by `| head`, which has seen all it wanted
+            hush(sys.stdout)
+            return FINISHED
+        except OSError as error:  # what was printed has no place, as on a full disk
+            hush(sys.stdout)
+            return _complain(error, FAILED)
+
+
+def _command(argv: Sequence[str]) -> int:
     if argv[:1] == ["score"]:
         from .score import main as score
 
         return score(argv[1:])
-    args = make_parser().parse_args([with_dashes(text) for text in argv])
+    args = parse(argv)
     try:
         return _print_config(args) if args.print_config else _train(args)
     except KeyboardInterrupt:  # before or after the block of _stopping_on_signals
         return _complain("stopped", STOPPED)
     except ValueError as error:
         return _complain(error, WRONG_INPUT)
+    except BrokenPipeError:
+        raise
     except (OSError, TrainingError) as error:
         return _complain(error, FAILED)
 
@@ -62,24 +81,32 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 def _print_config(args: argparse.Namespace) -> int:
     import tomli_w
 
-    print(tomli_w.dumps(plain_values(_config(args))), end="")
+    text = tomli_w.dumps(plain_values(_config(args)))
+    if codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8":  # TOML has escapes of its own
+        text = re.sub(r"[^\x00-\x7f]", lambda found: f"\\U{ord(found[0]):08x}", text)
+    print(text, end="")
     return FINISHED
 
 
 def _train(args: argparse.Namespace) -> int:
-    if args.resume:
-        run = RunFolder.open(args.resume)
-        return _run(run, _resumed_config(args, run), new=False)
-    config = make_config(args.preset, args.config, overrides(args))
-    with _folder(args.run_dir) as folder:
-        return _run(RunFolder(folder), config, new=True)
+    with unheard_stdout():
+        if args.resume:
+            run = RunFolder.open(args.resume)
+            config = _resumed_config(args, run)
+            _check_not_moved(run, config)
+            return _run(run, config, new=False)
+        config = make_config(args.preset, args.config, overrides(args))
+        if not IS_MAIN_PROCESS:  # the others write nothing
+            return _run(RunFolder(args.run_dir or RUNS), config, new=True)
+        with new_folder(args.run_dir) as folder:
+            return _run(RunFolder(folder), config, new=True)
 
 
 def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
-    if IS_MAIN_PROCESS:
-        print(f"run {run.path}: loading", file=sys.stderr, flush=True)
     stop = threading.Event()
     with _stopping_on_signals(stop):
+        if IS_MAIN_PROCESS:
+            say(f"run {run.path}: loading", sys.stderr)
         from .assemble import assemble  # seconds, so not before something is said
         from .console import Console
 
@@ -106,48 +133,36 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
     """The run's own, with what may be changed."""
     changes, config = overrides(args), run.config
-    free = list(changeable(type(config)))
-    if args.run_dir or args.config or args.preset or changes.keys() - set(free):
+    other = [name for name in given(args) if not may_change(name)]
+    if other:
+        flags = ", ".join("--" + name.replace("_", "-") for name in other)
         raise ValueError(
-            f"got --resume with other settings; expected it alone, or with {flags_of(free)}: a run continues as it was "
-            "configured"
+            f"got --resume with other settings ({flags}); expected it alone, or with {flags_of(changeable())}: a run "
+            "continues as it was configured, so start a new one for these"
         )
     return override(config, changes)
 
 
-@contextmanager
-def _folder(wanted: Path | None) -> Iterator[Path]:
-    """The folder of a new run, made; it and its new parents go again where nothing came to lie in them."""
-    if not IS_MAIN_PROCESS:  # the others write nothing
-        yield wanted or RUNS
-        return
-    folder, new = _make_folder(wanted)
-    try:
-        yield folder
-    finally:
-        with suppress(OSError):
-            for path in new:
-                path.rmdir()
-
-
-def _make_folder(wanted: Path | None) -> tuple[Path, list[Path]]:
-    """The folder, and what of it and its parents was not there."""
-    if wanted:
-        RunFolder(wanted).check_free()
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in count(1):
-        folder = wanted or RUNS / (stamp if number == 1 else f"{stamp}-{number}")
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=wanted is not None)
-            return folder, new
-        except FileExistsError:  # another run began in the same second
-            continue
-        except OSError as error:
+def _check_not_moved(run: RunFolder, config: TrainConfig) -> None:
+    """Raise ValueError, with the remedy, where a file that the run was begun with lies at another place by now."""
+    before, command = run.config, _resume_command(run)
+    if config.model == before.model and _is_lost(config.model):
+        raise ValueError(
+            f"the model of this run, {config.model!r}, is not there; if it has moved, continue with: {command} --model "
+            "NEW"
+        )
+    for name, path in config.reward_weights.items():
+        if path == before.reward_weights.get(name) and _is_lost(path):
             raise ValueError(
-                f"run directory {str(folder)!r} cannot be made: {error.strerror}; choose another"
-            ) from error
-    raise AssertionError("there is always another number")
+                f"the weights of reward {name!r} of this run, {path!r}, are not there; if they have moved, continue "
+                f"with: {command} --reward-weights {name}=NEW"
+            )
+
+
+def _is_lost(path: str) -> bool:
+    """Whether it is a path, from this system or another, and not there; hub ids and names are no such paths."""
+    absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return absolute and not Path(path).exists()
 
 
 def _what_is_left(run: RunFolder) -> str:
@@ -163,7 +178,6 @@ def _resume_command(run: RunFolder) -> str:
 def _conclude(run: RunFolder, stopped: bool) -> int:
     """Draw the plots and say what came of it."""
     from .plots import save_plots
-    from .streams import say
     from .summary import summary
 
     if run.metrics():
@@ -186,9 +200,12 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
             signal.raise_signal(signum)
         stop.set()
         # not print: the signal may have come in the middle of one, whose buffer cannot be entered again
-        os.write(2, b"\nStopping as soon as it can, then saving. Again to quit without saving.\n")
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, b"\nStopping as soon as it can, then saving. Again to quit without saving.\n")
 
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # what was ignored from the start stays so: Ctrl-C is then meant for others of the same terminal
+    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, handle) for signum in heard}
     try:
         yield
     finally:

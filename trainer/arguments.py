@@ -1,6 +1,7 @@
 """The flags of `python -m comfy_tdpo.trainer`: one for every setting, made from the configuration's own fields."""
 
 import argparse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,9 +11,11 @@ from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.settings import section_of
+from comfy_tdpo.user_files import user_path
 
 from .changes import changeable
-from .config import NONE, TrainConfig, leaf_fields, presets
+from .config import NONE, TrainConfig, leaf_fields, presets, weighted
+from .config_messages import nearest
 
 WRONG_INPUT = 2  # exit status
 
@@ -39,13 +42,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"one of {', '.join(presets())} (default: shapes; sd14-aesthetic where --model is another)",
     )
-    where.add_argument("--config", type=Path, metavar="FILE", help="TOML file laid over the preset")
-    where.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
+    where.add_argument("--config", type=_path, metavar="FILE", help="TOML file laid over the preset")
+    where.add_argument("--run-dir", type=_path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
     where.add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         metavar="DIR",
-        help=f"continue the run in this folder; {flags_of(list(changeable()))} may change",
+        help=f"continue the run in this folder; {flags_of(changeable())} may change",
     )
     where.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     where.add_argument(
@@ -70,11 +73,33 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; ends the program with one line where there are others than `make_parser` has."""
+    parser = make_parser()
+    args, unknown = parser.parse_known_args([with_dashes(text) for text in argv])
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        known = {option: action.help or "" for action in parser._actions for option in action.option_strings}
+        meant = " or ".join(nearest(flag, known))
+        hint = f"; did you mean {meant}?" if meant else ""
+        if not flag.startswith("-"):
+            hint = "; an option begins with --"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+
+def _path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 # Settings whose values are names in a registry, which more may be added to.
 _NAMES = {"algorithm": lambda: list(ALGORITHMS), "process": lambda: list(PROCESSES), "prompts": prompt_sets}
 
 
-def flags_of(settings: list[str]) -> str:
+def flags_of(settings: Iterable[str]) -> str:
     """The flags of settings and whole sections, for people."""
     sections = {name for name, info in TrainConfig.model_fields.items() if section_of(info)}
     flags = [f"--{name}{'.*' if name in sections else ''}".replace("_", "-") for name in settings]
@@ -106,6 +131,12 @@ def with_dashes(text: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else text
 
 
+def given(args: argparse.Namespace) -> list[str]:
+    """The names of the options given that say what to train and where; settings by their dotted names."""
+    names = [name for name in ("preset", "config", "run_dir", "reward", "eval_reward") if getattr(args, name)]
+    return names + [key.removeprefix("set:") for key in vars(args) if key.startswith("set:")]
+
+
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The settings given on the command line, as nested values."""
     values: dict[str, Any] = {}
@@ -117,20 +148,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
                 target = target.setdefault(section, {})
             target[name] = value
     if args.reward:
-        values["rewards"] = _weighted(args.reward)
+        values["rewards"] = weighted(args.reward)
     if args.eval_reward:
         values["eval_rewards"] = args.eval_reward
     return values
-
-
-def _weighted(texts: list[str]) -> dict[str, float]:
-    weights: dict[str, float] = {}
-    for text in texts:
-        name, _, weight = text.partition("=")
-        if name in weights:
-            raise ValueError(f"got --reward {name!r} twice; expected each reward once: NAME=WEIGHT weighs it")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"got --reward {text!r}; expected NAME or NAME=WEIGHT with a number") from None
-    return weights

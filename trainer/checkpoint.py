@@ -17,7 +17,7 @@ from torch import Tensor
 
 from comfy_tdpo.tensor_files import write_tensors
 
-from .run import flush_to_disk, naming
+from .files import flush_to_disk, naming
 
 STATE, SUMS, PARTIAL = "state.json", "SHA256SUMS", ".partial"
 FORMAT = 4

@@ -4,7 +4,6 @@ Later layers win: the defaults below (the paper's values), the algorithm's row o
 values for that algorithm, a configuration file, the command line.
 """
 
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -28,6 +27,10 @@ from comfy_tdpo.settings import (
     leaves,
     section_of,
 )
+from comfy_tdpo.user_files import user_path
+
+from .config_messages import check_text, explain
+from .toml_files import read_toml
 
 PRESETS = Path(__file__).parent / "presets"
 DEFAULT_ALGORITHM = "tdpo-r"
@@ -37,12 +40,31 @@ def _split(value: Any) -> Any:
     parts = value.split(",") if isinstance(value, str) else value
     if parts == [NONE]:
         return []
-    return [part for part in parts if part] if isinstance(parts, list) else parts
+    return (
+        [part.strip() if isinstance(part, str) else part for part in parts if part]
+        if isinstance(parts, list)
+        else parts
+    )
 
 
 def named_values(text: str) -> dict[str, str]:
-    """NAME=VALUE,NAME=VALUE, as a command line has it."""
-    return dict(part.partition("=")[::2] for part in text.split(",") if part)
+    """NAME=VALUE,NAME=VALUE, as a command line has it; a name without a value gets an empty one."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def weighted(texts: list[str]) -> dict[str, float]:
+    """The rewards that NAME or NAME=WEIGHT name, and their weights."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, _, weight = (part.strip() for part in text.partition("="))
+        if name in weights:
+            raise ValueError(f"got reward {name!r} twice; expected each reward once: NAME=WEIGHT weighs it")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise ValueError(f"got reward {text!r}; expected NAME or NAME=WEIGHT with a number") from None
+    return weights
 
 
 def _pairs(value: Any) -> Any:
@@ -51,7 +73,7 @@ def _pairs(value: Any) -> Any:
 
 def _absolute(paths: dict[str, str]) -> dict[str, str]:
     """A run resumes from anywhere."""
-    return {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
+    return {name: str(user_path(path).absolute()) for name, path in paths.items()}
 
 
 Names = Annotated[list[str], BeforeValidator(_split)]
@@ -169,13 +191,13 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     Raises:
         ValueError: a layer is not what it should be; the message is one line that names the field.
     """
-    above = [_read_toml(file) if file else {}, overrides or {}]
+    above = [with_named_rewards(read_toml(file) if file else {}), with_named_rewards(overrides or {})]
     if preset is None:
         preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd14-aesthetic"
     if preset not in presets():
         raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
     algorithm = _algorithm(*above)
-    base = _read_toml(PRESETS / f"{preset}.toml")
+    base = read_toml(PRESETS / f"{preset}.toml")
     for_algorithm = base.pop("algorithms", {})
     base = _known(base, config_class(algorithm))
     trained_on = _topmost(above, "rewards", {})
@@ -189,7 +211,16 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
 
 def override(config: TrainConfig, changes: Fields) -> TrainConfig:
     """`config` with nested `changes` laid over it."""
-    return validate(_merge(plain_values(config), changes))
+    return validate(_merge(plain_values(config), with_named_rewards(changes)))
+
+
+def with_named_rewards(values: Fields) -> Fields:
+    """`values` with a table of rewards where those are a name or a list of names, each of weight 1."""
+    rewards = values.get("rewards")
+    names = rewards.split(",") if isinstance(rewards, str) else rewards
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return values | {"rewards": weighted(names)}
+    return values
 
 
 def _algorithm(in_file: Fields, overrides: Fields) -> str:
@@ -220,20 +251,14 @@ def _topmost(layers: list[Fields], name: str, default: Any) -> Any:
 
 def validate(values: Fields) -> TrainConfig:
     """A TrainConfig from nested plain values; ValueError is one line."""
+    check_text(values)
+    algorithm = values.get("algorithm", DEFAULT_ALGORITHM)
+    paths = {name: values[name] for name in ("model", "prompts", "grid_prompts") if name in values}
+    expanded = {name: str(user_path(path)) for name, path in paths.items() if str(path).startswith("~")}
     try:
-        return config_class(values.get("algorithm", DEFAULT_ALGORITHM)).model_validate(values)
+        return config_class(algorithm).model_validate(with_named_rewards(values) | expanded)
     except ValidationError as error:
-        raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from error
-
-
-def _explain(detail: Any) -> str:
-    field = ".".join(str(part) for part in detail["loc"])
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        return f"unknown setting {field!r}; --print-config lists them all"
-    if not field:
-        return message
-    return f"{field}: got {detail['input']!r}; {message[0].lower()}{message[1:]}"
+        raise ValueError(explain(error.errors(), dict(leaf_fields(algorithm)))) from error
 
 
 def _merge(base: Fields, over: Fields) -> Fields:
@@ -243,13 +268,6 @@ def _merge(base: Fields, over: Fields) -> Fields:
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
-
-
-def _read_toml(path: Path) -> Fields:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:  # of UTF-8, of TOML, of an endless number or nesting
-        raise ValueError(f"configuration {str(path)!r} cannot be read: {error}") from error
 
 
 def config_class(algorithm: str) -> type[TrainConfig]:

@@ -14,6 +14,7 @@ from .config import TrainConfig, plain_values
 
 # Of a noise schedule: releases of torch, and GPUs, differ in the last bits of float32; another schedule by far more.
 SCHEDULE_TOLERANCE = 1e-4
+TOLD = 5  # differences in a message
 
 
 def identity(config: TrainConfig, policy: DiffusionPolicy, prompts: list[str]) -> dict[str, Any]:
@@ -38,18 +39,27 @@ def check_same(now: dict[str, Any], before: dict[str, Any], policy: DiffusionPol
             f"got a run whose {newer[0]} this version, comfy_tdpo {__version__}, does not know; expected one that it "
             f"began: continue it with comfy_tdpo {before.get('version', 'as new as that')}"
         )
-    for name, (old, new) in differences(now["settings"], before["settings"]).items():
-        if not may_change(name):
-            raise ValueError(
-                f"got a run that was begun with other settings: {name} was {old!r} and is {new!r}; {_REMEDY}"
-            )
+    changed = [
+        f"{name} was {old!r} and is {new!r}"
+        for name, (old, new) in differences(now["settings"], before["settings"]).items()
+        if not may_change(name)
+    ]
+    if changed:
+        more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
+        raise ValueError(
+            f"got a run that was begun with other settings: {', '.join(changed[:TOLD])}{more}; {_SAME}: put back what "
+            "was in its config.toml, or start a new run"
+        )
     for part in ("model", "prompts"):
         same = _is_same_model(now, before, policy) if part == "model" else now[part] == before[part]
         if not same:
-            raise ValueError(f"got another {part.removesuffix('s')} than the run was begun with; {_REMEDY}")
+            raise ValueError(
+                f"got another {part.removesuffix('s')} than the run was begun with; {_SAME}: put it back, or start a "
+                "new run"
+            )
 
 
-_REMEDY = f"expected the same, as only {', '.join(changeable())} may change: put it back, or start a new run"
+_SAME = f"expected the same, as only {', '.join(changeable())} may change"
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

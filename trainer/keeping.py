@@ -12,8 +12,9 @@ from comfy_tdpo.rollout import Decoder, draw_images
 
 from .checkpoint import remove_partial
 from .config import TrainConfig, leaf_fields
+from .files import write_atomically
 from .image_grid import save_image_grid
-from .run import EpochMetrics, RunFolder, TrainingError, write_atomically
+from .run import EpochMetrics, RunFolder, TrainingError
 from .state import TrainState, Watch
 
 

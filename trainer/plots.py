@@ -25,8 +25,9 @@ from .drawing import (
     stack,
     write_title,
 )
+from .files import write_atomically
 from .metrics import keys_of, points_of, readable, reward_names, role, shortened
-from .run import EpochMetrics, RunFolder, write_atomically
+from .run import EpochMetrics, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,18 +1,8 @@
-"""A run is a folder, readable without us, and the only memory of a run.
-
-config.toml, prompts.txt       everything needed to repeat it
-grid-prompts.txt               the prompts of a sample grid's images, row by row
-metrics.jsonl                  one line an epoch, appended and flushed
-samples/epoch-0010.png         a fixed prompt and seed grid
-lora/epoch-0010.safetensors    and lora/latest.safetensors
-checkpoints/epoch-0010/        exact state
-plots/*.png
-"""
+"""A run is a folder, readable without us, and the only memory of a run. What lies in it: see run_paths.py."""
 
 import json
 import os
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -20,68 +10,36 @@ from textwrap import shorten
 import tomli_w
 from filelock import FileLock, Timeout
 
+from comfy_tdpo import __version__
 from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.user_files import read_text, user_path
 
-from .config import TrainConfig, plain_values, validate
+from .changes import unknown
+from .config import Fields, TrainConfig, plain_values, validate
+from .files import naming, write_atomically
+from .new_folder import check_free
+from .run_paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths, run_nearby
+from .toml_files import read_toml
 
 EpochMetrics = dict[str, float]
 
-CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
-LOCK = ".lock"
+WRITTEN_BY = "# comfy_tdpo "  # and the version, in the first line of a run's configuration
 
 
 class TrainingError(RuntimeError):
     """A training cannot go on; what it saved before is whole."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, flush it to the disk, and put it in place; never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial{path.suffix}")
-    try:
-        with naming(path):
-            write(beside)
-            flush_to_disk(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    flush_to_disk(path.parent)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Inside the block an OSError that names no file, as that of a full disk, names `path`."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the system can."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class RunFolder:
+class RunFolder(RunPaths):
     """The folder of one run."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         self._lock = FileLock(path / LOCK, timeout=0)
 
     def check_free(self) -> None:
         """Raise ValueError where a new run cannot be made here."""
-        if (self.path / CONFIG).exists():
-            raise ValueError(f"run directory {str(self.path)!r} holds a run; --resume continues it, or choose another")
-        if self.path.exists() and (not self.path.is_dir() or any(map(_is_foreign, self.path.iterdir()))):
-            raise ValueError(f"got run directory {str(self.path)!r}; expected a new or an empty folder: choose another")
+        check_free(self.path)
 
     def create(self, config: TrainConfig) -> "RunFolder":
         """Make it a new run of `config`, which can be continued from any folder and whatever becomes of the prompts.
@@ -97,14 +55,20 @@ class RunFolder:
 
     def configure(self, config: TrainConfig) -> None:
         """Make `config` that of a run which has trained nothing yet; call it under the lock."""
-        self._write_lines(PROMPTS, load_prompts(config.prompts))
-        shown = load_prompts(config.grid_prompts or config.prompts)
+        prompts = self._load_prompts(config.prompts)
+        self._write_lines(PROMPTS, prompts)
+        shown = self._load_prompts(config.grid_prompts) if config.grid_prompts else prompts
         self._write_lines(GRID_PROMPTS, spread(shown, config.output.grid_images))
         self.write_config(_with_absolute_model(config))
 
+    def _load_prompts(self, source: str) -> list[str]:
+        """Those of a set or a user's file; those that a host has put in place are taken as they are."""
+        path = self.path / PROMPTS
+        return _read_lines(path) if source == str(path) else load_prompts(source)
+
     def write_config(self, config: TrainConfig) -> None:
         """Replace the run's configuration; what is not free to change is refused when the run goes on."""
-        self._write_text(CONFIG, tomli_w.dumps(plain_values(config)))
+        self._write_text(CONFIG, f"{WRITTEN_BY}{__version__}\n" + tomli_w.dumps(plain_values(config)))
 
     def keep_changes(self, config: TrainConfig) -> None:
         """Keep `config`, which may differ from the run's own where a run may change on its way."""
@@ -120,16 +84,39 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """The run at `path`, for reading or resuming."""
-        if not (path / CONFIG).is_file():
-            raise ValueError(f"got run directory {str(path)!r}; expected a folder with a {CONFIG}, as a run makes it")
+        try:
+            found = (path / CONFIG).is_file()
+            meant = None if found else run_nearby(path)
+        except OSError as error:  # nobody may look, or its name is too long
+            raise ValueError(f"run directory {str(path)!r} cannot be read: {error.strerror}; check the path") from error
+        if not found:
+            hint = f"; did you mean {str(meant)!r}?" if meant else ""
+            raise ValueError(
+                f"got run directory {str(path)!r}; expected a folder with a {CONFIG}, as a run makes it{hint}"
+            )
         return cls(path)
 
     @property
     def config(self) -> TrainConfig:
+        values = read_toml(self.path / CONFIG)
         try:
-            return validate(tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"{self.path / CONFIG} cannot be read: {error}") from error
+            return validate(values)
+        except ValueError as error:
+            raise ValueError(
+                f"configuration '{self.path / CONFIG}': {self._of_newer_version(values) or error}"
+            ) from error
+
+    def _of_newer_version(self, values: Fields) -> str:
+        """What to say of settings that another version has written; empty where it was this one."""
+        first = read_text(self.path / CONFIG).partition("\n")[0]
+        version = first.removeprefix(WRITTEN_BY) if first.startswith(WRITTEN_BY) else ""
+        names = unknown(values)
+        if not names or version == __version__:
+            return ""
+        return (
+            f"got the setting {names[0]!r}, which comfy_tdpo {__version__} does not know; the run was begun by a newer "
+            f"version{', ' + version if version else ''}: continue it with that, or mend the name"
+        )
 
     def prompts(self, config: TrainConfig) -> list[str]:
         """The training prompts, as the run began with them; before there is a run, those that `config` names."""
@@ -145,7 +132,7 @@ class RunFolder:
             return []
         if not (self.path / name).is_file():
             raise ValueError(f"{self.path / name} is gone, without which the run cannot go on; put it back")
-        return load_prompts(str(self.path / name))
+        return _read_lines(self.path / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -155,6 +142,10 @@ class RunFolder:
         except Timeout as error:
             raise ValueError(
                 f"run directory {str(self.path)!r} is in use by another process; stop that first"
+            ) from error
+        except NotImplementedError as error:  # as some network mounts
+            raise ValueError(
+                f"run directory {str(self.path)!r} is on a file system without locks; choose one on another disk"
             ) from error
         try:
             yield
@@ -185,32 +176,15 @@ class RunFolder:
         """Have `metrics`, and those alone, in the file."""
         self._write_lines(METRICS, [json.dumps(line) for line in metrics])
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def latest_lora(self) -> Path:
-        return self.path / "lora" / "latest.safetensors"
-
-    def lora(self, epoch: int) -> Path:
-        return self.path / "lora" / f"{epoch_name(epoch)}.safetensors"
-
-    def sample_grid(self, epoch: int) -> Path:
-        return self.path / "samples" / f"{epoch_name(epoch)}.png"
-
-    def plot(self, name: str) -> Path:
-        return self.path / "plots" / f"{name}.png"
-
 
 def spread(prompts: list[str], count: int) -> list[str]:
     """`count` of `prompts`, evenly over all of them."""
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether it is something else than what a process killed while it made the run has left."""
-    return path.name not in (PROMPTS, GRID_PROMPTS, LOCK) and ".partial" not in path.name
+def _read_lines(path: Path) -> list[str]:
+    """The prompts that a run keeps, one a line, without what a user's file may hold besides."""
+    return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
 def _parse_metrics(line: str) -> EpochMetrics:
@@ -224,16 +198,7 @@ def _parse_metrics(line: str) -> EpochMetrics:
 
 def _with_absolute_model(config: TrainConfig) -> TrainConfig:
     """A model's file or folder as it is called from everywhere; a name stays."""
-    if config.model == "shapes" or not Path(config.model).expanduser().exists():
+    model = user_path(config.model)
+    if config.model == "shapes" or not model.exists():
         return config
-    return config.model_copy(update={"model": str(Path(config.model).expanduser().resolve())})
-
-
-def epoch_name(epoch: int) -> str:
-    return f"epoch-{epoch:04d}"
-
-
-def epoch_in(path: Path) -> int | None:
-    """The epoch that a run's file is called after; None where somebody else has named it."""
-    number = path.stem.removeprefix("epoch-")
-    return int(number) if number.isdecimal() and path.stem == epoch_name(int(number)) else None
+    return config.model_copy(update={"model": str(model.resolve())})

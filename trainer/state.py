@@ -14,7 +14,8 @@ from comfy_tdpo.rollout import Trajectories
 
 from .checkpoint import load_latest, save_checkpoint
 from .identity import check_same
-from .run import EpochMetrics, epoch_name
+from .run import EpochMetrics
+from .run_paths import epoch_name
 
 Watch = Callable[[str, int, int], None]  # (phase, done, total)
 

@@ -3,12 +3,13 @@
 What is written here is never worth ending a training for.
 """
 
+import io
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 FALLBACKS = {"±": "+-", "\N{MINUS SIGN}": "-", "→": "->", "…": "..."}
 
@@ -63,6 +64,9 @@ class SafeStream:
     def flush(self) -> None:
         self._try(lambda stream: stream.flush())
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
     def _try(self, act: Callable[[TextIO], object]) -> None:
         if self._stream is None or self._stream.closed:
             return
@@ -71,10 +75,70 @@ class SafeStream:
         except BlockingIOError:  # whoever reads is slow, and misses this
             pass
         except OSError:
-            _send_nowhere(self._stream)
+            hush(self._stream)
 
 
-def _send_nowhere(stream: TextIO) -> None:
-    """Let nobody's print, and no flush at the end of the program, fail on a stream that nobody reads any more."""
-    with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+def hush(stream: TextIO) -> None:
+    """Have a stream that nobody reads any more write to nowhere, so that no print and no last flush fails on it."""
+    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextmanager
+def forgiving_streams() -> Iterator[None]:
+    """Inside the block stdout and stderr show what they cannot encode as escapes, and are there even if closed.
+
+    stderr tells how a training goes, so it keeps quiet where its reader goes away.
+    """
+    before = sys.stdout, sys.stderr
+    _occupy_closed_descriptors()
+    sys.stdout, sys.stderr = _open(sys.stdout), SafeStream(_open(sys.stderr))
+    try:
+        with _escaping(sys.stdout):
+            yield
+    finally:
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def unheard_stdout() -> Iterator[None]:
+    """Inside the block the same for stdout: what it says is of use to a reader only."""
+    before = sys.stdout
+    sys.stdout = SafeStream(before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = before
+
+
+def _occupy_closed_descriptors() -> None:
+    """Else the next file that is opened would get the number of a closed stream, and what is written to that."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+
+
+def _open(stream: TextIO | None) -> TextIO:
+    return stream or io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # None where it was closed from the beginning
+
+
+@contextmanager
+def _escaping(stream: Any) -> Iterator[None]:
+    """Inside the block characters that `stream` cannot encode become escapes."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is None:  # somebody else's stream
+        yield
+        return
+    before = stream.errors
+    reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        try:
+            reconfigure(errors=before)
+        except OSError:
+            hush(stream)

@@ -7,6 +7,9 @@
 from pathlib import Path
 from textwrap import shorten
 
+from ..user_files import user_path
+from .files import read_prompts
+
 _FOLDER = Path(__file__).parent
 NEEDS_A_COPY = {
     "hpd-photo": "the 802 photo prompts of Human Preference Dataset v2 (huggingface.co/datasets/zhwang/HPDv2)",
@@ -19,13 +22,15 @@ def prompt_sets() -> list[str]:
 
 
 def load_prompts(source: str) -> list[str]:
-    """The prompts of a shipped set, or of a text file with one prompt a line.
+    """The prompts of a shipped set, or of a user's file: see `files.read_prompts`.
 
     Raises:
-        ValueError: there is no such set or file, or it holds no prompt.
+        ValueError: there is no such set or file, or it is not a list of prompts.
     """
-    path = _FOLDER / f"{source}.txt" if source in prompt_sets() else Path(source).expanduser()
-    if not _is_file(path):
+    if source in prompt_sets():
+        return read_prompts(_FOLDER / f"{source}.txt")
+    path = user_path(source)
+    if not _exists(path):
         if source in NEEDS_A_COPY:
             raise ValueError(
                 f"prompt set {source!r}, {NEEDS_A_COPY[source]}, does not ship with this package: save it as a text "
@@ -35,18 +40,11 @@ def load_prompts(source: str) -> list[str]:
             f"got prompts {shorten(source, 200)!r}; expected a text file with one prompt a line, or one of "
             + ", ".join(prompt_sets())
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"prompts {source!r} cannot be read as UTF-8 text: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts {source!r} is empty; expected at least one line of text")
-    return prompts
+    return read_prompts(path)
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
-        return path.is_file()
-    except OSError:  # its name is too long to be one
+        return path.exists() or path.is_symlink()
+    except OSError:  # its name is too long to be one, or nobody may look
         return False

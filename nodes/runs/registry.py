@@ -12,8 +12,10 @@ from typing import Any
 
 from comfy_tdpo.rewards import name_of_sum
 
+from ...trainer.files import write_atomically
 from ...trainer.job import ENDED, Job, find_job
-from ...trainer.run import CONFIG, EpochMetrics, RunFolder, epoch_in, write_atomically
+from ...trainer.run import EpochMetrics, RunFolder
+from ...trainer.run_paths import CONFIG, epoch_in
 from .names import check_run_name, problem_with
 from .wording import in_words_of_nodes, without_folders
 

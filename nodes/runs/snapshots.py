@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...trainer.metrics import reward_names
-from ...trainer.run import EpochMetrics, RunFolder, epoch_in
+from ...trainer.run import EpochMetrics, RunFolder
+from ...trainer.run_paths import epoch_in
 from .combos import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
 
 

@@ -8,8 +8,10 @@ import torch
 
 from ...trainer import job as jobs
 from ...trainer.config import TrainConfig
+from ...trainer.files import write_atomically
 from ...trainer.job import ENDED, Job, Status, TrainingFactory
-from ...trainer.run import CONFIG, PROMPTS, RunFolder, write_atomically
+from ...trainer.run import RunFolder
+from ...trainer.run_paths import CONFIG, PROMPTS
 from .registry import Fields, Runs, finite, mark_node
 from .resume import resumed
 from .select import is_blank

@@ -1,0 +1,163 @@
+"""Prompts in a user's file: plain text, or a table that names its columns.
+
+.txt, and every suffix that is not listed here: one prompt a line. Blank lines, and lines that begin with "#", which are
+comments as in kohya's sample prompts and in wildcard files, are left out.
+.csv, .tsv: a header with a column called as in COLUMNS; commas, semicolons or tabs between the fields.
+.json: an array of prompts, or of objects with such a key. .jsonl, .ndjson: the same, one a line.
+
+A prompt that is there twice is drawn twice as often. White space inside a prompt of a table becomes single spaces.
+Nothing else is changed or left out: what cannot be taken word for word is refused.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..user_files import read_text
+from .markup import check_words, foreign_text
+
+COLUMNS = ("prompt", "prompts", "caption", "captions", "text")  # "prompt" wins over the others
+SUFFIXES = ".txt, .csv, .tsv, .json or .jsonl"
+_NO_PROMPTS = {
+    **dict.fromkeys((".yaml", ".yml"), "YAML"),
+    ".toml": "TOML",
+    ".ini": "INI",
+    ".xml": "XML",
+    ".html": "HTML",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+}
+
+Found = tuple[str, Any]  # where it stands in the file, and what
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in the file `path`, in its order.
+
+    Raises:
+        ValueError: the file or one of its prompts is not as described above; the message says where and what to do.
+    """
+    suffix = path.suffix.lower()
+    if suffix in _NO_PROMPTS:
+        raise ValueError(f"got {_NO_PROMPTS[suffix]} as prompts, '{path}'; expected {SUFFIXES}: one prompt a line")
+    text = read_text(path)
+    try:
+        found = list(_READERS.get(suffix, _lines)(text))
+        if not found:
+            raise ValueError("holds no prompt; expected one a line, where a line that begins with # is a comment")
+        if suffix not in _READERS:
+            if reason := foreign_text([prompt for _, prompt in found], text):
+                raise ValueError(reason)
+        else:
+            found = [(place, _one_line(place, prompt)) for place, prompt in found]
+        check_words(found)
+    except ValueError as error:
+        raise ValueError(f"prompts '{path}' {error}") from error
+    return [prompt for _, prompt in found]
+
+
+def _lines(text: str) -> Iterator[Found]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"line {number}", line.strip()
+
+
+def _one_line(place: str, prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise ValueError(f"has {prompt!r:.60} in {place}; expected a prompt, which is text")
+    if not prompt.strip():
+        raise ValueError(f"has no prompt in {place}; fill it in, or take that {place.split()[0]} out")
+    return " ".join(prompt.split())
+
+
+# --- tables
+
+
+def _csv(text: str) -> Iterator[Found]:
+    header = text.split("\n", 1)[0]
+    delimiter = next((sign for sign in ",;\t" if _column(header.split(sign)) is not None), ",")
+    return _rows(text, delimiter)
+
+
+def _tsv(text: str) -> Iterator[Found]:
+    return _rows(text, "\t")
+
+
+def _rows(text: str, delimiter: str) -> Iterator[Found]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        column = _column(header)
+        if column is None:
+            raise ValueError(
+                f"begins with {delimiter.join(header)!r:.80}; expected the names of its columns, one of them "
+                f"{' or '.join(COLUMNS)}: add or rename it, or save one prompt a line as .txt"
+            )
+        for row in reader:
+            place = f"line {reader.line_num}"
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"has {len(row)} fields in {place} and {len(header)} in its header; a prompt with {delimiter!r} in "
+                    "it needs double quotes around it"
+                )
+            if row:
+                yield place, row[column]
+    except csv.Error as error:
+        raise ValueError(
+            f"breaks off in line {reader.line_num}: {error}; a prompt with quotes in it needs them doubled, and quotes "
+            "around it"
+        ) from error
+
+
+def _column(names: list[str]) -> int | None:
+    """Which of `names` is that of the prompts; None where that is not certain."""
+    plain = [name.strip().strip('"').lower() for name in names]
+    found = [plain.index(name) for name in COLUMNS if name in plain]
+    return found[0] if len(found) == 1 or "prompt" in plain else None
+
+
+# --- JSON
+
+
+def _json(text: str) -> Iterator[Found]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "\n" in text.strip():
+            return _json_lines(text)  # under the name of JSON, as many data sets are
+        raise ValueError(f"is no JSON: {error}; mend it, or save one prompt a line as .txt") from error
+    if not isinstance(values, list):
+        raise ValueError(f"holds {json.dumps(values):.60}; expected an array of prompts, or of objects with a prompt")
+    return (_value(f"item {number}", value) for number, value in enumerate(values, 1))
+
+
+def _json_lines(text: str) -> Iterator[Found]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"is no JSON in line {number}: {error}; expected one object or text a line: mend it, or call the "
+                    "file .json if it is one array"
+                ) from error
+            yield _value(f"line {number}", value)
+
+
+def _value(place: str, value: Any) -> Found:
+    if not isinstance(value, dict):
+        return place, value
+    keys = list(value)
+    column = _column(keys)
+    if column is None:
+        raise ValueError(
+            f"has the keys {', '.join(keys):.80} in {place}; expected one of them to be {' or '.join(COLUMNS)}: "
+            "rename it"
+        )
+    return place, value[keys[column]]
+
+
+_READERS = {".csv": _csv, ".tsv": _tsv, ".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines}

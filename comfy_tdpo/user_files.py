@@ -1,0 +1,182 @@
+"""Files that a user names: where they are, and the text in them, whatever system wrote it.
+
+Text is read where its encoding is certain: UTF-8, UTF-16 and UTF-32 with a byte order mark, and UTF-16 and UTF-32
+without one where the zero bytes leave no doubt. Everything else is refused with what it seems to be: a guess between
+one-byte encodings would change letters without a word.
+"""
+
+import codecs
+import re
+import stat
+import unicodedata
+from pathlib import Path
+
+LARGEST = 64 * 2**20  # bytes
+SAVE_AS_UTF8 = "save it as UTF-8 in a text editor"
+
+# Longest first: the mark of UTF-32 begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_KINDS = (
+    (rb"\x89PNG", "a PNG image"),
+    (rb"\xff\xd8\xff", "a JPEG image"),
+    (rb"GIF8[79]a", "a GIF image"),
+    (rb"RIFF.{4}WEBP", "a WebP image"),
+    (rb"%PDF-", "a PDF document"),
+    (rb"\{\\rtf", "a formatted document (RTF)"),
+    (rb"PK\x03\x04", "a ZIP archive or an Office document"),
+    (rb"\xd0\xcf\x11\xe0", "an Office document"),
+    (rb"\x1f\x8b", "a gzip archive"),
+    (rb"PAR1[^\w\s]", "a Parquet table"),
+    (rb".{5}\0{3}\{", "a .safetensors file"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page or an XML document"),
+)
+_LINE_ENDS = re.compile("\r\n|[\r\v\f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # as Python writes a byte that is not UTF-8
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+
+
+def user_path(text: str | Path) -> Path:
+    """The path that a user means, with `~` written out: a shell does not do it in `--run-dir=~/runs`.
+
+    Raises:
+        ValueError: it is empty, is not UTF-8, or names the home of somebody who has none here.
+    """
+    if not str(text).strip():
+        raise ValueError(
+            f"got {str(text)!r} as a path; expected a file or folder: a variable in the command may be empty"
+        )
+    check_name(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        first = Path(text).parts[0]
+        raise ValueError(
+            f"got the path '{text}', but {first} has no home folder here; write the folder out, or ./{text} if it is "
+            "called so"
+        ) from error
+
+
+def check_name(path: str | Path) -> None:
+    """Raise ValueError where a path is not UTF-8: neither a configuration nor the safetensors library can name it."""
+    if _SURROGATE.search(str(path)):
+        raise ValueError(f"got the path {str(path)!r}, which is not UTF-8; rename the file or folder")
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
+    """The text in a file, without byte order marks, its lines ended by "\\n".
+
+    Carriage returns, vertical tabs and form feeds end lines too.
+
+    Args:
+        largest: size in bytes above which a file is refused unread.
+
+    Raises:
+        ValueError: it cannot be read or is no text; one line that names the file and says what to do.
+    """
+    data = _read_bytes(path, largest)
+    kind = next((kind for start, kind in _KINDS if re.match(start, data, re.DOTALL)), None)
+    if kind:
+        raise ValueError(f"'{path}' is {kind}; expected plain text: export or copy its text into a .txt file")
+    text = _LINE_ENDS.sub("\n", _decode(data, path).removesuffix("\x1a"))  # with which DOS ends a file
+    text = text.replace("\ufeff", "")  # also between files that were put together
+    if found := _CONTROL.search(text):
+        raise ValueError(
+            f"'{path}' holds the control character U+{ord(found[0]):04X} in line {_line_number(text, found.start())}; "
+            "expected text alone: delete that character"
+        )
+    return text
+
+
+def _read_bytes(path: Path, largest: int) -> bytes:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ValueError(f"'{path}' is a folder; expected a text file: name a file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"'{path}' is a pipe or a device; expected a file, which can be read again: save the text")
+        if status.st_size > largest:
+            size, most = status.st_size / 2**20, largest / 2**20
+            raise ValueError(f"'{path}' has {size:.0f} MiB; expected text of at most {most:.0f} MiB: keep a part of it")
+        return path.read_bytes()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            raise ValueError(
+                f"'{path}' is a link to '{path.readlink()}', which is not there; mount or restore it, or name another "
+                "file"
+            ) from error
+        raise ValueError(f"'{path}' cannot be read: {error.strerror}; check the path and its permissions") from error
+
+
+def _decode(data: bytes, path: Path) -> str:
+    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", ""))
+    if not mark and b"\0" in data:
+        encoding = _encoding_without_mark(data)
+        if not encoding:
+            raise ValueError(
+                f"'{path}' holds zero bytes, as UTF-16, binary files and files put together from two encodings do; "
+                f"expected UTF-8 text: if it is text, {SAVE_AS_UTF8}"
+            )
+    try:
+        text = data[len(mark) :].decode(encoding or "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(_undecodable(path, data, encoding, error)) from error
+    if encoding.startswith("utf-16") and not _is_assigned(text):
+        raise ValueError(_damaged(path, encoding))
+    return text
+
+
+def _encoding_without_mark(data: bytes) -> str:
+    """UTF-32 or UTF-16 by its zero bytes, or nothing where those leave a doubt.
+
+    Chinese or Japanese in UTF-16 has few zeros, on either side, so only text that is mostly Latin is certain.
+    """
+    for encoding in ("utf-32-le", "utf-32-be"):
+        if _is_text(data, encoding):
+            return encoding
+    for encoding, low, high in (("utf-16-le", data[::2], data[1::2]), ("utf-16-be", data[1::2], data[::2])):
+        if 0 not in low and 2 * high.count(0) >= len(high) and _is_text(data, encoding):
+            return encoding
+    return ""
+
+
+def _is_text(data: bytes, encoding: str) -> bool:
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return not _CONTROL.search(text) and _is_assigned(text)
+
+
+def _is_assigned(text: str) -> bool:
+    """Whether all its characters exist; beyond the basic plane, emoji may be newer than our tables."""
+    return all(unicodedata.category(letter) != "Cn" for letter in set(text) if ord(letter) < 0x10000)
+
+
+def _undecodable(path: Path, data: bytes, encoding: str, error: UnicodeDecodeError) -> str:
+    if encoding not in ("", "utf-8"):
+        return _damaged(path, encoding)
+    start = data.rfind(b"\n", 0, error.start) + 1
+    line = data[start : error.start + 20].split(b"\n")[0].strip().decode("cp1252", errors="replace")
+    number = data.count(b"\n", 0, error.start) + 1
+    return (
+        f"'{path}' is not UTF-8: line {number} holds the byte 0x{data[error.start]:02x}; it looks like an older "
+        f"encoding (in Windows-1252 it reads {line[-60:]!r}): {SAVE_AS_UTF8}"
+    )
+
+
+def _damaged(path: Path, encoding: str) -> str:
+    name = encoding[:6].upper()
+    return (
+        f"'{path}' begins as {name} but is not {name} throughout: it was cut off, or text in another encoding was "
+        f"appended; mend it in a text editor and save it as UTF-8"
+    )
+
+
+def _line_number(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1

@@ -1,0 +1,105 @@
+"""The folder of a new run: which one, whether it is free, and how it goes again if the run never begins."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+from comfy_tdpo.user_files import check_name
+
+from .run_paths import CONFIG, GRID_PROMPTS, LOCK, PROMPTS, holds_run
+
+RUNS = Path("runs")
+# A run's, killed while it was made; and what file managers and file systems put into every folder.
+_NOBODYS = {PROMPTS, GRID_PROMPTS, LOCK, ".ds_store", ".localized", ".directory", "thumbs.db", "desktop.ini"}
+_NOBODYS |= {"lost+found", "@eadir", ".spotlight-v100", ".fseventsd"}
+
+
+@contextmanager
+def new_folder(wanted: Path | None) -> Iterator[Path]:
+    """The folder of a new run, made; it and its new parents go again where nothing came to lie in them.
+
+    Args:
+        wanted: that folder; none: one in RUNS that is called by date and time.
+
+    Raises:
+        ValueError: it cannot be made, or is not free.
+    """
+    folder, new = make_folder(wanted)
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
+def make_folder(wanted: Path | None) -> tuple[Path, list[Path]]:
+    """The folder, and what of it and its parents was not there."""
+    for folder in [wanted] if wanted else _dated():
+        if wanted is None and os.path.lexists(folder):
+            continue  # another run began in the same second
+        check_free(folder)
+        try:
+            new = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=wanted is not None)
+        except FileExistsError:
+            if wanted is None and folder.is_dir():
+                continue  # the same, in this very moment
+            raise _not_made(folder, "something else has come to lie there") from None
+        except OSError as error:
+            raise _not_made(folder, error.strerror) from error
+        return folder, new
+    raise AssertionError("there is always another number")
+
+
+def _dated() -> Iterator[Path]:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return (RUNS / (stamp if number == 1 else f"{stamp}-{number}") for number in count(1))
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError where a new run cannot be made in `folder`."""
+    check_name(folder.absolute())
+    try:
+        _check_way(folder)
+        if not folder.is_dir():
+            return
+        if (folder / CONFIG).exists():
+            raise ValueError(f"run directory {str(folder)!r} holds a run; --resume continues it, or choose another")
+        foreign = sorted(path.name for path in folder.iterdir() if _is_foreign(path))
+        if foreign:
+            raise ValueError(
+                f"got run directory {str(folder)!r}, which holds {foreign[0]!r}; expected a new or an empty folder: "
+                "choose another"
+            )
+    except (OSError, RuntimeError) as error:  # nobody may look, its name is too long, or links lead in a circle
+        raise _not_made(folder, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _check_way(folder: Path) -> None:
+    """Where a folder is to be made, neither a file nor a broken link may stand, and it must not be another run's."""
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            there = f"{str(path)!r} is a link to {str(path.readlink())!r}, which is not there"
+            raise _not_made(folder, there, "mount or create that, or choose another")
+        if path.exists():
+            if not path.is_dir():
+                raise _not_made(folder, f"{str(path)!r} is a file")
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise _not_made(folder, f"you may not write to {str(path)!r}")
+            break
+    outer = next((path for path in folder.resolve().parents if holds_run(path)), None)
+    if outer:
+        raise ValueError(f"got run directory {str(folder)!r} inside the run {str(outer)!r}; choose one outside")
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.name.lower() not in _NOBODYS and ".partial" not in path.name and not path.name.startswith("._")
+
+
+def _not_made(folder: Path, reason: str | None, remedy: str = "choose another") -> ValueError:
+    return ValueError(f"run directory {str(folder)!r} cannot be made: {reason}; {remedy}")

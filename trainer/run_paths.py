@@ -1,0 +1,63 @@
+"""Where everything lies in the folder of a run.
+
+config.toml, prompts.txt       everything needed to repeat it
+grid-prompts.txt               the prompts of a sample grid's images, row by row
+metrics.jsonl                  one line an epoch, appended and flushed
+samples/epoch-0010.png         a fixed prompt and seed grid
+lora/epoch-0010.safetensors    and lora/latest.safetensors
+checkpoints/epoch-0010/        exact state
+plots/*.png
+"""
+
+from pathlib import Path
+
+CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
+LOCK = ".lock"
+
+
+class RunPaths:
+    """The files of the run in the folder `path`, whether they are there or not."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def latest_lora(self) -> Path:
+        return self.path / "lora" / "latest.safetensors"
+
+    def lora(self, epoch: int) -> Path:
+        return self.path / "lora" / f"{epoch_name(epoch)}.safetensors"
+
+    def sample_grid(self, epoch: int) -> Path:
+        return self.path / "samples" / f"{epoch_name(epoch)}.png"
+
+    def plot(self, name: str) -> Path:
+        return self.path / "plots" / f"{name}.png"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether `folder` looks like a run: another program may have a configuration of that name, but not the prompts."""
+    return (folder / CONFIG).is_file() and (folder / PROMPTS).is_file()
+
+
+def run_nearby(path: Path) -> Path | None:
+    """The run that a wrong `path` may mean: the one it lies in, or the one that was begun last in it."""
+    around = next((parent for parent in path.absolute().parents if holds_run(parent)), None)
+    if around or not path.is_dir():
+        return around
+    inside = [folder for folder in path.iterdir() if holds_run(folder)]
+    return max(inside, key=lambda folder: (folder / CONFIG).stat().st_mtime, default=None)
+
+
+def epoch_name(epoch: int) -> str:
+    return f"epoch-{epoch:04d}"
+
+
+def epoch_in(path: Path) -> int | None:
+    """The epoch that a run's file is called after; None where somebody else has named it."""
+    number = path.stem.removeprefix("epoch-")
+    return int(number) if number.isdecimal() and path.stem == epoch_name(int(number)) else None
