@@ -92,10 +92,8 @@ def section_of(info: FieldInfo) -> type[Section] | None:
 
 
 def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting of `section` as (dotted name, FieldInfo), sections opened."""
+    """Every setting of `section` as (dotted name, FieldInfo): first its own, then those of the sections in it."""
+    yield from ((f"{prefix}{name}", info) for name, info in section.model_fields.items() if not section_of(info))
     for name, info in section.model_fields.items():
-        inner = section_of(info)
-        if inner:
+        if inner := section_of(info):
             yield from leaves(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", info
