@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 FILES = (*sorted(ROOT.glob("docs/**/*.png")), *sorted(ROOT.glob("workflows/*.jpg")))
 SIZE = 224
 EXPLAINED = """\
-- Pillow's: the float path behind the gradient of `pillow_pixels`, clamped to 0 to 255 after each axis, against its levels;
+- Pillow's: the floats behind the gradient of `pillow_pixels`, clamped to 0 to 255 after each axis, against its levels;
 - clamped once: the same path with a single clamp at the end;
 - bilinear: resizing that some trainers differentiate instead, without antialiasing, against the same exact levels;
 - torchvision's: the float path of HPSv2's preprocessing, which rounds only its input, against the exact
