@@ -1,9 +1,10 @@
-"""How much later ComfyUI is ready because of this pack: its own figure, of several starts without a server.
+"""How much this pack delays ComfyUI's start, as ComfyUI itself reports it, over several starts without a server.
 
 python benchmarks/comfyui_start.py [CHECKOUT]
 
-ComfyUI prints tenths of a second; the pack must stay below 0.3. Measured in November 2026 with ComfyUI 0.3.64: 0.0 to
-0.1 s on two cores, and up to 0.3 s while twelve other processes wanted them. Nodes load what they need when they run.
+ComfyUI prints tenths of a second; the pack must stay below 0.3. In November 2026, with ComfyUI 0.3.64, it took 0.0 to
+0.1 s on two cores, and up to 0.3 s while twelve other processes competed for them. Nodes load what they need only when
+they run.
 """
 
 import re

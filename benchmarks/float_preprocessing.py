@@ -1,9 +1,9 @@
-"""How far is the preprocessing in floats from the exact one? `python benchmarks/float_preprocessing.py`
+"""How far is preprocessing in floats from exact preprocessing? `python benchmarks/float_preprocessing.py`
 
-Rewards see images as upstream's processors prepare them, rounded to 8 bits, and rounding has no gradient. So where a
-gradient is asked for, it is that of the same steps in floats (comfy_tdpo/rewards/pixels.py). Measured is the difference
-between the two in grey levels of 255 at the encoders' 224 pixels: on the pictures of this repository, on squares cut
-out of them, and on noise, which is the worst. Nothing is downloaded.
+Rewards see images as upstream's processors prepare them, rounded to 8 bits. Rounding has no gradient, so a gradient is
+that of the same steps in floats (comfy_tdpo/rewards/pixels.py). This measures the difference between the two in grey
+levels of 255 at the encoders' 224 pixels: on the pictures of this repository, on squares cut out of them, and on noise,
+which is the worst case. Nothing is downloaded.
 """
 
 import argparse
@@ -27,10 +27,11 @@ ROOT = Path(__file__).parent.parent
 FILES = (*sorted(ROOT.glob("docs/**/*.png")), *sorted(ROOT.glob("workflows/*.jpg")))
 SIZE = 224
 EXPLAINED = """\
-- Pillow's: what `pillow_pixels` takes its gradient from, clamped to 0 to 255 after each axis, against its exact levels;
-- clamped once: the same with a clamp only at the end;
-- bilinear: what some trainers differentiate instead, without antialiasing, against the same exact levels;
-- torchvision's: HPSv2's, which rounds only the levels it is given, against the exact `torchvision_pixels`.
+- Pillow's: the floats behind the gradient of `pillow_pixels`, clamped to 0 to 255 after each axis, against its levels;
+- clamped once: the same path with a single clamp at the end;
+- bilinear: resizing that some trainers differentiate instead, without antialiasing, against the same exact levels;
+- torchvision's: the float path of HPSv2's preprocessing, which rounds only its input, against the exact
+  `torchvision_pixels`.
 """
 
 
@@ -46,12 +47,12 @@ def main() -> None:
 
 def report(files: Sequence[Path], command: str) -> str:
     lines = [
-        "# Preprocessing in floats against the exact one",
+        "# Preprocessing in floats against exact preprocessing",
         "",
         f"`{command}`",
         "",
         f"{date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}, torch "
-        f"{torch.__version__}. Grey levels of 255: mean and largest difference at {SIZE} x {SIZE}.",
+        f"{torch.__version__}. Mean and largest difference in grey levels of 255, at {SIZE} x {SIZE}.",
         "",
         EXPLAINED,
         f"| images | {' | '.join(WAYS)} |",

@@ -1,10 +1,10 @@
 """Does it train the real architecture? `python benchmarks/full_architecture.py` (4.5 GB of disk, 16 GB of memory).
 
-Makes Stable Diffusion 1.x at full size with random fp16 weights (860 M U-Net, VAE, CLIP-L text encoder), as a diffusers
-folder and as one checkpoint in the original layout, and trains one epoch of two samples at 64 px on each through the
-command line. It says that every part fits together at size, not how well anything learns.
+Makes Stable Diffusion 1.x at full size with random fp16 weights (860 M U-Net, VAE, CLIP-L text encoder), as a
+diffusers folder and as one checkpoint in the original layout. Then it trains one epoch of two samples at 64 px on each
+through the command line. This shows that every part fits together at full size, not how well anything learns.
 
-Options: `--work DIR` keeps the models in DIR and finds them there again; `--make-only` trains nothing.
+Options: `--work DIR` keeps the models in DIR and reuses them; `--make-only` makes the models and trains nothing.
 """
 
 import argparse

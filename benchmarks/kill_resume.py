@@ -1,7 +1,8 @@
-"""Kill a run at random moments and continue it: `python benchmarks/kill_resume.py --kills 10`.
+"""Kill a run at random moments and resume it: `python benchmarks/kill_resume.py --kills 10`.
 
-Trains a small Shapes run once without a stop. Then, for each kill, trains it anew, kills it with SIGKILL at a random
-moment, resumes it, and compares: the LoRA must be the same bit for bit, and so must every metric but the timings.
+Trains a small run on Shapes once without interruption. Then, for each kill, it starts the same run again, kills it with
+SIGKILL at a random moment, resumes it, and compares: the LoRA must be identical bit for bit, and so must every metric
+except the timings.
 """
 
 import argparse

@@ -1,6 +1,7 @@
-"""The README's pictures, from a finished run: `python benchmarks/readme_pictures.py runs/NAME`.
+"""Makes the README's pictures from a finished run: `python benchmarks/readme_pictures.py runs/NAME`.
 
-Writes docs/shapes-reward.png, the run's own plot, and docs/shapes-before-after.png, its first and its last sample grid.
+Writes docs/shapes-reward.png, the run's own plot, and docs/shapes-before-after.png, its first and last sample
+grids.
 """
 
 import argparse

@@ -1,18 +1,18 @@
 """Do the rewards agree with upstream at full size? `python benchmarks/reward_parity.py --upstream OLD/bin/python`
 
-OLD is an environment of its own for upstream's packages, which benchmarks/reward_reference.py describes. For hpsv2
-alone the extra `hpsv2` makes one, in which both sides run:
+OLD is a separate environment with upstream's packages; benchmarks/reward_reference.py says how to make it. For hpsv2
+alone, the extra `hpsv2` makes an environment in which both sides run:
 
     python3.11 -m venv old && old/bin/pip install '.[hpsv2]'
     old/bin/python benchmarks/reward_parity.py hpsv2 --upstream old/bin/python --out build/parity/hpsv2.md
 
-hpsv2's wheel lacks its BPE vocabulary; open_clip's, which is the same file, is copied there.
+hpsv2's wheel lacks its BPE vocabulary; this program copies open_clip's, which is the same file, into it.
 
-For each learned reward, one after the other, upstream's code makes a checkpoint of the true architecture with random
-weights and scores 16 images with 4 prompts; ours loads that file, scores the same, and is compared. Measured besides:
-what bf16 changes, memory, and time per image. The results go into a page with date and machine; a reward that has been
-measured before (--work) is not measured again. Needs 12 GB of memory, and 4 GB of disk for the largest checkpoint,
-which is removed after it (--keep keeps it).
+For each learned reward, upstream's code makes a checkpoint of the true architecture with random weights and scores 16
+images with 4 prompts. Our code loads that file and scores the same images, and the scores are compared. It also
+measures what bf16 changes, memory, and time per image. The results go into a page with date and machine. Rewards whose
+results are already in --work are not measured again. Needs 12 GB of memory, and 4 GB of disk for the largest
+checkpoint; each checkpoint is removed after use unless --keep is given.
 """
 
 import argparse
@@ -144,15 +144,17 @@ def report(results: list[Result], command: str) -> str:
         f"`{command}`",
         "",
         f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, "
-        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. Random weights, "
-        "the true architectures, 16 images of 64 to 768 px, 4 prompts.",
+        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. True "
+        "architectures with random weights, 16 images of 64 to 768 px, 4 prompts.",
         "",
-        "- spread: standard deviation over the images, mean over the prompts;",
+        "- scores: smallest and largest;",
+        "- spread: standard deviation over the images, averaged over the prompts;",
         "- upstream: largest difference from upstream's own code in float32, relative to the score, or to a hundredth "
-        "of the largest where the score is smaller;",
-        "- batch: largest difference of two scores that are computed together from the same computed alone;",
-        f"- bf16: largest difference from float32, {BF16_IMAGES} images;",
-        "- memory of the weights, and time of all cores together for an image and a prompt, in float32.",
+        "of the largest score if that is more;",
+        "- batch: largest difference between scores computed two at a time and the same scores computed one at a time;",
+        f"- bf16: largest difference between bf16 and float32, {BF16_IMAGES} images;",
+        "- weights, time: memory of the weights, and CPU time of all cores together for one image and one prompt, in "
+        "float32.",
         "",
         "| reward | scores | spread | upstream | batch | bf16 | weights | time |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,11 +1,10 @@
 """Do the paper's presets train with the true encoders? `python benchmarks/reward_presets.py`
 
-Makes Stable Diffusion 1.x and every reward of the presets sd14-* at full size with random weights, in the files and
-under the keys they are published with, and trains one epoch of two samples at 64 px for each preset and algorithm
-through the command line. It says that everything fits together at size, not how well anything learns.
+Makes Stable Diffusion 1.x and every reward of the presets sd14-* at full size with random weights, in the file formats
+and with the keys of the published ones. Then it trains one epoch of two samples at 64 px for each preset and algorithm
+through the command line. This shows that everything fits together at full size, not how well anything learns.
 
-Needs 17 GB of disk and 16 GB of memory. `--work DIR` keeps the models in DIR and finds them there again, and runs that
-are done.
+Needs 17 GB of disk and 16 GB of memory. `--work DIR` keeps models and finished runs in DIR and reuses them.
 """
 
 import argparse
@@ -84,7 +83,7 @@ def report(runs: list[RunFolder], command: str) -> str:
         "",
         f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {torch.get_num_threads()} threads, "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}. Random weights, one "
-        "epoch of two samples, two steps, 64 px, float32; the scores mean nothing.",
+        "epoch of two samples, two steps, 64 px, float32; the reward values mean nothing.",
         "",
         "| preset | algorithm | reward | imagereward, held out | ratio drift | sampling | update | peak memory |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,7 +1,7 @@
-"""What upstream's own code scores, on random weights: `python benchmarks/reward_reference.py --work DIR --out DIR`.
+"""Scores with upstream's own code on random weights: `python benchmarks/reward_reference.py --work DIR --out DIR`.
 
-Runs in an environment of its own, which has the old packages `hpsv2` and `image-reward`; nothing of comfy_tdpo is
-imported. How to make one:
+Runs in a separate environment with the old packages `hpsv2` and `image-reward`, and imports nothing of comfy_tdpo. To
+make this environment:
 
     python3.11 -m venv old && old/bin/pip install torch==2.4.1 torchvision==0.19.1 transformers==4.33.3 timm==0.6.13 \\
         'numpy<2' 'pandas<2.2' 'pyarrow<16' ftfy fairscale==0.4.13 einops datasets==2.14.7 diffusers==0.21.4 \\
@@ -9,13 +9,13 @@ imported. How to make one:
     old/bin/pip install --no-deps hpsv2==1.2.0 image-reward==1.5
 
 For hpsv2 alone, `python3.11 -m venv old && old/bin/pip install '.[hpsv2]'` is enough, with today's torch. hpsv2's wheel
-lacks its vocabulary, bpe_simple_vocab_16e6.txt.gz, without which it cannot be imported: open_clip's, which is the same,
-is copied into it (--vocabulary; benchmarks/reward_parity.py names that of its own open_clip). image-reward imports
-OpenAI's clip for other rewards than ours: an empty clip.py will do.
+lacks its vocabulary, bpe_simple_vocab_16e6.txt.gz, without which it cannot be imported. So this program copies the
+identical file of open_clip into it (--vocabulary; benchmarks/reward_parity.py passes the one of its own open_clip).
+image-reward imports OpenAI's clip for rewards that we do not use: an empty clip.py is enough.
 
-For each reward it makes a checkpoint in upstream's file format in --work, has upstream score 16 images with 4 prompts,
-and writes NAME.json to --out: keys and shapes of the checkpoint, versions, prompts and scores. Every weight derives
-from its name, so that others can make the same checkpoint from such a file. `--size small` is what the tests use.
+For each reward it makes a checkpoint in upstream's file format in --work, lets upstream's code score 16 images with 4
+prompts, and writes NAME.json to --out: keys and shapes of the checkpoint, versions, prompts and scores. Every weight is
+derived from its name, so that others can make the same checkpoint from that file. The tests use `--size small`.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Shows that a change left the training as it was: same seed, same metrics, same LoRA, to the last bit.
+"""Shows that a change leaves results as they were: same seed, same metrics, same LoRA, to the last bit.
 
-    .venv/bin/python benchmarks/same_results.py v0.1.0
+    .venv/bin/python benchmarks/same_results.py COMMIT
 
-trains each algorithm for three epochs on Shapes, once with the code of the given commit (checked out beside, in a
-temporary worktree) and once with the code as it lies here, and compares every metric but times and memory, and every
-tensor of the LoRA. Runs of a commit are kept in `--work` and not repeated. Exits with 1 where anything differs.
+trains each algorithm for three epochs on Shapes, once with the code of COMMIT (checked out into a temporary worktree)
+and once with the code in this working tree. Then it compares every metric except times and memory, and every tensor of
+the LoRA. Runs of a commit are kept in `--work` and not repeated. Exits with 1 if anything differs.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Stable Diffusion v1.4's architecture on a GPU, random weights: `python benchmarks/sd14_gpu.py`.
 
-512 px, T = 50, bf16, guidance 5, LoRA rank 4, a ViT-L/14 image encoder as CLIP's: the ratio gate's worst value, peak
-memory, and seconds per sample of each phase, for several micro-batch sizes. Nothing is downloaded.
+Settings: 512 px, T = 50, bf16, guidance 5, LoRA rank 4, a ViT-L/14 image encoder like CLIP's. Measures the largest
+ratio drift, peak memory, and seconds per sample of each phase, for several micro-batch sizes. Nothing is downloaded.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The four algorithms on Shapes after equal reward queries: `python benchmarks/shapes_algorithms.py`.
 
 Trains every algorithm on every seed with the preset `shapes`, one run after the other, and writes a table with date and
-machine. A run that is already in the folder is not repeated, and one that was stopped is continued.
+machine. Runs that are already in the folder are not repeated; stopped ones are resumed.
 """
 
 import argparse

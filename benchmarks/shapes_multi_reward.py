@@ -1,9 +1,9 @@
 """Two rewards at once on Shapes: `python benchmarks/shapes_multi_reward.py`.
 
-Trains on shapes-aesthetic and shapes-alignment with weights 1:0, 0:1 and 1:1, divided by their standard deviations in
-the base model's images, over three seeds, with the preset `shapes`; watches both; and writes a table with date and
-machine. More weight on a reward should leave it higher. A run that is in the folder already is not repeated, and one
-that was stopped is continued.
+Trains on shapes-aesthetic and shapes-alignment with weights 1:0, 0:1 and 1:1, each divided by its standard deviation
+over the base model's images, with the preset `shapes` and three seeds. It measures both rewards in every run and writes
+a table with date and machine. A reward should end higher the more weight it has. Runs that are already in the folder
+are not repeated; stopped ones are resumed.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def report(runs: dict[tuple[str, int], RunFolder], seeds: int, command: str) -> 
         "",
         f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python "
         f"{platform.python_version()}. Preset `shapes`, TDPO-R, {epochs} epochs. Change from the first epoch to the "
-        f"mean of the last {LAST}, mean ± standard deviation over {seeds} seeds: of the two rewards in the standard "
-        f"deviations they are divided by ({SCALES[A]} and {SCALES[B]}), of shapes-gold as it is.",
+        f"mean of the last {LAST}, as mean ± standard deviation over {seeds} seeds. The two rewards are in units of "
+        f"the standard deviations they are divided by ({SCALES[A]} and {SCALES[B]}); shapes-gold is in its own units.",
         "",
         f"| {A} : {B} | {A} | {B} | shapes-gold |",
         "|---|---|---|---|",

@@ -1,9 +1,9 @@
-"""The workflows' thumbnails and the README's screenshot, from real runs in the real frontend.
+"""Takes the workflows' thumbnails and the README's screenshot from real runs in ComfyUI's own frontend.
 
 `python benchmarks/workflow_pictures.py http://127.0.0.1:8188 [NAME...]` opens each workflow on a running ComfyUI that
-has this pack, runs it, and writes workflows/NAME.jpg; for the quickstart docs/images/live-node.png too. Those for
-Stable Diffusion are not run, as they take a checkpoint: their thumbnails show the graph. Needs playwright and Chromium
-(`$CHROMIUM`, /usr/bin/chromium where that is not set).
+has this pack, runs it, and writes workflows/NAME.jpg, and docs/images/live-node.png for the quickstart. Workflows for
+Stable Diffusion are not run, since they need a checkpoint: their thumbnails show only the graph. Needs playwright and
+Chromium (at `$CHROMIUM`, or else /usr/bin/chromium).
 """
 
 import argparse

@@ -17,8 +17,8 @@ class ApplyLoRA(io.ComfyNode):
             node_id="TDPOApplyLoRA",
             display_name="TDPO LoRA Apply",
             category=CATEGORY,
-            description="Puts the LoRA of a run, or one of a file, on a model. Where nothing of it fits, it says so, "
-            "instead of sampling from the model as it was.",
+            description="Applies the LoRA of a run, or of a file, to a model. If no part of the LoRA fits the model, "
+            "it raises an error instead of returning the model unchanged.",
             inputs=[
                 io.Model.Input("model", tooltip="The model the run was trained on."),
                 io.Float.Input(
@@ -28,28 +28,28 @@ class ApplyLoRA(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="1: as it was trained.",
+                    tooltip="How strongly the LoRA is applied. 1: as trained.",
                 ),
                 io.Combo.Input(
                     "snapshot",
                     SNAPSHOTS,
                     default=LATEST,
-                    tooltip="Which LoRA of the run: the newest, the one whose images scored best on the training "
-                    "reward or on the first held-out one, or that of the epoch below.",
+                    tooltip="Which snapshot of the run: the latest, the one whose images scored best on the training "
+                    "reward or on the first held-out reward, or the one of the epoch below.",
                 ),
                 io.Int.Input(
-                    "epoch", default=1, min=1, max=9999, tooltip="Counts where the snapshot is 'epoch'; some are kept."
+                    "epoch", default=1, min=1, max=9999, tooltip="Used if snapshot is 'epoch'. Not every epoch is kept."
                 ),
                 io.Combo.Input(
                     "lora_name",
                     [NO_FILE, *lora_names()],
                     default=NO_FILE,
-                    tooltip="A LoRA file, where no run is wired in.",
+                    tooltip="A LoRA file; used if no run is connected.",
                 ),
-                Run.Input("run", optional=True, tooltip="A run of TDPO-R Train; then the file does not count."),
+                Run.Input("run", optional=True, tooltip="A run of TDPO-R Train. If connected, lora_name is ignored."),
             ],
             outputs=[
-                io.Model.Output("aligned", display_name="MODEL", tooltip="The model with the LoRA on it."),
+                io.Model.Output("aligned", display_name="MODEL", tooltip="The model with the LoRA applied."),
                 io.String.Output("info", display_name="info", tooltip="What was applied."),
             ],
         )

@@ -14,13 +14,15 @@ class NeuronInspector(io.ComfyNode):
             display_name="TDPO Neuron Reset Inspector",
             category=CATEGORY,
             description="Shows the critic's neurons over the epochs: how active each one is, when it was reset, how "
-            "many are dormant and how many of those stay so.",
+            "many are dormant and how many of those stay dormant.",
             inputs=[
                 Run.Input("run", tooltip="A run of TDPO-R Train whose algorithm has a critic: tdpo-r or tdpo."),
             ],
             outputs=[
-                io.Image.Output("picture", display_name="picture", tooltip="Each neuron's activation, by layer."),
-                io.String.Output("text", display_name="text", tooltip="Dormant, overlap and resets, epoch by epoch."),
+                io.Image.Output("picture", display_name="picture", tooltip="Each neuron's activation, layer by layer."),
+                io.String.Output(
+                    "text", display_name="text", tooltip="Dormant neurons, their overlap and resets, epoch by epoch."
+                ),
             ],
         )
 

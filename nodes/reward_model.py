@@ -17,9 +17,11 @@ class RewardModel(io.ComfyNode):
             node_id="TDPORewardModel",
             display_name="TDPO Reward Model",
             category=CATEGORY,
-            description="A model that scores images. Chain several by 'also' to train on their weighted sum.",
+            description="A reward: it scores images. Chain several through 'also' to train on their weighted sum.",
             inputs=[
-                io.Combo.Input("reward", reward_names(), default="shapes-aesthetic", tooltip="What scores the images."),
+                io.Combo.Input(
+                    "reward", reward_names(), default="shapes-aesthetic", tooltip="The reward that scores the images."
+                ),
                 io.Float.Input(
                     "weight",
                     default=1.0,
@@ -27,21 +29,23 @@ class RewardModel(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     round=0.0001,
-                    tooltip="What its score is multiplied by in the sum. That of a held-out reward does not count.",
+                    tooltip="The reward is multiplied by this in a sum. Weights of held-out rewards are ignored.",
                 ),
                 io.Combo.Input(
                     "weights",
                     [AUTO, *reward_file_names()],
                     default=AUTO,
                     optional=True,
-                    tooltip="The reward's file in models/tdpo_rewards. auto: looked for there by its published name, "
-                    "then downloaded. Rewards of Shapes and of JPEG have none.",
+                    tooltip="The reward's file in models/tdpo_rewards. auto: looks for its published name there and in "
+                    "the Hugging Face cache, then downloads it. Shapes and JPEG rewards have no file.",
                 ),
-                Reward.Input("also", optional=True, tooltip="Another Reward Model, whose weighted score is added."),
+                Reward.Input("also", optional=True, tooltip="Another Reward Model; its weighted reward is added."),
             ],
             outputs=[
                 Reward.Output(
-                    "rewards", display_name="reward", tooltip="Goes into Train, into Score Images, or another's 'also'."
+                    "rewards",
+                    display_name="reward",
+                    tooltip="For TDPO-R Train, TDPO Score Images, or the 'also' of another Reward Model.",
                 )
             ],
         )

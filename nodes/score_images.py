@@ -16,22 +16,22 @@ class ScoreImages(io.ComfyNode):
             node_id="TDPOScoreImages",
             display_name="TDPO Score Images",
             category=CATEGORY,
-            description="Asks a reward what it thinks of images: as numbers, as text, and written under the images. "
-            "One before and one after alignment show what has changed.",
+            description="Scores images with a reward and returns the scores as numbers, as text, and written under the "
+            "images. Score images from before and after training to see what has changed.",
             inputs=[
                 io.Image.Input("images", tooltip="The images to score."),
-                Reward.Input("reward", tooltip="What scores them; several in a chain are summed by weight."),
+                Reward.Input("reward", tooltip="The reward that scores them, or the weighted sum of a chain."),
                 io.String.Input(
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the images were made from: one line for all of them, or one line an image.",
+                    tooltip="The prompt the images were made from: one line for all of them, or one line per image.",
                 ),
             ],
             outputs=[
-                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="One number an image."),
+                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="One number per image."),
                 io.String.Output("text", display_name="text", tooltip="The mean, the spread, and each image's score."),
-                io.Image.Output("captioned", display_name="images", tooltip="The images, with the score under each."),
+                io.Image.Output("captioned", display_name="images", tooltip="The images, each with its score below."),
             ],
         )
 

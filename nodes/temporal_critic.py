@@ -16,15 +16,15 @@ class TemporalCritic(io.ComfyNode):
             node_id="TDPOTemporalCritic",
             display_name="TDPO Temporal Critic",
             category=CATEGORY,
-            description="How the critic of TDPO-R learns what reward a half-finished image will get, and which of its "
-            "neurons are drawn anew against overoptimisation. The defaults are the paper's.",
+            description="How the critic of TDPO-R learns to predict the reward of a half-finished image, and which of "
+            "its neurons are reset to counter overoptimisation. The defaults are the paper's.",
             inputs=[
                 io.Combo.Input(
                     "activation",
                     ACTIVATIONS,
                     default="identity",
-                    tooltip="Between the critic's layers. Identity is what the authors' code does; the paper speaks of "
-                    "the other two.",
+                    tooltip="Activation between the critic's layers. The authors' code uses identity; the paper "
+                    "describes the other two.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -33,7 +33,7 @@ class TemporalCritic(io.ComfyNode):
                     max=1.0,
                     step=1e-5,
                     round=1e-8,
-                    tooltip="Learning rate of the critic. Shapes learns in its few epochs with 0.001.",
+                    tooltip="Learning rate of the critic. The Shapes preset, which has few epochs, uses 0.001.",
                 ),
                 io.Float.Input(
                     "clip_range",
@@ -42,17 +42,16 @@ class TemporalCritic(io.ComfyNode):
                     max=100.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="How far one update may move a prediction from its old value, in normalised reward.",
+                    tooltip="How far an epoch's updates may move a prediction from its old value, in normalised "
+                    "reward.",
                 ),
                 io.Combo.Input(
                     "reset",
                     RESETS,
                     default="active",
-                    tooltip="Which neurons are drawn anew: the active (TDPO-R), the dormant, all, or none (TDPO).",
+                    tooltip="Which neurons are reset: active (TDPO-R), dormant, all, or none (TDPO).",
                 ),
-                io.Int.Input(
-                    "reset_every", default=10, min=1, max=10_000, tooltip="Epochs between two resets of neurons."
-                ),
+                io.Int.Input("reset_every", default=10, min=1, max=10_000, tooltip="Epochs between two resets."),
                 io.Float.Input(
                     "threshold",
                     default=0.0,
@@ -60,17 +59,19 @@ class TemporalCritic(io.ComfyNode):
                     max=1000.0,
                     step=0.01,
                     round=0.0001,
-                    tooltip="A neuron is active where its mean activation, relative to its layer's, is above this.",
+                    tooltip="A neuron counts as active if its mean activation, relative to its layer's mean, is above "
+                    "this.",
                 ),
                 io.Combo.Input(
                     "activation_data",
                     DATA,
                     default="epoch",
-                    tooltip="What the neurons are measured on: every step of the epoch's images, or the noisiest step.",
+                    tooltip="Steps on which neurons are measured: all steps of the epoch's images, or only the "
+                    "noisiest.",
                 ),
             ],
             outputs=[
-                Critic.Output("critic", display_name="critic", tooltip="Goes into the critic of TDPO-R Train."),
+                Critic.Output("critic", display_name="critic", tooltip="For the critic input of TDPO-R Train."),
             ],
         )
 

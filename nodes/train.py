@@ -11,7 +11,7 @@ from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.wording import words_of_nodes
 
 ALGORITHMS = ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"]
-AS_PRESET = " 0: as in the preset, which is 'shapes' for the Shapes Model and the paper's for any other."
+AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and the paper's for any other model."
 
 
 class Train(io.ComfyNode):
@@ -21,56 +21,57 @@ class Train(io.ComfyNode):
             node_id="TDPOTrain",
             display_name="TDPO-R Train",
             category=CATEGORY,
-            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA on what scored "
-            "well. Runs are kept in output/tdpo, and go on where they were stopped.",
+            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA towards the ones "
+            "that scored well. Runs are kept in output/tdpo, and resume where they were stopped.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x or 2.x, or Shapes. LoRAs that are applied to it become a part of "
-                    "what is trained upon.",
+                    tooltip="Stable Diffusion 1.x or 2.x, or the Shapes Model. LoRAs already applied to it become part "
+                    "of the base model.",
                 ),
-                io.Clip.Input("clip", tooltip="Encodes the prompts, once, before the training begins."),
+                io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),
-                Reward.Input("reward", tooltip="What the images are to score well on: a Reward Model, or a chain."),
+                Reward.Input("reward", tooltip="The training reward: a Reward Model, or several in a chain."),
                 io.String.Input(
                     "run_name",
                     default="my run",
-                    tooltip="The run's folder in output/tdpo, and its LoRA's name in the list of Load LoRA.",
+                    tooltip="The name of the run's folder in output/tdpo, and of its LoRA in the list of Load LoRA.",
                 ),
                 io.Combo.Input(
                     "resume",
                     RESUME,
                     default=CONTINUE,
-                    tooltip="Where a run of that name is there. continue: go on with it, or give what it came to. new: "
-                    "leave one that was stopped or had other settings, and begin 'name-2'. as it is: train nothing.",
+                    tooltip="What to do if a run of this name exists. continue: resume it, or output its results if it "
+                    "has finished. new: start 'name-2' if it was stopped or had other settings. as it is: do not "
+                    "train.",
                 ),
                 io.Combo.Input(
                     "mode",
                     MODES,
                     default=WAIT,
-                    tooltip="wait: the graph goes on when the training ends; Cancel stops it, saved. background: the "
-                    "graph goes on at once with what the run has so far; queue it again for more.",
+                    tooltip="wait: the graph continues when the training ends; Cancel saves and stops it. background: "
+                    "the graph continues at once with what the run has so far; queue it again for newer results.",
                 ),
                 io.Combo.Input(
                     "algorithm",
                     ALGORITHMS,
                     default="tdpo-r",
-                    tooltip="tdpo-r: with critic and neuron resets. tdpo: without resets. ddpo-100 and ddpo-2: without "
-                    "a critic, one update a step or one for all steps.",
+                    tooltip="tdpo-r: with a critic and neuron resets. tdpo: without resets. ddpo-100, ddpo-2: without "
+                    "a critic, and with one update per step or one for all steps.",
                 ),
                 io.Int.Input(
-                    "epochs", default=0, min=0, max=9999, tooltip="Rounds of drawing and learning." + AS_PRESET
+                    "epochs", default=0, min=0, max=9999, tooltip="Rounds of sampling and updating." + AS_PRESET
                 ),
                 io.Int.Input(
                     "samples_per_epoch",
                     default=0,
                     min=0,
                     max=100_000,
-                    tooltip="Images drawn and scored in an epoch; half of them make one update." + AS_PRESET,
+                    tooltip="Images drawn and scored per epoch; each update uses half of them." + AS_PRESET,
                 ),
-                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps of each image." + AS_PRESET),
+                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps per image." + AS_PRESET),
                 io.Float.Input(
                     "guidance",
                     default=0.0,
@@ -78,7 +79,8 @@ class Train(io.ComfyNode):
                     max=100.0,
                     step=0.5,
                     round=0.01,
-                    tooltip="Classifier-free guidance (cfg) while training; sample with about the same." + AS_PRESET,
+                    tooltip="Classifier-free guidance (cfg) in training; use about the same when you sample."
+                    + AS_PRESET,
                 ),
                 io.Int.Input(
                     "resolution",
@@ -86,7 +88,7 @@ class Train(io.ComfyNode):
                     min=0,
                     max=8192,
                     step=8,
-                    tooltip="Width and height in pixels while training. Lower it where memory runs out." + AS_PRESET,
+                    tooltip="Width and height in pixels in training. Lower it if memory runs out." + AS_PRESET,
                 ),
                 io.Int.Input("rank", default=0, min=0, max=1024, tooltip="Rank of the LoRA." + AS_PRESET),
                 io.Float.Input(
@@ -103,39 +105,45 @@ class Train(io.ComfyNode):
                     default=42,
                     min=0,
                     max=2**63 - 1,
-                    tooltip="Every random number derives from it: the same seed and settings give the same run.",
+                    tooltip="The source of every random number: the same seed and settings give the same run.",
                 ),
                 io.Combo.Input(
                     "prompt_set",
                     [AUTO, *prompt_sets()],
                     default=AUTO,
-                    tooltip="Prompts to train on, where there are none below. auto: the preset's.",
+                    tooltip="Prompts to train on, if there are none in 'prompts'. auto: the preset's.",
                 ),
                 io.String.Input(
                     "prompts",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Prompts to train on, one a line. Where there are any, the prompt set does not count.",
+                    tooltip="Prompts to train on, one per line. If there are any, the prompt set is ignored.",
                 ),
-                Critic.Input("critic", optional=True, tooltip="A TDPO Temporal Critic; without one, the preset's."),
+                Critic.Input(
+                    "critic",
+                    optional=True,
+                    tooltip="A TDPO Temporal Critic; without one, the preset's values are used.",
+                ),
                 Reward.Input(
                     "held_out",
                     optional=True,
-                    tooltip="Rewards that only watch, to see whether the images get better or just please the reward; "
-                    "their weights do not count.",
+                    tooltip="Held-out rewards: measured every epoch and never trained on. They show whether the images "
+                    "get better or only score better on the training reward. Their weights are ignored.",
                 ),
                 io.String.Input(
                     "settings",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="More settings, one a line, as in a run's config.toml: micro_batch = 4, "
+                    tooltip="Further settings, one per line, as in a run's config.toml: micro_batch = 4, "
                     "policy.gradient_checkpointing = true.",
                 ),
             ],
             outputs=[
-                Run.Output("run", display_name="run", tooltip="The run, for LoRA Apply and the Neuron Inspector."),
+                Run.Output(
+                    "run", display_name="run", tooltip="The run, for TDPO LoRA Apply and TDPO Neuron Reset Inspector."
+                ),
                 io.LoraModel.Output(
                     "lora", display_name="lora", tooltip="The newest LoRA, for ComfyUI's Load LoRA Model and Save LoRA."
                 ),

@@ -682,7 +682,7 @@ def test_events_move_it_and_a_removed_node_no_longer_listens(tab):
     tell(tab, epoch=7, metrics=EPOCHS[0] | {"epoch": 7})
     assert tab.wait_for_epochs(7) == 7
     tell(tab, state="stopping")
-    assert tab.state == "Stopping, saving…"
+    assert tab.state == "Stopping and saving…"
     assert tab.page.get_by_role("button", name="Stop", exact=True).is_disabled()
     tab.page.evaluate("() => window.app.graph.remove(window.app.graph.nodes[0])")
     asked = len(tab.asked)
@@ -697,7 +697,7 @@ def test_a_stop_that_fails_says_why_and_can_be_tried_again(tab):
     button = tab.page.get_by_role("button", name="Stop", exact=True)
     button.click()
     tab.page.wait_for_selector(".tdpo-problem", state="visible")
-    assert tab.page.locator(".tdpo-problem").text_content() == "It could not be stopped: <b>no</b>"
+    assert tab.page.locator(".tdpo-problem").text_content() == "The run could not be stopped: <b>no</b>"
     assert button.is_enabled() and tab.state == "Training"
 
 

@@ -174,7 +174,7 @@ def test_the_states_of_a_run(runs):
     assert status["state"] in ("stopping", "stopped")
     job.wait(30)
     assert runs.status(run)["state"] == "stopped"
-    assert "after epoch 1 of 2, saved: queue to go on" in runs.status(run)["message"]
+    assert "after epoch 1 of 2, saved. Queue the graph to resume" in runs.status(run)["message"]
 
 
 def test_a_run_that_nobody_holds_was_interrupted_and_remembers_its_node(runs):

@@ -25,34 +25,34 @@ GRID_COLUMNS = 9
 PAGE = """# The world of Shapes
 
 Built by `python -m comfy_tdpo.shapes.build` and measured on {date} ({machine}).
-Everything here is random numbers and this program's own drawings; no outside data went in.
+Everything here comes from random numbers and this program's own drawings; no outside data was used.
 
 ![Samples of the base model, one for each training prompt](samples.png)
 
 ## The base model
 
-{per_prompt} images for each of a set's prompts, {steps} steps, guidance {guidance:g}.
+{per_prompt} images for each prompt of a set, {steps} steps, guidance {guidance:g}.
 
 | prompts | shapes-gold | all right | shapes-aesthetic | shapes-alignment | shapes-judge | fidelity | diversity |
 |---|---|---|---|---|---|---|---|
 {rows}
 
-`shapes-gold` is the share of what is asked for that a program finds in the picture; "all right" the share of pictures
-that score 1. Fidelity is how much of a picture flat shapes explain; diversity the mean distance between pictures of one
-prompt.
+`shapes-gold` is the share of what the prompt asks for that a program finds in the image; "all right" is the share of
+images for which it is 1. Fidelity is how much of an image flat shapes explain; diversity is the mean distance between
+images of one prompt.
 
-## The rest, on {fresh} fresh scenes
+## The other parts, on {fresh} fresh scenes
 
 | part | measure | value |
 |---|---|---|
-| shapes-gold | all right on clean renders | {gold:.1%} |
+| shapes-gold | all right on clean renderings | {gold:.1%} |
 | autoencoder | all right after encoding and decoding | {decoded:.1%} |
 | shapes-aesthetic | correlation with the preference it learned | {correlation:.3f} |
-| shapes-alignment (encoder A) | own caption first among 16 | {clip:.1%} |
-| shapes-judge (encoder B) | own caption first among 16 | {judge:.1%} |
+| shapes-alignment (encoder A) | own caption ranked first among 16 | {clip:.1%} |
+| shapes-judge (encoder B) | own caption ranked first among 16 | {judge:.1%} |
 
-The preference is 5 points for size (the mean side of the shapes over 48 pixels, at most 1) and 5 for a dark ground
-(1 less its luminance), learned from ratings with a noise of one point.
+The preference gives up to 5 points for size (the shapes' mean side divided by 48 pixels, at most 1) and up to 5 for a
+dark ground (1 minus its luminance). It was learned from ratings with a noise of one point.
 """
 
 

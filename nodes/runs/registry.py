@@ -162,19 +162,20 @@ def advice(status: Fields) -> str:
     state, epoch, epochs = status["state"], status["epoch"], status["epochs"]
     match state:
         case "waiting" | "running" if epoch == 0:
-            return "Training; the first point of the curve comes with the first epoch."
+            return "Training. The curve starts when the first epoch ends."
         case "waiting" | "running":
-            return "Training; queue the graph to sample from the newest epoch, or stop when the images look right."
+            return "Training. Queue the graph to sample from the newest epoch, or stop when the images look right."
         case "stopping":
-            return "Stopping after the current step, then saving."
+            return "Stops after the current step, then saves."
         case "finished":
-            return "Finished: its LoRA is in the list of Load LoRA, and TDPO LoRA Apply uses it; raise epochs to go on."
+            return "Finished. Load LoRA lists its LoRA; TDPO LoRA Apply applies it. Raise epochs to train longer."
         case "stopped" | "interrupted" if epoch == 0:
-            return "Ended in the first epoch: queue to go on."
+            return "Ended in the first epoch. Queue the graph to resume."
         case "failed":
-            return "Failed; mend what the error names, then queue the graph to go on from the last checkpoint."
+            return "Failed. Fix what the error names, then queue the graph to resume from the last checkpoint."
     what = "Stopped" if state == "stopped" else "Interrupted"
-    return f"{what} after epoch {epoch} of {epochs}, saved: queue to go on, or set resume to 'as it is' to only use it."
+    saved = f"{what} after epoch {epoch} of {epochs}, saved."
+    return f"{saved} Queue the graph to resume, or set resume to 'as it is' to only use it."
 
 
 def finite(metrics: EpochMetrics) -> dict[str, float | None]:

@@ -168,13 +168,13 @@ export function spoken(status, metrics) {
       const [first, last] = [points[0], points.at(-1)].map(({ epoch, value }) => `${number(value)} in epoch ${epoch}`);
       return `${role} ${name}: ${first}, ${last}`;
     });
-  return parts.length ? parts.join("; ") : "No epoch is finished yet";
+  return parts.length ? parts.join("; ") : "No epoch has finished yet";
 }
 
 const TITLES = {
   waiting: "Waiting to start",
   running: "Training",
-  stopping: "Stopping, saving…",
+  stopping: "Stopping and saving…",
   finished: "Finished",
   stopped: "Stopped",
   failed: "Failed",

@@ -5,8 +5,8 @@ import { Chart, chartHeight } from "./chart.js";
 import { curves, duration, fraction, isActive, phaseText, position, progress, title } from "./model.js";
 import { pictureURL, runs } from "./runs.js";
 
-const AWAY = "The server does not answer; trying again…";
-const HINT = "Press Run: the reward curve and sample images appear here while it trains.";
+const AWAY = "The server does not answer. Trying again…";
+const HINT = "Press Run: the reward curve and sample images appear here during training.";
 const WIDE = 540; // pixels from which on the samples stand beside the chart, and not below it
 
 /** The height in pixels, as in tdpo.css, that a panel of some width needs to show all it has. */
@@ -160,7 +160,7 @@ export class Panel {
     try {
       await runs.stop(id);
     } catch (error) {
-      this.#refused = `It could not be stopped: ${error.message}`;
+      this.#refused = `The run could not be stopped: ${error.message}`;
     }
     this.#asked = false;
     this.show(this.#run);
