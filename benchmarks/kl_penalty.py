@@ -49,7 +49,7 @@ def main() -> None:
     for form in args.forms:
         with tempfile.TemporaryDirectory() as folder:
             training = make_training(args, form, RunFolder(Path(folder) / "run"))
-            training.eval_rewards["shapes-judge"] = judge
+            training.context.eval_rewards["shapes-judge"] = judge
             print(f"{args.algorithm}, {form}:", flush=True)
             for line in training.epochs():
                 print(f"  {line['kl/nats']:.1f} nats, judge {line['eval/shapes-judge/mean']:.2f}", flush=True)

@@ -29,8 +29,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from comfy_tdpo.models.components import load_components  # noqa: E402
 from comfy_tdpo.models.shipped import CONFIGS  # noqa: E402
+from comfy_tdpo.models.stable_diffusion import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
-from comfy_tdpo.policy import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares on a green background"]
@@ -50,12 +50,12 @@ def shapes() -> dict[str, float]:
     ours = load_components(str(WORLD / "pipeline"))
     model, clip, vae = shapes_out.shapes_native()
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
-    embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS)
+    embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS).parts["states"]
     expected = ours.unet(latents, timesteps, embeds).sample
     decoder = models_in.ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {
-        "text": difference(models_in.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS), embeds),
+        "text": difference(models_in.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS).parts["states"], embeds),
         "native unet": difference(model.model.diffusion_model(latents, timesteps, context=embeds), expected),
         "unet from native": difference(models_in.diffusers_unet(model)(latents, timesteps, embeds).sample, expected),
         "decoder": difference(decoder(latents), images),
@@ -153,7 +153,7 @@ def lora(file: str) -> dict[str, float]:
     model, _, _ = shapes_out.shapes_native()
     parts = load_components(str(WORLD / "pipeline"))
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
-    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS)
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
 
     def by_comfyui(patched) -> Tensor:
         patched.patch_model(device_to=CPU)

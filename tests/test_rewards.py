@@ -282,8 +282,8 @@ def test_there_is_one_copy_of_an_encoder(small, tmp_path, name):
     training = assembled(
         tmp_path, rewards=terms, eval_rewards=[name], critic={"encoder": name}, reward_weights={name: small[name]}
     )
-    assert training.method.encoder is training.eval_rewards[name]
-    assert training.method.encoder is training.reward.parts[0][0]
+    assert training.method.encoder is training.context.eval_rewards[name]
+    assert training.method.encoder is training.context.reward.parts[0][0]
     kind = type(training.method.encoder.encoder)
     assert sum(type(module) is kind for module in modules() - before) == 1
 
@@ -392,7 +392,7 @@ def test_a_failing_reward_ends_the_run_with_everything_before_it_saved(tmp_path,
     whole = toy_training(new_run(tmp_path / "whole", epochs=2), make_policy)
     list(whole.epochs())
     training = toy_training(new_run(tmp_path / "run", epochs=2), make_policy)
-    training.reward = Failing(raising, good=4 + 1)  # four micro-batches an epoch
+    training.context.reward = Failing(raising, good=4 + 1)  # four micro-batches an epoch
     with pytest.raises(RewardError, match="'brightness' failed"):
         list(training.epochs())
     run = RunFolder.open(tmp_path / "run")

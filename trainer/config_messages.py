@@ -44,7 +44,7 @@ def nearest(name: str, known: Mapping[str, str]) -> list[str]:
         return close
     ends = get_close_matches(last, {_last(other) for other in known}, n=1, cutoff=0.75)
     words = last.replace("_", " ").replace("-", " ")
-    described = [other for other, text in known.items() if len(words) > 3 and text.startswith(words)]
+    described = [other for other, text in known.items() if len(words) > 6 and text.startswith(words)]
     return described[:3] or [other for other in known if _last(other) in ends][:3]
 
 

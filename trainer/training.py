@@ -65,19 +65,18 @@ class Training:
         watch: Watch = lambda phase, done, total: None,
     ):
         self.config, self.policy, self.run, self.accelerator = config, policy, run, accelerator
-        self.reward, self.eval_rewards = reward, eval_rewards
         self.stop, self.watch = stop or threading.Event(), watch
         self.prompts = run.prompts(config)
         for model in (reward, *eval_rewards.values()):
             model.check_prompts(self.prompts)
         self.stopped = False
-        self.context = self._context()
+        self.context = self._context(reward, eval_rewards)
         self.method = make_method(config.algorithm, self.context)
         self.state = TrainState(self.context, self.method, identity(config, policy, self.prompts))
         grid_prompts = run.grid_prompts(config)
         self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, grid_prompts, self.watch)
 
-    def _context(self) -> Context:
+    def _context(self, reward: RewardModel, eval_rewards: dict[str, RewardModel]) -> Context:
         config, policy = self.config, self.policy
         samples, samples_per_update = map(self._own_share, (config.samples_per_epoch, config.samples_per_update))
         return Context(
@@ -85,8 +84,8 @@ class Training:
             policy=policy,
             optimizer=adamw(policy.parameters, config.policy),
             decoder=Decoder(policy, config.decode_batch),
-            reward=self.reward,
-            eval_rewards=self.eval_rewards,
+            reward=reward,
+            eval_rewards=eval_rewards,
             accelerator=self.accelerator,
             samples=samples,
             samples_per_update=samples_per_update,
@@ -224,8 +223,8 @@ class Training:
         metrics: EpochMetrics = {
             "epoch": epoch,
             "reward_queries": epoch * self.config.samples_per_epoch,
-            f"reward/{self.reward.name}/mean": rewards.mean().item(),
-            f"reward/{self.reward.name}/std": rewards.std(correction=0).item(),
+            f"reward/{context.reward.name}/mean": rewards.mean().item(),
+            f"reward/{context.reward.name}/std": rewards.std(correction=0).item(),
         }
         for name, scores in batch.eval_rewards.items():
             metrics[f"eval/{name}/mean"] = context.gather(scores).mean().item()
