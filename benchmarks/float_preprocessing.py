@@ -21,7 +21,7 @@ from torch import Tensor
 
 from comfy_tdpo.rewards import pixels
 from comfy_tdpo.rewards.pixels import CLIP_STD, pillow_pixels, torchvision_pixels
-from comfy_tdpo.trainer.image_files import read_image
+from comfy_tdpo.trainer.terminal.image_files import read_image
 
 ROOT = Path(__file__).parent.parent
 FILES = (*sorted(ROOT.glob("docs/**/*.png")), *sorted(ROOT.glob("workflows/*.jpg")))

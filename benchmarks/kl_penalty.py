@@ -15,9 +15,9 @@ from torch import Tensor
 
 from comfy_tdpo.rewards import load_reward
 from comfy_tdpo.trainer.assemble import load_policy
-from comfy_tdpo.trainer.checkpoint import load_latest
 from comfy_tdpo.trainer.config import override
 from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.run.checkpoint import load_latest
 from comfy_tdpo.trainer.training import Training
 
 

@@ -29,7 +29,7 @@ class NeuronInspector(io.ComfyNode):
     @classmethod
     @words_of_nodes()
     def execute(cls, run) -> io.NodeOutput:
-        from ..trainer.neuron_plot import described, neuron_figure
+        from ..trainer.plots.neurons import described, neuron_figure
         from .runs.outputs import as_tensor
 
         return io.NodeOutput(as_tensor(neuron_figure(run)), described(run))

@@ -12,9 +12,9 @@ from comfy_tdpo.nodes.runs.registry import Runs
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.settings import Wanted
 from comfy_tdpo.nodes.runs.start import prepare, start
-from comfy_tdpo.trainer.files import write_atomically
 from comfy_tdpo.trainer.job import Job
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
+from comfy_tdpo.trainer.run.files import write_atomically
 
 REWARD, CPU = "shapes-aesthetic", torch.device("cpu")
 

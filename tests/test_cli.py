@@ -19,8 +19,8 @@ from toy import new_run, toy_training
 
 from comfy_tdpo import __version__
 from comfy_tdpo.trainer.__main__ import main
-from comfy_tdpo.trainer.new_folder import make_folder
 from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.run.new_folder import make_folder
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, "-m", "comfy_tdpo.trainer"]

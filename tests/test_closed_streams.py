@@ -12,7 +12,7 @@ import pytest
 
 from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.run import RunFolder
-from comfy_tdpo.trainer.streams import forgiving_streams, unheard_stdout
+from comfy_tdpo.trainer.terminal.streams import forgiving_streams, unheard_stdout
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [sys.executable, "-m", "comfy_tdpo.trainer"]
@@ -92,7 +92,7 @@ def test_a_training_goes_on_without_its_readers(monkeypatch, tmp_path):
 
 OPENS_A_FILE = """
 import os, sys
-from comfy_tdpo.trainer.streams import forgiving_streams
+from comfy_tdpo.trainer.terminal.streams import forgiving_streams
 with forgiving_streams():
     os._exit(os.open(os.devnull, os.O_WRONLY))
 """

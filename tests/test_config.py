@@ -8,9 +8,9 @@ from comfy_tdpo.methods.neurons import NEURON_ACTIVATIONS, reset_masks
 from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import load_prompts
-from comfy_tdpo.trainer.arguments import choices
 from comfy_tdpo.trainer.config import leaf_fields, make_config, plain_values, presets, validate
 from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.terminal.arguments import choices
 
 
 def test_the_defaults_are_the_papers_tdpo_r():

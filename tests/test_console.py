@@ -6,10 +6,10 @@ import math
 import pytest
 
 from comfy_tdpo.trainer.config import make_config
-from comfy_tdpo.trainer.console import Console
 from comfy_tdpo.trainer.metrics import duration
 from comfy_tdpo.trainer.run import RunFolder
-from comfy_tdpo.trainer.summary import summary
+from comfy_tdpo.trainer.terminal.console import Console
+from comfy_tdpo.trainer.terminal.summary import summary
 
 
 @pytest.fixture(autouse=True)

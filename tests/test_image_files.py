@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from comfy_tdpo.trainer.image_files import check_image, read_image
+from comfy_tdpo.trainer.terminal.image_files import check_image, read_image
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 

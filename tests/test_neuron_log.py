@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from toy import Brightness, new_run
 
-from comfy_tdpo.trainer.neuron_log import NEURONS, append_neurons, read_neurons
-from comfy_tdpo.trainer.neuron_plot import described, neuron_figure
+from comfy_tdpo.trainer.plots.neurons import described, neuron_figure
+from comfy_tdpo.trainer.run.neuron_log import NEURONS, append_neurons, read_neurons
 from comfy_tdpo.trainer.training import Training
 
 

@@ -7,8 +7,8 @@ import pytest
 from toy import new_run
 
 from comfy_tdpo.trainer.__main__ import main
-from comfy_tdpo.trainer.new_folder import make_folder, new_folder
 from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.run.new_folder import make_folder, new_folder
 
 links = pytest.mark.skipif(os.name == "nt", reason="on Windows links need a right of their own")
 

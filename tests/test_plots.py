@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from comfy_tdpo.trainer.config import make_config
-from comfy_tdpo.trainer.drawing import DPI, WIDTH
-from comfy_tdpo.trainer.image_grid import save_image_grid
 from comfy_tdpo.trainer.metrics import readable
-from comfy_tdpo.trainer.plots import LEFT, RIGHT, critic_panels, reward_figure, reward_panels, save_plots
+from comfy_tdpo.trainer.plots.curves import LEFT, RIGHT, critic_panels, reward_figure, reward_panels, save_plots
+from comfy_tdpo.trainer.plots.drawing import DPI, WIDTH
+from comfy_tdpo.trainer.plots.image_grid import save_image_grid
 from comfy_tdpo.trainer.run import RunFolder
 
 CRITIC = {"critic/explained_variance": 0.3, "neurons/dormant_percent": 10.0, "neurons/reset_count": 0}
@@ -148,7 +148,7 @@ def test_rewards_are_readable_at_their_own_scale(value, like, sign, text):
 def test_importing_is_cheap_and_drawing_has_no_global_state():
     code = """
 import sys
-from comfy_tdpo.trainer.plots import reward_figure
+from comfy_tdpo.trainer.plots.curves import reward_figure
 from comfy_tdpo.trainer.config import make_config
 assert "matplotlib" not in sys.modules
 import matplotlib

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from comfy_tdpo.rewards import function, load_reward
-from comfy_tdpo.trainer import score
 from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.terminal import score
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 
 from comfy_tdpo.trainer.__main__ import _conclude
 from comfy_tdpo.trainer.config import make_config
-from comfy_tdpo.trainer.console import Console
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
-from comfy_tdpo.trainer.streams import SafeStream, encodable, say
-from comfy_tdpo.trainer.summary import summary
+from comfy_tdpo.trainer.terminal.console import Console
+from comfy_tdpo.trainer.terminal.streams import SafeStream, encodable, say
+from comfy_tdpo.trainer.terminal.summary import summary
 
 ROOT = Path(__file__).parent.parent
 REWARD = "python:вкус:оценка"
@@ -221,7 +221,7 @@ def test_a_closed_stream_is_no_error(stream, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell's redirections")
 @pytest.mark.parametrize("redirect", ["| true", ">&-", "> /dev/full"])
 def test_the_status_is_0_where_nobody_reads_what_is_said(redirect):
-    code = "import time; time.sleep(0.5); from comfy_tdpo.trainer.streams import say; say('done')"
+    code = "import time; time.sleep(0.5); from comfy_tdpo.trainer.terminal.streams import say; say('done')"
     command = f"set -o pipefail; '{sys.executable}' -c \"{code}\" {redirect}"
     process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")

@@ -17,13 +17,13 @@ from typing import Any
 from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.rewards.function import allow_functions
 
-from .arguments import WRONG_INPUT, flags_of, given, overrides, parse
-from .changes import changeable, may_change
 from .config import TrainConfig, make_config, override, plain_values
-from .new_folder import RUNS, new_folder
+from .config.changes import changeable, may_change
 from .run import RunFolder, TrainingError
-from .run_paths import CONFIG
-from .streams import forgiving_streams, hush, say, unheard_stdout
+from .run.new_folder import RUNS, new_folder
+from .run.paths import CONFIG
+from .terminal.arguments import WRONG_INPUT, flags_of, given, overrides, parse
+from .terminal.streams import forgiving_streams, hush, say, unheard_stdout
 
 FINISHED, FAILED, STOPPED = 0, 1, 130
 LONGEST = 900  # characters of an error, which may hold what a user gave
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(argv: Sequence[str]) -> int:
     if argv[:1] == ["score"]:
-        from .score import main as score
+        from .terminal.score import main as score
 
         return score(argv[1:])
     args = parse(argv)
@@ -108,7 +108,7 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
         if IS_MAIN_PROCESS:
             say(f"run {run.path}: loading", sys.stderr)
         from .assemble import assemble  # seconds, so not before something is said
-        from .console import Console
+        from .terminal.console import Console
 
         console = Console(config, first_epoch=len(run.metrics()) + 1)
         try:
@@ -177,8 +177,8 @@ def _resume_command(run: RunFolder) -> str:
 
 def _conclude(run: RunFolder, stopped: bool) -> int:
     """Draw the plots and say what came of it."""
-    from .plots import save_plots
-    from .summary import summary
+    from .plots.curves import save_plots
+    from .terminal.summary import summary
 
     if run.metrics():
         save_plots(run)

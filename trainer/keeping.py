@@ -10,11 +10,11 @@ from comfy_tdpo import __version__
 from comfy_tdpo.methods.context import Context
 from comfy_tdpo.rollout import Decoder, draw_images
 
-from .checkpoint import remove_partial
 from .config import TrainConfig, leaf_fields
-from .files import write_atomically
-from .image_grid import save_image_grid
+from .plots.image_grid import save_image_grid
 from .run import EpochMetrics, RunFolder, TrainingError
+from .run.checkpoint import remove_partial
+from .run.files import write_atomically
 from .state import TrainState, Watch
 
 

@@ -12,10 +12,10 @@ from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.optimizers import load_optimizer_tensors, optimizer_tensors
 from comfy_tdpo.rollout import Trajectories
 
-from .checkpoint import load_latest, save_checkpoint
-from .identity import check_same
 from .run import EpochMetrics
-from .run_paths import epoch_name
+from .run.checkpoint import load_latest, save_checkpoint
+from .run.identity import check_same
+from .run.paths import epoch_name
 
 Watch = Callable[[str, int, int], None]  # (phase, done, total)
 

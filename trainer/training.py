@@ -31,10 +31,10 @@ from comfy_tdpo.rewards import RewardModel
 from comfy_tdpo.rollout import Decoder, Trajectories
 
 from .config import TrainConfig
-from .identity import identity
 from .keeping import Keeper
-from .neuron_log import append_neurons
 from .run import EpochMetrics, RunFolder
+from .run.identity import identity
+from .run.neuron_log import append_neurons
 from .state import TrainState, Watch
 
 RATIO_TOLERANCE = 1e-5  # of the ratio gate: |ratio - 1| before the first update of an epoch

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...trainer.plots import reward_figure
+from ...trainer.plots.curves import reward_figure
 from ...trainer.run import RunFolder
 from .registry import newest_grid
 from .snapshots import read_lora

@@ -12,10 +12,10 @@ from typing import Any
 
 from comfy_tdpo.rewards import name_of_sum
 
-from ...trainer.files import write_atomically
 from ...trainer.job import ENDED, Job, find_job
 from ...trainer.run import EpochMetrics, RunFolder
-from ...trainer.run_paths import CONFIG, epoch_in
+from ...trainer.run.files import write_atomically
+from ...trainer.run.paths import CONFIG, epoch_in
 from .names import check_run_name, problem_with
 from .wording import in_words_of_nodes, without_folders
 
@@ -222,7 +222,7 @@ def _samples(run: RunFolder) -> bytes:
 def _rewards(run: RunFolder) -> bytes:
     import io
 
-    from ...trainer.plots import reward_figure
+    from ...trainer.plots.curves import reward_figure
 
     buffer = io.BytesIO()
     reward_figure(run.metrics(), run.config).save(buffer, "png")

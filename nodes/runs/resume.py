@@ -4,8 +4,8 @@ A run gives the same result whenever it is repeated with the same settings, seed
 of two such runs is meant.
 """
 
-from ...trainer.changes import differences, may_change
 from ...trainer.config import TrainConfig, plain_values
+from ...trainer.config.changes import differences, may_change
 from ...trainer.run import RunFolder
 from .settings import INPUTS, NUMBERS
 

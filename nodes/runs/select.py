@@ -3,7 +3,7 @@
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED
 from ...trainer.run import RunFolder
-from ...trainer.run_paths import CONFIG
+from ...trainer.run.paths import CONFIG
 from .combos import AS_IT_IS, NEW
 from .names import check_run_name, later_name
 from .registry import Runs

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...trainer.metrics import reward_names
 from ...trainer.run import EpochMetrics, RunFolder
-from ...trainer.run_paths import epoch_in
+from ...trainer.run.paths import epoch_in
 from .combos import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
 
 

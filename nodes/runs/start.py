@@ -8,10 +8,10 @@ import torch
 
 from ...trainer import job as jobs
 from ...trainer.config import TrainConfig
-from ...trainer.files import write_atomically
 from ...trainer.job import ENDED, Job, Status, TrainingFactory
 from ...trainer.run import RunFolder
-from ...trainer.run_paths import CONFIG, PROMPTS
+from ...trainer.run.files import write_atomically
+from ...trainer.run.paths import CONFIG, PROMPTS
 from .registry import Fields, Runs, finite, mark_node
 from .resume import resumed
 from .select import is_blank
@@ -83,7 +83,7 @@ def _keep(runs: Runs, run: RunFolder, event: str) -> None:
         return
     runs.share_lora(run)
     if event == "end" and run.metrics():
-        from ...trainer.plots import save_plots
+        from ...trainer.plots.curves import save_plots
 
         save_plots(run)
 

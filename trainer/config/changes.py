@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy_tdpo.settings import MAY_CHANGE, Section, section_of
 
-from .config import Fields, TrainConfig, config_class, leaf_fields, plain_values
+from .schema import Fields, TrainConfig, config_class, leaf_fields, plain_values
 
 USERS_KEYS = ("rewards", "reward_scales", "reward_weights")  # tables whose keys are the user's: one setting each
 

@@ -9,11 +9,11 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from .config import TrainConfig
-from .metrics import duration, readable, reward_names
-from .run import EpochMetrics
+from ..config import TrainConfig
+from ..metrics import duration, readable, reward_names
+from ..run import EpochMetrics
+from ..training import RATIO_TOLERANCE
 from .streams import SafeStream, encodable
-from .training import RATIO_TOLERANCE
 
 PACE = 5  # latest epochs whose mean duration makes the ETA
 NARROW = 50  # columns; below that, a bar would leave no room for words

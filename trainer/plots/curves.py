@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .config import TrainConfig
+from ..config import TrainConfig
+from ..metrics import keys_of, points_of, readable, reward_names, role, shortened
+from ..run import EpochMetrics, RunFolder
+from ..run.files import write_atomically
 from .drawing import (
     BLUE,
     GREEN,
@@ -25,9 +28,6 @@ from .drawing import (
     stack,
     write_title,
 )
-from .files import write_atomically
-from .metrics import keys_of, points_of, readable, reward_names, role, shortened
-from .run import EpochMetrics, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

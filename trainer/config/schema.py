@@ -29,10 +29,10 @@ from comfy_tdpo.settings import (
 )
 from comfy_tdpo.user_files import user_path
 
-from .config_messages import check_text, explain
+from .messages import check_text, explain
 from .toml_files import read_toml
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parent.parent / "presets"
 DEFAULT_ALGORITHM = "tdpo-r"
 
 

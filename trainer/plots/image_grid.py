@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from .run import write_atomically
+from ..run.files import write_atomically
 
 
 def save_image_grid(images: Tensor, path: Path) -> None:

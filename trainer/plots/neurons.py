@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..run import EpochMetrics, RunFolder
+from ..run.neuron_log import NeuronRecord, read_neurons
 from .drawing import BLUE, GREY, INK, SMALL, VERMILION, WIDTH, blank_figure, draw_curve, label_x, render, stack
-from .neuron_log import NeuronRecord, read_neurons
-from .run import EpochMetrics, RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

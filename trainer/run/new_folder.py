@@ -9,7 +9,7 @@ from pathlib import Path
 
 from comfy_tdpo.user_files import check_name
 
-from .run_paths import CONFIG, GRID_PROMPTS, LOCK, PROMPTS, holds_run
+from .paths import CONFIG, GRID_PROMPTS, LOCK, PROMPTS, holds_run
 
 RUNS = Path("runs")
 # A run's, killed while it was made; and what file managers and file systems put into every folder.

@@ -24,7 +24,7 @@ from comfy_tdpo.rewards import (
 )
 from comfy_tdpo.rewards.function import allow_functions
 
-from .config import named_values
+from ..config import named_values
 from .image_files import check_image, read_image
 
 FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130

@@ -9,8 +9,8 @@ import torch
 from comfy_tdpo import __version__
 from comfy_tdpo.policy import DiffusionPolicy
 
-from .changes import changeable, differences, may_change, unknown
-from .config import TrainConfig, plain_values
+from ..config import TrainConfig, plain_values
+from ..config.changes import changeable, differences, may_change, unknown
 
 # Of a noise schedule: releases of torch, and GPUs, differ in the last bits of float32; another schedule by far more.
 SCHEDULE_TOLERANCE = 1e-4

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from .metrics import columns_of, duration, padded, readable, reward_names, role, shortened
-from .run import EpochMetrics, RunFolder
+from ..metrics import columns_of, duration, padded, readable, reward_names, role, shortened
+from ..run import EpochMetrics, RunFolder
 
 COLUMNS = 100
 LAST = 3  # epochs whose mean is compared with the first

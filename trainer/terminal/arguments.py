@@ -10,12 +10,12 @@ from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import reward_names
-from comfy_tdpo.settings import section_of
+from comfy_tdpo.settings import NONE, section_of
 from comfy_tdpo.user_files import user_path
 
-from .changes import changeable
-from .config import NONE, TrainConfig, leaf_fields, presets, weighted
-from .config_messages import nearest
+from ..config import TrainConfig, leaf_fields, presets, weighted
+from ..config.changes import changeable
+from ..config.messages import nearest
 
 WRONG_INPUT = 2  # exit status
 

@@ -1,0 +1,31 @@
+"""The configuration of a run: its settings, and how presets, files and flags make it."""
+
+from .schema import (
+    Fields,
+    OutputConfig,
+    TrainConfig,
+    config_class,
+    leaf_fields,
+    make_config,
+    named_values,
+    override,
+    plain_values,
+    presets,
+    validate,
+    weighted,
+)
+
+__all__ = [
+    "Fields",
+    "OutputConfig",
+    "TrainConfig",
+    "config_class",
+    "leaf_fields",
+    "make_config",
+    "named_values",
+    "override",
+    "plain_values",
+    "presets",
+    "validate",
+    "weighted",
+]
