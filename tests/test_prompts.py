@@ -76,16 +76,16 @@ def test_tables_and_json_are_read(case, tmp_path):
 
 
 REFUSED = {
-    "Windows-1252": ("x.txt", b"a fox\na caf\xe9 at night\n", "line 2 holds the byte 0xe9; it looks like an older"),
-    "Chinese in UTF-16 without a mark": ("x.txt", "一二三".encode("utf-16-le"), "holds zero bytes, as UTF-16"),
+    "Windows-1252": ("x.txt", b"a fox\na caf\xe9 at night\n", "line 2 contains the byte 0xe9; it looks like an older"),
+    "Chinese in UTF-16 without a mark": ("x.txt", "一二三".encode("utf-16-le"), "contains null bytes, as UTF-16"),
     "UTF-16 appended to UTF-8": (
         "x.txt",
         b"a fox\n" + "a bear\r\n".encode("utf-16"),
-        "files put together from two encodings",
+        "files in mixed encodings",
     ),
     "UTF-8 appended to UTF-16": ("x.txt", "a\r\n".encode("utf-16") + b"a fox\n", "is not UTF-16 throughout"),
     "UTF-16 that was cut off": ("x.txt", "a fox".encode("utf-16")[:-1], "is not UTF-16 throughout"),
-    "zeros": ("x.txt", b"a\0fox\n", "holds zero bytes"),
+    "zeros": ("x.txt", b"a\0fox\n", "contains null bytes"),
     "a control character": ("x.txt", "a\n\x1b[31mred", "control character U+001B in line 2"),
     "an image": ("x.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a PNG image; expected plain text"),
     "a document": ("x.txt", rb"{\rtf1\ansi a fox}", "is a formatted document (RTF)"),

@@ -303,7 +303,7 @@ def test_an_encoder_is_let_go_with_its_last_user(small):
 def test_the_log_names_the_encoder_the_critic_reads(tmp_path, caplog):
     with caplog.at_level("INFO"):
         assembled(tmp_path, rewards={"jpeg-compressibility": 1.0}, critic={"encoder": "shapes-alignment"})
-    assert "the critic reads images by the encoder of shapes-alignment" in caplog.text
+    assert "the critic uses the image encoder of shapes-alignment" in caplog.text
     assert 'encoder = "shapes-alignment"' in (tmp_path / "run" / "config.toml").read_text()
 
 
