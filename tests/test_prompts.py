@@ -98,7 +98,11 @@ REFUSED = {
     "numbers": ("x.txt", "1. a fox\n2. a bear\n", "a number before every line, such as '1. a fox'"),
     "bullets": ("x.txt", "- a fox\n- a bear\n", "a bullet before every line"),
     "quotes": ("x.txt", '"a fox",\n"a bear",\n', "every line in quotes"),
-    "kohya's options": ("x.txt", "b\na fox --n bad --w 512\nc --d 1", "in line 2 and 1 more, '--n'; expected plain words"),
+    "kohya's options": (
+        "x.txt",
+        "b\na fox --n bad --w 512\nc --d 1",
+        "in line 2 and 1 more, '--n'; expected plain words",
+    ),
     "Midjourney's": ("x.csv", "prompt\na fox --ar 16:9\n", "options of another program in line 2"),
     "alternatives": ("x.jsonl", '{"prompt": "a {red|blue} fox"}', "dynamic prompts in line 1, '{red|blue}'"),
     "wildcards": ("x.json", '["a __colour__ fox"]', "a wildcard in item 1, '__colour__'"),

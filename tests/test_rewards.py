@@ -95,7 +95,7 @@ def test_a_sum_lends_the_first_encoder_there_is():
 def test_a_sum_asks_each_part_about_the_prompts():
     total = load_rewards({"shapes-aesthetic": 1.0, "shapes-gold": 1.0}, CPU)
     total.check_prompts(["a red circle"])
-    with pytest.raises(ValueError, match="shapes-gold judges prompts of Shapes only"):
+    with pytest.raises(ValueError, match="shapes-gold can only judge prompts of Shapes"):
         total.check_prompts(["a photo of a cat"])
 
 
@@ -358,7 +358,7 @@ def test_a_reward_that_fails_is_named(failure):
 
 def test_images_that_are_no_numbers_are_nobodys_to_judge():
     with pytest.raises(
-        RewardError, match="got images that are not finite for reward 'brightness'; the model that drew"
+        RewardError, match="got images that are not finite for reward 'brightness'; the model that generated"
     ):
         score_images(Brightness(), IMAGES * torch.nan, PROMPTS)
 
