@@ -1,4 +1,4 @@
-"""What a built world can do, measured: the README in its folder."""
+"""Measures what a built world can do and writes the README in its folder."""
 
 import platform
 from datetime import date
@@ -19,45 +19,45 @@ from .gold import diversity, fidelity, gold_scores
 
 STEPS, GUIDANCE = 20, 3.0
 IMAGES_PER_PROMPT = 4
-FRESH_SCENES = 512  # rendered for the report, never trained on
+FRESH_SCENES = 512  # rendered for the report, not used for training
 GRID_COLUMNS = 9
 
 PAGE = """# The world of Shapes
 
 Built by `python -m comfy_tdpo.shapes.build` and measured on {date} ({machine}).
-Everything here is random numbers and this program's own drawings; no outside data went in.
+Everything here was made from random numbers and this program's own drawings, without outside data.
 
-![Samples of the base model, one for each training prompt](samples.png)
+![Samples of the base model, one per training prompt](samples.png)
 
 ## The base model
 
-{per_prompt} images for each of a set's prompts, {steps} steps, guidance {guidance:g}.
+{per_prompt} images per prompt, {steps} steps, guidance {guidance:g}.
 
 | prompts | shapes-gold | all right | shapes-aesthetic | shapes-alignment | shapes-judge | fidelity | diversity |
 |---|---|---|---|---|---|---|---|
 {rows}
 
-`shapes-gold` is the share of what is asked for that a program finds in the picture; "all right" the share of pictures
-that score 1. Fidelity is how much of a picture flat shapes explain; diversity the mean distance between pictures of one
-prompt.
+`shapes-gold` is the share of the requested shapes that a program finds in the picture. "All right" is the share of
+pictures that score 1. Fidelity is the share of a picture that flat shapes explain. Diversity is the mean distance
+between pictures of the same prompt.
 
-## The rest, on {fresh} fresh scenes
+## The other parts, on {fresh} new scenes
 
 | part | measure | value |
 |---|---|---|
 | shapes-gold | all right on clean renders | {gold:.1%} |
 | autoencoder | all right after encoding and decoding | {decoded:.1%} |
 | shapes-aesthetic | correlation with the preference it learned | {correlation:.3f} |
-| shapes-alignment (encoder A) | own caption first among 16 | {clip:.1%} |
-| shapes-judge (encoder B) | own caption first among 16 | {judge:.1%} |
+| shapes-alignment (encoder A) | own caption ranked first among 16 | {clip:.1%} |
+| shapes-judge (encoder B) | own caption ranked first among 16 | {judge:.1%} |
 
-The preference is 5 points for size (the mean side of the shapes over 48 pixels, at most 1) and 5 for a dark ground
-(1 less its luminance), learned from ratings with a noise of one point.
+The preference gives up to 5 points for size (the mean side of the shapes divided by 48 pixels, at most 1) and up to 5
+for a dark background (1 minus its luminance). The reward learned it from ratings with a noise of one point.
 """
 
 
 def write_report(world: Path) -> None:
-    """Measure the folder `world` and write its README.md and samples.png."""
+    """Measure the world in the folder `world`, and write its README.md and samples.png."""
     rows, figures = [], _measure_parts(world)
     for name in ("shapes", "shapes-unseen", "shapes-complex"):
         prompts = load_prompts(name) * IMAGES_PER_PROMPT
@@ -104,7 +104,7 @@ def _row(world: Path, name: str, images: Tensor, prompts: list[str]) -> str:
 
 @torch.no_grad()
 def _measure_parts(world: Path) -> dict[str, float]:
-    """Each part by itself, on scenes it was not trained on."""
+    """Measure each part on its own, on scenes it was not trained on."""
     captions, scenes, pictures = make_scenes(seed=20_000_003, count=FRESH_SCENES)
     images, tokens = pictures.float() / 255, tokenize(load_tokenizer(world), captions)
     vae = load_components(str(world / "pipeline")).vae
@@ -122,7 +122,7 @@ def _measure_parts(world: Path) -> dict[str, float]:
 
 
 def _first_of_16(image_embeds: Tensor, text_embeds: Tensor) -> float:
-    """How often an image's own caption is the nearest in its group of 16."""
+    """How often an image's own caption is the closest of the captions in its group of 16."""
     groups = zip(image_embeds.split(16), text_embeds.split(16), strict=True)
     right = [((a @ b.T).argmax(1) == torch.arange(len(a))).float().mean() for a, b in groups]
     return torch.stack(right).mean().item()
