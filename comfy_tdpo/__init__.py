@@ -1,7 +1,7 @@
 """Temporal Diffusion Policy Optimization (arXiv 2402.08552): the mathematics and the models.
 
-`trainer/` and `nodes/` are imported as comfy_tdpo.trainer and comfy_tdpo.nodes. A wheel holds them in this folder; in a
-checkout they lie beside it.
+`trainer/` and `nodes/` are imported as comfy_tdpo.trainer and comfy_tdpo.nodes. In a wheel they are inside this folder;
+in a checkout they are beside it.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How many rows fit into memory at a time, what running out of it looks like, and how much was held at most."""
+"""Choosing a micro-batch that fits in memory, recognising out-of-memory errors, and measuring peak memory."""
 
 import sys
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-CPU_MICRO_BATCH = 16  # the default there: more rows gain nothing, and running out of RAM raises no error to catch
+CPU_MICRO_BATCH = 16  # default on a CPU: larger is no faster, and running out of RAM raises no error to catch
 
-_FURTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # that accelerate does not know
+_FURTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # not recognised by accelerate
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory has run out, on any device, in whatever library."""
+    """Whether `error` means out of memory, on any device and from any library."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError) or not all(isinstance(part, str) for part in error.args):
@@ -24,28 +24,28 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def first_micro_batch(configured: int | None, samples_per_update: int, device: torch.device) -> int:
-    """The micro-batch to begin with: as configured, else what suits a CPU, or the whole update on a GPU."""
+    """The initial micro-batch: as configured, otherwise CPU_MICRO_BATCH on a CPU or the whole update on a GPU."""
     limit = configured or (CPU_MICRO_BATCH if device.type == "cpu" else samples_per_update)
     return _largest_divisor(samples_per_update, limit)
 
 
 def smaller_micro_batch(micro_batch: int, samples_per_update: int) -> int:
-    """Half of `micro_batch`, or as near as a divisor allows; the update it is a part of stays the same.
+    """At most half of `micro_batch`, and still a divisor of the update, whose result does not change.
 
     Raises:
-        ValueError: it is 1 already.
+        ValueError: `micro_batch` is already 1.
     """
     if micro_batch == 1:
         raise ValueError(
-            "got out of memory with one sample at a time; expected room for that: lower resolution, set "
-            "policy.gradient_checkpointing to true, precision to bf16, or close what else uses the device"
+            "got out of memory with one sample at a time; expected room for one: lower resolution, set "
+            "policy.gradient_checkpointing to true or precision to bf16, or close other programs that use the device"
         )
     torch.cuda.empty_cache()
     return _largest_divisor(samples_per_update, micro_batch // 2)
 
 
 def fitting_micro_batch(try_rows: Callable[[int], None], micro_batch: int, samples_per_update: int) -> int:
-    """`micro_batch`, made smaller until `try_rows` does its work on that many without running out of memory."""
+    """`micro_batch`, reduced until `try_rows` can process that many rows without running out of memory."""
     while True:
         try:
             try_rows(micro_batch)
@@ -57,12 +57,12 @@ def fitting_micro_batch(try_rows: Callable[[int], None], micro_batch: int, sampl
 
 
 def _largest_divisor(samples_per_update: int, limit: int) -> int:
-    """Every forward has the same number of rows, so that sampling and training agree to the last bit."""
+    """A divisor, because sampling and training agree to the last bit only if every forward has equally many rows."""
     return max(d for d in range(1, samples_per_update + 1) if samples_per_update % d == 0 and d <= limit)
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Have `peak_memory` count from now on, where the system can: on CUDA, and in RAM on Linux."""
+    """Make `peak_memory` count from now on, where the system supports it: on CUDA, and for RAM on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -71,7 +71,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory this process has held since the reset: on the GPU where it trains there, else in RAM; bytes."""
+    """The most memory, in bytes, that this process has held since the reset: GPU memory on CUDA, otherwise RAM."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

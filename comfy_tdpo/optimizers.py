@@ -1,4 +1,4 @@
-"""AdamW as settings describe it, and its state under the parameters' names."""
+"""AdamW built from its settings, and its state keyed by parameter name."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state as <parameter's name>:<moment's name>."""
+    """AdamW's state under keys of the form <parameter's name>:<moment's name>."""
     return {
         f"{name}:{moment}": value
         for name, parameter in parameters.items()
@@ -28,7 +28,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, to the parameters of the same names in the optimizer's one group."""
+    """Restore what `optimizer_tensors` returned, matching parameters by name; the optimizer has a single group."""
     (group,) = optimizer.param_groups
     names = {parameter: name for name, parameter in parameters.items()}
     state: dict[str, dict[str, Tensor]] = {}

@@ -1,6 +1,6 @@
-"""The policy: a latent diffusion model whose denoising steps are Gaussian and a part of which is trained.
+"""The policy: a latent diffusion model with Gaussian denoising steps, part of which is trained.
 
-Nothing here enables or disables gradients: callers decide.
+Nothing here enables or disables gradients; callers decide.
 
 Shapes: B batch, C H W latent.
 """
@@ -19,16 +19,18 @@ from .process.gaussian import guide
 
 
 class DiffusionPolicy:
-    """p_theta(x_{k+1} | x_k, c) of Eq. 2, with guidance as a part of it.
+    """p_theta(x_{k+1} | x_k, c) of Eq. 2, guidance included.
 
-    Sampling and training call the same `step`, so that the ratio of a fresh sample is 1.
+    Sampling and training call the same `step`, so the ratio of a fresh sample is 1.
 
     Args:
-        model: taken over: it goes to `device` and gets the adapters.
-        steps: denoising steps T; guidance: classifier-free guidance scale (1: none); resolution: pixels a side.
-        process: of PROCESSES; None: the model's own.
-        rank, alpha, targets, seed: of the LoRA, see `DiffusionModel.adapt`; alpha None: the rank.
-        device: where it runs; autocast: the dtype of the network's arithmetic, or None for that of its weights.
+        model: modified in place: moved to `device` and given the LoRA.
+        steps: denoising steps T.
+        guidance: classifier-free guidance scale; 1 turns guidance off.
+        resolution: side of the images in pixels.
+        process: a key of PROCESSES, or None for the model's own.
+        rank, alpha, targets, seed: of the LoRA, see `DiffusionModel.adapt`; alpha None means the rank.
+        autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
     """
 
     def __init__(
@@ -70,26 +72,26 @@ class DiffusionPolicy:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those that are trained."""
+        """The trained parameters."""
         return list(self.trainable.parameters.values())
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The base model's weights, by name; those of a network that is not here, as of prompts that came encoded,
-        are missing."""
+        """The base model's weights by name, without networks that are not loaded, such as the text encoder of prompts
+        that came encoded."""
         for network in self.model.networks.values():
             for name, weight in network.named_parameters():
-                if not weight.requires_grad:  # those that do are trained
+                if not weight.requires_grad:  # otherwise it is trained
                     yield name, weight.detach()
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """What the denoiser needs to know of B prompts; each prompt is encoded once in the policy's life."""
+        """The conditioning of B prompts; each distinct prompt is encoded once and then cached."""
         for prompt in set(prompts) - self._encoded.keys():
             self._encoded[prompt] = self.model.encode([prompt])
         first = self._encoded[prompts[0]]
         return type(first).cat([self._encoded[prompt] for prompt in prompts])
 
     def step(self, latents: Tensor, positions: Tensor, conditioning: Conditioning) -> Step:
-        """The step from x_k, (B, C, H, W), at positions k, int64 (B,), of B prompts."""
+        """The step from latents x_k, (B, C, H, W), at positions k, int64 (B,), for B prompts."""
         output = self._guided_output(latents, self.process.times[positions], conditioning)
         return self.process.step(output, latents, positions)
 
@@ -107,13 +109,13 @@ class DiffusionPolicy:
             return self.model.denoise(latents, times, conditioning)
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside the block the policy is the frozen base model."""
+        """Inside the block, the policy is the frozen base model."""
         return self.trainable.reference()
 
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.
 
-        With `image_size` the latents are averaged down first, so that the image comes out at about that many pixels.
+        With `image_size`, the latents are first averaged down so that the image is about that many pixels wide.
         """
         if image_size is not None:
             size = max(1, min(image_size // self.model.decode.factor, self.latent_shape[-1]))

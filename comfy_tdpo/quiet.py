@@ -1,4 +1,4 @@
-"""Loading models without the bars and remarks of the libraries that load them; errors are raised all the same."""
+"""Loading models without the progress bars and log messages of diffusers and transformers; errors are still raised."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,8 @@
-"""Randomness from coordinates.
+"""Random numbers from coordinates.
 
-Every random number is drawn by a generator whose seed derives from where it is used, such as (run seed, "noise", epoch,
-sample). So a resumed run repeats exactly, the number of micro-batches changes nothing, and no global generator's state
-has to be saved, guessed, or shared with another thread.
+Every generator is seeded from where its numbers are used, such as (run seed, "noise", epoch, sample). A resumed run
+therefore repeats exactly, the number of micro-batches makes no difference, and no global generator's state has to be
+saved, guessed or shared with another thread.
 """
 
 import hashlib
@@ -19,5 +19,5 @@ def derive_seed(*coordinates: int | str) -> int:
 
 
 def generator_at(*coordinates: int | str) -> torch.Generator:
-    """A generator on the CPU: its numbers do not depend on the device that uses them."""
+    """A generator on the CPU, so that its numbers do not depend on the device that uses them."""
     return torch.Generator().manual_seed(derive_seed(*coordinates))

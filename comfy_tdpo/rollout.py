@@ -1,6 +1,6 @@
-"""Sampling trajectories with the current policy, and what Eq. 6 needs to know of each step.
+"""Sampling trajectories with the current policy, and recording what Eq. 6 needs of each step.
 
-Nothing here enables or disables gradients: with them, `denoise` keeps the graph of the whole trajectory.
+Nothing here enables or disables gradients. If they are enabled, `denoise` keeps the graph of the whole trajectory.
 
 Shapes: B samples, T denoising steps, C H W latent, D embedding width.
 """
@@ -21,9 +21,11 @@ from .rewards import RewardModel, score_images
 class Trajectories:
     """B sampled trajectories; tensors are float32 on the policy's device.
 
-    latents (B, T + 1, C, H, W): x_0 ... x_T in sampling order, so that `latents[:, k + 1]` is step k's sample;
-    log_probs (B, T) under the policy that sampled; kl (B, T) nats against the base model, see `denoise`;
-    image_embeds (B, T, D) of the decoded x_k, None without a critic; rewards (B,); eval_rewards name -> (B,).
+    latents (B, T + 1, C, H, W): x_0 ... x_T in sampling order, so step k's sample is `latents[:, k + 1]`.
+    log_probs (B, T): under the policy that sampled.
+    kl (B, T): nats against the base model, see `denoise`.
+    rewards (B,); eval_rewards: name -> (B,).
+    image_embeds (B, T, D): of the decoded x_k; None without a critic.
     """
 
     prompts: list[str]
@@ -53,7 +55,7 @@ class Trajectories:
 
 @dataclass
 class Decoder:
-    """Decodes latents some at a time. `batch` is how many, and is halved where memory runs out."""
+    """Decodes latents `batch` at a time; halves `batch` when memory runs out."""
 
     policy: DiffusionPolicy
     batch: int
@@ -65,7 +67,10 @@ class Decoder:
         read: Callable[[Tensor], Tensor] = lambda images: images,
         check: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """What `read` makes of the images, (B, 3, h, w), of latents (B, C, H, W); `check` is called between batches."""
+        """Decode latents (B, C, H, W) to images (B, 3, h, w) and return what `read` makes of them, batch by batch.
+
+        `check` is called before each batch.
+        """
         parts, begin = [], 0
         while begin < len(latents):
             check()
@@ -76,8 +81,8 @@ class Decoder:
             except torch.cuda.OutOfMemoryError as error:
                 if self.batch == 1:
                     raise ValueError(
-                        "got out of memory decoding one image at a time; expected room for that: lower resolution, "
-                        "set precision to bf16, or close what else uses the device"
+                        "got out of memory decoding one image at a time; expected room for one: lower resolution, "
+                        "set precision to bf16, or close other programs that use the device"
                     ) from error
                 self.batch //= 2
                 torch.cuda.empty_cache()
@@ -86,13 +91,13 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples, decodes and scores; everything it needs but the prompts and the seeds.
+    """Samples, decodes and scores, given prompts and seeds.
 
     Args:
         embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
-        embed_image_size: pixels at which intermediate latents are decoded for the critic, None for full size.
+        embed_image_size: pixels at which intermediate latents are decoded for the critic, or None for full size.
         kl: what Trajectories.kl holds, see `denoise`.
-        check: called between model calls; may raise to stop.
+        check: called between model calls; may raise an exception to stop.
     """
 
     decoder: Decoder
@@ -104,7 +109,7 @@ class Sampler:
     check: Callable[[], None] = lambda: None
 
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
-        """One trajectory for each of `prompts`, its noise drawn at the coordinates in `seeds`."""
+        """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`."""
         policy = self.decoder.policy
         latents, log_probs, kl = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
         images = self.decoder(latents[:, -1], check=self.check)
@@ -119,7 +124,7 @@ class Sampler:
         )
 
     def _embed(self, latents: Tensor) -> Tensor | None:
-        """Unit embeddings, (B, T, D), of the decoded x_k, noisy as they are; (B, T, C, H, W) in."""
+        """Unit embeddings (B, T, D) of the decoded noisy latents x_k, (B, T, C, H, W)."""
         if self.embed is None:
             return None
         embeds = self.decoder(latents.flatten(0, 1), self.embed_image_size, self.embed, self.check)
@@ -127,7 +132,7 @@ class Sampler:
 
 
 def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:
-    """All the noise of each trajectory, (B, T + 1, C, H, W): the start, then one draw a step."""
+    """All noise of each trajectory, (B, T + 1, C, H, W): the initial noise, then one draw per step."""
     shape = (len(policy.process) + 1, *policy.latent_shape)
     noise = torch.stack([torch.randn(shape, generator=generator_at(*seed)) for seed in seeds])
     return noise.to(policy.device, non_blocking=True)
@@ -140,10 +145,10 @@ def denoise(
     kl: str = "none",
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of the trajectories that `noise` drives.
+    """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of the trajectories driven by `noise`.
 
-    kl: "exact": of each step against the base model's, in nats; "sampled": the log-ratio of the sample, of which the
-    former is the mean; "none": zero. Steps that are not stochastic have zeros in both tensors.
+    kl: "exact" for the KL in nats of each step against the base model's; "sampled" for the log-ratio of each sample,
+    whose expectation is the exact KL; "none" for zeros. Steps that are not stochastic have zeros in both tensors.
     """
     conditioning = policy.encode_prompts(prompts)
     latents = [policy.process.initial(noise[:, 0])]
@@ -175,7 +180,7 @@ def draw_images(
     batch: int,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Only the images, (B, 3, H, W) in [0, 1], of trajectories sampled `batch` at a time."""
+    """The images alone, (B, 3, H, W) in [0, 1], sampled `batch` at a time."""
     policy, images = decoder.policy, []
     for begin in range(0, len(prompts), batch):
         rows = slice(begin, begin + batch)

@@ -1,4 +1,4 @@
-"""Safetensors files: written the same to the byte for the same content, and read without trusting them."""
+"""Safetensors files: the same content is always written as the same bytes, and files are validated when read."""
 
 import json
 import math
@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_LARGEST_HEADER = 100_000_000  # bytes, the safetensors library's own limit
 
-# What the format calls its types; those that a version of torch lacks are left out.
+# The format's names for dtypes, without those that the installed torch lacks.
 _DTYPES = {
     name: getattr(torch, dtype)
     for name, dtype in {
@@ -26,15 +26,14 @@ _DTYPES = {
 
 
 class TensorFile:
-    """The tensors of a .safetensors file, mapped into memory and read one by one.
+    """The tensors of a .safetensors file, memory-mapped and read one at a time.
 
-    Bytes after the last tensor are harmless. The safetensors library refuses them; here they are ignored, as in
-    ComfyUI.
+    Bytes after the last tensor are harmless and are ignored, as in ComfyUI; the safetensors library would reject them.
 
-    shapes: name -> shape; metadata: the header's texts.
-    dtypes: name -> dtype, or the format's own word for one that this version of PyTorch does not have.
-    Raises ValueError, with the reason alone, where the file is damaged or of another format; OSError where it cannot
-    be read.
+    shapes: name -> shape; metadata: the header's strings.
+    dtypes: name -> dtype, or the format's name of a dtype that the installed PyTorch lacks.
+    Raises ValueError, whose message is only the reason, if the file is damaged or has another format; OSError if it
+    cannot be read.
     """
 
     def __init__(self, path: Path):
@@ -47,7 +46,7 @@ class TensorFile:
             header = file.read(length)
         size = path.stat().st_size - 8 - length
         if size < 0:
-            raise ValueError(f"it ends within its header of {length} bytes")
+            raise ValueError(f"it ends inside its header, which should have {length} bytes")
         entries, self.metadata = _parse(header)
         self._places = {name: _place(name, entry, size) for name, entry in entries.items()}
         self.shapes = {name: shape for name, (_, shape, _) in self._places.items()}
@@ -56,7 +55,7 @@ class TensorFile:
         self._start = 8 + length
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor `name`, as a view of the file where its place there allows it."""
+        """The tensor `name`; a view of the file if its offset is aligned, otherwise a copy."""
         dtype, shape, begin = self._places[name]
         if isinstance(dtype, str):
             raise ValueError(f"{name} is stored as {dtype}, which PyTorch {torch.__version__} cannot read")
@@ -71,15 +70,15 @@ def _parse(header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its header is not valid JSON: {error}") from error
     if not isinstance(entries, dict):
-        raise ValueError(f"its header is a {type(entries).__name__}, not a table of tensors")
+        raise ValueError(f"its header is a {type(entries).__name__} and not a table of tensors")
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is not a table of texts")
+        raise ValueError("its metadata is not a table of strings")
     return entries, metadata
 
 
 def _place(name: str, entry: Any, size: int) -> tuple[torch.dtype | str, tuple[int, ...], int]:
-    """A tensor's dtype, shape and first byte in data of `size` bytes, from the header's word for it."""
+    """A tensor's dtype, shape and first byte, from its header `entry`; the data has `size` bytes."""
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         dtype = _DTYPES.get(code, code)
@@ -89,21 +88,21 @@ def _place(name: str, entry: Any, size: int) -> tuple[torch.dtype | str, tuple[i
     if not sound or (isinstance(dtype, torch.dtype) and end - begin != math.prod(shape) * dtype.itemsize):
         raise ValueError(f"its header describes {name!r} as {str(entry)[:80]}")
     if end > size:
-        raise ValueError(f"{name!r} ends at byte {end} of the {size} that are there")
+        raise ValueError(f"{name!r} ends at byte {end}, but the file has only {size} bytes of data")
     return dtype, shape, begin
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors`, on any device, and `metadata` to `path`, readable for whom the user's other files are.
+    """Write `tensors`, from any device, and `metadata` to `path`, with the user's default file permissions.
 
-    safetensors' own `save_file` leaves metadata in the order of a hash map, and some of its versions make the file
-    private to the user.
+    safetensors' own `save_file` writes metadata in the order of a hash map, and some versions make the file readable
+    only by its owner.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = memoryview(save(on_cpu, metadata))
-    end = 8 + int.from_bytes(content[:8], "little")  # of the header, after its length
+    end = 8 + int.from_bytes(content[:8], "little")  # end of the header, which follows its 8-byte length
     header = json.dumps(json.loads(bytes(content[8:end])), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.write(content[end:])

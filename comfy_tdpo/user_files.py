@@ -1,8 +1,8 @@
-"""Files that a user names: where they are, and the text in them, whatever system wrote it.
+"""Paths that a user gives, and text files from any system.
 
-Text is read where its encoding is certain: UTF-8, UTF-16 and UTF-32 with a byte order mark, and UTF-16 and UTF-32
-without one where the zero bytes leave no doubt. Everything else is refused with what it seems to be: a guess between
-one-byte encodings would change letters without a word.
+Text is read only if its encoding is certain: UTF-8, UTF-16 and UTF-32 with a byte order mark, and UTF-16 and UTF-32
+without one if the zero bytes leave no doubt. Anything else is rejected with a message that says what it seems to be,
+because guessing between one-byte encodings could silently change letters.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from pathlib import Path
 LARGEST = 64 * 2**20  # bytes
 SAVE_AS_UTF8 = "save it as UTF-8 in a text editor"
 
-# Longest first: the mark of UTF-32 begins with that of UTF-16.
+# UTF-32 comes before UTF-16, because its little-endian mark starts with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -37,19 +37,19 @@ _KINDS = (
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page or an XML document"),
 )
 _LINE_ENDS = re.compile("\r\n|[\r\v\f]")
-_SURROGATE = re.compile("[\ud800-\udfff]")  # as Python writes a byte that is not UTF-8
+_SURROGATE = re.compile("[\ud800-\udfff]")  # how Python represents a byte that is not UTF-8
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 
 def user_path(text: str | Path) -> Path:
-    """The path that a user means, with `~` written out: a shell does not do it in `--run-dir=~/runs`.
+    """The path that a user means, with `~` expanded, because a shell does not expand it in `--run-dir=~/runs`.
 
     Raises:
-        ValueError: it is empty, is not UTF-8, or names the home of somebody who has none here.
+        ValueError: the path is empty, is not UTF-8, or names the home folder of an unknown user.
     """
     if not str(text).strip():
         raise ValueError(
-            f"got {str(text)!r} as a path; expected a file or folder: a variable in the command may be empty"
+            f"got {str(text)!r} as a path; expected a file or folder: check whether a variable in the command is empty"
         )
     check_name(text)
     try:
@@ -57,38 +57,39 @@ def user_path(text: str | Path) -> Path:
     except RuntimeError as error:
         first = Path(text).parts[0]
         raise ValueError(
-            f"got the path '{text}', but {first} has no home folder here; write the folder out, or ./{text} if it is "
-            "called so"
+            f"got the path '{text}', but {first} has no home folder here; write out the full path, or ./{text} if the "
+            "name itself starts with ~"
         ) from error
 
 
 def check_name(path: str | Path) -> None:
-    """Raise ValueError where a path is not UTF-8: neither a configuration nor the safetensors library can name it."""
+    """Raise ValueError if a path is not UTF-8: neither TOML nor the safetensors library can represent it."""
     if _SURROGATE.search(str(path)):
         raise ValueError(f"got the path {str(path)!r}, which is not UTF-8; rename the file or folder")
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:
-    """The text in a file, without byte order marks, its lines ended by "\\n".
+    """The text of a file, without byte order marks and with "\\n" as the line ending.
 
-    Carriage returns, vertical tabs and form feeds end lines too.
+    Carriage returns, vertical tabs and form feeds count as line endings too.
 
     Args:
-        largest: size in bytes above which a file is refused unread.
+        largest: size in bytes above which a file is rejected unread.
 
     Raises:
-        ValueError: it cannot be read or is no text; one line that names the file and says what to do.
+        ValueError: the file cannot be read or is not text; the message is one line that names the file and says what
+            to do.
     """
     data = _read_bytes(path, largest)
     kind = next((kind for start, kind in _KINDS if re.match(start, data, re.DOTALL)), None)
     if kind:
         raise ValueError(f"'{path}' is {kind}; expected plain text: export or copy its text into a .txt file")
-    text = _LINE_ENDS.sub("\n", _decode(data, path).removesuffix("\x1a"))  # with which DOS ends a file
-    text = text.replace("\ufeff", "")  # also between files that were put together
+    text = _LINE_ENDS.sub("\n", _decode(data, path).removesuffix("\x1a"))  # DOS's end-of-file character
+    text = text.replace("\ufeff", "")  # anywhere, because files may have been concatenated
     if found := _CONTROL.search(text):
         raise ValueError(
-            f"'{path}' holds the control character U+{ord(found[0]):04X} in line {_line_number(text, found.start())}; "
-            "expected text alone: delete that character"
+            f"'{path}' contains the control character U+{ord(found[0]):04X} in line {_line_number(text, found.start())}"
+            "; expected plain text: delete that character"
         )
     return text
 
@@ -102,13 +103,13 @@ def _read_bytes(path: Path, largest: int) -> bytes:
             raise ValueError(f"'{path}' is a pipe or a device; expected a file, which can be read again: save the text")
         if status.st_size > largest:
             size, most = status.st_size / 2**20, largest / 2**20
-            raise ValueError(f"'{path}' has {size:.0f} MiB; expected text of at most {most:.0f} MiB: keep a part of it")
+            raise ValueError(f"'{path}' has {size:.0f} MiB; expected text of at most {most:.0f} MiB: keep part of it")
         return path.read_bytes()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and path.is_symlink():
             raise ValueError(
-                f"'{path}' is a link to '{path.readlink()}', which is not there; mount or restore it, or name another "
-                "file"
+                f"'{path}' is a link to '{path.readlink()}', which is not there; mount or restore it, or name "
+                "another file"
             ) from error
         raise ValueError(f"'{path}' cannot be read: {error.strerror}; check the path and its permissions") from error
 
@@ -119,8 +120,8 @@ def _decode(data: bytes, path: Path) -> str:
         encoding = _encoding_without_mark(data)
         if not encoding:
             raise ValueError(
-                f"'{path}' holds zero bytes, as UTF-16, binary files and files put together from two encodings do; "
-                f"expected UTF-8 text: if it is text, {SAVE_AS_UTF8}"
+                f"'{path}' contains null bytes, as UTF-16, binary files and files in mixed encodings do; expected "
+                f"UTF-8 text: if it is text, {SAVE_AS_UTF8}"
             )
     try:
         text = data[len(mark) :].decode(encoding or "utf-8")
@@ -132,9 +133,9 @@ def _decode(data: bytes, path: Path) -> str:
 
 
 def _encoding_without_mark(data: bytes) -> str:
-    """UTF-32 or UTF-16 by its zero bytes, or nothing where those leave a doubt.
+    """UTF-32 or UTF-16, judged by the zero bytes; empty if they leave a doubt.
 
-    Chinese or Japanese in UTF-16 has few zeros, on either side, so only text that is mostly Latin is certain.
+    Chinese or Japanese in UTF-16 has few zero bytes in either position, so only mostly Latin text is certain.
     """
     for encoding in ("utf-32-le", "utf-32-be"):
         if _is_text(data, encoding):
@@ -154,7 +155,8 @@ def _is_text(data: bytes, encoding: str) -> bool:
 
 
 def _is_assigned(text: str) -> bool:
-    """Whether all its characters exist; beyond the basic plane, emoji may be newer than our tables."""
+    """Whether all characters are assigned in Unicode. Only the basic plane is checked: emoji may be newer than Python's
+    tables."""
     return all(unicodedata.category(letter) != "Cn" for letter in set(text) if ord(letter) < 0x10000)
 
 
@@ -165,16 +167,16 @@ def _undecodable(path: Path, data: bytes, encoding: str, error: UnicodeDecodeErr
     line = data[start : error.start + 20].split(b"\n")[0].strip().decode("cp1252", errors="replace")
     number = data.count(b"\n", 0, error.start) + 1
     return (
-        f"'{path}' is not UTF-8: line {number} holds the byte 0x{data[error.start]:02x}; it looks like an older "
-        f"encoding (in Windows-1252 it reads {line[-60:]!r}): {SAVE_AS_UTF8}"
+        f"'{path}' is not UTF-8: line {number} contains the byte 0x{data[error.start]:02x}; it looks like an older "
+        f"encoding (as Windows-1252, the line reads {line[-60:]!r}): {SAVE_AS_UTF8}"
     )
 
 
 def _damaged(path: Path, encoding: str) -> str:
     name = encoding[:6].upper()
     return (
-        f"'{path}' begins as {name} but is not {name} throughout: it was cut off, or text in another encoding was "
-        f"appended; mend it in a text editor and save it as UTF-8"
+        f"'{path}' starts as {name} but is not {name} throughout: it was cut off, or text in another encoding was "
+        f"appended; repair it in a text editor and save it as UTF-8"
     )
 
 

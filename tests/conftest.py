@@ -18,8 +18,8 @@ from comfy_tdpo.models.components import Components
 from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.shapes.build import build_tokenizer
 from comfy_tdpo.shapes.encoders import MAX_TOKENS
+from comfy_tdpo.shapes.tokenizer import build_tokenizer
 
 WIDTH = 32  # of the U-Net, the autoencoder and the text encoder
 RESOLUTION = 16  # pixels; the autoencoder halves them, so latents are 4 x 8 x 8

@@ -183,7 +183,7 @@ WRONG = {
     "a weight that is no number": (["--reward", "shapes-judge=much"], "NAME=WEIGHT"),
     "no weights": (
         ["--preset", "sd14-pickscore", "--reward-weights", "pickscore=/no/such/file"],
-        "got '/no/such/file' as the weights of reward 'pickscore', where nothing is",
+        "got '/no/such/file' as the weights of reward 'pickscore', but nothing is there",
     ),
     "a function that is nowhere": (["--reward", "python:no_such_module:f"], "cannot be imported"),
     "an unknown prompt set": (["--prompts", "no-such-set"], "got prompts 'no-such-set'"),
@@ -202,7 +202,10 @@ WRONG = {
     "a held-out reward that is trained on": (["--eval-reward", "shapes-aesthetic"], "which is trained on"),
     "a prompt for a file": (["--prompts", "a red circle " * 3000], "got prompts 'a red circle"),
     "an unknown tracker": (["--output.trackers", "abacus"], "got tracker 'abacus'"),
-    "prompts that a reward cannot read": (["--prompts", "simple-animals"], "shapes-gold judges prompts of Shapes only"),
+    "prompts that a reward cannot read": (
+        ["--prompts", "simple-animals"],
+        "shapes-gold can only judge prompts of Shapes",
+    ),
     "more steps than the schedule has": (["--steps", "1000"], "begin beyond the 1000"),
     "a critic without an encoder": (["--reward", "shapes-gold"], "has no image encoder"),
 }

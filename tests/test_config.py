@@ -104,7 +104,7 @@ def test_every_setting_says_what_it_means():
 WRONG = [
     ({"eval_rewards": 5}, "eval_rewards: got 5; expected a list of names"),
     ({"algorithm": ["tdpo"]}, "got algorithm ['tdpo']; expected one of tdpo-r"),
-    ({"kl": {"target": 5.0}}, "kl.target steers kl.coefficient, which is 0"),
+    ({"kl": {"target": 5.0}}, "kl.target adapts kl.coefficient, which is 0"),
     ({"kl": {"coefficient": 0.1, "target": 5.0, "horizon": 10}}, "kl.horizon 10 is less than"),
     ({"advantage_clip": 5.0}, "advantage_clip is for algorithms without a critic"),
     ({"rewards": {"shapes-judge": float("nan")}}, "rewards.shapes-judge: got nan"),

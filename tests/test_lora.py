@@ -122,7 +122,7 @@ def test_weights_of_another_lora_are_refused(make_policy):
     wide, narrow = make_policy(targets="attention+feed-forward"), make_policy(targets="attention")
     for policy, state in ((narrow, wide.trainable.state()), (wide, narrow.trainable.state()), (narrow, {})):
         before = [parameter.clone() for parameter in policy.parameters]
-        with pytest.raises(ValueError, match=r"got adapter weights of another model .*; expected .* policy\.targets"):
+        with pytest.raises(ValueError, match=r"got LoRA weights of another model .*; expected .* policy\.targets"):
             policy.trainable.load(state)
         assert all(torch.equal(a, b) for a, b in zip(policy.parameters, before, strict=True))
 

@@ -177,8 +177,8 @@ QUANTISED = {
     },
     "to_q.weight is stored as int8": {"weight": torch.zeros(32, 32).char(), "weight_scale": torch.ones(())},
     "a scale of float32 .. for a weight of float16": {"scale_weight": torch.tensor(2.0)},
-    "a scheme with scales of its own .*scale_inv": {"weight_scale_inv": torch.ones(1, 1)},
-    "a scheme with scales of its own .*own_scale": {"my_own_scale": torch.ones(1, 1)},
+    "an unknown scheme with scales .*scale_inv": {"weight_scale_inv": torch.ones(1, 1)},
+    "an unknown scheme with scales .*own_scale": {"my_own_scale": torch.ones(1, 1)},
     "scale_weight has no ": {"lost.scale_weight": torch.ones(())},
     "without .*weight_scale": {"weight": torch.zeros(32, 32).to(FLOAT8), "comfy_quant": COMFY_QUANT},
     "a description of its format": {"comfy_quant": torch.zeros(5).byte()},
@@ -233,7 +233,7 @@ def test_a_weight_that_is_not_finite_is_named(folder, single, name, key, stored,
 
     change_part(folder, name, lambda weights: spoil(weights, key))
     for path, file in ((str(folder), name), (single(lambda weights: spoil(weights, stored)), "single.safetensors")):
-        message = rf"{key} of the {network} in .*{file} holds NaN or infinity \(1 of \d+ values\).*; .*fetch it again"
+        message = rf"{key} of the {network} in .*{file} contains NaN or infinity \(1 of \d+ values\).*download it again"
         with pytest.raises(ValueError, match=message):
             load_components(path)
 
@@ -265,7 +265,7 @@ def test_bytes_after_the_last_tensor_do_no_harm(model, folder, single):
 def test_a_file_that_ends_early_is_an_unfinished_download(single, cut):
     path = Path(single(lambda weights: None))
     path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(ValueError, match=r"is no sound .safetensors file: .* ends at byte .*unfinished download"):
+    with pytest.raises(ValueError, match=r"is not a valid .safetensors file: .* ends at byte .*unfinished download"):
         load_components(str(path))
 
 
@@ -303,7 +303,7 @@ def test_a_key_with_and_without_its_prefix_is_refused(single):
             weights[f"state_dict.{key}"] = weights.pop(key)
         weights["state_dict.first_stage_model.quant_conv.bias"] = torch.ones(8).half()
 
-    with pytest.raises(ValueError, match="holds first_stage_model.quant_conv.bias twice.*; keep one"):
+    with pytest.raises(ValueError, match="contains first_stage_model.quant_conv.bias twice.*; keep one"):
         load_components(single(double))
 
 

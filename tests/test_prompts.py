@@ -76,47 +76,51 @@ def test_tables_and_json_are_read(case, tmp_path):
 
 
 REFUSED = {
-    "Windows-1252": ("x.txt", b"a fox\na caf\xe9 at night\n", "line 2 holds the byte 0xe9; it looks like an older"),
-    "Chinese in UTF-16 without a mark": ("x.txt", "一二三".encode("utf-16-le"), "holds zero bytes, as UTF-16"),
+    "Windows-1252": ("x.txt", b"a fox\na caf\xe9 at night\n", "line 2 contains the byte 0xe9; it looks like an older"),
+    "Chinese in UTF-16 without a mark": ("x.txt", "一二三".encode("utf-16-le"), "contains null bytes, as UTF-16"),
     "UTF-16 appended to UTF-8": (
         "x.txt",
         b"a fox\n" + "a bear\r\n".encode("utf-16"),
-        "files put together from two encodings",
+        "files in mixed encodings",
     ),
     "UTF-8 appended to UTF-16": ("x.txt", "a\r\n".encode("utf-16") + b"a fox\n", "is not UTF-16 throughout"),
     "UTF-16 that was cut off": ("x.txt", "a fox".encode("utf-16")[:-1], "is not UTF-16 throughout"),
-    "zeros": ("x.txt", b"a\0fox\n", "holds zero bytes"),
+    "zeros": ("x.txt", b"a\0fox\n", "contains null bytes"),
     "a control character": ("x.txt", "a\n\x1b[31mred", "control character U+001B in line 2"),
     "an image": ("x.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a PNG image; expected plain text"),
     "a document": ("x.txt", rb"{\rtf1\ansi a fox}", "is a formatted document (RTF)"),
     "a page": ("x.txt", "<!DOCTYPE html>\n<html>", "is a web page"),
     "nothing": ("x.txt", b"", "holds no prompt"),
-    "comments alone": ("x.txt", "# a fox\n", "a line that begins with # is a comment"),
+    "comments alone": ("x.txt", "# a fox\n", "lines that begin with # are comments"),
     "JSON": ("x.txt", '["a fox"]', "rename it to .json"),
     "JSON lines": ("x.txt", '{"prompt": "a fox"}\n{"prompt": "b"}', "or to .jsonl if every line is an object"),
     "a table": ("x.txt", "id,prompt\n1,a fox\n", "begins with 'id,prompt', as a table does"),
-    "numbers": ("x.txt", "1. a fox\n2. a bear\n", "a number before every line, as '1. a fox'"),
+    "numbers": ("x.txt", "1. a fox\n2. a bear\n", "a number before every line, such as '1. a fox'"),
     "bullets": ("x.txt", "- a fox\n- a bear\n", "a bullet before every line"),
     "quotes": ("x.txt", '"a fox",\n"a bear",\n', "every line in quotes"),
-    "kohya's options": ("x.txt", "b\na fox --n bad --w 512\nc --d 1", "in line 2 and 1 more, '--n'; expected words"),
+    "kohya's options": (
+        "x.txt",
+        "b\na fox --n bad --w 512\nc --d 1",
+        "in line 2 and 1 more, '--n'; expected plain words",
+    ),
     "Midjourney's": ("x.csv", "prompt\na fox --ar 16:9\n", "options of another program in line 2"),
     "alternatives": ("x.jsonl", '{"prompt": "a {red|blue} fox"}', "dynamic prompts in line 1, '{red|blue}'"),
     "wildcards": ("x.json", '["a __colour__ fox"]', "a wildcard in item 1, '__colour__'"),
     "weights": ("x.txt", "a (red:1.2) fox", "a weight of a user interface in line 1, '(red:1.2)'"),
     "a LoRA": ("x.txt", "a fox <lora:more:0.8>", "a tag of a user interface"),
-    "editing": ("x.txt", "a [fox:bear:0.5]", "a change on the way"),
+    "editing": ("x.txt", "a [fox:bear:0.5]", "prompt editing"),
     "YAML": ("x.yaml", "- a fox", "got YAML as prompts"),
     "half a character": ("x.json", r'["a \ud83e fox"]', "halves of characters in item 1"),
     "unknown columns": ("x.csv", "id,words\n1,a fox\n", "begins with 'id,words'; expected the names of its columns"),
     "two columns": ("x.csv", "caption,text\na,b\n", "begins with 'caption,text'"),
     "commas without quotes": ("x.csv", "prompt\na fox, red\n", "has 2 fields in line 2 and 1 in its header"),
-    "quotes without an end": ("x.csv", 'prompt\n"a fox\nb\n', "breaks off in line 3"),
+    "quotes without an end": ("x.csv", 'prompt\n"a fox\nb\n', "cannot be parsed at line 3"),
     "an empty cell": ("x.csv", "id,prompt\n1,\n", "has no prompt in line 2"),
-    "a number": ("x.json", '["a", 5]', "has 5 in item 2; expected a prompt, which is text"),
+    "a number": ("x.json", '["a", 5]', "has 5 in item 2; expected a prompt as text"),
     "another key": ("x.jsonl", '{"p": "a fox"}', "has the keys p in line 1"),
     "an object": ("x.json", '{"a": {"p": "a fox"}}', "expected an array"),
-    "no JSON": ("x.json", "a fox\n", "is no JSON"),
-    "an array of several lines": ("x.jsonl", '[\n"a"\n]', "is no JSON in line 1"),
+    "no JSON": ("x.json", "a fox\n", "is not valid JSON"),
+    "an array of several lines": ("x.jsonl", '[\n"a"\n]', "is not valid JSON in line 1"),
 }
 
 
@@ -134,7 +138,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
     link, pipe, big = tmp_path / "link.txt", tmp_path / "pipe.txt", tmp_path / "big.txt"
     with pytest.raises(ValueError, match="is a folder; expected a text file"):
         load_prompts(str(tmp_path))
-    with pytest.raises(ValueError, match="expected a text file with one prompt a line, or one of complex"):
+    with pytest.raises(ValueError, match="expected a text file with one prompt per line, or one of complex"):
         load_prompts(str(tmp_path / "none.txt"))
     big.write_bytes(b"a fox\n")
     os.truncate(big, 100 * 2**20)
@@ -182,4 +186,4 @@ def test_prompts_longer_than_clip_reads_are_found(family):
     assert (found.prompt, found.tokens, found.limit, found.read) == (cut, 78, 77, fits.strip())
     assert [found.read for found in too_long(tokenizer, ["a red fox"], limit=4)] == ["a red"]
     message = describe_cut(too_long(tokenizer, [cut, cut + " cat"]))
-    assert "2 prompts are longer" in message and "has 79 tokens of at most 77" in message
+    assert "2 prompts are longer" in message and "has 79 tokens, the limit is 77" in message

@@ -168,7 +168,10 @@ WRONG_FORMS = {
         "takes neither images nor prompts, and returned float; expected a function",
     ),
     "a factory of too much": (lambda device, table: None, r"with the parameters \(device, table\); expected images"),
-    "a factory that fails": (lambda: 1 / 0, "called to make the function that does, and failed: ZeroDivisionError"),
+    "a factory that fails": (
+        lambda: 1 / 0,
+        "called as a factory for the function that does, and failed: ZeroDivisionError",
+    ),
     "a factory of factories": (lambda: lambda: both, "with the parameters .*; expected images and prompts"),
 }
 

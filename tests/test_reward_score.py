@@ -138,7 +138,7 @@ WRONG = {
     "no image": (["--reward", "shapes-judge", "{folder}/no.png"], "no.png cannot be read as an image"),
     "no weights": (
         ["--reward", "hpsv2", "--reward-weights", "hpsv2={folder}/hps.pt", "{image}"],
-        "hps.pt' as the weights of reward 'hpsv2', where nothing is",
+        "hps.pt' as the weights of reward 'hpsv2', but nothing is there",
     ),
     "weights of another": (
         ["--reward", "shapes-judge", "--reward-weights", "hpsv2=hps.pt", "{image}"],
@@ -153,7 +153,7 @@ WRONG = {
     "a bomb": (["--reward", "shapes-judge", "{folder}/bomb.png"], "bomb.png cannot be read as an image"),
     "a prompt it cannot judge": (
         ["--reward", "shapes-gold", "--prompt", "a fox", "{image}"],
-        "judges prompts of Shapes",
+        "can only judge prompts of Shapes",
     ),
 }
 

@@ -56,7 +56,7 @@ def test_a_folder_holds_them_under_any_of_their_names(offline, folder, tmp_path,
 
 def test_in_a_shared_folder_a_name_that_every_clip_has_says_nothing(offline, folder, tmp_path):
     touched(folder / "model.safetensors")
-    with pytest.raises(ValueError, match="cannot be had"):
+    with pytest.raises(ValueError, match="cannot be downloaded"):
         find_weights("pickscore", CLIP)
     right = touched(folder / "PickScore_v1" / "model.safetensors")
     assert find_weights("pickscore", CLIP) == right
@@ -74,7 +74,7 @@ def test_the_hubs_cache_serves_offline(offline, tmp_path):
 @pytest.mark.parametrize("name", [name for name in REWARDS if reward_class(name).sources])
 def test_a_missing_file_says_what_it_is_and_where_to_put_it(offline, folder, name):
     source = reward_class(name).sources[0]
-    with pytest.raises(ValueError, match="cannot be had") as error:
+    with pytest.raises(ValueError, match="cannot be downloaded") as error:
         load_reward(name, CPU)
     for part in (name, source.file, source.repo, source.licence, source.size, str(folder), "reward_weights", "OFFLINE"):
         assert part in str(error.value)
@@ -86,7 +86,7 @@ def test_a_path_that_is_given_is_not_passed_over(offline, folder, tmp_path):
     with pytest.raises(ValueError, match="nothing is"):
         find_weights("some", SOURCE, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="does not hold some.pt"):
+    with pytest.raises(ValueError, match="does not contain some.pt"):
         find_weights("some", SOURCE, tmp_path / "empty")
 
 
@@ -122,7 +122,7 @@ def test_damaged_files_are_refused(tmp_path, suffix, broken):
     save_file(weight, path) if suffix == ".safetensors" else torch.save(weight, path)
     assert load_weights(nn.Linear(64, 64), path, SOURCE).weight.sum() == 64 * 64
     path.write_bytes(BROKEN[broken](path.read_bytes()))
-    with pytest.raises(ValueError, match=r"cannot be read as some.pt.*fetch it again"):
+    with pytest.raises(ValueError, match=r"cannot be read as some.pt.*download it again"):
         load_weights(nn.Linear(64, 64), path, SOURCE)
 
 
@@ -165,7 +165,7 @@ def test_other_models_are_refused_before_they_are_used(tmp_path, there, complain
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"bias": torch.tensor([1.0, float("nan")])}, r"bias in .* holds NaN or infinity \(1 of 2 values\)"),
+        ({"bias": torch.tensor([1.0, float("nan")])}, r"bias in .* contains NaN or infinity \(1 of 2 values\)"),
         ({"weight_scale": torch.ones(())}, "is quantised: .*; expected some.pt"),
         ({"weight.absmax": torch.ones(1)}, "is quantised: bitsandbytes in 4 bits"),
     ],

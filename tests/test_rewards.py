@@ -95,7 +95,7 @@ def test_a_sum_lends_the_first_encoder_there_is():
 def test_a_sum_asks_each_part_about_the_prompts():
     total = load_rewards({"shapes-aesthetic": 1.0, "shapes-gold": 1.0}, CPU)
     total.check_prompts(["a red circle"])
-    with pytest.raises(ValueError, match="shapes-gold judges prompts of Shapes only"):
+    with pytest.raises(ValueError, match="shapes-gold can only judge prompts of Shapes"):
         total.check_prompts(["a photo of a cat"])
 
 
@@ -303,7 +303,7 @@ def test_an_encoder_is_let_go_with_its_last_user(small):
 def test_the_log_names_the_encoder_the_critic_reads(tmp_path, caplog):
     with caplog.at_level("INFO"):
         assembled(tmp_path, rewards={"jpeg-compressibility": 1.0}, critic={"encoder": "shapes-alignment"})
-    assert "the critic reads images by the encoder of shapes-alignment" in caplog.text
+    assert "the critic uses the image encoder of shapes-alignment" in caplog.text
     assert 'encoder = "shapes-alignment"' in (tmp_path / "run" / "config.toml").read_text()
 
 
@@ -358,7 +358,7 @@ def test_a_reward_that_fails_is_named(failure):
 
 def test_images_that_are_no_numbers_are_nobodys_to_judge():
     with pytest.raises(
-        RewardError, match="got images that are not finite for reward 'brightness'; the model that drew"
+        RewardError, match="got images that are not finite for reward 'brightness'; the model that generated"
     ):
         score_images(Brightness(), IMAGES * torch.nan, PROMPTS)
 

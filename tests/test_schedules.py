@@ -94,9 +94,9 @@ def test_how_timesteps_are_spaced_where_a_folder_does_not_say(tmp_path, config, 
         ({"steps_offset": -1}, "steps_offset -1; expected 0 or 1"),
         ({"steps_offset": "1"}, "steps_offset '1'; expected 0 or 1"),
         ({"trained_betas": [0.1, 0.2]}, "2 trained_betas and num_train_timesteps 1000"),
-        ({"beta_end": 1.5}, "betas from which no noise schedule follows.*1.5"),
-        ({"beta_start": -0.1, "beta_end": 0.1, "beta_schedule": "linear"}, "betas from which no noise schedule"),
-        ({"beta_start": float("nan")}, "betas from which no noise schedule"),
+        ({"beta_end": 1.5}, "betas that make no noise schedule.*1.5"),
+        ({"beta_start": -0.1, "beta_end": 0.1, "beta_schedule": "linear"}, "betas that make no noise schedule"),
+        ({"beta_start": float("nan")}, "betas that make no noise schedule"),
     ],
 )
 def test_what_is_no_schedule_of_stable_diffusion_is_named(tmp_path, config, message):

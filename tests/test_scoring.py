@@ -70,7 +70,7 @@ def test_a_small_scale_is_not_rounded_away():
 @pytest.mark.parametrize(
     ("batch", "weight", "message"),
     [
-        (images(1), 0.0, "the weights of jpeg-compressibility are 0; give at least one another weight"),
+        (images(1), 0.0, "the weights of jpeg-compressibility are all 0; give at least one reward another weight"),
         (images(1, channels=1), 1.0, "got images of 1 channels; expected 3"),
         (images(1) * torch.nan, 1.0, "got images that are not finite for reward 'jpeg-compressibility'"),
     ],
@@ -82,7 +82,7 @@ def test_what_cannot_be_scored_is_one_sentence(batch, weight, message):
 
 
 def test_prompts_that_a_reward_cannot_judge_are_one_sentence():
-    with pytest.raises(ValueError, match="shapes-gold judges prompts of Shapes only"):
+    with pytest.raises(ValueError, match="shapes-gold can only judge prompts of Shapes"):
         score(images(1), ["a photo of a cat"], RewardChoice({"shapes-gold": 1.0}), CPU)
 
 

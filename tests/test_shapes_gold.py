@@ -320,8 +320,8 @@ def test_foreign_prompts_are_refused():
     ("image", "message"),
     [
         (np.zeros((3, 64, 64)), r"shape \(3, 64, 64\)"),
-        (np.zeros((64, 64, 3), np.uint8), "got uint8"),
-        (np.full((64, 64, 3), 1.5), "got 1.5 to 1.5"),
+        (np.zeros((64, 64, 3), np.uint8), "got an image of uint8"),
+        (np.full((64, 64, 3), 1.5), "got pixels from 1.5 to 1.5"),
         (np.full((64, 64, 3), np.nan), "diverged"),
     ],
 )

@@ -12,12 +12,12 @@ from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import load_reward
 from comfy_tdpo.rollout import Decoder, draw_images
 from comfy_tdpo.shapes import WORLD
-from comfy_tdpo.shapes.build import build_tokenizer
 from comfy_tdpo.shapes.build import main as build_main
 from comfy_tdpo.shapes.dataset import make_scenes, preference
 from comfy_tdpo.shapes.encoders import load_tokenizer
 from comfy_tdpo.shapes.gold import gold_scores
 from comfy_tdpo.shapes.scenes import parse
+from comfy_tdpo.shapes.tokenizer import build_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ def test_its_tokenizer_is_the_one_that_a_build_makes(tmp_path):
 def test_a_build_does_not_go_on_from_another_ones_stages(tmp_path, capsys):
     (tmp_path / "build.json").write_text('{"seed": 0, "steps": 3}')
     assert build_main(["--work", str(tmp_path), "--out", str(tmp_path / "world")]) == 2
-    assert "name another --work" in capsys.readouterr().err
+    assert "choose another --work" in capsys.readouterr().err
     assert not (tmp_path / "world").exists()
 
 

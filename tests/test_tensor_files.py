@@ -53,7 +53,7 @@ SOUND = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"x": SOUND | {"shape": [-1, -2]}}, "describes 'x'"),
         ({"x": SOUND | {"shape": "ab"}}, "describes 'x'"),
         ({"x": SOUND | {"data_offsets": [-8, 0]}}, "describes 'x'"),
-        ({"x": SOUND | {"data_offsets": [8, 16]}}, "ends at byte 16 of the 8"),
+        ({"x": SOUND | {"data_offsets": [8, 16]}}, "ends at byte 16, but the file has only 8 bytes of data"),
         ({"x": SOUND | {"data_offsets": [0]}}, "describes 'x'"),
         ({"x": SOUND | {"dtype": ["F32"]}}, "describes 'x'"),
         ({"x": SOUND | {"dtype": None}}, "describes 'x'"),

@@ -1,4 +1,4 @@
-"""Methods: what an algorithm samples, aims at and updates; and the registry of algorithms.
+"""Methods: how an algorithm samples, computes its training targets and updates; and the registry of algorithms.
 
 Shapes: N samples of an epoch in this process, T denoising steps, M rows of one gradient update.
 """
@@ -24,15 +24,15 @@ Metrics = dict[str, float]
 
 
 class Method(Protocol):
-    """One algorithm in a training, made with a Context: the configuration, the model, the rewards, the means to update.
+    """The implementation of an algorithm, constructed with the run's Context.
 
-    Epoch by epoch the trainer calls, in this order: `sample` for every micro-batch and `targets` once, which fill
-    `context.progress`; `update` for each of `groups`; `metrics`; `finish`. All but `update` are called without
-    gradients. A run may be saved and resumed after any of these calls, so what must outlive them is in
-    `context.progress`, in what is trained of the model, or in `state`.
+    In each epoch the trainer calls, in this order: `sample` for every micro-batch and `targets` once, which fill
+    `context.progress`; `update` for each of `groups`; `metrics`; `finish`. All but `update` are called with gradients
+    disabled. A run may be saved and resumed after any of these calls, so everything that must survive them is in
+    `context.progress`, in the trained part of the model, or in `state`.
 
-    samples_first: False for a method whose updates draw their own samples, with gradients. `sample` and `targets` are
-    not called then, and each update appends the trajectories it has drawn to `context.progress.parts`.
+    samples_first: False for a method whose updates draw their own samples, with gradients. In that case `sample` and
+    `targets` are not called, and each update appends the trajectories it has drawn to `context.progress.parts`.
     """
 
     samples_first: bool
@@ -40,47 +40,49 @@ class Method(Protocol):
     def __init__(self, context: Context): ...
 
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
-        """One trajectory for each of `prompts`, its randomness drawn at `seeds`."""
+        """One trajectory per prompt, with random numbers drawn from its coordinates in `seeds`."""
         ...
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
-        """What the updates of an epoch aim at, (N, ...) each.
+        """The training targets of an epoch, (N, ...) each.
 
-        `batch` holds this process's N samples, `prompts` those of all processes.
+        `batch` holds this process's N samples; `prompts` are those of all processes.
         """
         ...
 
     def groups(self, epoch: int) -> Sequence[Any]:
-        """The gradient updates of an epoch, each whatever `update` takes."""
+        """The gradient updates of an epoch, each an argument for `update`."""
         ...
 
     def update(self, group: Any) -> None:
-        """One gradient update; metrics are added up with `context.add` and `context.raise_to`."""
+        """One gradient update; it reports metrics with `context.add` and `context.raise_to`."""
         ...
 
     def metrics(self, batch: Trajectories) -> Metrics:
-        """Its own metrics of an epoch, beside those it has added up."""
+        """The method's metrics of an epoch, in addition to those reported by `update`."""
         ...
 
     def finish(self, batch: Trajectories) -> Metrics:
-        """What it does after the last update, and its metrics."""
+        """Do what follows the last update of an epoch, and return its metrics."""
         ...
 
     def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
-        """What it keeps beside the model: named groups of tensors, and plain values."""
+        """What to save besides the model: named groups of tensors, and plain values."""
         ...
 
     def load_state(self, tensors: dict[str, TensorGroup], plain: dict[str, Any]) -> None:
-        """Put back what `state` gave; the dictionaries may hold more."""
+        """Restore what `state` returned; the dictionaries may contain more than that."""
         ...
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A name that a user may choose.
+    """An algorithm that a user can choose by name.
 
-    method, settings: "module:class" of a Method and of its MethodSettings, which is read without the former.
-    values: the algorithm's own, laid over the defaults of the settings; summary: one line for people who choose.
+    method, settings: "module:class" of a Method and of its MethodSettings; the settings can be imported without the
+    method.
+    values: the algorithm's own values, which override the defaults of the settings.
+    summary: one line that helps users choose.
     """
 
     method: str
@@ -92,7 +94,7 @@ class Algorithm:
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
 
-# Table 1 of the paper. The defaults of the settings are TDPO-R's.
+# Table 1 of the paper. The settings' defaults are those of TDPO-R.
 ALGORITHMS = {
     "tdpo-r": Algorithm(_POLICY_GRADIENT, _SETTINGS, "TDPO with resets of the critic's active neurons"),
     "tdpo": Algorithm(
@@ -123,15 +125,15 @@ ALGORITHMS = {
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The algorithm `name`; ValueError where there is none."""
+    """The algorithm `name`; raises ValueError if there is none."""
     return entry(ALGORITHMS, "algorithm", name)
 
 
 def settings_class(name: str) -> type[MethodSettings]:
-    """The settings of the algorithm `name`."""
+    """The settings class of the algorithm `name`."""
     return look_up(find_algorithm(name).settings)
 
 
 def make_method(name: str, context: Context) -> Method:
-    """The method of the algorithm `name` for one training."""
+    """The method of the algorithm `name` for one run."""
     return look_up(find_algorithm(name).method)(context)

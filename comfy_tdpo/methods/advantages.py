@@ -1,6 +1,6 @@
 """From rewards to temporal rewards (arXiv 2402.08552, Eq. 5-7).
 
-Shapes: B samples, T denoising steps. With several processes every tensor here holds the samples of all of them.
+Shapes: B samples, T denoising steps. With several processes, every tensor here holds the samples of all of them.
 """
 
 from collections import deque
@@ -12,8 +12,8 @@ from torch import Tensor
 class RewardMoments:
     """Normalises rewards by the mean and standard deviation of each prompt's recent rewards.
 
-    Until a prompt has `min_count` rewards in its buffer of `buffer_size`, the batch's moments stand in. (As in DDPO,
-    arXiv 2305.13301, and the authors' stat_tracking.py; the buffer takes the new rewards in first.)
+    Until a prompt has `min_count` rewards in its buffer of `buffer_size`, the batch's moments are used. The new rewards
+    are added before the moments are computed. (As in DDPO, arXiv 2305.13301, and the authors' stat_tracking.py.)
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16):
@@ -21,7 +21,7 @@ class RewardMoments:
         self._buffers: dict[str, deque[float]] = {}
 
     def normalize(self, prompts: list[str], rewards: Tensor) -> Tensor:
-        """Take in `rewards`, (B,), and return them normalised, (B,) float32 on the same device."""
+        """Add `rewards`, (B,), to the buffers and return them normalised, (B,) float32 on the same device."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
         batch = _moments(rewards.tolist())
@@ -46,7 +46,8 @@ def _moments(values: list[float]) -> tuple[float, float]:
 
 
 def returns(rewards: Tensor, penalties: Tensor, gamma: float = 1.0) -> Tensor:
-    """G_k of Eq. 5: the reward, (B,), at the last step less the penalties, (B, T), discounted backwards, (B, T)."""
+    """G_k of Eq. 5, (B, T): discounted sums, from step k on, of the reward, (B,), at the last step minus the penalties,
+    (B, T)."""
     step_rewards = -penalties
     step_rewards[:, -1] += rewards
     result = torch.empty_like(step_rewards)
@@ -58,28 +59,28 @@ def returns(rewards: Tensor, penalties: Tensor, gamma: float = 1.0) -> Tensor:
 
 
 def returns_with_later_kl(rewards: Tensor, penalties: Tensor, gamma: float = 1.0) -> Tensor:
-    """G_k where a step's own exact KL has its gradient in the loss: the penalties of the steps after k alone, (B, T).
+    """G_k, (B, T), for a loss that includes each step's own exact KL: only the penalties of steps after k count.
 
-    They count relative to their mean over the samples at that step, a baseline: without it, the many steps still to
-    come at an early k would weigh on every sample there alike.
+    Their mean over the samples at step k is subtracted as a baseline. Without it, the many steps that follow an early k
+    would lower the returns of all samples there alike.
     """
     later = returns(torch.zeros_like(rewards), penalties, gamma) + penalties
     return returns(rewards, torch.zeros_like(penalties), gamma) + later - later.mean(0)
 
 
 def temporal_rewards(returns: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and steps, (B, T), and what it was divided by."""
+    """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and steps, (B, T), and the std divided by."""
     raw = returns - residuals
     std = raw.std(correction=0) + 1e-8
     return (raw - raw.mean()) / std, std
 
 
 class KLCoefficient:
-    """The weight of the KL penalty: fixed, or steered towards a target (Ziegler et al., arXiv 1909.08593, Sec. 2.2).
+    """The weight of the KL penalty: fixed, or adapted to hold a target KL (Ziegler et al., arXiv 1909.08593, Sec. 2.2).
 
     Args:
         value: normalised reward per nat.
-        target: nats per trajectory to hold, or None for a fixed coefficient.
+        target: KL to hold, in nats per trajectory, or None for a fixed coefficient.
         horizon: samples over which the coefficient may change by a factor of about 1.2.
     """
 
@@ -87,7 +88,7 @@ class KLCoefficient:
         self.value, self.target, self.horizon = value, target, horizon
 
     def update(self, kl: float, samples: int) -> None:
-        """Adapt to the mean `kl`, in nats per trajectory, seen over `samples` trajectories."""
+        """Adapt to the mean `kl`, in nats per trajectory, of `samples` trajectories."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * samples / self.horizon

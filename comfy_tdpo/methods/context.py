@@ -1,4 +1,4 @@
-"""What a training lends its method: the model, the rewards, how far the epoch is, and the means to update.
+"""What the trainer gives its method: the model, the rewards, the progress of the epoch, and helpers for updates.
 
 Shapes: N samples of an epoch in this process, M rows of one gradient update.
 """
@@ -21,9 +21,10 @@ from . import TensorGroup
 
 @dataclass
 class Progress:
-    """How far an epoch has come: its samples, then their targets, then its updates.
+    """The progress of an epoch: its samples, then their targets, then its updates.
 
-    sums: metrics added up over the updates done; maxima: those of which the largest counts; times: seconds spent.
+    updates: how many are done; sums: metrics summed over them; maxima: metrics of which the maximum is kept;
+    times: seconds spent.
     """
 
     parts: list[Trajectories] = field(default_factory=list)
@@ -38,7 +39,7 @@ class Progress:
         return sum(map(len, self.parts))
 
     def batch(self) -> Trajectories:
-        """The samples so far, in one piece."""
+        """All samples so far as one object."""
         if len(self.parts) > 1:
             self.parts = [Trajectories.concatenate(self.parts)]
         return self.parts[0]
@@ -46,15 +47,18 @@ class Progress:
 
 @dataclass
 class Context:
-    """A training, as its method sees it.
+    """A run, as its method sees it.
 
-    config: all settings, the method's own among them; policy: what is trained; optimizer: of its parameters.
-    reward, eval_rewards: what it is trained on and watched by; decoder: from latents to images, some at a time.
-    samples, samples_per_update: N of an epoch and M of one update, in this process.
-    micro_batch: rows of every forward, made smaller where memory runs out; epoch: finished epochs.
-    prompts: of an epoch, a prompt for each sample of all processes.
-    check: called between forwards; what it raises leaves everything at the last whole update.
-    record: keeps one epoch's record of the critic's neurons: (epoch, scores, masks of what was reset).
+    config: all settings, including the method's own.
+    policy: the model in training; optimizer: that of its parameters.
+    decoder: decodes latents to images, a few at a time.
+    reward, eval_rewards: the training reward and the held-out rewards.
+    samples, samples_per_update: N and M, in this process.
+    micro_batch: rows in each forward pass, reduced when memory runs out.
+    prompts: for a given epoch, one prompt per sample of all processes.
+    check: called between forward passes; if it raises, everything is left as after the last complete update.
+    record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
+    epoch: number of finished epochs.
     """
 
     config: Any
@@ -76,7 +80,7 @@ class Context:
     # --- samples
 
     def draws(self, rows: range) -> tuple[list[str], list[Coordinates]]:
-        """What is drawn for those of this process's N rows in the current epoch: prompts and where noise comes from."""
+        """Prompts and noise coordinates for the given rows, out of this process's N, in the current epoch."""
         epoch, first = self.epoch + 1, self.accelerator.process_index * self.samples
         prompts, places = self.prompts(epoch), [first + row for row in rows]
         return [prompts[place] for place in places], [(self.config.seed, "noise", epoch, place) for place in places]
@@ -88,7 +92,7 @@ class Context:
         return self.accelerator.gather(tensor)
 
     def own(self, tensor: Tensor) -> Tensor:
-        """This process's N rows of what all of them have."""
+        """This process's N rows of a tensor that holds the rows of all processes."""
         begin = self.accelerator.process_index * self.samples
         return tensor[begin : begin + self.samples]
 
@@ -99,17 +103,17 @@ class Context:
         self.progress.sums[name] = self.progress.sums.get(name, 0) + value.detach()
 
     def raise_to(self, name: str, value: Tensor) -> None:
-        """Raise a metric of which the epoch's largest value counts to `value`."""
+        """Raise a metric to `value` if that is larger; the epoch reports the maximum."""
         value = value.detach()
         self.progress.maxima[name] = torch.maximum(self.progress.maxima.get(name, value), value)
 
     # --- updates
 
     def update_policy(self, rows: int, accumulate: Callable[[slice], None]) -> None:
-        """One gradient update of the policy on `rows` rows, a micro-batch at a time.
+        """One gradient update of the policy on `rows` rows, one micro-batch at a time.
 
-        `accumulate` backpropagates the share that a slice of the rows has in the loss, and adds its metrics. Where
-        memory runs out the update begins again with a smaller micro-batch.
+        `accumulate` backpropagates the contribution of a slice of the rows to the loss, and adds its metrics. If memory
+        runs out, the update starts over with a smaller micro-batch.
         """
         progress = self.progress
         before = dict(progress.sums), dict(progress.maxima)
@@ -120,7 +124,7 @@ class Context:
                     self.check()
                     accumulate(slice(begin, min(begin + self.micro_batch, rows)))
                 break
-            except BaseException as error:  # a stop, too, leaves no half an update in the metrics
+            except BaseException as error:  # after a stop, too, the metrics must not hold half an update
                 progress.sums, progress.maxima = dict(before[0]), dict(before[1])
                 if not out_of_memory(error):
                     raise
@@ -128,7 +132,7 @@ class Context:
         self.step(self.optimizer, self.config.policy.max_grad_norm)
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-        """Apply the gradients, averaged over processes and clipped to a norm."""
+        """Apply the gradients, averaged over processes and clipped to the given norm."""
         parameters = optimizer.param_groups[0]["params"]
         if self.accelerator.num_processes > 1:
             for parameter in parameters:

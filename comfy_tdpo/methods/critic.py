@@ -1,7 +1,7 @@
-"""The temporal critic R_phi (arXiv 2402.08552, Eq. 7): what reward is to be expected from a noisy latent.
+"""The temporal critic R_phi (arXiv 2402.08552, Eq. 7), which predicts the reward from a noisy latent.
 
-It reads the reward encoder's embedding of the decoded latent, so that critic and reward share one encoder. As in the
-authors' code there is no activation between the layers by default; the paper speaks of ReLU and leaky ReLU.
+Its input is the reward encoder's embedding of the decoded latent, so that critic and reward share one encoder. By
+default there is no activation between the layers, as in the authors' code; the paper mentions ReLU and leaky ReLU.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTHS = (1024, 128, 64, 16, 1)
-DROPOUT = (0.2, 0.2, 0.1, 0.0)  # after each layer but the last
+DROPOUT = (0.2, 0.2, 0.1, 0.0)  # after each layer except the last
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -24,11 +24,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class TemporalCritic(nn.Module):
     """An MLP from unit embeddings, (..., D), to the residual in units of the normalised reward, (...).
 
-    All its randomness comes from generators that the caller names: nothing here touches torch's global one, which may
-    be serving another thread.
+    All random numbers come from generators that the caller passes. Torch's global generator is not used, because other
+    threads may be using it.
 
     Args:
-        embed_dim: D; activation: a key of ACTIVATIONS; generator: of the weights' draw, on the CPU.
+        embed_dim: D; activation: a key of ACTIVATIONS; generator: a CPU generator that draws the initial weights.
     """
 
     def __init__(self, embed_dim: int, activation: str = "identity", generator: torch.Generator | None = None):
@@ -44,7 +44,7 @@ class TemporalCritic(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, embeds: Tensor, dropout: torch.Generator | None = None) -> Tensor:
-        """With a generator, dropout is on and its masks come from there; without one it is off."""
+        """`dropout` is a CPU generator that draws the dropout masks; None turns dropout off."""
         for layer, share in zip(self.layers[:-1], DROPOUT, strict=True):
             embeds = ACTIVATIONS[self.activation](layer(embeds))
             if dropout is not None and share:
@@ -53,6 +53,6 @@ class TemporalCritic(nn.Module):
 
 
 def _drop(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Inverted dropout with a mask drawn on the CPU, so that it is the same on every device."""
+    """Inverted dropout; the mask is drawn on the CPU, so that it is the same on every device."""
     kept = torch.rand(x.shape, generator=generator) >= share
     return x * kept.to(x.device, non_blocking=True) / (1 - share)

@@ -1,4 +1,4 @@
-"""The neurons of critic and policy, epoch by epoch: how many are dormant, how many stay so, and their resets.
+"""The neurons of the critic and the policy, epoch by epoch: how many are dormant, how many stay dormant, and resets.
 
 arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples, T denoising steps, D embedding width, H neurons of a
 layer.
@@ -17,7 +17,7 @@ from .critic import TemporalCritic
 class NeuronStates:
     """Measures the neurons after the updates of an epoch, and resets them every F epochs.
 
-    active: the masks of the epoch before, (H,) per layer, of the critic ("neurons") and the policy ("policy_neurons").
+    active: the previous epoch's masks, (H,) per layer, of the critic ("neurons") and the policy ("policy_neurons").
     """
 
     def __init__(self, context: Context, critic: TemporalCritic | None, critic_optimizer: torch.optim.Optimizer | None):
@@ -26,8 +26,10 @@ class NeuronStates:
         self.active: dict[str, TensorGroup] = {}
 
     def of_critic(self, image_embeds: Tensor) -> Metrics:
-        """The critic's neurons on the embeddings of the epoch, (N, T, D)."""
-        assert self.critic is not None and self.critic_optimizer is not None, "embeddings are made for a critic alone"
+        """Measure and reset the critic's neurons, on the embeddings of the epoch, (N, T, D)."""
+        assert self.critic is not None and self.critic_optimizer is not None, (
+            "there are embeddings only if there is a critic"
+        )
         embeds = image_embeds[:, :1] if self.config.data == "first-step" else image_embeds
         layers = neurons.critic_layers(self.critic)
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
@@ -39,7 +41,7 @@ class NeuronStates:
         return metrics | self._reset("neurons", masks, layers, self.critic_optimizer)
 
     def of_policy(self, batch: Trajectories) -> Metrics:
-        """The LoRA's neurons on the first micro-batch of the epoch, at every step."""
+        """Measure and reset the LoRA's neurons, on the first micro-batch of the epoch, at every step."""
         policy, size = self.context.policy, self.context.micro_batch
         layers = neurons.lora_layers(policy.trainable.network)
         conditioning = policy.encode_prompts(batch.prompts[:size])
@@ -54,7 +56,7 @@ class NeuronStates:
         return recorder.scores(reduce=lambda mean: self.context.accelerator.reduce(mean, "mean"))
 
     def _measure(self, group: str, scores: TensorGroup, threshold: float) -> Metrics:
-        """Dormant neurons now, and their overlap with those of the epoch before."""
+        """The percentage of dormant neurons, and their overlap with those of the previous epoch."""
         active, before = neurons.active_masks(scores, threshold), self.active.get(group)
         self.active[group] = active
         metrics: Metrics = {f"{group}/dormant_percent": neurons.dormant_percent(active)}
@@ -62,7 +64,7 @@ class NeuronStates:
         return metrics if overlap is None else metrics | {f"{group}/overlap_percent": overlap}
 
     def _to_reset(self, group: str, kind: str) -> TensorGroup:
-        """Which neurons are reset in this epoch, (H,) per layer; nothing where no reset is due."""
+        """Which neurons are reset in this epoch, (H,) per layer; empty if no reset is due."""
         due = kind != "none" and (self.context.epoch + 1) % self.config.every == 0
         return neurons.reset_masks(self.active[group], kind) if due else {}
 

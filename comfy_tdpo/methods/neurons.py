@@ -1,11 +1,12 @@
 """Neuron states and resets (arXiv 2402.08552, Eq. 11-12, Section 4.3).
 
-A neuron is one output of a hidden linear layer. Its score is the mean of |activation| over the data, relative to the
-layer's mean; it is active above a threshold and dormant otherwise. TDPO-R resets the critic's active neurons.
+A neuron is one output of a hidden linear layer. Its score is the mean of |activation| over the data, divided by the
+layer's mean. A neuron whose score is above a threshold is active; the others are dormant. TDPO-R resets the critic's
+active neurons.
 
 Deviations from the authors' code: overlap counts the neurons in both sets (theirs counts the mask's elements and is
-always 100 %); redraws use fresh randomness at every reset (theirs repeat the same numbers); optimizer state is looked
-up by parameter.
+always 100 %); every reset draws new random weights (theirs draws the same numbers each time); optimizer state is looked
+up by parameter (theirs by position).
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ NEURON_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "le
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """One layer of neurons: the linear layer that feeds it, the one that reads it, and how each is drawn anew."""
+    """One layer of neurons: the linear layers before and after it, and the std that a reset gives each."""
 
     incoming: nn.Linear
     outgoing: nn.Linear
@@ -31,14 +32,14 @@ class HiddenLayer:
 
 
 def critic_layers(critic: TemporalCritic) -> dict[str, HiddenLayer]:
-    """The critic's hidden layers; redraws are its own initialisation, N(0, 1/(D+1))."""
+    """The critic's hidden layers; a reset repeats its initialisation, normal with std 1/(D+1)."""
     std = critic.init_std
     pairs = zip(critic.layers[:-1], critic.layers[1:], strict=True)
     return {f"layers.{i}": HiddenLayer(a, b, std, std) for i, (a, b) in enumerate(pairs)}
 
 
 def lora_layers(network: nn.Module, adapter: str = "default") -> dict[str, HiddenLayer]:
-    """The rank-space layers of a network's LoRA; redraws are LoRA's initialisation, A ~ N(0, 1/rank) and B = 0."""
+    """The rank-space layers of a network's LoRA; a reset repeats its initialisation: A has std 1/rank, and B = 0."""
     layers = {}
     for name, module in network.named_modules():
         if hasattr(module, "lora_A") and adapter in module.lora_A:
@@ -48,7 +49,7 @@ def lora_layers(network: nn.Module, adapter: str = "default") -> dict[str, Hidde
 
 
 class ActivationRecorder:
-    """Adds up |activation| of each layer's neurons over every forward inside the block."""
+    """Sums |activation| of each layer's neurons over all forward passes inside the block."""
 
     def __init__(self, layers: dict[str, HiddenLayer], activation: str = "relu"):
         self.layers = layers
@@ -74,9 +75,9 @@ class ActivationRecorder:
         return add
 
     def scores(self, reduce: Callable[[Tensor], Tensor] = lambda mean: mean) -> dict[str, Tensor]:
-        """Eq. 11: each neuron's mean |activation| over its layer's mean, (H,) per layer.
+        """Eq. 11: each neuron's mean |activation| divided by its layer's mean, (H,) per layer.
 
-        `reduce` makes the mean of all processes of each layer's (H,) means, where there are several.
+        `reduce` averages a layer's means, (H,), over all processes.
         """
         means = {name: reduce(total / self._counts[name]) for name, total in self._sums.items()}
         return {name: mean / (mean.mean() + 1e-9) for name, mean in means.items()}
@@ -88,7 +89,7 @@ def active_masks(scores: dict[str, Tensor], threshold: float) -> dict[str, Tenso
 
 
 def reset_masks(active: dict[str, Tensor], reset: str) -> dict[str, Tensor]:
-    """Which neurons a reset of kind `reset` touches, boolean (H,) per layer."""
+    """Which neurons a reset of kind `reset` affects, boolean (H,) per layer."""
     choose = {
         "none": torch.zeros_like,
         "active": torch.Tensor.clone,
@@ -99,13 +100,13 @@ def reset_masks(active: dict[str, Tensor], reset: str) -> dict[str, Tensor]:
 
 
 def dormant_percent(active: dict[str, Tensor]) -> float:
-    """Dormant neurons in percent of all."""
+    """The percentage of neurons that are dormant."""
     mask = _concatenate(active)
     return 100 * (~mask).float().mean().item()
 
 
 def overlap_percent(active: dict[str, Tensor], before: dict[str, Tensor]) -> float | None:
-    """Eq. 12: |dormant now and before| / min(|now|, |before|) in percent; None where either set is empty."""
+    """Eq. 12: |dormant now and before| / min(|now|, |before|) in percent; None if either set is empty."""
     now, then = ~_concatenate(active), ~_concatenate({name: before[name] for name in active})
     smaller = min(now.sum().item(), then.sum().item())
     return 100 * (now & then).sum().item() / smaller if smaller else None
@@ -118,9 +119,10 @@ def reset_neurons(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
 ) -> int:
-    """Draw the masked neurons anew and forget their Adam moments; returns how many neurons were reset.
+    """Reinitialise the masked neurons, zero their Adam moments, and return how many neurons were reset.
 
-    Of each masked neuron: incoming weights and bias, outgoing column, and the moments of exactly those entries.
+    For each masked neuron this covers its incoming weights and bias, its outgoing column, and the moments of exactly
+    those entries.
     """
     for name, layer in layers.items():
         mask = masks[name]

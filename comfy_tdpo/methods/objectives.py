@@ -1,11 +1,11 @@
-"""The clipped objectives of policy and critic (arXiv 2402.08552, Eq. 8-10): pure functions of tensors."""
+"""The clipped objectives of the policy and the critic (arXiv 2402.08552, Eq. 8-10), as pure functions of tensors."""
 
 import torch
 from torch import Tensor
 
 
 def policy_loss(ratio: Tensor, temporal_rewards: Tensor, clip_range: float) -> Tensor:
-    """Eq. 8 negated, for descent: the clipped surrogate of each sample, (B,)."""
+    """Eq. 8, negated because it is minimised: the clipped surrogate of each sample, (B,)."""
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-temporal_rewards * ratio, -temporal_rewards * clipped)
 
@@ -17,12 +17,12 @@ def critic_loss(residuals: Tensor, old_residuals: Tensor, returns: Tensor, clip_
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """An estimate of KL(old || new) in nats from the samples' log ratios (k2: half the mean square)."""
+    """An estimate of KL(old || new) in nats from the samples' log-ratios (k2: half the mean square)."""
     return 0.5 * (log_ratio**2).mean()
 
 
 def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
-    """The share of samples whose ratio lies outside the clip range."""
+    """The fraction of samples whose ratio lies outside the clip range."""
     return ((ratio - 1).abs() > clip_range).float().mean()
 
 

@@ -1,7 +1,7 @@
-"""DDPO, TDPO and TDPO-R (arXiv 2402.08552, Algorithm 1): one method in four settings.
+"""DDPO, TDPO and TDPO-R (arXiv 2402.08552, Algorithm 1): one method with four configurations.
 
-DDPO is the case without a critic, whose temporal reward is the normalised reward at every step, and DDPO-2 the case
-whose update takes in all steps of a trajectory at once.
+Without a critic it is DDPO, where the temporal reward is the normalised reward at every step. DDPO-2 is DDPO with one
+update for all steps of a trajectory.
 
 Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, B pairs
 of a micro-batch, D embedding width.
@@ -33,7 +33,7 @@ Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
 
 
 class PolicyGradient:
-    """A Method: clipped policy gradients on temporal rewards, and the critic that gives them."""
+    """A Method: clipped policy gradients on temporal rewards, and the critic from which these are computed."""
 
     samples_first = True
 
@@ -44,9 +44,9 @@ class PolicyGradient:
         self.critic: TemporalCritic | None = None
         if self.encoder is not None:
             draw = generator_at(config.seed, "critic")
-            logger.info("the critic reads images by the encoder of %s", encoder_name(self.encoder))
+            logger.info("the critic uses the image encoder of %s", encoder_name(self.encoder))
             embed_dim = self.encoder.embed_dim
-            assert embed_dim is not None, "as _critic_encoder has checked"
+            assert embed_dim is not None, "checked by _critic_encoder"
             self.critic = TemporalCritic(embed_dim, config.critic.activation, draw).to(self.policy.device)
             self.critic_optimizer = adamw(list(self.critic.parameters()), config.critic)
         self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
@@ -54,13 +54,13 @@ class PolicyGradient:
         self.neurons = NeuronStates(context, self.critic, self.critic_optimizer if self.critic else None)
 
     def _critic_encoder(self) -> RewardModel:
-        """The reward whose image encoder the critic reads."""
+        """The reward whose image encoder the critic uses."""
         config, name = self.config, self.config.critic.encoder
         how = (self.policy.device, config.reward_precision, config.reward_weights)
         model = load_reward(name, *how) if name else self.context.reward
         if model.embed_dim is None:
             raise ValueError(
-                f"reward {model.name!r} has no image encoder to serve the critic; set critic.encoder to a reward that "
+                f"reward {model.name!r} has no image encoder for the critic; set critic.encoder to a reward that "
                 "has one, or choose an algorithm without a critic (ddpo-2, ddpo-100)"
             )
         return model
@@ -69,7 +69,7 @@ class PolicyGradient:
     def clip_range(self) -> float:
         return scaled_clip_range(self.config.policy.clip_range, self.policy.latent_size)
 
-    # --- samples and what they aim at
+    # --- samples and their targets
 
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
         context, config = self.context, self.config
@@ -85,12 +85,13 @@ class PolicyGradient:
         return sampler.sample(prompts, seeds)
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
-        """Eq. 5-7: temporal_rewards and returns, with a critic its residuals, (N, T) each, and kl_weight, a number.
+        """Eq. 5-7: temporal_rewards, returns and, with a critic, residuals, (N, T) each; and kl_weight, a number.
 
-        Moments are those of all processes; each keeps its own rows. A step's exact KL depends on the state alone, so as
-        that step's reward it would have no gradient: it is a term of the loss, and only later steps' is in the return.
-        The policy gradient of a mean log-probability is 1 / (C H W) of that of the sum, and temporal rewards are
-        divided by their standard deviation; kl_weight gives the KL the same scale.
+        Moments are computed over all processes; each process keeps its own rows. A step's exact KL depends only on the
+        state, so it would have no gradient as that step's reward. It is therefore a term of the loss, and the return
+        contains only the KL of later steps. kl_weight gives the KL the scale of the policy loss, whose log-probability
+        is a mean over C * H * W elements and not their sum, and whose temporal rewards are divided by their standard
+        deviation.
         """
         gather, own = self.context.gather, self.context.own
         kl = gather(batch.kl)
@@ -118,12 +119,12 @@ class PolicyGradient:
     # --- updates
 
     def groups(self, epoch: int) -> list[Pairs]:
-        """The epoch's gradient updates, kept on the CPU, so that looking up prompts does not wait for the GPU."""
+        """The epoch's gradient updates, kept on the CPU so that looking up prompts does not wait for the GPU."""
         generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
         samples = self.context.samples
         rows = torch.randperm(samples, generator=generator)
         (trained,) = self.policy.process.stochastic.nonzero(as_tuple=True)
-        steps = trained.repeat(samples, 1)  # (N, T), less the steps without noise
+        steps = trained.repeat(samples, 1)  # (N, T), without the steps that have no noise
         if self.config.policy.timestep_order == "shuffled":
             steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
         parts = rows.split(self.context.samples_per_update)
@@ -132,10 +133,10 @@ class PolicyGradient:
         return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
 
     def update(self, group: Pairs) -> None:
-        """Eq. 8-10: one gradient update of policy and critic on the pairs of `group`."""
+        """Eq. 8-10: one gradient update of the policy and the critic on the pairs in `group`."""
         progress = self.context.progress
         batch, targets = progress.batch(), progress.targets
-        assert targets is not None, "they come before the updates"
+        assert targets is not None, "targets are computed before the updates"
         self.update_policy(batch, targets, *group)
         if self.critic is not None:
             self._update_critic(batch, targets, *group)
@@ -149,7 +150,7 @@ class PolicyGradient:
         self.context.update_policy(len(rows), accumulate)
 
     def _accumulate(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor, total: int) -> None:
-        """Add the gradients and metrics of B pairs out of the `total` M of the update."""
+        """Add the gradients and metrics of B of the update's M = `total` pairs."""
         context, share = self.context, len(rows) / total
         step, log_ratio = self._step_now(batch, rows, steps)
         ratio = log_ratio.exp()
@@ -164,17 +165,17 @@ class PolicyGradient:
         ratio, log_ratio = ratio.detach(), log_ratio.detach()
         context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
         context.add("policy/clip_fraction", share * objectives.clip_fraction(ratio, self.clip_range))
-        if context.progress.updates == 0:  # of the epoch: the policy is still the one that sampled
+        if context.progress.updates == 0:  # first update: the policy is still the one that sampled
             context.raise_to("policy/ratio_drift", (ratio - 1).abs().max())
 
     def _step_now(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Step, Tensor]:
-        """The step as the policy takes it now, and the logarithm of rho of Eq. 8, (B,), for B pairs."""
+        """The step under the current policy, and log rho of Eq. 8, (B,), for B pairs."""
         step = self.policy.step(*self._inputs(batch, rows, steps))
         log_probs = log_prob(batch.latents[rows, steps + 1], step.mean, step.std)
         return step, log_probs - batch.log_probs[rows, steps]
 
     def _kl_now(self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step) -> Tensor:
-        """KL of the policy's `step` against the base model's, (B,), for the same pairs."""
+        """KL of the policy's `step` from the base model's, (B,), for the same pairs."""
         with self.policy.reference():
             reference = self.policy.step(*self._inputs(batch, rows, steps))
         return gaussian_kl(step.mean, reference.mean, step.std)
@@ -184,7 +185,7 @@ class PolicyGradient:
         return batch.latents[rows, steps], steps.to(self.policy.device), conditioning
 
     def _update_critic(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
-        """Eq. 9-10 over the M pairs at once: the critic is small, and its dropout then knows no micro-batches."""
+        """Eq. 9-10 on all M pairs at once: the critic is small, and dropout then does not depend on the micro-batch."""
         context, config = self.context, self.config
         assert self.critic is not None and batch.image_embeds is not None
         self.critic_optimizer.zero_grad()
@@ -209,13 +210,13 @@ class PolicyGradient:
         return metrics
 
     def finish(self, batch: Trajectories) -> Metrics:
-        """Eq. 11-12: measure every epoch, reset every F epochs."""
+        """Eq. 11-12: measure the neurons every epoch and reset them every F epochs."""
         metrics = self.neurons.of_critic(batch.image_embeds) if batch.image_embeds is not None else Metrics()
         if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
             metrics |= self.neurons.of_policy(batch)
         return metrics
 
-    # --- what it keeps
+    # --- saved state
 
     def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
         tensors: dict[str, TensorGroup] = {}

@@ -1,4 +1,4 @@
-"""The settings of policy-gradient methods; the defaults are the paper's TDPO-R (arXiv 2402.08552)."""
+"""The settings of the policy-gradient methods; the defaults are those of the paper's TDPO-R (arXiv 2402.08552)."""
 
 from typing import Annotated, Literal
 
@@ -15,84 +15,96 @@ class ClippedPolicySettings(PolicySettings):
 
     clip_range: Positive = Field(
         default=1e-4,
-        description="clip range of the ratio, stated for a latent of 4 x 64 x 64 and scaled to the actual one",
+        description="clip range of the policy ratio for a latent of 4 x 64 x 64, scaled to the actual latent size",
     )
     timestep_order: Literal["shuffled", "denoising"] = Field(
         default="shuffled",
-        description="shuffled for each sample (the authors' code), or from noisy to clean (Algorithm 1)",
+        description="order of the timesteps in an epoch's updates, either shuffled for each sample (the authors' code) "
+        "or from noisy to clean (Algorithm 1)",
     )
 
 
 class CriticSettings(OptimizerSettings):
     """The temporal critic and its update (Eq. 9-10)."""
 
-    enabled: bool = Field(default=True, description="whether there is a critic at all; without one it is DDPO")
+    enabled: bool = Field(default=True, description="train a temporal critic; without one, the method is DDPO")
     activation: Literal["identity", "relu", "leaky_relu"] = Field(
         default="identity",
-        description="between the layers; identity is the authors' code, the others are the paper's words",
+        description="activation between the critic's layers; identity is in the authors' code, the others in the paper",
     )
     clip_range: Positive = Field(
-        default=0.2, description="how far a prediction may move from its old value, in normalised reward"
+        default=0.2,
+        description="how far updates may move the critic's prediction from its old value, in normalised reward",
     )
     encoder: Annotated[str | None, Unset] = Field(
-        default=None, description="reward whose image encoder the critic reads; none: the training reward's"
+        default=None, description="reward whose image encoder the critic uses; none means the training reward's"
     )
     image_size: Annotated[int | None, Unset] = Field(
         default=None,
         ge=8,
         le=4096,
-        description="pixels at which noisy latents are decoded for the critic; none: full size",
+        description="side in pixels at which noisy latents are decoded for the critic; none means full size",
     )
 
 
 class NeuronSettings(Section):
     """Resets of neurons (Eq. 11-12)."""
 
-    reset: Neurons = Field(default="active", description="which of the critic's neurons")
+    reset: Neurons = Field(default="active", description="which of the critic's neurons are reset")
     threshold: float = Field(
-        default=0.0, ge=0, le=1e3, description="a neuron of the critic whose score is above it is active"
+        default=0.0, ge=0, le=1e3, description="activation score above which a neuron of the critic counts as active"
     )
-    policy_reset: Neurons = Field(default="none", description="which of the LoRA's neurons")
+    policy_reset: Neurons = Field(default="none", description="which of the LoRA's neurons are reset")
     policy_measure: bool = Field(
-        default=False, description="measure the LoRA's neurons every epoch even where none of them is reset"
+        default=False, description="measure the LoRA's neurons every epoch, even if none of them are reset"
     )
-    policy_threshold: float = Field(default=0.1, ge=0, le=1e3, description="the same threshold for the LoRA's neurons")
-    every: Count = Field(default=10, description="epochs between two resets")
+    policy_threshold: float = Field(
+        default=0.1, ge=0, le=1e3, description="activation score above which a neuron of the LoRA counts as active"
+    )
+    every: Count = Field(default=10, description="epochs between resets of neurons")
     activation: NeuronActivation = Field(
-        default="relu", description="what is taken of a layer's output to score its neurons"
+        default="relu", description="function applied to a layer's output before its neurons are scored"
     )
     data: Literal["epoch", "first-step"] = Field(
         default="epoch",
-        description="embeddings the critic's neurons are scored on: all of the epoch's, or the noisiest step's",
+        description="embeddings on which the critic's neurons are scored, either all of an epoch's or only those of "
+        "its noisiest step",
     )
 
 
 class KLSettings(Section):
-    """The penalty for leaving the base model (Section 5)."""
+    """The KL penalty, which keeps the policy near the base model (Section 5)."""
 
     coefficient: float = Field(
         default=0.0,
         ge=0,
         le=1e6,
-        description="normalised reward per nat of a trajectory; 0: no penalty. (The authors' kl_coef is per nat and "
-        "element of a step's latent: theirs times C * H * W is this one)",
+        description="weight of the KL penalty, in normalised reward per nat of a trajectory; 0 turns it off. (The "
+        "authors' kl_coef is per nat and per element of a step's latent; multiply it by C * H * W to get this value)",
     )
     form: Literal["exact", "sampled"] = Field(
         default="exact",
-        description="exact: each step's KL is a term of the loss, and that of later steps lowers the returns; sampled: "
-        "the log-ratio of each sampled step to the base model is a cost of that step (the paper), which is noisier",
+        description="how the KL penalty is applied. With exact, each step's KL is added to the loss, and the KL of "
+        "later steps lowers the returns. With sampled, as in the paper, the log-ratio of each sample to the base model "
+        "lowers the reward of its step, which is noisier. Choices",
     )
     target: Annotated[Positive | None, Unset] = Field(
-        default=None, description="nats per trajectory to steer the coefficient to; none: fixed"
+        default=None,
+        description="KL in nats per trajectory that kl.coefficient is adapted to hold; none keeps it fixed",
     )
-    horizon: Count = Field(default=10_000, description="samples over which the coefficient adapts")
+    horizon: Count = Field(
+        default=10_000,
+        description="samples over which kl.coefficient may change by a factor of about 1.2 when kl.target is set",
+    )
 
 
 class MomentsSettings(Section):
-    """Normalisation of rewards per prompt."""
+    """Per-prompt normalisation of rewards."""
 
-    buffer_size: Count = Field(default=32, description="latest rewards of a prompt that are remembered")
-    min_count: Count = Field(default=16, description="rewards a prompt needs before its own moments are used")
+    buffer_size: Count = Field(default=32, description="how many of a prompt's latest rewards are kept to normalise by")
+    min_count: Count = Field(
+        default=16, description="rewards a prompt needs before its own mean and std replace the batch's"
+    )
 
 
 class PolicyGradientSettings(MethodSettings):
@@ -100,11 +112,12 @@ class PolicyGradientSettings(MethodSettings):
 
     updates: Literal["timestep", "trajectory"] = Field(
         default="timestep",
-        description="one gradient update a timestep (TDPO), or one for all steps of a trajectory (DDPO)",
+        description="one gradient update per timestep (TDPO), or one for all steps of a trajectory (DDPO)",
     )
-    gamma: Rate = Field(default=1.0, description="discount of the returns")
+    gamma: Rate = Field(default=1.0, description="discount factor of the returns")
     advantage_clip: Annotated[Positive | None, Unset] = Field(
-        default=None, description="clip of the advantages without a critic; none: none"
+        default=None,
+        description="clip advantages to plus or minus this value (only without a critic); none turns clipping off",
     )
     policy: ClippedPolicySettings = ClippedPolicySettings()
     critic: CriticSettings = CriticSettings()
@@ -115,11 +128,15 @@ class PolicyGradientSettings(MethodSettings):
     @model_validator(mode="after")
     def _check_method(self) -> "PolicyGradientSettings":
         if self.moments.min_count > self.moments.buffer_size:
-            raise ValueError("moments.min_count is larger than moments.buffer_size; it would never be reached")
+            raise ValueError(
+                "moments.min_count is larger than moments.buffer_size, so it would never be reached; lower it"
+            )
         if self.neurons.reset != "none" and not self.critic.enabled:
-            raise ValueError("neurons.reset needs a critic; set it to none, or critic.enabled to true")
+            raise ValueError("neurons.reset needs a critic; set it to none, or set critic.enabled to true")
         if self.kl.target is not None and not self.kl.coefficient:
-            raise ValueError("kl.target steers kl.coefficient, which is 0; give it a value to start from")
+            raise ValueError(
+                "kl.target adapts kl.coefficient, which is 0; set kl.coefficient to a starting value above 0"
+            )
         if self.advantage_clip is not None and self.critic.enabled:
             raise ValueError("advantage_clip is for algorithms without a critic; set it to none")
         return self
@@ -129,8 +146,8 @@ class PolicyGradientSettings(MethodSettings):
             raise ValueError("samples_per_epoch is 1; at least 2 are needed to normalise rewards")
         if self.kl.target is not None and self.kl.horizon < samples_per_epoch:
             raise ValueError(
-                f"kl.horizon {self.kl.horizon} is less than the {samples_per_epoch} samples of an epoch; the "
-                "coefficient would jump; give it several times as many"
+                f"kl.horizon {self.kl.horizon} is less than the {samples_per_epoch} samples of an epoch, so the "
+                "coefficient would jump; set it to several times as many"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Model families: what loads, conditions, denoises, is trained and exported; and their registry.
+"""Model families: loading, conditioning, denoising, training and export of a kind of model; and their registry.
 
 Shapes: B batch, C H W latent, h w image.
 """
@@ -22,7 +22,7 @@ PromptEncoder = Callable[[list[str]], "Conditioning"]  # on the model's device
 
 
 class LatentDecoder(Protocol):
-    """From latents to pixels, `factor` of them a side for one element of a latent."""
+    """Decodes latents to images; each latent element becomes `factor` x `factor` pixels."""
 
     factor: int
 
@@ -32,38 +32,39 @@ class LatentDecoder(Protocol):
 
 
 class Trainable(Protocol):
-    """What of a network is trained, and how it is kept.
+    """The trained part of a network, and how it is saved.
 
-    network: the module whose forward it changes; parameters: by name, float32, the only ones that need gradients.
+    network: the module whose forward it changes.
+    parameters: by name, float32; the only ones that require gradients.
     """
 
     network: nn.Module
     parameters: dict[str, nn.Parameter]
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it."""
+        """The tensors to save in a checkpoint."""
         ...
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state` gave; ValueError where that was of something else."""
+        """Restore what `state` returned; raises ValueError if it belongs to a different model."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside the block the network is the base model, untrained and without gradients."""
+        """Inside the block, the network is the frozen base model."""
         ...
 
     def export(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write the file that other tools load; `metadata` goes into its header."""
+        """Write a file for use in other tools; `metadata` goes into its header."""
         ...
 
 
 class DiffusionModel(Protocol):
     """A loaded model of one family, frozen and in evaluation mode.
 
-    source: what it is called in messages; network: the one that denoises; networks: all of them, by name.
-    channels: C; prediction_type: what the network's output is.
-    scheduler: its noise schedule, for a process; schedule: (S,) numbers that tell that schedule from others.
-    process: the name of the process it is sampled by unless another is asked for.
+    source: its name in messages; network: the denoiser; networks: all its networks, by name.
+    channels: C; prediction_type: what the network predicts.
+    scheduler: its noise schedule, for a process; schedule: (S,) numbers that distinguish that schedule from others.
+    process: name of the default process for sampling.
     """
 
     source: str
@@ -80,15 +81,15 @@ class DiffusionModel(Protocol):
     def schedule(self) -> Tensor: ...
 
     def denoise(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        """The network's output, (B, C, H, W), for latents x_k at the process's times, (B,); it knows no guidance."""
+        """The network's output, (B, C, H, W), without guidance, for latents x_k at the process's times, (B,)."""
         ...
 
     def adapt(self, rank: int, alpha: float, targets: str, seed: int) -> Trainable:
-        """Put LoRA adapters on the network; see the family for the names of `targets`."""
+        """Add a LoRA to the network; the family defines the names of `targets`."""
         ...
 
     def to(self, device: torch.device) -> Self:
-        """Move all of it, in place."""
+        """Move all networks, in place."""
         ...
 
 
@@ -96,27 +97,27 @@ class Family(Protocol):
     """Loads models of one kind."""
 
     def recognizes(self, source: str) -> bool:
-        """Whether `source`, as a user names a model, is of this family; cheap, and never raises."""
+        """Whether `source`, a model as a user names it, belongs to this family; cheap, and never raises."""
         ...
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> DiffusionModel:
-        """The model on the CPU with its weights in `dtype`; ValueError where it cannot be had."""
+        """The model on the CPU with its weights in `dtype`; raises ValueError if it cannot be loaded."""
         ...
 
 
-# name -> "module:attribute", where the attribute is a Family. The first that recognizes a source loads it; the last
-# one takes everything, and says what is expected where it cannot load it.
+# name -> "module:attribute", where the attribute is a Family. The first that recognizes a source loads it. The last one
+# accepts every source and raises an error that says what is expected if it cannot load it.
 FAMILIES = {"stable-diffusion": "comfy_tdpo.models.stable_diffusion:FAMILY"}
 
 
 def load_model(source: str, dtype: torch.dtype, prediction_type: str | None = None) -> DiffusionModel:
-    """The model that a user calls `source`: a folder, a file or a hub id.
+    """Load the model at `source`: a folder, a file or a hub id.
 
     Args:
-        prediction_type: "epsilon", "v_prediction" or "sample", where the model itself says nothing or is wrong.
+        prediction_type: "epsilon", "v_prediction" or "sample", for a model whose configuration lacks it or is wrong.
 
     Raises:
-        ValueError: it cannot be had, or is of no family that is known here.
+        ValueError: the model cannot be loaded, or belongs to no family known here.
     """
     families: list[Family] = [look_up(place) for place in FAMILIES.values()]
     family = next(family for family in families if family.recognizes(source))

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x from wherever a user has it: a diffusers folder, a hub id, or one .safetensors file."""
+"""Loading Stable Diffusion 1.x and 2.x from a diffusers folder, a hub id, or one .safetensors file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from .single_file import load_file
 
 @dataclass(frozen=True)
 class Components:
-    """What of Stable Diffusion is trained and sampled; modules in evaluation mode, without gradients."""
+    """The parts of Stable Diffusion that are used here; modules are frozen and in evaluation mode."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -28,8 +28,8 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, prediction_t
     """Load `model` on the CPU with its weights in `dtype`.
 
     model: a diffusers folder, a .safetensors checkpoint in the original layout, or a hub id "owner/name".
-    prediction_type: "epsilon", "v_prediction" or "sample", where the model itself says nothing or is wrong.
-    Raises ValueError when the model cannot be had or is not Stable Diffusion 1.x or 2.x for text to image.
+    prediction_type: "epsilon", "v_prediction" or "sample", for a model whose configuration lacks it or is wrong.
+    Raises ValueError if the model cannot be loaded, or is not a text-to-image model of Stable Diffusion 1.x or 2.x.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")

@@ -1,4 +1,4 @@
-"""What a denoiser needs to know of prompts, opaque to everyone else.
+"""Conditioning: what a denoiser needs to know of prompts. All other code treats it as opaque.
 
 Shapes: B prompts.
 """
@@ -16,14 +16,14 @@ Rows = slice | list[int]  # or int64 (B,)
 
 
 class Conditioning(ABC):
-    """The conditioning of B prompts, a row each."""
+    """The conditioning of B prompts, one row per prompt."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, rows: Rows | Tensor) -> Self:
-        """Those rows, in that order."""
+        """The given rows, in that order."""
 
     @classmethod
     @abstractmethod
@@ -32,14 +32,14 @@ class Conditioning(ABC):
 
     @abstractmethod
     def expand(self, count: int) -> Self:
-        """Its one row `count` times."""
+        """Its only row, repeated `count` times."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self: ...
 
 
 class TensorConditioning(Conditioning):
-    """A Conditioning made of tensors, (B, ...) each, under names that the denoiser knows."""
+    """A Conditioning made of named tensors, (B, ...) each; the denoiser knows the names."""
 
     def __init__(self, **parts: Tensor):
         self.parts = parts

@@ -1,4 +1,4 @@
-"""Stable Diffusion from a folder that diffusers saved, on this machine or on the hub."""
+"""Stable Diffusion from a folder saved by diffusers, on this machine or on the hub."""
 
 import math
 import re
@@ -18,7 +18,7 @@ from .names import folder_names
 from .scheduler import load_scheduler
 from .weights import Weights, check_channels, check_weights, fill
 
-# What a pipeline of Stable Diffusion is made of, besides its scheduler.
+# The components of a Stable Diffusion pipeline, except its scheduler.
 _CLASSES = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
@@ -26,14 +26,14 @@ _CLASSES = {
     "tokenizer": CLIPTokenizer,
 }
 
-# What U-Nets of other models want besides: guidance (distilled LCM), classes, image embeddings, sizes.
+# Settings of U-Nets with further inputs: guidance (distilled LCM), classes, image embeddings, sizes.
 _MORE_CONDITIONS = (
     *("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
 )
 
 
 def download(repo: str, dtype: torch.dtype) -> Path:
-    """The hub's folder of `repo`, from the cache where it is there; only the files that are loaded."""
+    """Download `repo` from the hub, or find it in the cache; only the files that are loaded here."""
     suffix = Path(repo).suffix
     if suffix in (".safetensors", *PICKLE_SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
         raise ValueError(f"no file or folder {repo!r}; {EXPECTED}; check the path")
@@ -45,8 +45,8 @@ def download(repo: str, dtype: torch.dtype) -> Path:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{repo!r} is no file or folder here, and as a hub id it cannot be had: {reason}; {EXPECTED}; "
-            "check the name, the connection and HF_HUB_OFFLINE, or log in with `hf auth login` where access is gated"
+            f"{repo!r} is not a file or folder here, and cannot be downloaded from the hub: {reason}; {EXPECTED}; "
+            "check the name, the connection and HF_HUB_OFFLINE, or log in with `hf auth login` if access is gated"
         ) from error
 
 
@@ -65,7 +65,7 @@ def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -
 
 
 def _check_index(index: Path) -> None:
-    """The pipeline's classes, before anything big is loaded."""
+    """Check the pipeline's classes before anything large is loaded."""
     parts = read_json(index)
     kind = parts.get("_class_name")
     for name, expected in _CLASSES.items():
@@ -87,14 +87,14 @@ def _check_unet(config: dict, folder: Path) -> None:
 
 
 def _empty(folder: Path, cls: Any) -> nn.Module:
-    """The network that `folder` has the configuration of, without memory for its weights."""
+    """The network configured in `folder`, without memory for its weights."""
     config = read_json(required(folder.parent, f"{folder.name}/config.json"))
     with quiet_loading(), naming(folder), init_empty_weights():
         network = cls(CLIPTextConfig.from_pretrained(folder)) if cls is CLIPTextModel else cls.from_config(config)
     factor = getattr(network.config, "scaling_factor", 1)
     if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ValueError(
-            f"{folder / 'config.json'} has scaling_factor {factor!r}; expected a number above 0, as 0.18215"
+            f"{folder / 'config.json'} has scaling_factor {factor!r}; expected a number above 0, such as 0.18215"
         )
     return network
 
@@ -110,7 +110,7 @@ def _load(network: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The files of weights called `name` in `folder`, plain where there are such, else those in fp16."""
+    """The weight files called `name` in `folder`: the plain ones if they exist, otherwise those in fp16."""
     for variant in ("", ".fp16"):
         path, index = folder / f"{name}{variant}.safetensors", folder / f"{name}.safetensors.index{variant}.json"
         if path.is_file():
@@ -119,7 +119,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
             return [required(folder, shard) for shard in _shards(index)]
     found = ", ".join(path.name for path in sorted(folder.glob("*"))) or "nothing"
     raise ValueError(
-        f"{folder} holds no weights as .safetensors or .fp16.safetensors (got {found}); "
+        f"{folder} has no weights as .safetensors or .fp16.safetensors (got {found}); "
         "convert them with `pipeline.save_pretrained(folder, safe_serialization=True)`"
     )
 
@@ -127,7 +127,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
 def _shards(index: Path) -> list[str]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
-        raise ValueError(f"{index} has no weight_map from weights to files; fetch or save the whole folder again")
+        raise ValueError(f"{index} has no weight_map from weights to files; download or save the whole folder again")
     return sorted(set(table.values()))
 
 

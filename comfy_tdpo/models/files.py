@@ -1,4 +1,4 @@
-"""The files of a model's folder: each is there, is what it should be, or is named in one ValueError."""
+"""Reading the files of a model's folder. A missing or invalid file raises a ValueError that names it."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 def required(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise ValueError(f"{folder} lacks {name}; {EXPECTED}; fetch or save the whole folder again")
+        raise ValueError(f"{folder} lacks {name}; {EXPECTED}; download or save the whole folder again")
     return folder / name
 
 
@@ -20,17 +20,19 @@ def read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; fetch or save the whole folder again") from error
+        raise ValueError(f"{path} cannot be read: {error}; download or save the whole folder again") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {shorten(repr(values), 60)}; expected a JSON object; fetch the folder again")
+        raise ValueError(
+            f"{path} contains {shorten(repr(values), 60)}; expected a JSON object; download the folder again"
+        )
     return values
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside the block whatever a library makes of a bad configuration becomes one error that names `path`."""
+    """Turn any exception that a bad configuration causes inside the block into a ValueError that names `path`."""
     try:
         yield
-    except Exception as error:  # a constructor fed with odd values raises anything
+    except Exception as error:  # constructors given bad values raise all kinds of exceptions
         reason = shorten(str(error), 300)
-        raise ValueError(f"{path} cannot be loaded: {reason}; {EXPECTED}; fetch or save it again") from error
+        raise ValueError(f"{path} cannot be loaded: {reason}; {EXPECTED}; download or save it again") from error

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685) on a U-Net: adapters in, one safetensors file out that every tool loads.
+"""LoRA (arXiv 2106.09685) on a U-Net, exported to one safetensors file that common tools can load.
 
-Files are in kohya's key format, which ComfyUI, A1111 and diffusers all read; ComfyUI skips diffusers' own keys for
-attention projections without a word.
+Files use kohya's key format, which ComfyUI, A1111 and diffusers all read. ComfyUI silently skips diffusers' own keys
+for attention projections.
 """
 
 from collections.abc import Iterator
@@ -25,18 +25,20 @@ TARGETS = {
 
 
 class UNetLora:
-    """A Trainable: float32 adapters on a U-Net, which computes what it did before until they are trained.
+    """A Trainable: a float32 LoRA on a U-Net, whose output is unchanged until the LoRA is trained.
 
     Args:
-        unet: the network that gets the adapters; rank: theirs; alpha: their scale times the rank.
-        targets: a key of TARGETS; seed: of A's draw from N(0, 1/rank), as in the authors' code. B starts at zero.
+        unet: the network that gets the LoRA.
+        rank, alpha: of the LoRA, whose output is scaled by alpha / rank.
+        targets: a key of TARGETS.
+        seed: for the initial A, normal with std 1/rank as in the authors' code; B starts at zero.
     """
 
     def __init__(self, unet: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int):
         if targets not in TARGETS:
             raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
         self.network, self.alpha = unet, alpha
-        with torch.random.fork_rng([]):  # peft draws from torch's global generator; its draw of A is replaced below
+        with torch.random.fork_rng([]):  # peft uses torch's global generator; its A is replaced below
             unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets])))
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad
@@ -48,26 +50,26 @@ class UNetLora:
                 parameter.data.copy_(fresh)
 
     def state(self) -> dict[str, Tensor]:
-        """The adapters' weights under peft's names, for checkpoints."""
+        """The LoRA's weights under peft's names, for checkpoints."""
         return get_peft_model_state_dict(self.network)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
-            ValueError: it is the state of other adapters.
+            ValueError: `state` belongs to a different LoRA.
         """
         different = sorted(state.keys() ^ self.state().keys())
         if different:
             raise ValueError(
-                f"got adapter weights of another model or of other targets: {different[0]!r} (and maybe more) is in "
-                "one of the two only; expected those of the same model and policy.targets"
+                f"got LoRA weights of another model or of other targets: {different[0]!r} (and maybe more) is in only "
+                "one of the two; expected weights of the same model and policy.targets"
             )
         set_peft_model_state_dict(self.network, state)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside the block the network is the frozen base model: the adapters are off."""
+        """Inside the block, the LoRA is off and the network is the frozen base model."""
         self.network.disable_adapters()
         try:
             yield
@@ -75,7 +77,7 @@ class UNetLora:
             self.network.enable_adapters()
 
     def kohya_state(self) -> dict[str, Tensor]:
-        """The adapters' weights under kohya's names: lora_unet_<path>.lora_down.weight, .lora_up.weight and .alpha."""
+        """The LoRA's weights under kohya's names: lora_unet_<path>.lora_down.weight, .lora_up.weight and .alpha."""
         state = {}
         for key, weight in self.state().items():
             path, matrix, _ = key.rsplit(".", 2)  # down_blocks.0...to_q, lora_A, weight
@@ -86,5 +88,5 @@ class UNetLora:
         return state
 
     def export(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write the adapters to `path` in kohya's format; `metadata` goes into the file's header."""
+        """Write the LoRA to `path` in kohya's format; `metadata` goes into the file's header."""
         write_tensors(path, self.kohya_state(), {"format": "pt", **metadata})

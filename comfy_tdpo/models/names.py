@@ -1,4 +1,4 @@
-"""The names of weights, where a file has others than the network or the original layout."""
+"""Renaming weights whose names in a file differ from those of the network or of the original layout."""
 
 import re
 from collections.abc import Callable, Collection
@@ -7,32 +7,32 @@ from torch import nn
 
 Rename = Callable[[str], str]
 
-# A weight that every U-Net in the original layout has, and the same when averaged (EMA).
+# A weight that every U-Net in the original layout has, and the name of its moving average (EMA).
 _PLAIN = "model.diffusion_model.input_blocks.0.0.weight"
 _EMA = "model_ema.diffusion_modelinput_blocks00weight"
 
-# The parts of a U-Net's names, longer ones first. Only a block's number can have two digits, and one digit follows it.
+# The parts of a U-Net's names, longer ones first. Only a block's number can have two digits, and a digit follows it.
 _PART = re.compile(
     r"input_blocks|middle_block|output_blocks|time_embed|transformer_blocks|in_layers|out_layers|emb_layers"
     r"|skip_connection|attn[12]|to_[qkv]|to_out|proj_in|proj_out|proj|norm[123]?|conv|weight|bias|net|out|op|ff"
     r"|(?<=put_blocks)\d+(?=\d)|\d"
 )
 
-# A weight that every network of diffusers' layout has, by the network's class.
+# A weight that every network in diffusers' layout has, by the network's class.
 _ANCHORS = {
     "UNet2DConditionModel": "time_embedding.linear_1.weight",
     "AutoencoderKL": "decoder.conv_in.weight",
     "CLIPTextModel": "embeddings.token_embedding.weight",
 }
 
-# What diffusers called an autoencoder's attention until 2023.
+# diffusers' names, until 2023, for the attention layers of an autoencoder.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def ldm_names(names: Collection[str]) -> Rename:
-    """From a checkpoint's names to those of the original layout, without a prefix that some program put before all.
+    """Rename a checkpoint's weights to the original layout, without a prefix that a program added to all names.
 
-    Where the file has the U-Net's averaged weights (EMA) only, they get the names of the U-Net's own.
+    If the file has only the U-Net's averaged weights (EMA), they get the names of the plain weights.
     """
     plain = {_uncompiled(name) for name in names}
     prefix = _prefix(plain, _PLAIN)
@@ -48,7 +48,7 @@ def ldm_names(names: Collection[str]) -> Rename:
 
 
 def folder_names(names: Collection[str], network: nn.Module) -> Rename:
-    """From the names in a diffusers folder, of any age, to those of `network`."""
+    """Rename the weights in a diffusers folder, from any version of diffusers, to those of `network`."""
     prefix = _prefix({_uncompiled(name) for name in names}, _ANCHORS[type(network).__name__])
     below = below_text_model(network)
 
@@ -60,7 +60,8 @@ def folder_names(names: Collection[str], network: nn.Module) -> Rename:
 
 
 def below_text_model(network: nn.Module) -> Rename:
-    """transformers 5 dropped the level "text_model" of CLIP's text model, and some old merges never had it."""
+    """Add or remove the level "text_model" of CLIP's text model: transformers 5 dropped it, and some old merges never
+    had it."""
     level = "text_model." if hasattr(network, "text_model") else ""
     if "CLIP" not in type(network).__name__:
         return lambda name: name
@@ -68,7 +69,7 @@ def below_text_model(network: nn.Module) -> Rename:
 
 
 def _prefix(names: Collection[str], anchor: str) -> str:
-    """The prefix of the one name that ends with `anchor`; empty where none does, or more than one."""
+    """The prefix of the only name that ends with `anchor`; empty if there is no such name, or more than one."""
     if anchor in names:
         return ""
     found = [name.removesuffix(anchor) for name in names if name.endswith(f".{anchor}")]
@@ -80,7 +81,7 @@ def _uncompiled(name: str) -> str:
 
 
 def _without_ema(name: str) -> str:
-    """An averaged weight's name, which has lost its dots, as that of the weight itself."""
+    """The plain weight's name for an averaged weight, whose own name has no dots."""
     flat = name.removeprefix("model_ema.diffusion_model")
     parts = _PART.findall(flat)
     if flat == name or "".join(parts) != flat:

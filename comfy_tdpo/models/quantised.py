@@ -1,6 +1,6 @@
-"""Weights that are stored as codes: float8 with its scales is multiplied out, every other scheme is refused by name.
+"""Quantised weights: float8 weights with scales are dequantised; every other scheme is rejected by name.
 
-float8 weights without any scale are numbers like others, and are only cast.
+float8 weights without scales are ordinary numbers and only need a cast.
 """
 
 import json
@@ -12,9 +12,9 @@ from torch import Tensor
 
 FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith(("float8_e4m3", "float8_e5m2")))
 
-# X.weight's scale in ComfyUI's older format, and in its newer one and diffusers'.
+# The scale of X.weight: in ComfyUI's older format, and in its newer format and diffusers'.
 _SCALE = re.compile(r"(?<=\.)(?:scale_weight|weight_scale)$")
-# These do not change the weights: markers, and scales of a layer's inputs for arithmetic in float8.
+# These do not affect the weights: markers, and scales of a layer's inputs for arithmetic in float8.
 _NO_WEIGHT = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_input|input_scale|comfy_quant)$")
 
 _SCHEMES = {
@@ -25,12 +25,12 @@ _SCHEMES = {
     r"\.(weight|bias)\._(data|scale|shift)$": "Quanto",
     r"\.(weight|input|output)_quantizer\.": "ModelOpt",
     r"\.weight_scale_2$": "nvfp4",
-    r"(?<!logit)[._]scale(_inv|_\d+)?$|zero_point$|\.amax$": "a scheme with scales of its own",
+    r"(?<!logit)[._]scale(_inv|_\d+)?$|zero_point$|\.amax$": "an unknown scheme with scales",
 }
 
 
 def find_scales(names: Collection[str]) -> dict[str, str]:
-    """The weights among `names` that have a scale -> its name. Raises ValueError for another scheme's tensors."""
+    """The name of each scaled weight among `names` -> the name of its scale. Raises ValueError for other schemes."""
     for name in names:
         if _NO_WEIGHT.search(name) or _SCALE.search(name):
             continue
@@ -45,7 +45,7 @@ def find_scales(names: Collection[str]) -> dict[str, str]:
 
 
 def check_formats(formats: Mapping[str, str], scales: Mapping[str, str]) -> None:
-    """Raises ValueError where a layer's declared format is not float8, or its scale is missing."""
+    """Raise ValueError if a layer's declared format is not float8, or if its scale is missing."""
     for layer, form in formats.items():
         if not form.startswith(("float8_e4m3", "float8_e5m2")):
             raise ValueError(f"{form} ({layer})")
@@ -56,7 +56,7 @@ def check_formats(formats: Mapping[str, str], scales: Mapping[str, str]) -> None
 def declared_formats(
     names: Iterable[str], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> dict[str, str]:
-    """What ComfyUI's newer format says of each layer, in the header or in a tensor X.comfy_quant of JSON."""
+    """Each layer's format in ComfyUI's newer scheme, from the header or from a tensor X.comfy_quant that holds JSON."""
     try:
         said = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         suffix = ".comfy_quant"
@@ -68,12 +68,12 @@ def declared_formats(
 
 
 def multiply_out(weight: Tensor, scale: Tensor) -> Tensor:
-    """float32: `weight`, of codes in float8, times its `scale`, one number or one for each row."""
+    """The float8 `weight` times its `scale`, which is one number or one per row, in float32."""
     rows = (len(weight), *(1,) * (weight.ndim - 1)) if weight.ndim else ()
     sound = scale.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     if weight.dtype not in FLOAT8 or not sound or tuple(scale.shape) not in ((), (1,), (len(weight),), rows):
         raise ValueError(
-            f"a scale of {_of(scale)} for a weight of {_of(weight)}, where float8 has one number, or one for each row"
+            f"a scale of {_of(scale)} for a weight of {_of(weight)}, where float8 needs one number, or one per row"
         )
     return weight.float() * (scale.float() if scale.numel() == 1 else scale.float().view(rows))
 

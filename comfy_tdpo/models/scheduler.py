@@ -1,7 +1,8 @@
-"""The noise schedule that a model was trained on, from the configuration of whatever sampler its folder names.
+"""The noise schedule that a model was trained on, read from the configuration of its folder's sampler.
 
 Only the noise levels, the prediction type and the spacing of timesteps are read. The sampler's own refinements are
-ignored: its order, Karras, exponential or beta sigmas, thresholding. Latents are not in [-1, 1], so nothing is clipped.
+ignored: its order, Karras, exponential or beta sigmas, and thresholding. Latents are not limited to [-1, 1], so nothing
+is clipped.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from .files import EXPECTED, naming, read_json
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
 
-# Samplers of models trained on discrete noise levels -> diffusers' defaults for them, where they are not DDIM's.
+# Samplers of models trained on discrete noise levels -> diffusers' defaults for them that differ from DDIM's.
 _LINSPACE = {"timestep_spacing": "linspace"}
 _SECOND_ORDER = _LINSPACE | {"beta_start": 0.00085, "beta_end": 0.012}
 _DISTILLED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -33,9 +34,9 @@ _READ = (
 
 
 def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
-    """DDIM on the noise schedule in the file `path`; prediction_type: in place of the file's own.
+    """DDIM on the noise schedule in the file `path`; `prediction_type` overrides that of the file.
 
-    Raises ValueError where the file describes no schedule of Stable Diffusion 1.x or 2.x.
+    Raises ValueError if the file does not describe a schedule of Stable Diffusion 1.x or 2.x.
     """
     config = read_json(path) | ({"prediction_type": prediction_type} if prediction_type else {})
     sampler = _sampler(config, path)
@@ -51,7 +52,7 @@ def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
 
 
 def _sampler(config: dict, path: Path) -> str:
-    """The folder's sampler, as diffusers calls it, without "Scheduler"."""
+    """The class name of the folder's sampler in diffusers, without "Scheduler"."""
     given = str(config.get("_class_name", "DDIMScheduler"))
     name = given.removeprefix("Flax").removesuffix("Scheduler")
     continuous = config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous"
@@ -67,8 +68,8 @@ def _sampler(config: dict, path: Path) -> str:
 def _spacing(config: dict, sampler: str) -> str:
     """The spacing in the configuration, or diffusers' default for the sampler.
 
-    Old folders do not name a spacing. Those with an offset mean "leading", the only one that uses it. LCM and TCD
-    models were distilled on the timesteps that "trailing" gives, whatever their folder says.
+    Old folders do not name a spacing. Those with an offset mean "leading", the only spacing that uses one. LCM and TCD
+    models were distilled on the timesteps of "trailing", whatever their folder says.
     """
     if sampler in ("LCM", "TCD"):
         return "trailing"
@@ -86,11 +87,12 @@ def _check(scheduler: DDIMScheduler, path: Path) -> None:
         raise ValueError(f"{path} has steps_offset {config.steps_offset!r}; expected 0 or 1")
     if len(betas) != config.num_train_timesteps:
         raise ValueError(
-            f"{path} has {len(betas)} trained_betas and num_train_timesteps {config.num_train_timesteps}; expected as "
-            "many; fetch or save the folder again"
+            f"{path} has {len(betas)} trained_betas and num_train_timesteps {config.num_train_timesteps}; expected the "
+            "same number; download or save the folder again"
         )
-    if not ((betas > 0) & (betas <= 1)).all():  # 1 is the last one's of zero terminal SNR
+    if not ((betas > 0) & (betas <= 1)).all():  # the last beta is 1 with zero terminal SNR
         raise ValueError(
-            f"{path} has betas from which no noise schedule follows (beta_start {config.beta_start}, beta_end "
-            f"{config.beta_end}); expected betas between 0 and 1, as 0.00085 and 0.012; fetch or save the folder again"
+            f"{path} has betas that make no noise schedule (beta_start {config.beta_start}, beta_end "
+            f"{config.beta_end}); expected betas between 0 and 1, such as 0.00085 and 0.012; "
+            "download or save the folder again"
         )

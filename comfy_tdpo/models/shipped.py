@@ -1,7 +1,7 @@
-"""What a single file lacks and the package ships: the families' configurations and CLIP's tokenizer.
+"""What a single-file checkpoint lacks and the package supplies: configurations and CLIP's tokenizer.
 
-The configurations in configs/ are those published with the models; CLIP's vocabulary lies in open_clip. So a file loads
-offline.
+The configurations in configs/ are those published with the models, and CLIP's vocabulary comes from open_clip, so a
+file can be loaded offline.
 """
 
 import json
@@ -19,20 +19,20 @@ def read_config(configs: Path, name: str) -> dict:
 
 
 def clip_tokenizer(configs: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer, cut and padded as the family of `configs` does."""
+    """CLIP's tokenizer, with the truncation and padding of the family in `configs`."""
     config = read_config(configs, "tokenizer/tokenizer_config.json")
     with tempfile.TemporaryDirectory() as folder:
         for name, text in _vocabulary().items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
         tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=config["model_max_length"])
-    # after loading: given at loading, "!" would become a special token and swallow every "!" of a prompt
+    # Set after loading: otherwise "!" would become a special token and swallow every "!" of a prompt.
     tokenizer.pad_token = config["pad_token"]
     return tokenizer
 
 
 @cache
 def _vocabulary() -> dict[str, str]:
-    """A CLIP tokenizer's two files, out of open_clip's vocabulary."""
+    """The two files of a CLIP tokenizer, made from open_clip's vocabulary."""
     from open_clip.tokenizer import SimpleTokenizer  # here: importing open_clip takes seconds
 
     clip = SimpleTokenizer()

@@ -1,11 +1,11 @@
-"""Stable Diffusion from one .safetensors file in the original (LDM) layout, which carries weights only.
+"""Stable Diffusion from one .safetensors file in the original (LDM) layout, which contains only weights.
 
-Deviations from diffusers' `from_single_file`, on purpose:
-- every weight must arrive: diffusers leaves a missing one uninitialised;
-- where a file has the U-Net's averaged weights only (EMA), these are taken;
-- an SD 2.x file that does not say how it predicts is taken as ComfyUI takes it. diffusers' own rule, v-prediction
-  unless `global_step` is 875000, is brittle by its own comment, and most files carry no `global_step`;
-- "!" in a prompt stays the word "!" although SD 2.x pads with that token: open_clip and ComfyUI tokenize it so.
+Deliberate deviations from diffusers' `from_single_file`:
+- every weight must be present: diffusers leaves a missing one uninitialised;
+- if a file has only the U-Net's averaged weights (EMA), those are used;
+- if an SD 2.x file does not state its prediction type, ComfyUI's rule decides. diffusers' rule, v-prediction unless
+  `global_step` is 875000, is brittle according to its own comment, and most files have no `global_step`;
+- "!" in a prompt stays the word "!", as in open_clip and ComfyUI, although SD 2.x pads with that token.
 """
 
 import logging
@@ -32,13 +32,13 @@ from .weights import Weights, check_channels, check_weights, fill
 
 logger = logging.getLogger(__name__)
 
-# Keys of the original (LDM) layout that tell a checkpoint's family by their shapes.
+# Keys of the original (LDM) layout whose shapes identify a checkpoint's family.
 _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"  # (width, latent channels, 3, 3)
 _CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (width, text width)
-_LABELS = "model.diffusion_model.label_emb."  # conditions on classes or images
+_LABELS = "model.diffusion_model.label_emb."  # conditioning on classes or images
 _LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # (width,)
 
-# What else a .safetensors file may be, by a part of its keys; the most frequent names it, the first among equals.
+# Other kinds of .safetensors files, by a part of their keys. The most frequent part decides; ties go to the first.
 _OTHER_FILES = {
     "lora_": "a LoRA",
     ".lora.": "a LoRA",
@@ -54,7 +54,7 @@ _OTHER_FILES = {
 def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"{path} is no .safetensors file; {EXPECTED}; convert it to .safetensors first (a pickled .ckpt, .pt or "
+            f"{path} is not a .safetensors file; {EXPECTED}; convert it to .safetensors first (a pickled .ckpt, .pt or "
             ".bin file can run code when it is loaded)"
         )
     weights = Weights([path])
@@ -67,8 +67,8 @@ def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> di
     makers = {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder}
     try:
         networks = {name: make(weights, configs, dtype) for name, make in makers.items()}
-    except KeyError as error:  # diffusers' conversion takes a layer's bias for granted where its weight is
-        raise ValueError(f"{path} lacks {error.args[0]}; {EXPECTED}; fetch the model again") from error
+    except KeyError as error:  # diffusers' conversion expects a bias wherever there is a weight
+        raise ValueError(f"{path} lacks {error.args[0]}; {EXPECTED}; download the model again") from error
     for network, found in networks.values():
         check_weights(path, network, found)
     return {name: fill(network, found, dtype, path) for name, (network, found) in networks.items()} | {
@@ -78,7 +78,7 @@ def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> di
 
 
 def _check_kind(weights: Weights) -> None:
-    """By what is there: a stray key makes a whole checkpoint nothing else."""
+    """Identify the file by the weights it has, so that a stray key does not change the kind of a whole checkpoint."""
     names = weights.names
     counts = {part: sum(part in name for name in names) for part in _OTHER_FILES}
     part = max(counts, key=counts.__getitem__)
@@ -91,10 +91,10 @@ def _check_kind(weights: Weights) -> None:
 
 
 def _family(weights: Weights) -> str:
-    """ "sd1" or "sd2", from shapes alone."""
+    """Tell "sd1" from "sd2" by shapes alone."""
     path, shapes = weights.source, [weights.shape(key) for key in (_CONV_IN, _CONTEXT)]
     if [len(shape) for shape in shapes] != [4, 2]:
-        raise ValueError(f"{path} has weights of the shapes {shapes} where a U-Net begins; {EXPECTED}")
+        raise ValueError(f"{path} has a U-Net whose first weights have the shapes {shapes}; {EXPECTED}")
     (width, channels, _, _), (_, text_width) = shapes
     check_channels(channels, path)
     known = {}
@@ -102,12 +102,12 @@ def _family(weights: Weights) -> str:
         config = read_config(shipped.CONFIGS / family, "unet/config.json")
         known[config["block_out_channels"][0], config["cross_attention_dim"]] = family
     if (width, text_width) not in known:
-        raise ValueError(f"the U-Net in {path} is {width} wide and reads text {text_width} wide; {EXPECTED}")
+        raise ValueError(f"the U-Net in {path} has width {width} and text width {text_width}; {EXPECTED}")
     return known[width, text_width]
 
 
 def _prediction_type(weights: Weights, family: str) -> str:
-    """What the file says of itself (ModelSpec's key, or ComfyUI's); for a silent SD 2.x file, ComfyUI's guess."""
+    """The type in the file's metadata (ModelSpec's or ComfyUI's key); for an SD 2.x file without, ComfyUI's guess."""
     said = weights.metadata.get("modelspec.prediction_type") or weights.metadata.get("modelspec.predict_key")
     if said:
         return "v_prediction" if said.startswith("v") else "epsilon"
@@ -115,7 +115,7 @@ def _prediction_type(weights: Weights, family: str) -> str:
         return "epsilon"
     guess = "v_prediction" if weights[_LAST_NORM].float().std(unbiased=False) > 0.09 else "epsilon"
     logger.warning(
-        "%s does not say how it predicts; taken as %s; prediction_type overrides that", weights.source, guess
+        "%s does not state its prediction type; assuming %s; set prediction_type to override it", weights.source, guess
     )
     return guess
 

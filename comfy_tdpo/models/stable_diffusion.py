@@ -1,4 +1,4 @@
-"""The family of Stable Diffusion 1.x and 2.x: a U-Net that reads CLIP's last hidden states.
+"""The family of Stable Diffusion 1.x and 2.x: a U-Net conditioned on CLIP's last hidden states.
 
 Shapes: B batch, C H W latent, L tokens, E text width.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ClipText:
-    """A PromptEncoder: the last hidden state of a CLIP text model, every prompt padded to its full length."""
+    """A PromptEncoder: the last hidden state of a CLIP text model, with every prompt padded to the full length."""
 
     def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel):
         self.tokenizer, self.network = tokenizer, text_encoder
@@ -56,8 +56,9 @@ class StableDiffusion:
     """A DiffusionModel of Stable Diffusion 1.x or 2.x.
 
     Args:
-        unet, scheduler: taken over; encode: prompts to states, (B, L, E); decode: latents to images.
-        source: what the model is called in messages.
+        unet: frozen, and later modified in place; scheduler: its noise schedule.
+        encode: prompts to states, (B, L, E); decode: latents to images.
+        source: the model's name in messages.
     """
 
     process = "ddim"
@@ -85,7 +86,7 @@ class StableDiffusion:
 
     @classmethod
     def from_components(cls, components: Components) -> StableDiffusion:
-        """The model that was loaded as `components`, which are taken over."""
+        """The model made of `components`, which are frozen and used without a copy."""
         for network in (components.vae, components.text_encoder):
             network.requires_grad_(False).eval()
         encode = ClipText(components.tokenizer, components.text_encoder)
@@ -109,7 +110,7 @@ class StableDiffusionFamily:
     """Loads a diffusers folder, a .safetensors checkpoint, or a hub id."""
 
     def recognizes(self, source: str) -> bool:
-        return True  # what it cannot load it refuses by name
+        return True  # `load` raises an error for what it cannot load
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion:
         from .components import load_components

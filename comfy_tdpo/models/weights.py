@@ -1,4 +1,4 @@
-"""What every file of a model's weights goes through on its way into a network."""
+"""Reading model weights from files, checking them, and filling networks with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +12,10 @@ from .quantised import check_formats, declared_formats, find_scales, multiply_ou
 
 
 class Weights:
-    """The weights in one or several .safetensors files by name, read when they are asked for.
+    """The weights in one or several .safetensors files, by name, read on access.
 
-    source: the path to name in messages; metadata: the headers' texts.
-    Raises ValueError where a file is damaged.
+    source: the path to name in messages; metadata: the headers' strings.
+    Raises ValueError if a file is damaged.
     """
 
     def __init__(self, paths: list[Path]):
@@ -30,12 +30,12 @@ class Weights:
         return set(self._places)
 
     def rename(self, change: Callable[[str], str]) -> None:
-        """Give each weight the name that `change` makes of its name."""
+        """Rename each weight with `change`."""
         places: dict[str, tuple[TensorFile, str]] = {}
         for name, place in self._places.items():
             if change(name) in places:
                 raise ValueError(
-                    f"{self.source} holds {change(name)} twice, as {places[change(name)][1]} and as {place[1]}; "
+                    f"{self.source} contains {change(name)} twice, as {places[change(name)][1]} and as {place[1]}; "
                     f"{EXPECTED}; keep one of them"
                 )
             places[change(name)] = place
@@ -46,9 +46,9 @@ class Weights:
         return file.shapes[stored]
 
     def check_numbers(self, declared: object = None) -> None:
-        """Raises ValueError where weights are codes that cannot be turned into numbers.
+        """Raise ValueError if the weights are quantised in a way that cannot be undone.
 
-        declared: what the configuration says of their quantisation, if anything.
+        declared: the configuration's entry on quantisation, if any.
         """
         try:
             self._scales = find_scales(self._places)
@@ -63,12 +63,12 @@ class Weights:
             raise self._quantised(error) from error
 
     def read(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights below `prefix`; those with a scale in `dtype`, others as they are stored."""
+        """The weights whose names start with `prefix`: those with a scale in `dtype`, others as stored."""
         names = [name for name in self._places if name.startswith(prefix)]
         return {name: self[name].to(dtype) if name in self._scales else self[name] for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        """The weight `name` as it is stored, or in float32 where it had a scale."""
+        """The weight `name` as stored, or dequantised to float32 if it has a scale."""
         if name not in self._scales:
             return self._stored(name)
         try:
@@ -92,19 +92,19 @@ def _open(path: Path) -> TensorFile:
         return TensorFile(path)
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is no sound .safetensors file: {error}; it looks like an unfinished "
-            "download or another format; fetch it again"
+            f"{path} ({path.stat().st_size} bytes) is not a valid .safetensors file: {error}; it looks like an "
+            "unfinished download or another format; download it again"
         ) from error
 
 
 def check_weights(source: Path, network: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError where a weight is missing or has another shape."""
+    """Raise ValueError if a weight is missing or has the wrong shape."""
     expected = network.state_dict()
     missing = sorted(expected.keys() - weights.keys())
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of the {type(network).__name__}, the first is {missing[0]}; "
-            f"{EXPECTED}; fetch the model again, or choose a version that is not pruned to one component"
+            f"{EXPECTED}; download the model again, or choose a version that is not pruned to one component"
         )
     for key, empty in expected.items():
         if weights[key].shape != empty.shape:
@@ -113,9 +113,9 @@ def check_weights(source: Path, network: nn.Module, weights: dict[str, Tensor]) 
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, source: Path) -> nn.Module:
-    """`network`, made without memory, with copies of its `weights` in `dtype`, frozen.
+    """Fill `network`, which has no memory for weights yet, with copies of `weights` in `dtype`, and freeze it.
 
-    Raises ValueError where one is not finite.
+    Raises ValueError if a weight is not finite.
     """
     copies = {}
     for name in network.state_dict():
@@ -126,20 +126,20 @@ def fill(network: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, sou
 
 
 def check_finite(copy: Tensor, stored: Tensor, name: str) -> None:
-    """Raises ValueError where `copy`, of `stored` in another dtype, is not finite everywhere."""
+    """Raise ValueError if `copy`, which is `stored` in another dtype, is not finite everywhere."""
     if is_finite(copy):
         return
     if is_finite(stored):
         raise ValueError(f"{name} is too large for {copy.dtype}; load the model in fp32 or bf16")
     count = int((~stored.float().isfinite()).sum())
     raise ValueError(
-        f"{name} holds NaN or infinity ({count} of {stored.numel()} values); expected finite weights; the file is "
-        "damaged or comes from a merge that went wrong: fetch it again, or choose another version of the model"
+        f"{name} contains NaN or infinity ({count} of {stored.numel()} values); expected finite weights; the file is "
+        "damaged or comes from a failed merge: download it again, or choose another version of the model"
     )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """In one pass and without a copy: if any value is NaN, so are the least and the greatest."""
+    """Whether all values are finite, in one pass and without a copy: a NaN makes both minimum and maximum NaN."""
     if not tensor.numel():
         return True
     least, greatest = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())
@@ -149,6 +149,6 @@ def is_finite(tensor: Tensor) -> bool:
 def check_channels(channels: int, source: Path) -> None:
     if channels != 4:
         raise ValueError(
-            f"the U-Net in {source} takes {channels} channels (inpainting, depth or editing); expected the 4 of text "
-            "to image; choose the base model of the same family"
+            f"the U-Net in {source} takes {channels} channels (inpainting, depth or editing); expected the 4 of "
+            "text to image; choose the base model of the same family"
         )

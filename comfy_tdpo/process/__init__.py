@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Step(NamedTuple):
     """One step p(x_{k+1} | x_k, c) = N(mean, std^2), float32: mean and clean (B, C, H, W), std (B, 1, 1, 1).
 
-    clean: the clean latent that the model's output predicts.
+    clean: the clean latent predicted by the model.
     """
 
     mean: Tensor
@@ -29,8 +29,8 @@ class Step(NamedTuple):
 class Process(Protocol):
     """The T steps from noise to a clean latent.
 
-    times: (T,) on the policy's device, what the denoiser is told of the noise level at each step.
-    stochastic: (T,) bool on the CPU: the steps that have a density. The others are sampled and never trained.
+    times: (T,) on the policy's device; the denoiser's time input at each step.
+    stochastic: (T,) bool on the CPU; True for steps that have a density. The others are sampled but not trained.
     """
 
     times: Tensor
@@ -39,7 +39,7 @@ class Process(Protocol):
     def __len__(self) -> int: ...
 
     def initial(self, noise: Tensor) -> Tensor:
-        """x_0, the latent that sampling starts from, of standard normal `noise`; both (B, C, H, W)."""
+        """The latent x_0 that sampling starts from, given standard normal `noise`; both (B, C, H, W)."""
         ...
 
     def step(self, output: Tensor, latents: Tensor, positions: Tensor) -> Step:
@@ -57,6 +57,6 @@ def make_process(name: str, scheduler: Any, steps: int, device: torch.device) ->
     """The process `name` over `steps` steps of the model's own noise schedule `scheduler`.
 
     Raises:
-        ValueError: there is no such process, or it cannot take this schedule or that number of steps.
+        ValueError: there is no such process, or it does not support this schedule or number of steps.
     """
     return look_up(entry(PROCESSES, "process", name))(scheduler, steps, device)

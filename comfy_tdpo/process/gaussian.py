@@ -1,7 +1,7 @@
-"""Gaussian steps (arXiv 2402.08552, Eq. 2 and 4): one formula for every process, and the densities that follow.
+"""Gaussian steps (arXiv 2402.08552, Eq. 2 and 4): one formula for all processes, and their densities.
 
 With x_k = a_t x_0 + b_t eps, every process here is p(x_{k+1} | x_k, c) = N(a_s x_0 + kappa eps, sigma^2 I), where x_0
-and eps are what the model predicts; processes differ in their tables alone.
+and eps are the model's predictions. Processes differ only in their tables.
 
 Shapes: B batch, T denoising steps, C H W latent. All arithmetic is float32, whatever the model's dtype.
 """
@@ -18,10 +18,11 @@ REFERENCE_LATENT_SIZE = 4 * 64 * 64  # elements of an SD 1.x latent at 512 px, f
 
 @dataclass(frozen=True)
 class TableProcess:
-    """A Process from its tables, on the policy's device, from noisy (k = 0) to clean (k = T - 1).
+    """A Process defined by tables, on the policy's device, from noisy (k = 0) to clean (k = T - 1).
 
-    times (T,): what the denoiser is told. The others are (T,) float32: signal a_t and noise b_t of x_k, next_signal a_s
-    and kappa of the mean, and sigma. prediction_type: what the model's output is, see `predict_clean_and_noise`.
+    times (T,): the denoiser's time input. The other tables are (T,) float32: signal a_t and noise b_t of x_k,
+    next_signal a_s and kappa of the mean, and sigma. prediction_type: what the model predicts, see
+    `predict_clean_and_noise`.
     """
 
     times: Tensor
@@ -55,7 +56,7 @@ class TableProcess:
 def predict_clean_and_noise(
     output: Tensor, latents: Tensor, signal: Tensor, noise: Tensor, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
-    """The clean latent and the noise that the model's `output` stands for, each (B, C, H, W).
+    """The clean latent and the noise implied by the model's `output`, each (B, C, H, W).
 
     `latents` are x = signal * clean + noise * eps. Raises ValueError for an unknown prediction type.
     """
@@ -71,7 +72,7 @@ def predict_clean_and_noise(
 def log_prob(next_latents: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     """log p(x_{k+1} | x_k, c), averaged over C, H and W, (B,).
 
-    The mean and not the sum, as in the authors' code: with the sum the ratio of two policies overflows at once.
+    It is the mean and not the sum, as in the authors' code: with the sum, the ratio of two policies soon overflows.
     """
     z = (next_latents.float() - mean) / sigma
     log_density = -0.5 * z**2 - sigma.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
@@ -79,19 +80,19 @@ def log_prob(next_latents: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian_kl(mean: Tensor, reference_mean: Tensor, sigma: Tensor) -> Tensor:
-    """KL(p || p_ref) of one step in nats, summed over C, H and W, (B,); both have the same sigma."""
+    """KL(p || p_ref) of one step in nats, summed over C, H and W, (B,); both distributions have the same sigma."""
     return (((mean - reference_mean) / sigma) ** 2).sum(dim=(1, 2, 3)) / 2
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598); scale 1 is the conditional model."""
+    """Classifier-free guidance (arXiv 2207.12598); scale 1 gives the conditional model."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def scaled_clip_range(clip_range: float, latent_size: int) -> float:
-    """The clip range for latents of `latent_size` = C * H * W elements that allows the same nats on a whole step.
+    """The clip range that allows a step the same change in nats on latents of `latent_size` = C * H * W elements.
 
-    The log-probability is a mean over elements, so a range that is stated for SD 1.x at 512 px would be 64 times
-    tighter on a latent 64 times smaller.
+    The log-probability is a mean over elements, so a range chosen for SD 1.x at 512 px would be 64 times tighter on a
+    latent that is 64 times smaller.
     """
     return clip_range * REFERENCE_LATENT_SIZE / latent_size

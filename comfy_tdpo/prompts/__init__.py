@@ -1,7 +1,7 @@
-"""Prompt sets: plain text files, one prompt a line.
+"""Prompt sets: plain text files, one prompt per line.
 
-`simple-animals` (45) is the set the paper trains on; `unseen-animals` and `complex` are those it evaluates on
-(arXiv 2402.08552, Section 5.3). `shapes`, `shapes-unseen` and `shapes-complex` are the same for the embedded world.
+The paper trains on `simple-animals` (45 prompts) and evaluates on `unseen-animals` and `complex` (arXiv 2402.08552,
+Section 5.3). `shapes`, `shapes-unseen` and `shapes-complex` are their counterparts for the embedded world.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ NEEDS_A_COPY = {
 
 
 def prompt_sets() -> list[str]:
-    """The names of the sets that ship with the package."""
+    """The names of the prompt sets that ship with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.txt"))
 
 
 def load_prompts(source: str) -> list[str]:
-    """The prompts of a shipped set, or of a user's file: see `files.read_prompts`.
+    """The prompts of a shipped set or of a user's file, see `files.read_prompts`.
 
     Raises:
         ValueError: there is no such set or file, or it is not a list of prompts.
@@ -34,10 +34,10 @@ def load_prompts(source: str) -> list[str]:
         if source in NEEDS_A_COPY:
             raise ValueError(
                 f"prompt set {source!r}, {NEEDS_A_COPY[source]}, does not ship with this package: save it as a text "
-                "file, one prompt a line, and give that file's path"
+                "file, one prompt per line, and give that file's path"
             )
         raise ValueError(
-            f"got prompts {shorten(source, 200)!r}; expected a text file with one prompt a line, or one of "
+            f"got prompts {shorten(source, 200)!r}; expected a text file with one prompt per line, or one of "
             + ", ".join(prompt_sets())
         )
     return read_prompts(path)
@@ -46,5 +46,5 @@ def load_prompts(source: str) -> list[str]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists() or path.is_symlink()
-    except OSError:  # its name is too long to be one, or nobody may look
+    except OSError:  # the name is too long for a path, or access is denied
         return False

@@ -1,12 +1,12 @@
-"""Prompts in a user's file: plain text, or a table that names its columns.
+"""Prompts from a user's file: plain text, or a table with named columns.
 
-.txt, and every suffix that is not listed here: one prompt a line. Blank lines, and lines that begin with "#", which are
-comments as in kohya's sample prompts and in wildcard files, are left out.
-.csv, .tsv: a header with a column called as in COLUMNS; commas, semicolons or tabs between the fields.
-.json: an array of prompts, or of objects with such a key. .jsonl, .ndjson: the same, one a line.
+- .txt and any suffix not listed here: one prompt per line. Blank lines are skipped, and so are lines that begin with
+  "#", which are comments as in kohya's sample prompts and in wildcard files.
+- .csv, .tsv: a header with one of COLUMNS; fields separated by commas, semicolons or tabs.
+- .json: an array of prompts, or of objects with one of COLUMNS as a key. .jsonl, .ndjson: the same, one per line.
 
-A prompt that is there twice is drawn twice as often. White space inside a prompt of a table becomes single spaces.
-Nothing else is changed or left out: what cannot be taken word for word is refused.
+A prompt that occurs twice is drawn twice as often. In tables, whitespace inside a prompt is reduced to single spaces.
+Nothing else is changed or skipped: prompts that cannot be used word for word are rejected.
 """
 
 import csv
@@ -19,7 +19,7 @@ from typing import Any
 from ..user_files import read_text
 from .markup import check_words, foreign_text
 
-COLUMNS = ("prompt", "prompts", "caption", "captions", "text")  # "prompt" wins over the others
+COLUMNS = ("prompt", "prompts", "caption", "captions", "text")  # "prompt" takes precedence
 SUFFIXES = ".txt, .csv, .tsv, .json or .jsonl"
 _NO_PROMPTS = {
     **dict.fromkeys((".yaml", ".yml"), "YAML"),
@@ -31,23 +31,25 @@ _NO_PROMPTS = {
     ".arrow": "Arrow",
 }
 
-Found = tuple[str, Any]  # where it stands in the file, and what
+Found = tuple[str, Any]  # place in the file, value
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in the file `path`, in its order.
+    """The prompts in the file `path`, in order.
 
     Raises:
-        ValueError: the file or one of its prompts is not as described above; the message says where and what to do.
+        ValueError: the file or one of its prompts is not as described above; the message says where, and what to do.
     """
     suffix = path.suffix.lower()
     if suffix in _NO_PROMPTS:
-        raise ValueError(f"got {_NO_PROMPTS[suffix]} as prompts, '{path}'; expected {SUFFIXES}: one prompt a line")
+        raise ValueError(
+            f"got {_NO_PROMPTS[suffix]} as prompts, '{path}'; expected {SUFFIXES}: save one prompt per line as .txt"
+        )
     text = read_text(path)
     try:
         found = list(_READERS.get(suffix, _lines)(text))
         if not found:
-            raise ValueError("holds no prompt; expected one a line, where a line that begins with # is a comment")
+            raise ValueError("holds no prompt; expected one per line (lines that begin with # are comments)")
         if suffix not in _READERS:
             if reason := foreign_text([prompt for _, prompt in found], text):
                 raise ValueError(reason)
@@ -67,9 +69,9 @@ def _lines(text: str) -> Iterator[Found]:
 
 def _one_line(place: str, prompt: Any) -> str:
     if not isinstance(prompt, str):
-        raise ValueError(f"has {prompt!r:.60} in {place}; expected a prompt, which is text")
+        raise ValueError(f"has {prompt!r:.60} in {place}; expected a prompt as text")
     if not prompt.strip():
-        raise ValueError(f"has no prompt in {place}; fill it in, or take that {place.split()[0]} out")
+        raise ValueError(f"has no prompt in {place}; fill it in or remove the {place.split()[0]}")
     return " ".join(prompt.split())
 
 
@@ -94,26 +96,26 @@ def _rows(text: str, delimiter: str) -> Iterator[Found]:
         if column is None:
             raise ValueError(
                 f"begins with {delimiter.join(header)!r:.80}; expected the names of its columns, one of them "
-                f"{' or '.join(COLUMNS)}: add or rename it, or save one prompt a line as .txt"
+                f"{' or '.join(COLUMNS)}: add or rename it, or save one prompt per line as .txt"
             )
         for row in reader:
             place = f"line {reader.line_num}"
             if row and len(row) != len(header):
                 raise ValueError(
-                    f"has {len(row)} fields in {place} and {len(header)} in its header; a prompt with {delimiter!r} in "
-                    "it needs double quotes around it"
+                    f"has {len(row)} fields in {place} and {len(header)} in its header; a prompt that contains "
+                    f"{delimiter!r} needs double quotes around it"
                 )
             if row:
                 yield place, row[column]
     except csv.Error as error:
         raise ValueError(
-            f"breaks off in line {reader.line_num}: {error}; a prompt with quotes in it needs them doubled, and quotes "
-            "around it"
+            f"cannot be parsed at line {reader.line_num}: {error}; double any quotes inside a prompt, and put quotes "
+            "around the prompt"
         ) from error
 
 
 def _column(names: list[str]) -> int | None:
-    """Which of `names` is that of the prompts; None where that is not certain."""
+    """The index of the column of prompts in `names`; None if that is not certain."""
     plain = [name.strip().strip('"').lower() for name in names]
     found = [plain.index(name) for name in COLUMNS if name in plain]
     return found[0] if len(found) == 1 or "prompt" in plain else None
@@ -127,8 +129,8 @@ def _json(text: str) -> Iterator[Found]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{") and "\n" in text.strip():
-            return _json_lines(text)  # under the name of JSON, as many data sets are
-        raise ValueError(f"is no JSON: {error}; mend it, or save one prompt a line as .txt") from error
+            return _json_lines(text)  # many data sets are JSON lines in a file called .json
+        raise ValueError(f"is not valid JSON: {error}; correct it, or save one prompt per line as .txt") from error
     if not isinstance(values, list):
         raise ValueError(f"holds {json.dumps(values):.60}; expected an array of prompts, or of objects with a prompt")
     return (_value(f"item {number}", value) for number, value in enumerate(values, 1))
@@ -141,8 +143,8 @@ def _json_lines(text: str) -> Iterator[Found]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"is no JSON in line {number}: {error}; expected one object or text a line: mend it, or call the "
-                    "file .json if it is one array"
+                    f"is not valid JSON in line {number}: {error}; expected one object or string per line: correct it, "
+                    "or rename the file to .json if it is a single array"
                 ) from error
             yield _value(f"line {number}", value)
 
@@ -155,7 +157,7 @@ def _value(place: str, value: Any) -> Found:
     if column is None:
         raise ValueError(
             f"has the keys {', '.join(keys):.80} in {place}; expected one of them to be {' or '.join(COLUMNS)}: "
-            "rename it"
+            "rename the key of the prompt"
         )
     return place, value[keys[column]]
 

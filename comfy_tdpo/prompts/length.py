@@ -1,4 +1,4 @@
-"""Prompts longer than a text encoder reads: CLIP's tokenizers cut them off without a word."""
+"""Finding prompts longer than a text encoder reads, because CLIP's tokenizers truncate them silently."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CutPrompt:
-    """A prompt of `tokens` tokens (start and end included) of which only the text `read`, with `limit`, is read."""
+    """A prompt of `tokens` tokens, of which only the first `limit`, with the text `read`, reach the encoder.
+
+    Both counts include the start and end tokens.
+    """
 
     prompt: str
     tokens: int
@@ -17,11 +20,11 @@ class CutPrompt:
 
 
 def too_long(tokenizer: Any, prompts: Iterable[str], limit: int | None = None) -> list[CutPrompt]:
-    """Those of `prompts` that do not fit, each once.
+    """The prompts that are too long, each once.
 
     Args:
-        tokenizer: of transformers, which puts one token before a text and one after it.
-        limit: tokens that the encoder reads, where it is not the tokenizer's own `model_max_length`.
+        tokenizer: from transformers; it adds one token before a text and one after it.
+        limit: how many tokens the encoder reads; None means the tokenizer's `model_max_length`.
     """
     limit = limit or tokenizer.model_max_length
     cut = []
@@ -33,12 +36,12 @@ def too_long(tokenizer: Any, prompts: Iterable[str], limit: int | None = None) -
 
 
 def describe_cut(cut: list[CutPrompt]) -> str:
-    """One line for a user: how many, and of the longest which it is and where reading stops. `cut` is not empty."""
+    """One line for a user: how many prompts are too long, and where the longest is cut off. `cut` must not be empty."""
     longest = max(cut, key=lambda found: found.tokens)
     count = f"{len(cut)} prompts are" if len(cut) > 1 else "a prompt is"
     which = "; the longest" if len(cut) > 1 else ""
     return (
         f"{count} longer than the text encoder reads{which}, {shorten(longest.prompt, 80, placeholder='...')!r}, has "
-        f"{longest.tokens} tokens of at most {longest.limit} and is read up to {longest.read[-40:]!r}; shorten it: "
+        f"{longest.tokens} tokens, the limit is {longest.limit}, and is read up to {longest.read[-40:]!r}; shorten it: "
         "the model never sees the rest"
     )

@@ -1,24 +1,24 @@
-"""What other programs write into prompts and prompt files. A text encoder reads every letter of it as words.
+"""Markup of other programs in prompts and prompt files, which a text encoder would read as words.
 
-Signs that an encoder may well read, as ((brackets)) and commas, are left alone.
+Signs that an encoder can read as they are, such as ((brackets)) and commas, are accepted.
 """
 
 import json
 import re
 from collections.abc import Sequence
 
-# sign, what it is, what to do
+# pattern, what it is, what to do
 _MARKUP = tuple(
     (re.compile(sign), what, remedy)
     for sign, what, remedy in (
-        (r"(?:^|\s)--[a-z]+\b", "options of another program", "take them away; settings are given on the command line"),
-        (r"\{[^{}]*\|[^{}]*\}", "alternatives of dynamic prompts", "write every alternative as a prompt of its own"),
-        (r"__[\w*/.-]+__", "a wildcard", "write every choice as a prompt of its own"),
-        (r"<[a-z]\w*:[^<>]*>", "a tag of a user interface", "take it away"),
-        (r"\([^()]*[^\d\s():]\s*:\s*\d*\.?\d+\s*\)", "a weight of a user interface", "keep the words alone"),
-        (r"\[[^\[\]]*:[^\[\]]*:\s*\d*\.?\d+\s*\]", "a change on the way of a user interface", "keep the words alone"),
-        (r"\bembedding:\w", "an embedding of a user interface", "keep the words alone"),
-        ("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "control characters or halves of characters", "take them away"),
+        (r"(?:^|\s)--[a-z]+\b", "options of another program", "remove them; settings are given on the command line"),
+        (r"\{[^{}]*\|[^{}]*\}", "alternatives of dynamic prompts", "write each alternative as a prompt of its own"),
+        (r"__[\w*/.-]+__", "a wildcard", "write each choice as a prompt of its own"),
+        (r"<[a-z]\w*:[^<>]*>", "a tag of a user interface", "remove it"),
+        (r"\([^()]*[^\d\s():]\s*:\s*\d*\.?\d+\s*\)", "a weight of a user interface", "keep only the words"),
+        (r"\[[^\[\]]*:[^\[\]]*:\s*\d*\.?\d+\s*\]", "prompt editing of a user interface", "keep only the words"),
+        (r"\bembedding:\w", "an embedding of a user interface", "keep only the words"),
+        ("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "control characters or halves of characters", "remove them"),
     )
 )
 _NUMBER, _BULLET = re.compile(r"\d+[.):]\s"), re.compile(r"[-*•]\s")
@@ -27,30 +27,30 @@ _HEADER = re.compile(r"(?:[\w ]+[,;\t])*(?:prompts?|captions?)(?:[,;\t][\w ]+)*"
 
 
 def check_words(prompts: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError where (place, prompt) pairs hold what only another program understands."""
+    """Raise ValueError if any of the (place, prompt) pairs contains markup of another program."""
     for sign, what, remedy in _MARKUP:
         found = [(place, match[0]) for place, prompt in prompts if (match := sign.search(prompt))]
         if found:
             (place, example), others = found[0], len(found) - 1
             also = f" and {others} more" if others else ""
             raise ValueError(
-                f"has {what} in {place}{also}, {example.strip()!r:.60}; expected words, which are read as they stand: "
+                f"has {what} in {place}{also}, {example.strip()!r:.60}; expected plain words, read as they are: "
                 f"{remedy}"
             )
 
 
 def foreign_text(lines: list[str], text: str) -> str:
-    """What the non-empty `lines` of a plain text file are instead of prompts, and what to do; empty where they are."""
+    """What the non-empty `lines` of a plain text file are, if not prompts, and what to do; empty if they are."""
     if _is_json(text.strip()):
-        return "is JSON; expected one prompt a line: rename it to .json, or to .jsonl if every line is an object"
+        return "is JSON; expected one prompt per line: rename it to .json, or to .jsonl if every line is an object"
     if _HEADER.fullmatch(lines[0]) and len(lines) > 1:
-        return f"begins with {lines[0]!r:.60}, as a table does; expected one prompt a line: rename it to .csv or .tsv"
+        return f"begins with {lines[0]!r:.60}, as a table does; expected one prompt per line: rename it to .csv or .tsv"
     if len(lines) > 1 and all(map(_NUMBER.match, lines)):
-        return f"has a number before every line, as {lines[0]!r:.60}; expected prompts alone: take the numbers away"
+        return f"has a number before every line, such as {lines[0]!r:.60}; expected only prompts: remove the numbers"
     if len(lines) > 1 and all(map(_BULLET.match, lines)):
-        return f"has a bullet before every line, as {lines[0]!r:.60}; expected prompts alone: take the bullets away"
+        return f"has a bullet before every line, such as {lines[0]!r:.60}; expected only prompts: remove the bullets"
     if all(map(_QUOTED.fullmatch, lines)):
-        return f"has every line in quotes, as {lines[0]!r:.60}; expected prompts alone: take the quotes away"
+        return f"has every line in quotes, such as {lines[0]!r:.60}; expected only prompts: remove the quotes"
     return ""
 
 

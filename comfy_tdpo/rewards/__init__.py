@@ -1,7 +1,7 @@
 """Reward models and their registry.
 
-A reward model scores images, and may lend its image encoder to the critic. One is loaded only when it is asked for, and
-torch with it, so that names can be checked at once.
+A reward model scores images, and the critic may use its image encoder. Reward models and torch are imported only when
+a reward is loaded, so that names can be checked quickly.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """What every reward offers. Images are float (B, 3, H, W) in [0, 1]; preprocessing is the reward's own business.
+    """The interface of all rewards. Images are float (B, 3, H, W) in [0, 1]; each reward does its own preprocessing.
 
-    Neither method enables or disables gradients: the caller decides. Weights are frozen, so a graph is kept only where
-    the images carry a gradient.
+    Neither `embed` nor `score` enables or disables gradients; the caller decides. Weights are frozen, so a graph is
+    kept only if the images require gradients.
 
-    name: of the registry; embed_dim: the width D of `embed`, or None where there is no encoder to serve a critic;
-    differentiable: whether `score` keeps a gradient back to the images.
+    name: its name in the registry; embed_dim: the width D of `embed`, or None if it has no encoder for a critic;
+    differentiable: whether gradients flow through `score` to the images.
     """
 
     name: str
@@ -47,12 +47,12 @@ class RewardModel(Protocol):
         ...
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Raise ValueError where it cannot score images of one of `prompts`; asked before a training begins."""
+        """Raise ValueError if it cannot score images for one of `prompts`; called before training starts."""
         ...
 
 
 class RewardClass(Protocol):
-    """What makes a reward; `sources` are the published files that it reads."""
+    """A callable that creates a reward; `sources` are the published files that it reads."""
 
     sources: tuple[Source, ...]
 
@@ -79,12 +79,12 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name for each
 
 
 def reward_names() -> list[str]:
-    """Every reward that can be asked for by name alone, for a list to choose from."""
+    """All rewards that can be chosen by name alone."""
     return list(REWARDS)
 
 
 def check_reward(name: str) -> None:
-    """Raise ValueError where nothing is known of a reward `name`."""
+    """Raise ValueError if there is no reward `name`."""
     if is_function(name):
         check_function(name)
     elif name not in REWARDS:
@@ -92,7 +92,7 @@ def check_reward(name: str) -> None:
 
 
 def reward_class(name: str) -> RewardClass:
-    """What makes the reward `name`."""
+    """The class of the reward `name`."""
     check_reward(name)
     place = "comfy_tdpo.rewards.function:UserFunction" if is_function(name) else REWARDS[name]
     module, _, attribute = place.partition(":")
@@ -102,16 +102,17 @@ def reward_class(name: str) -> RewardClass:
 def load_reward(
     name: str, device: torch.device, precision: str = "fp32", weights: Mapping[str, str] | None = None
 ) -> RewardModel:
-    """The reward `name` on `device`; asking again gives the same instance, for as long as anybody holds it.
+    """The reward `name` on `device`. Later calls return the same instance as long as it is in use.
 
-    precision: "fp32" or "bf16", of its encoder; weights: name -> file or folder, for rewards that are not to be looked
-    for. Raises ValueError where it cannot be had.
+    precision: "fp32" or "bf16", for its encoder.
+    weights: name -> file or folder, for rewards whose weights should not be searched for or downloaded.
+    Raises ValueError if the reward cannot be loaded.
     """
     import torch
 
     path = (weights or {}).get(name)
     dtype = getattr(torch, PRECISIONS[precision])
-    device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one
+    device = torch.empty(0, device=device).device  # makes "cuda" and "cuda:0" the same key
     return _load(name, Options(device, dtype, Path(path).expanduser() if path else None))
 
 
@@ -119,18 +120,20 @@ def load_reward(
 def _load(name: str, options: Options) -> RewardModel:
     make = reward_class(name)
     if options.weights and not make.sources:
-        raise ValueError(f"got {options.weights} as the weights of reward {name!r}, which has none; take that away")
+        raise ValueError(
+            f"got {options.weights} as the weights of reward {name!r}, which has none; remove that setting"
+        )
     return make(name, options)
 
 
 class WeightedSum:
-    """sum_i w_i R_i / s_i: several rewards as one. The first that has an encoder lends it to the critic.
+    """sum_i w_i R_i / s_i: several rewards as one. The critic uses the encoder of the first reward that has one.
 
-    The scales s_i are numbers that the user states once, so that a sum has no state: nothing to save with a run, and
-    the same on every batch. A training normalises the sum again, per prompt (advantages.py).
+    The scales s_i are constants set by the user, so a sum has no state to save with a run and is the same for every
+    batch. During training the sum is normalised again, per prompt (advantages.py).
 
     Args:
-        parts: (model, w_i, s_i) of each.
+        parts: (model, w_i, s_i) for each reward.
     """
 
     def __init__(self, parts: list[tuple[RewardModel, float, float]]):
@@ -153,12 +156,12 @@ class WeightedSum:
 
 
 def encoder_name(model: RewardModel) -> str:
-    """The reward whose encoder `model` lends: its own, or that of a part of a sum."""
+    """The name of the reward whose encoder `model` provides; for a sum, that of one of its parts."""
     return model.encoder.name if isinstance(model, WeightedSum) and model.encoder else model.name
 
 
 def name_of_sum(terms: Mapping[str, float], scales: Mapping[str, float] | None = None) -> str:
-    """What load_rewards calls the sum of `terms`."""
+    """The name that load_rewards gives the sum of `terms`."""
     return " + ".join(_term(name, weight, (scales or {}).get(name, 1.0)) for name, weight in terms.items() if weight)
 
 
@@ -173,9 +176,10 @@ def load_rewards(
     weights: Mapping[str, str] | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> RewardModel:
-    """The sum of the rewards in `terms`, name -> weight in the sum, each divided by its scale if it has one.
+    """The weighted sum of the rewards in `terms`, name -> weight, each divided by its scale if it has one.
 
-    A single one of weight 1 is itself, and one of weight 0 is not loaded. The rest is as in load_reward.
+    A single reward of weight 1 is returned as it is, and rewards of weight 0 are not loaded. The other arguments are
+    those of load_reward.
     """
     parts = [
         (load_reward(name, device, precision, weights), weight, (scales or {}).get(name, 1.0))
@@ -183,23 +187,25 @@ def load_rewards(
         if weight
     ]
     if not parts:
-        raise ValueError(f"the weights of {', '.join(terms) or 'no reward'} are 0; give at least one another weight")
+        raise ValueError(
+            f"the weights of {', '.join(terms) or 'no reward'} are all 0; give at least one reward another weight"
+        )
     (model, weight, scale), *others = parts
     return model if not others and weight == scale == 1 else WeightedSum(parts)
 
 
 def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
-    """`model`'s scores, float32 (B,), on the images' device; RewardError names it where it does not give that."""
+    """`model`'s scores, float32 (B,), on the images' device. Raises RewardError, which names it, if it fails."""
     import torch
 
     if not torch.isfinite(images).all():
         raise RewardError(
-            f"got images that are not finite for reward {model.name!r}; the model that drew them overflows: use "
+            f"got images that are not finite for reward {model.name!r}; the model that generated them overflows: use "
             "precision fp32, or another VAE"
         )
     try:
         return checked(model.name, model.score(images, prompts), images)
     except (torch.cuda.OutOfMemoryError, RewardError):
-        raise  # the former is the caller's to mend, the latter names the part of a sum that failed
-    except (Exception, SystemExit) as error:  # it may be anybody's code, and the user must learn whose
+        raise  # the caller handles out of memory; a RewardError already names the part of a sum that failed
+    except (Exception, SystemExit) as error:  # it may be user code, and the user must learn whose code failed
         raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Aesthetic Score: how people would rate an image alone, about 1 to 10 (LAION's improved-aesthetic-predictor)."""
+"""Aesthetic Score: predicts how people rate an image, about 1 to 10 (LAION's improved-aesthetic-predictor)."""
 
 import torch.nn.functional as F
 from accelerate import init_empty_weights
@@ -11,7 +11,7 @@ from .pixels import pillow_pixels
 from .weights import Source, find_weights, load_weights
 
 ARCHITECTURE = VIT_L_14
-# The head is published on GitHub, as sac+logos+ava1-l14-linearMSE.pth; this is its copy on the hub.
+# The head is published on GitHub as sac+logos+ava1-l14-linearMSE.pth; this is a copy on the hub.
 HEAD = Source(
     "trl-lib/ddpo-aesthetic-predictor",
     "aesthetic-model.pth",
@@ -23,7 +23,7 @@ CLIP = Source("openai/clip-vit-large-patch14", "model.safetensors", "1.7 GB", "M
 
 
 class Aesthetic:
-    """A linear head on CLIP's unit embedding of the image; CLIP's text half is not loaded."""
+    """A linear head on CLIP's unit embedding of the image; CLIP's text encoder is not loaded."""
 
     sources = (HEAD, CLIP)
     differentiable = True
@@ -34,7 +34,7 @@ class Aesthetic:
         with init_empty_weights():
             empty = LinearHead(self.embed_dim)
         self.head = load_weights(empty, head, HEAD).to(options.device)
-        clip = find_weights(name, CLIP, options.weights_folder)  # large: only now that the head is right
+        clip = find_weights(name, CLIP, options.weights_folder)  # large, so load it only once the head has been checked
         encoder = ClipImages(empty_clip(ARCHITECTURE))
         self.encoder = load_weights(encoder, clip, CLIP, options.dtype).to(options.device)
         self.size = ARCHITECTURE.vision_config.image_size
@@ -46,4 +46,4 @@ class Aesthetic:
         return self.head(self.embed(images))
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """It looks at images alone."""
+        """Every prompt is fine: only images are scored."""

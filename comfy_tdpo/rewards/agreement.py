@@ -1,4 +1,4 @@
-"""What the rewards have in common that compare an image with its prompt by two encoders of one space."""
+"""The base class of rewards that embed image and prompt in one space and compare the embeddings."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Agreement:
-    """A score from the cosine of two embeddings, -1 to 1; the image's also serves the critic."""
+    """A score from the cosine of two embeddings, -1 to 1; the critic can use the image encoder."""
 
     differentiable = True
 
@@ -29,4 +29,4 @@ class Agreement:
         return self.in_upstreams_units((self.embed(images) * text).sum(-1))
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """It has an opinion on every text."""
+        """Every prompt can be scored."""

@@ -1,7 +1,7 @@
-"""What a reward may answer: one finite number for each image. Anything else is named, with whose answer it is.
+"""Checking what a reward returns: one finite number per image. Errors name the reward and what it returned.
 
-A user's function may answer as in DDPO, TRL and flow_grpo, (scores, info), and in any kind of numbers: a tensor on any
-device, an array, a list.
+A user's function may also return (scores, info), as in DDPO, TRL and flow_grpo. Its scores may be a tensor on any
+device, an array or a list.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class RewardError(RuntimeError):
-    """A reward model failed in the middle of a training; the message names it."""
+    """A reward model failed during training; the message names it."""
 
 
 def checked(name: str, scores: Tensor, images: Tensor) -> Tensor:
-    """`scores` as float32; RewardError where they are not one number for each of `images`."""
+    """`scores` as float32. Raises RewardError if they are not one finite number per image."""
     import torch
 
     if scores.shape != images.shape[:1]:
@@ -38,9 +38,9 @@ def checked(name: str, scores: Tensor, images: Tensor) -> Tensor:
 
 
 def scores_of(name: str, answer: Any, images: Tensor) -> Tensor:
-    """The numbers in what the function `name` returned, on the images' device; RewardError where there are none.
+    """The numbers in what the function `name` returned, on the images' device. Raises RewardError if it has none.
 
-    A tensor keeps its gradient. How many numbers there are, and whether they are finite, is left to `checked`.
+    A tensor keeps its gradient. `checked` verifies the count and that all are finite.
     """
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
         answer = answer[0]  # DDPO's (scores, info)
@@ -71,7 +71,7 @@ def _as_tensor(answer: Any, device: torch.device) -> Tensor | None:
 
 
 def _number(item: Any) -> Tensor | None:
-    """One number, whatever it is wrapped in, as a tensor of no dimensions."""
+    """A single number of any type as a 0-dimensional tensor; None if `item` is not one."""
     import numpy as np
     import torch
 
@@ -100,7 +100,7 @@ def _remedy(answer: Any) -> str:
         return "; does it lack a `return`?"
     if hasattr(answer, "__await__"):
         if hasattr(answer, "close"):
-            answer.close()  # or Python warns that nobody awaited it
+            answer.close()  # prevents Python's warning that it was never awaited
         return "; write `def` instead of `async def`, or run it with asyncio.run"
     if isinstance(answer, dict):
         return "; return the entry that is the reward"

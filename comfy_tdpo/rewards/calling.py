@@ -1,8 +1,8 @@
-"""How a user's function is called: each argument goes to the parameter whose name says what it takes.
+"""Calling a user's function: each argument goes to the parameter whose name says what it takes.
 
-So `f(images, prompts)`, `f(prompts, images)` and `f(*, image, caption, **more)` all work, and so does the form that
-DDPO, TRL and flow_grpo share, `f(images, prompts, metadata)`. Nothing is passed by position: a function that gets the
-two the wrong way round may well return numbers.
+So `f(images, prompts)`, `f(prompts, images)` and `f(*, image, caption, **more)` all work, and so does the form common
+to DDPO, TRL and flow_grpo, `f(images, prompts, metadata)`. Nothing is matched by position, because a function given
+images and prompts in the wrong order might still return numbers.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 IMAGES, PROMPTS, METADATA = "images", "prompts", "metadata"
 
-# What parameters are called here and in other trainers; whatever the case.
+# Names of parameters here and in other trainers, compared without regard to case.
 NAMES = {
     IMAGES: ("images", "image", "imgs", "img", "pixels", "pixel_values", "pictures", "picture"),
     PROMPTS: ("prompts", "prompt", "captions", "caption", "texts", "text"),
     METADATA: ("metadata", "prompt_metadata", "metadatas", "meta"),
 }
-DEVICE = "device"  # what a factory may ask for
+DEVICE = "device"  # parameter that a factory may have
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 _WRAP = "wrap it in a function of your own: def reward(images, prompts): return ..."
 
 
 class Call:
-    """A user's function with its parameters understood.
+    """A user's function whose parameters have been matched to arguments by name.
 
-    A function that takes nothing, or a device alone, is a factory, as in ddpo-pytorch and flow_grpo: it is called once,
-    and what it returns is the function. So is a class.
+    A function without parameters, or with only a device, is a factory, as in ddpo-pytorch and flow_grpo, and so is a
+    class: it is called once, and what it returns is the reward function.
 
-    Raises ValueError where the names of the parameters do not say what they take.
+    Raises ValueError if the parameters cannot be matched by name.
     """
 
     def __init__(self, name: str, function: Callable, device: torch.device):
@@ -47,7 +47,7 @@ class Call:
         self.takes = _understood(name, self.signature)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Any:
-        """Whatever the function returns for float images (B, 3, H, W) and B prompts."""
+        """Call the function with float images (B, 3, H, W) and B prompts, and return what it returns."""
         given = {IMAGES: images, PROMPTS: prompts, METADATA: [{} for _ in prompts]}
         bound = BoundArguments(self.signature, OrderedDict())
         for name, what in self.takes.items():
@@ -63,7 +63,7 @@ def _signature(name: str, function: Callable) -> Signature:
     forward = None if inspect.isclass(function) else getattr(function, "forward", None)  # of a torch module
     try:
         return inspect.signature(forward if callable(forward) else function)
-    except (TypeError, ValueError) as error:  # written in C, and silent about it
+    except (TypeError, ValueError) as error:  # written in C, without a signature
         raise ValueError(f"got reward {name!r}, whose parameters cannot be read ({error}); {_WRAP}") from error
 
 
@@ -89,12 +89,12 @@ def _made(name: str, factory: Callable, signature: Signature, device: torch.devi
         made = factory(**{DEVICE: device} if DEVICE in signature.parameters else {})
     except Exception as error:  # whatever the user's code does
         raise ValueError(
-            f"reward {name!r} takes no images, so it was called to make the function that does, and failed: "
+            f"reward {name!r} takes no images, so it was called as a factory for the function that does, and failed: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not callable(made):
         if inspect.iscoroutine(made):
-            made.close()  # or Python warns that nobody awaited it
+            made.close()  # prevents Python's warning that it was never awaited
         raise ValueError(
             f"reward {name!r} takes neither images nor prompts, and returned {type(made).__name__}; expected a "
             "function of (images, prompts), or one without arguments that returns such a function"
@@ -103,7 +103,7 @@ def _made(name: str, factory: Callable, signature: Signature, device: torch.devi
 
 
 def _understood(name: str, signature: Signature) -> dict[str, str]:
-    """What each parameter takes, by its name: the first that is called so, and metadata where it must be given."""
+    """Map parameter names to what they take: for each argument the first match, and metadata only if it is required."""
     required, takes = _required(signature), dict[str, str]()
     for parameter in signature.parameters.values():
         what = _meaning(parameter.name)
@@ -114,11 +114,11 @@ def _understood(name: str, signature: Signature) -> dict[str, str]:
     if not everything and not {IMAGES, PROMPTS} & set(takes.values()):
         raise ValueError(
             f"got reward {name!r} with the parameters {signature}; expected images and prompts, which are passed by "
-            f"name: call its parameters so, or {_WRAP}"
+            f"name: rename its parameters, or {_WRAP}"
         )
     if lacking := [parameter for parameter in required if parameter not in takes]:
         raise ValueError(
             f"reward {name!r} also requires {', '.join(lacking)}; expected (images, prompts) or (images, prompts, "
-            f"metadata): give the others a default, call those that take images and prompts so, or {_WRAP}"
+            f"metadata): give other parameters a default, rename those that take images and prompts, or {_WRAP}"
         )
     return takes

@@ -1,4 +1,4 @@
-"""CLIP by transformers: the published architectures, and the parts of them that rewards use."""
+"""transformers' CLIP: the published architectures, and the parts of them that rewards use."""
 
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from transformers import CLIPConfig, CLIPModel
 def architecture(
     vision: tuple[int, int, int], text: tuple[int, int, int], patch: int, dim: int, activation: str
 ) -> CLIPConfig:
-    """A CLIP at 224 px; vision and text are (width, layers, heads), dim the width of the embeddings."""
+    """A CLIP for 224 px images; vision and text are (width, layers, heads), and dim is the width of the embeddings."""
 
     def tower(width: int, layers: int, heads: int) -> dict:
         return dict(
@@ -27,14 +27,14 @@ def architecture(
     )
 
 
-# OpenAI's, with its quick GELU, and LAION's.
+# The first two are OpenAI's, with its quick GELU; the third is LAION's.
 VIT_B_32 = architecture((768, 12, 12), (512, 12, 8), patch=32, dim=512, activation="quick_gelu")
 VIT_L_14 = architecture((1024, 24, 16), (768, 12, 12), patch=14, dim=768, activation="quick_gelu")
 VIT_H_14 = architecture((1280, 32, 16), (1024, 24, 16), patch=14, dim=1024, activation="gelu")
 
 
 class ClipImages(nn.Module):
-    """The half of a CLIP that looks at images: pixels (B, 3, H, W) to embeddings (B, D)."""
+    """The image half of a CLIP: pixels (B, 3, H, W) to embeddings (B, D)."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__()
@@ -46,7 +46,7 @@ class ClipImages(nn.Module):
 
 
 class Clip(ClipImages):
-    """All of it."""
+    """Both halves of a CLIP."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__(clip)
@@ -62,6 +62,6 @@ class Clip(ClipImages):
 
 
 def empty_clip(config: CLIPConfig) -> CLIPModel:
-    """A model of that architecture that takes no memory; its weights are to be filled in."""
+    """A model of that architecture whose weights take no memory yet; they have to be filled in."""
     with init_empty_weights():
         return CLIPModel(config)

@@ -17,7 +17,7 @@ SCALE = 2.5
 
 
 class ClipScore(Agreement):
-    """OpenAI's CLIP ViT-B/32, as it is: 2.5 times the cosine, not below 0."""
+    """OpenAI's CLIP ViT-B/32, not fine-tuned: 2.5 times the cosine, clamped at 0."""
 
     sources = (CLIP,)
 

@@ -1,8 +1,8 @@
 """A user's own function as a reward: `python:module:function`, called with images and prompts.
 
-Naming one imports its module, so it is code that runs. A name must therefore not come from a file or a graph that
-somebody else made: functions are refused until `allow_functions` is called, which the command line does, whose user
-named the file, and ComfyUI's nodes do not.
+Using such a name imports its module and so runs code. The name must therefore not come from a file or graph made by
+somebody else. Functions are rejected until `allow_functions` is called: the command line does so, because its user has
+chosen the function, and ComfyUI's nodes do not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _allowed = False
 
 
 def allow_functions() -> None:
-    """Let rewards be named `python:module:function` in this process from now on."""
+    """Allow rewards named `python:module:function` in this process from now on."""
     global _allowed
     _allowed = True
 
@@ -32,11 +32,13 @@ def is_function(name: str) -> bool:
 
 
 def check_function(name: str) -> None:
-    """Raise ValueError where `name` is not of the form, or functions are not allowed here. Nothing is imported."""
+    """Raise ValueError if `name` is malformed or functions are not allowed here. Nothing is imported."""
     if not _allowed:
         raise ValueError(f"got reward {name!r}, which runs code; expected that only on the command line")
     if not all(part.isidentifier() for part in _module(name).split(".")) or not _function(name).isidentifier():
-        raise ValueError(f"got reward {name!r}; expected python:module:function, as in python:mine.rewards:brightness")
+        raise ValueError(
+            f"got reward {name!r}; expected python:module:function, such as python:mine.rewards:brightness"
+        )
 
 
 def _module(name: str) -> str:
@@ -50,12 +52,12 @@ def _function(name: str) -> str:
 class UserFunction:
     """Any callable of images, float (B, 3, H, W) in [0, 1], and a list of B prompts that returns B numbers.
 
-    calling.py says which parameters it may have, answers.py what it may return.
+    See calling.py for the parameters it may have, and answers.py for what it may return.
     """
 
     sources = ()
     embed_dim = None
-    differentiable = True  # nobody knows before a call
+    differentiable = True  # not known before it is called
 
     def __init__(self, name: str, options: Options):
         check_function(name)
@@ -64,8 +66,8 @@ class UserFunction:
             module = importlib.import_module(_module(name))
         except Exception as error:  # whatever the user's module does
             raise ValueError(
-                f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; mend it, or where it is not "
-                "found run in the folder of its file, or put that on PYTHONPATH"
+                f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; correct it, or if it was "
+                "not found, run in the folder of its file or add that folder to PYTHONPATH"
             ) from error
         function = getattr(module, _function(name), None)
         if not callable(function):
@@ -76,8 +78,8 @@ class UserFunction:
         raise TypeError(f"{self.name} is a function and has no encoder")
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        answer = self.call(images.clone(), list(prompts))  # it may change them, and others see them after it
+        answer = self.call(images.clone(), list(prompts))  # copies, because the function may change its arguments
         return scores_of(self.name, answer, images)
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Only its author knows what it can judge."""
+        """Every prompt is accepted: only the function's author knows what it can score."""

@@ -1,10 +1,10 @@
-"""The head that Aesthetic Score has and ImageReward took over from it."""
+"""The head of Aesthetic Score, which ImageReward adopted."""
 
 from torch import Tensor, nn
 
 
 class LinearHead(nn.Module):
-    """Five linear layers in a row, (B, D) -> (B,), under upstream's names; its dropout counts as layers there."""
+    """Five linear layers in a row, (B, D) -> (B,). Identities replace upstream's dropout layers, so names match."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -1,7 +1,7 @@
-"""HPS v2 and v2.1: how people prefer one image to another for a prompt (Wu et al., 2023, arXiv 2306.09341).
+"""HPS v2 and v2.1: which of two images people prefer for a prompt (Wu et al., 2023, arXiv 2306.09341).
 
-Deviation from upstream: none in the scores. The package `hpsv2` carries a fork of open_clip and reads its checkpoint
-anew at every call; here it is today's open_clip, and once.
+The scores are upstream's. The package `hpsv2` contains a fork of open_clip and reads its checkpoint again at every
+call; this module uses the current open_clip and reads the checkpoint once.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 class HPSv2(Agreement):
-    """OpenCLIP ViT-H/14, trained on: the cosine, about 0.2 to 0.35."""
+    """A fine-tuned OpenCLIP ViT-H/14: the cosine, about 0.2 to 0.35."""
 
     sources = (Source("xswu/HPSv2", "HPS_v2_compressed.pt", "2.0 GB", "Apache-2.0"),)
 
@@ -49,6 +49,6 @@ class HPSv2(Agreement):
 
 
 class HPSv21(HPSv2):
-    """Version 2.1: the same, trained on better data. Its scores cannot be compared with those of version 2."""
+    """Version 2.1: the same model trained on better data. Its scores cannot be compared with those of version 2."""
 
     sources = (Source("xswu/HPSv2", "HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0"),)

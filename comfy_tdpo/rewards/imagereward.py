@@ -1,7 +1,7 @@
-"""ImageReward: how well people would rate an image for a prompt (Xu et al., 2023, arXiv 2304.05977).
+"""ImageReward: how people rate an image for a prompt (Xu et al., 2023, arXiv 2304.05977).
 
-BLIP's image-grounded text encoder by transformers, with upstream's names mapped to it. Deviation from upstream: none in
-the scores; what its checkpoint carries for BLIP's other uses (two projections, a buffer) is not read.
+It uses transformers' implementation of BLIP's image-grounded text encoder and maps upstream's names to it. The scores
+are upstream's. The checkpoint's entries for other uses of BLIP (two projections, a buffer) are not read.
 """
 
 import re
@@ -20,7 +20,7 @@ from .options import Options
 from .pixels import pillow_pixels
 from .weights import Source, find_weights, load_weights
 
-# BLIP's ViT-L/16 and its BERT, as upstream's med_config.json has them.
+# BLIP's ViT-L/16 and its BERT, as in upstream's med_config.json.
 VISION: dict[str, Any] = {
     "image_size": 224,
     "patch_size": 16,
@@ -39,7 +39,7 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 12,
     "max_position_embeddings": 512,
     "layer_norm_eps": 1e-12,
-    "is_decoder": True,  # transformers' word for having cross-attention
+    "is_decoder": True,  # how transformers enables cross-attention
 }
 TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over upstream's training images
@@ -47,7 +47,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over
 MODEL = Source("THUDM/ImageReward", "ImageReward.pt", "1.8 GB", "Apache-2.0")
 VOCABULARY = Source("google-bert/bert-base-uncased", "vocab.txt", "0.2 MB", "Apache-2.0")
 
-# upstream's name for each of transformers', first match wins
+# transformers' name -> upstream's name; the first match wins
 _NAMES = [
     (r"^text\.", "blip.text_encoder."),
     (r"^vision\.embeddings\.class_embedding", "blip.visual_encoder.cls_token"),
@@ -66,7 +66,7 @@ def upstreams_name(name: str) -> str:
 
 
 class ImageGroundedText(nn.Module):
-    """Pixels (B, 3, H, W), token ids and their mask (B, L) to the features of the text in sight of the image (B, D)."""
+    """Pixels (B, 3, H, W), token ids and their mask (B, L) to image-grounded text features (B, D)."""
 
     def __init__(self):
         super().__init__()
@@ -83,9 +83,9 @@ class ImageGroundedText(nn.Module):
 
 
 def _tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
-    """BERT's, cut and padded as upstream does."""
+    """BERT's tokenizer, with upstream's truncation and padding."""
     words = WordPiece.read_file(str(vocabulary))
-    expected = TEXT["vocab_size"] - 2  # BLIP's own, [DEC] and [ENC], no prompt holds
+    expected = TEXT["vocab_size"] - 2  # without BLIP's own [DEC] and [ENC], which no prompt contains
     if len(words) != expected or not {"[CLS]", "[SEP]", "[PAD]", "[UNK]"} <= words.keys():
         raise ValueError(f"{vocabulary} holds {len(words)} words, not BERT's {expected}; expected {VOCABULARY}")
     tokenizer = BertWordPieceTokenizer(words, lowercase=True)
@@ -95,7 +95,7 @@ def _tokenizer(vocabulary: Path) -> BertWordPieceTokenizer:
 
 
 class ImageReward:
-    """Image and text are read together, so there is no embedding of the image to serve a critic; about -2 to 2."""
+    """Scores of about -2 to 2. Image and text are encoded together, so there is no image encoder for a critic."""
 
     sources = (MODEL, VOCABULARY)
     differentiable = True
@@ -123,4 +123,4 @@ class ImageReward:
         return (self.head(self.encoder(pixels, tokens, mask)) - MEAN) / STD
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """It has an opinion on every text."""
+        """Every prompt can be scored."""

@@ -1,4 +1,4 @@
-"""How well an image can be compressed, from DDPO (Black et al., 2023, arXiv 2305.13301): no model, and no prompt."""
+"""How well an image compresses, from DDPO (Black et al., 2023, arXiv 2305.13301); it uses no model and no prompt."""
 
 import io
 
@@ -13,7 +13,7 @@ SIGNS = {"jpeg-compressibility": -1, "jpeg-incompressibility": 1}
 
 
 class JpegSize:
-    """The size of the image as JPEG, in units of 1000 bytes: as a reward, or, with its sign changed, as a cost."""
+    """The size of the image as JPEG, in units of 1000 bytes; negated for compressibility."""
 
     sources = ()
     embed_dim = None
@@ -31,7 +31,7 @@ class JpegSize:
         return self.sign * torch.tensor(sizes, device=images.device)
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """It looks at images alone."""
+        """Every prompt is fine: only images are scored."""
 
 
 def _kilobytes(image: Image.Image) -> float:

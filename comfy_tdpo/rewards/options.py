@@ -1,4 +1,4 @@
-"""How a reward is to be loaded."""
+"""Options for loading a reward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """dtype: of an encoder's weights and activations; weights: a file or folder to use instead of looking for one."""
+    """dtype: of the encoder's weights and activations; weights: a file or folder to use instead of searching."""
 
     device: torch.device
     dtype: torch.dtype
@@ -20,5 +20,5 @@ class Options:
 
     @property
     def weights_folder(self) -> Path | None:
-        """For what a reward needs beside its main file: a file that is named stands for the main one alone."""
+        """`weights` for a reward's additional files: None if it is a file, because that replaces only the main file."""
         return self.weights if self.weights is not None and not self.weights.is_file() else None

@@ -1,4 +1,4 @@
-"""PickScore: which of two images people would pick for a prompt (Kirstain et al., 2023, arXiv 2305.01569)."""
+"""PickScore: which of two images people pick for a prompt (Kirstain et al., 2023, arXiv 2305.01569)."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ CLIP = Source("yuvalkirstain/PickScore_v1", "model.safetensors", "3.9 GB", "MIT"
 
 
 class PickScore(Agreement):
-    """CLIP ViT-H/14, trained on: its temperature times the cosine, about 15 to 25."""
+    """A fine-tuned CLIP ViT-H/14: its temperature times the cosine, about 15 to 25."""
 
     sources = (CLIP,)
 

@@ -1,12 +1,12 @@
-"""From images in [0, 1] to what CLIP and BLIP are fed, on the images' device: resize the shorter side to the model's
+"""Preprocessing of images in [0, 1] for CLIP and BLIP, on the images' device: resize the shorter side to the model's
 size by antialiased bicubic interpolation, crop the centre, normalise.
 
 Upstream's processors do this on the CPU: on 8-bit images with Pillow, or on float tensors with torchvision. Pillow
 computes in integers and rounds to 8 bits after each axis; this module uses the same integers, so the levels are equal.
-Only what the crop keeps is computed, so a long image costs no more than its centre.
+Only the pixels that the crop keeps are computed, so a long image costs no more than its centre.
 
-Rounding has no gradient. Where images carry one, they get the exact values with the gradient of the same steps in
-floats: the value is the same to the last bit, with gradient or without.
+Rounding has no gradient. If the images require gradients, the result has the exact values and the gradient of the same
+steps in floats. The values are equal to the last bit, with or without gradients.
 
 Shapes: B images; n pixels along an axis.
 """
@@ -22,13 +22,13 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_BITS = 22  # of the fraction in Pillow's coefficients
-_SUPPORT = 2  # pixels on either side that a cubic sees
-_AT_ONCE = 2**22  # pixels of a channel that are interpolated at once before a crop, to bound memory
+_BITS = 22  # fraction bits of Pillow's coefficients
+_SUPPORT = 2  # pixels that the cubic kernel reads on either side
+_AT_ONCE = 2**22  # pixels of a channel interpolated at once before a crop, to limit memory
 
 
 class _Axis(NamedTuple):
-    """One axis of an image: resized from `before` to `after` pixels, of which `size` are kept from `start` on."""
+    """One axis of an image: resized from `before` to `after` pixels, of which `size` are kept, starting at `start`."""
 
     before: int
     after: int
@@ -41,9 +41,9 @@ class _Axis(NamedTuple):
 
 
 def pillow_pixels(images: Tensor, size: int, crop: str = "rounded") -> Tensor:
-    """What follows from Pillow's resizing, float32 (B, 3, size, size).
+    """Preprocessing with Pillow's resizing, float32 (B, 3, size, size).
 
-    crop: "rounded" or "first", which centre is kept where there are two; see `_axes`.
+    crop: "rounded" or "first", the choice between two possible centres; see `_axes`.
     """
     rows, columns = _axes(images, size, crop)
     whole = _levels(images.detach()[..., _read(rows), _read(columns)]).round().int()
@@ -54,14 +54,14 @@ def pillow_pixels(images: Tensor, size: int, crop: str = "rounded") -> Tensor:
 
 
 def torchvision_pixels(images: Tensor, size: int) -> Tensor:
-    """What follows from torchvision's resizing of float tensors (0.17 and later): not rounded, overshoot kept."""
+    """Preprocessing with torchvision's resizing of float tensors (0.17 and later): not rounded, overshoot kept."""
     rows, columns = _axes(images, size, "rounded")
     levels = _levels(images)
     return _normalize(_interpolate(_straight_through(levels.round(), levels), rows, columns))
 
 
 def _levels(images: Tensor) -> Tensor:
-    """0 to 255; rounded, they are what a file would keep."""
+    """Levels from 0 to 255; rounded, they are the values in an 8-bit file."""
     return (images.float() * 255).clamp(0, 255)
 
 
@@ -71,8 +71,8 @@ def _straight_through(exact: Tensor, smooth: Tensor) -> Tensor:
 
 
 def _axes(images: Tensor, size: int, crop: str) -> tuple[_Axis, _Axis]:
-    """Rows and columns. Of two centres torchvision takes the one that starts at an even pixel ("rounded"), transformers
-    the first.
+    """Rows and columns. If two centres are possible, torchvision uses the one that starts at an even pixel ("rounded"),
+    and transformers the first one.
     """
     before = images.shape[-2:]
     after = [int(size * n / min(before)) for n in before]
@@ -81,25 +81,27 @@ def _axes(images: Tensor, size: int, crop: str) -> tuple[_Axis, _Axis]:
     return rows, columns
 
 
-# --- as Pillow resizes
+# --- Pillow's resizing
 
 
 def _resize_rows(levels: Tensor, axis: _Axis) -> Tensor:
-    """Pillow's resizing along the last axis but one, int32 in and out, of the pixels that `_read` names.
+    """Pillow's resizing along the second-to-last axis, int32 in and out, of the pixels selected by `_read`.
 
-    Sums stay below 2^31: 255 * 2^22 is half of that.
+    Sums stay below 2^31, since 255 * 2^22 is half of that.
     """
     if axis.before == axis.after:
         return levels
     pixels, weights = _windows(axis, levels.device)
-    total = levels.new_full((*levels.shape[:-2], axis.size, levels.shape[-1]), 2 ** (_BITS - 1))  # a half, to round
+    total = levels.new_full(
+        (*levels.shape[:-2], axis.size, levels.shape[-1]), 2 ** (_BITS - 1)
+    )  # one half, for rounding
     for read, weight in zip(pixels, weights, strict=True):
         total += levels.index_select(-2, read) * weight[:, None]
     return (total >> _BITS).clamp(0, 255)
 
 
 def _read(axis: _Axis) -> slice:
-    """The pixels before resizing that decide the kept ones."""
+    """The pixels before resizing that the kept pixels depend on."""
     if axis.before == axis.after:
         return axis.kept
     _, first, last = _reach(axis)
@@ -107,7 +109,7 @@ def _read(axis: _Axis) -> slice:
 
 
 def _reach(axis: _Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each kept pixel, the centre before resizing, the first pixel that it reads, and the one after the last."""
+    """For each kept pixel: its centre before resizing, the first pixel it reads, and the one after the last."""
     scale = axis.before / axis.after
     centers = (np.arange(axis.start, axis.start + axis.size) + 0.5) * scale
     reach = _SUPPORT * max(scale, 1.0)
@@ -115,11 +117,11 @@ def _reach(axis: _Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return centers, first, np.minimum((centers + reach + 0.5).astype(int), axis.before)
 
 
-@lru_cache(maxsize=8)  # a training has one size or two; those of image files may all differ
+@lru_cache(maxsize=8)  # training uses one or two sizes, but image files may all differ
 def _windows(axis: _Axis, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The pixels that each kept one reads, counted from the first of all, and their weights in units of 2^-22.
+    """The pixels that each kept pixel reads, relative to the first one read, and their weights in units of 2^-22.
 
-    Both (window, size); a shorter window is filled up with weights of 0.
+    Both have shape (window, size); shorter windows are padded with weights of 0.
     """
     centers, first, last = _reach(axis)
     pixels = first + np.arange((last - first).max())[:, None]
@@ -137,13 +139,14 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-# --- in floats
+# --- resizing in floats
 
 
 def _interpolate(levels: Tensor, rows: _Axis, columns: _Axis, clamp: bool = False) -> Tensor:
-    """The same by torch; clamp: to 0 ... 255 after each axis, as Pillow's rounding does.
+    """The same with torch; `clamp` limits levels to 0 ... 255 after each axis, as Pillow's rounding does.
 
-    One axis after the other, as torch itself does, with a crop between them: a long image has few pixels that are kept.
+    Like torch itself, it resizes one axis after the other, but it crops in between, because few pixels of a long image
+    are kept.
     """
     if columns.before != columns.after:
         levels = _bicubic(levels, rows.before, columns.after)

@@ -1,4 +1,4 @@
-"""The rewards of Shapes: three learned and imperfect ones, and the measure of what they stand for."""
+"""The rewards of Shapes: three learned, imperfect ones, and a program that measures what they stand for."""
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ from .shared import shared_while_used
 
 @shared_while_used
 def _clip_encoder(device: torch.device) -> ClipEncoder:
-    """Encoder A: one instance serves both rewards and the critic."""
+    """Encoder A, one instance for both rewards and the critic."""
     return load_clip_encoder(WORLD).to(device)
 
 
 class ShapesAesthetic:
-    """Image only: encoder A's prediction of a rater's preference, about 0 to 10 points."""
+    """A rater's preference predicted from encoder A's image embedding, about 0 to 10 points."""
 
     sources = ()
     embed_dim = 64
@@ -44,11 +44,11 @@ class ShapesAesthetic:
         return self.head(self.embed(images))
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """It looks at images alone."""
+        """Every prompt is fine: only images are scored."""
 
 
 class _Agreement:
-    """Image and text: the cosine of an encoder, -1 to 1."""
+    """The cosine of an encoder's image and text embeddings, -1 to 1."""
 
     sources = ()
     embed_dim = 64
@@ -66,25 +66,25 @@ class _Agreement:
         return (self.embed(images) * text).sum(-1)
 
     def check_prompts(self, prompts: list[str]) -> None:
-        """Words it does not know fall into letters: it has an opinion on every text."""
+        """Every prompt can be scored: unknown words are split into letters."""
 
 
 class ShapesAlignment(_Agreement):
-    """By encoder A, which also serves the other training reward and the critic."""
+    """Uses encoder A, which shapes-aesthetic and the critic also use."""
 
     def __init__(self, name: str, options: Options):
         super().__init__(name, _clip_encoder(options.device))
 
 
 class ShapesJudge(_Agreement):
-    """By encoder B, which nothing is trained on: the held-out judge."""
+    """Uses encoder B, which is not used for training: the held-out judge."""
 
     def __init__(self, name: str, options: Options):
         super().__init__(name, load_judge_encoder(WORLD).to(options.device))
 
 
 class ShapesGold:
-    """What the prompt asks for, measured by a program: 0 to 1."""
+    """How well an image shows what the prompt asks for, measured by a program: 0 to 1."""
 
     sources = ()
     embed_dim = None
@@ -105,6 +105,6 @@ class ShapesGold:
                 parse(prompt)
             except ValueError as error:
                 raise ValueError(
-                    f"{self.name} judges prompts of Shapes only: {error}; take it out of the rewards "
+                    f"{self.name} can only judge prompts of Shapes: {error}; take it out of the rewards "
                     "(--eval-reward none watches none), or train on prompts of Shapes"
                 ) from error

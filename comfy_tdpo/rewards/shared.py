@@ -1,4 +1,4 @@
-"""One instance of a model for all who use it, and none once nobody does."""
+"""Sharing one instance of a model between its users, and freeing it after the last use."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,9 +11,9 @@ Model = TypeVar("Model")
 
 
 def shared_while_used(make: Callable[P, Model]) -> Callable[P, Model]:
-    """Have `make`, called with hashable arguments, give the instance it gave before while that is still alive."""
+    """Make `make`, called with the same hashable arguments, return the previous instance while that is still alive."""
     alive: WeakValueDictionary = WeakValueDictionary()
-    lock = RLock()  # ComfyUI's executor and a training may ask at once
+    lock = RLock()  # ComfyUI's executor and a training thread may call at the same time
 
     @wraps(make)
     def shared(*args: P.args, **kwargs: P.kwargs) -> Model:

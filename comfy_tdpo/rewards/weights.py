@@ -1,8 +1,8 @@
-"""Where published weights are, and how they come into a model: named, checked against it, and never run as code.
+"""Finding published weights and loading them into a model; files are checked against the model and never run as code.
 
-They are looked for in this order: the path a user gives, the folders a host has added (ComfyUI's models/tdpo_rewards),
-the hub's cache, the hub. A file is checked by its keys and shapes before any of it is used, and what a model does not
-use is not read.
+The search order is: the path a user gives, the folders a host has added (ComfyUI's models/tdpo_rewards), the hub's
+cache, the hub. A file's keys and shapes are checked before any of it is used, and entries that a model does not use are
+not read.
 """
 
 import zipfile
@@ -29,7 +29,7 @@ _folders: list[Path] = []
 
 @dataclass(frozen=True)
 class Source:
-    """One published file: its repository and name on the hub, and other names it goes by."""
+    """One published file: its repository and name on the hub, and other names for it."""
 
     repo: str
     file: str
@@ -46,9 +46,10 @@ class Source:
         return self.repo.rpartition("/")[2]
 
     def inside(self, folder: Path, shared: bool) -> Path | None:
-        """This file in `folder`, or in a folder there that is called like its repository.
+        """The path of this file in `folder`, or in a subfolder named after its repository; None if it is not there.
 
-        shared: with other models' files, where the name that every CLIP has says nothing.
+        shared: whether `folder` also holds files of other models. If so, a file with the name that every CLIP has is
+        only looked for in the subfolder.
         """
         names = (self.file, *self.aliases)
         places = [folder / self.own_folder / name for name in names]
@@ -58,16 +59,16 @@ class Source:
 
 
 def add_weights_folder(folder: Path) -> None:
-    """Have weights looked for in `folder` too, from now on."""
+    """Add `folder` to the places that are searched for weights."""
     if folder not in _folders:
         _folders.append(folder)
 
 
 def find_weights(reward: str, source: Source, given: Path | None = None) -> Path:
-    """The file of `source` on this machine, downloaded where it has to be.
+    """The local path of `source`, downloaded if necessary.
 
-    given: the file itself, or a folder that holds it, as a user named it for `reward`.
-    Raises ValueError where it cannot be had; the message says what it is and where to put it.
+    given: the user's path for `reward`: the file itself, or a folder that contains it.
+    Raises ValueError if there is no such file; the message says what is needed and where to put it.
     """
     if given is not None:
         return _find_given(reward, source, given)
@@ -81,22 +82,22 @@ def _find_given(reward: str, source: Source, given: Path) -> Path:
     if given.is_file():
         return given
     if not given.is_dir():
-        raise ValueError(f"got '{given}' as the weights of reward {reward!r}, where nothing is; expected {source}")
+        raise ValueError(f"got '{given}' as the weights of reward {reward!r}, but nothing is there; expected {source}")
     if found := source.inside(given, shared=False):
         return found
-    raise ValueError(f"'{given}', given as the weights of reward {reward!r}, does not hold {source}; put it there")
+    raise ValueError(f"'{given}', given as the weights of reward {reward!r}, does not contain {source}; put it there")
 
 
 def _download(reward: str, source: Source) -> Path:
     cached = try_to_load_from_cache(source.repo, source.file)
-    if isinstance(cached, str):  # whose freshness nobody needs to ask the hub for
+    if isinstance(cached, str):  # no need to ask the hub whether it is up to date
         return Path(cached)
     try:
         return Path(hf_hub_download(source.repo, source.file))
     except OSError as error:
         folders = "".join(f"at '{folder / source.own_folder / source.file}', or " for folder in _folders)
         raise ValueError(
-            f"reward {reward!r} needs {source}, which cannot be had: {' '.join(str(error).split())}; check the "
+            f"reward {reward!r} needs {source}, which cannot be downloaded: {' '.join(str(error).split())}; check the "
             f"connection and HF_HUB_OFFLINE, or put it {folders}into a folder, with the reward's other files if it has "
             f"any, and say where: reward_weights {reward}=FOLDER"
         ) from error
@@ -110,11 +111,11 @@ def load_weights(
     key: Callable[[str], str] = lambda name: name,
     inside: str = "",
 ) -> Module:
-    """`module`, made without memory, with its weights copied out of the file at `path`, frozen.
+    """Fill `module`, which has no memory for weights yet, with copies of the weights in the file `path`, and freeze it.
 
-    dtype: of the weights, but for single numbers, which stay float32: a temperature in bf16 is off by one in a hundred.
-    key: the file's name for each of the module's; inside: the entry of a checkpoint that holds the weights.
-    Raises ValueError where the file is damaged, or is not the one expected, before anything of it is used.
+    dtype: of the weights, except scalars, which stay float32, because a temperature in bf16 can be off by a percent.
+    key: maps the module's names to the file's; inside: the entry of a checkpoint that contains the weights.
+    Raises ValueError if the file is damaged or not the expected one, before any of it is used.
     """
     names = {name: key(name) for name in module.state_dict()}
     expected = {names[name]: tuple(empty.shape) for name, empty in module.state_dict().items()}
@@ -138,11 +139,11 @@ def _check(path: Path, source: Source, expected: dict[str, Shape], shapes: dict[
     except ValueError as error:
         quantised = str(error)
     if quantised:
-        raise ValueError(f"'{path}' is quantised: {quantised}; expected {source}; fetch that file")
+        raise ValueError(f"'{path}' is quantised: {quantised}; expected {source}; download that file")
     if missing:
         raise ValueError(
             f"'{path}' lacks {len(missing)} of {len(expected)} weights, the first is {missing[0]}; expected {source}; "
-            "it looks like another model: fetch it again, or give the right path"
+            "it looks like another model: download it again, or give the right path"
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
@@ -152,7 +153,7 @@ def _check(path: Path, source: Source, expected: dict[str, Shape], shapes: dict[
 
 
 def _open(path: Path, source: Source, inside: str) -> tuple[dict[str, Shape], Callable[[str], Tensor]]:
-    """The shapes of what lies in a file, by name, and what reads one of them."""
+    """The shapes of the tensors in a file, by name, and a function that reads one of them."""
     if path.suffix != ".safetensors":
         tensors = _tensors(path, source, inside)
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
@@ -168,13 +169,13 @@ def _tensors(path: Path, source: Source, inside: str) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         found = found[inside] if inside else found
         return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
-    except Exception as error:  # what torch raises for a file that is no checkpoint is as various as files are
+    except Exception as error:  # torch raises all kinds of exceptions for files that are not checkpoints
         raise _damaged(path, source, error) from error
 
 
 def _damaged(path: Path, source: Source, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch goes on for a page
+    reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch's message is a page long
     return ValueError(
         f"'{path}' ({path.stat().st_size} bytes) cannot be read as {source}: {type(error).__name__} "
-        f"{reason}; it looks like an unfinished download or another format; fetch it again"
+        f"{reason}; it looks like an unfinished download or another format; download it again"
     )

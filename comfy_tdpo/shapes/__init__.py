@@ -1,4 +1,4 @@
-"""Shapes: a small text-to-image world that ships with the package and learns on any machine."""
+"""Shapes: a small text-to-image world that ships with the package and can be trained on any machine."""
 
 from pathlib import Path
 

@@ -1,13 +1,12 @@
-"""Make the world of Shapes from nothing: `python -m comfy_tdpo.shapes.build`.
+"""Build the world of Shapes from scratch: `python -m comfy_tdpo.shapes.build`.
 
-Renders captioned scenes, trains the autoencoder, the encoders with their rewards and the U-Net on them, and writes the
-world's folder: a diffusers pipeline, two encoders, and a README with what was measured. Every batch is drawn from
-(seed, stage, step), and each stage's state is saved as it goes, so a build that was stopped goes on where it was.
+The build renders captioned scenes, trains an autoencoder, two encoders with their rewards and a U-Net on them, and
+writes the world's folder: a diffusers pipeline, the encoders, and a README with measurements. Every batch is drawn from
+(seed, stage, step), and each stage saves its state regularly, so a stopped build continues where it left off.
 """
 
 import argparse
 import json
-import shutil
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -25,32 +23,37 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from . import WORLD
 from .dataset import make_scenes, preference
-from .encoders import MAX_TOKENS, ClipEncoder, JudgeEncoder, PreferenceHead, clip_config, tokenize
+from .encoders import ClipEncoder, JudgeEncoder, PreferenceHead, clip_config, tokenize
 from .report import write_report
-from .scenes import COLOURS, COUNTS, IMAGE_SIZE, PLACES, SHAPES, Item, Request
+from .scenes import IMAGE_SIZE
+from .tokenizer import build_tokenizer
 
 TRAINING_SCENES = 32_000
 
-# Of every GroupNorm. With the usual 32, narrow layers have a channel or two a group, whose mean is then normalised away
-# just before the last convolution: the network can hardly set the level of a flat ground.
+# Groups of every GroupNorm. With the usual 32, the groups of narrow layers have one or two channels, and normalising
+# removes their mean just before the last convolution, so the network can hardly set the level of a flat background.
 NORM_GROUPS = 8
 
-# Steps and batch size of each stage.
+# Stage -> (steps, batch size).
 STAGES = {"vae": (6000, 16), "clip": (1800, 128), "unet": (3400, 64), "judge": (1500, 128)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 built, 1 failed, 2 wrong input, 130 stopped by the user."""
     parser = argparse.ArgumentParser(prog="python -m comfy_tdpo.shapes.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=WORLD, help="folder the world is written to")
-    parser.add_argument("--work", type=Path, default=Path("shapes-build"), help="folder for unfinished stages")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few steps a stage: does it run, not does it learn")
+    parser.add_argument("--out", type=Path, default=WORLD, help="folder to write the world to")
+    parser.add_argument(
+        "--work", type=Path, default=Path("shapes-build"), help="folder for the state of unfinished stages"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
+    parser.add_argument(
+        "--quick", action="store_true", help="train each stage for only 3 steps, to test that the build runs"
+    )
     args = parser.parse_args(argv)
     try:
         build(args.out, args.work, args.seed, steps=3 if args.quick else None)
     except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from what {args.work} holds.", file=sys.stderr)
+        print(f"\nStopped. Run the same command again to continue from the state in {args.work}.", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"comfy_tdpo.shapes.build: {error}", file=sys.stderr)
@@ -59,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build(out: Path, work: Path, seed: int, steps: int | None = None) -> None:
-    """Train every stage that `work` does not hold yet and write the world to `out`.
+    """Train every stage that is not finished in `work`, and write the world to `out`.
 
     Raises:
-        ValueError: `work` is of a build with other settings.
+        ValueError: `work` belongs to a build with other settings.
     """
     _claim(work, {"seed": seed, "steps": steps})
     world = Builder(out, work, seed, steps)
@@ -75,16 +78,16 @@ def build(out: Path, work: Path, seed: int, steps: int | None = None) -> None:
 
 
 def _claim(work: Path, settings: dict[str, int | None]) -> None:
-    """Mark `work` as the folder of a build with `settings`; stages of another build cannot be continued."""
+    """Mark `work` as the folder of a build with `settings`; another build's stages cannot be continued."""
     work.mkdir(parents=True, exist_ok=True)
     mark = work / "build.json"
     if mark.exists() and (found := json.loads(mark.read_text(encoding="utf-8"))) != settings:
-        raise ValueError(f"{work} holds a build with {found}; expected {settings}: name another --work")
+        raise ValueError(f"{work} holds a build with {found}; expected {settings}: choose another --work")
     mark.write_text(json.dumps(settings), encoding="utf-8")
 
 
 class Builder:
-    """The stages of a build, each a network and its loss."""
+    """The stages of a build, each of which trains a network with its own loss."""
 
     def __init__(self, out: Path, work: Path, seed: int, steps: int | None):
         self.out, self.work, self.seed, self.steps = out, work, seed, steps
@@ -92,7 +95,7 @@ class Builder:
         self.captions, self.scenes, self.images = make_scenes(seed, count)
 
     def vae(self) -> AutoencoderKL:
-        """A KL autoencoder, 64 x 64 x 3 to 8 x 8 x 4: L1 reconstruction and a light pull towards N(0, 1)."""
+        """A KL autoencoder, 64 x 64 x 3 to 8 x 8 x 4: L1 reconstruction and a small KL term towards N(0, 1)."""
         torch.manual_seed(self.seed)
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -118,7 +121,7 @@ class Builder:
         return vae
 
     def clip(self, tokenizer: CLIPTokenizerFast) -> None:
-        """Encoder A, contrastive on captions, and its preference head, fitted to noisy ratings, together."""
+        """Encoder A, trained contrastively on captions, together with its preference head, fitted to noisy ratings."""
         torch.manual_seed(self.seed + 1)
         network = nn.ModuleDict(
             {
@@ -145,7 +148,7 @@ class Builder:
         save_file(network["head"].state_dict(), self.out / "clip" / "preference_head.safetensors")
 
     def judge(self, tokenizer: CLIPTokenizerFast) -> None:
-        """Encoder B on scenes of its own, photographed badly: blurred, tinted, noisy."""
+        """Encoder B, trained on separate scenes that look badly photographed: blurred, tinted, noisy."""
         torch.manual_seed(self.seed + 2)
         captions, _, pictures = make_scenes(self.seed + 1_000_003, len(self.images))
         tokens = tokenize(tokenizer, captions)
@@ -164,7 +167,7 @@ class Builder:
         save_file(judge.state_dict(), self.out / "judge" / "model.safetensors")
 
     def unet(self, tokenizer: CLIPTokenizerFast, vae: AutoencoderKL) -> None:
-        """A latent U-Net and its text encoder, noise prediction, 10 % of the captions dropped for guidance."""
+        """A latent U-Net and its text encoder, which predict noise; 10 % of captions are dropped for guidance."""
         torch.manual_seed(self.seed + 3)
         network = nn.ModuleDict({"unet": _new_unet(), "text": _new_text_encoder(tokenizer)})
         latents = self._encode(vae, torch.arange(len(self.images))) * vae.config.scaling_factor
@@ -194,8 +197,8 @@ class Builder:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        pipeline.to(torch.float16).save_pretrained(self.out / "pipeline")  # the size of the package
-        # transformers would load the text encoder in the type named here, and diffusers all other parts in float32
+        pipeline.to(torch.float16).save_pretrained(self.out / "pipeline")  # float16 keeps the package small
+        # transformers loads the text encoder in this dtype, while diffusers loads all other parts in float32.
         config = self.out / "pipeline" / "text_encoder" / "config.json"
         values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -207,7 +210,7 @@ class Builder:
         return torch.cat([vae.encode(self.images[b].float() / 127.5 - 1).latent_dist.mean for b in batches])
 
     def _train(self, stage: str, network: nn.Module, loss: Callable, lr: float) -> nn.Module:
-        """Fit `network` and return the moving average of its weights; continues from the work folder's state."""
+        """Fit `network`, continuing from the state in the work folder, and return the moving average of its weights."""
         steps, batch = STAGES[stage]
         steps = self.steps or steps
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -239,50 +242,10 @@ class Builder:
 
 
 def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss over a batch of pairs, (B, D) and (B, D)."""
+    """CLIP's symmetric contrastive loss over a batch of pairs, (B, D) and (B, D)."""
     logits = logit_scale.exp().clamp(max=100) * image_embeds @ text_embeds.T
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def build_tokenizer(folder: Path) -> CLIPTokenizerFast:
-    """A CLIP tokenizer whose merges know the grammar's words, one token each; other text falls into characters."""
-    words = _every_word()
-    # The trainer breaks ties between merges by the ids of their letters, which it gives out in the order of a hash map;
-    # special tokens have the ids of the order they are given in.
-    known = sorted(set("".join(words)))
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        special_tokens=known + [f"{letter}</w>" for letter in reversed(known)],
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator([" ".join(words)], trainer)
-    merges = json.loads(bpe.to_str())["model"]["merges"]
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    tokens = sorted(letters) + [f"{letter}</w>" for letter in sorted(letters)]
-    tokens += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    shutil.rmtree(folder, ignore_errors=True)  # a tokenizer.json in it would be read in place of what is written here
-    folder.mkdir(parents=True)
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizerFast.from_pretrained(folder, model_max_length=MAX_TOKENS)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def _every_word() -> list[str]:
-    shapes = [Request((item,)).caption for item in _every_item()]
-    places = [f"at the {place}" for place in PLACES]
-    return " ".join([*shapes, *places, "a an on background and"]).split()
-
-
-def _every_item() -> list[Item]:
-    return [Item(s, c, n) for s in SHAPES for c in COLOURS for n in (1, *COUNTS)]
 
 
 def _new_unet() -> UNet2DConditionModel:
@@ -294,7 +257,7 @@ def _new_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=64,
-        attention_head_dim=4,  # the number of heads, under diffusers' name for it
+        attention_head_dim=4,  # diffusers' name for the number of heads
     )
 
 
@@ -304,7 +267,7 @@ def _new_text_encoder(tokenizer: CLIPTokenizerFast) -> CLIPTextModel:
 
 
 def _new_scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.x's own schedule."""
+    """The schedule of Stable Diffusion 1.x."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -316,7 +279,7 @@ def _new_scheduler() -> DDIMScheduler:
 
 
 def _add_noise(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise of a standard deviation drawn from [0, most] for each image."""
+    """Add Gaussian noise; each image gets its own standard deviation, drawn from [0, most]."""
     sigma = most * torch.rand(len(images), 1, 1, 1, generator=generator)
     return images + sigma * torch.randn(images.shape, generator=generator)
 

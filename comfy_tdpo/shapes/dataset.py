@@ -1,4 +1,4 @@
-"""Captioned pictures of Shapes, and the taste that a reward is to learn from them."""
+"""Captioned pictures of Shapes, and the preference that a reward learns from them."""
 
 import random
 
@@ -21,7 +21,7 @@ def make_scenes(seed: int, count: int) -> tuple[list[str], list[Scene], Tensor]:
 
 
 def preference(scene: Scene) -> float:
-    """The taste that `shapes-aesthetic` learns, 0 to 10: large shapes on a dark ground."""
+    """The preference that `shapes-aesthetic` learns, 0 to 10: large shapes on a dark background."""
     side = sum(figure.side for figure in scene.figures) / len(scene.figures)
     red, green, blue = scene.ground
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue

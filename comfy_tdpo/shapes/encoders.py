@@ -1,6 +1,6 @@
-"""The image-text encoders of Shapes: a tiny CLIP for the training rewards, and another architecture for the judge.
+"""The image-text encoders of Shapes: a tiny CLIP for the training rewards, and a different architecture for the judge.
 
-Both map images in [0, 1], (B, 3, H, W), and captions to unit vectors whose cosine says how well they agree.
+Both map images in [0, 1], (B, 3, H, W), and captions to unit vectors, whose cosine measures how well they match.
 """
 
 from itertools import pairwise
@@ -19,7 +19,7 @@ MAX_TOKENS = 16
 
 
 def clip_config(vocab_size: int, eos_token_id: int) -> CLIPConfig:
-    """Encoder A: CLIP (Radford et al., 2021) at toy size, ViT over 8x8 patches."""
+    """Encoder A: a toy-sized CLIP (Radford et al., 2021) with a ViT over 8x8 patches."""
     return CLIPConfig(
         projection_dim=64,
         text_config=dict(
@@ -47,13 +47,13 @@ def clip_config(vocab_size: int, eos_token_id: int) -> CLIPConfig:
 
 
 def tokenize(tokenizer: CLIPTokenizerFast, captions: list[str]) -> Tensor:
-    """Token ids of `captions`, (B, MAX_TOKENS), padded and cut."""
+    """Token ids of `captions`, (B, MAX_TOKENS), padded or truncated."""
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return tokens.input_ids
 
 
 class ClipEncoder(nn.Module):
-    """Encoder A: transformers' CLIPModel behind `embed_images` and `embed_tokens`."""
+    """Encoder A: transformers' CLIPModel with `embed_images` and `embed_tokens`."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__()
@@ -69,7 +69,7 @@ class ClipEncoder(nn.Module):
 
 
 class JudgeEncoder(nn.Module):
-    """Encoder B: a plain convolutional network beside a recurrent reader of the caption."""
+    """Encoder B: a plain convolutional network for images and a recurrent network for captions."""
 
     def __init__(self, vocab_size: int, width: int = 32, dim: int = 64):
         super().__init__()
@@ -82,7 +82,7 @@ class JudgeEncoder(nn.Module):
         self.token = nn.Embedding(vocab_size, 48)
         self.reader = nn.GRU(48, dim, batch_first=True)
         self.text = nn.Linear(dim, dim)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # CLIP's start, ln(1 / 0.07)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # CLIP's initial value, ln(1 / 0.07)
 
     def embed_images(self, images: Tensor) -> Tensor:
         return F.normalize(self.image(_preprocess(images)), dim=-1)
@@ -93,7 +93,7 @@ class JudgeEncoder(nn.Module):
 
 
 class PreferenceHead(nn.Module):
-    """Predicts the preference, in points of 0 to 10, from encoder A's unit embedding, (B, D) -> (B,)."""
+    """Predicts the preference, 0 to 10 points, from encoder A's unit embedding, (B, D) -> (B,)."""
 
     def __init__(self, dim: int = 64, width: int = 64):
         super().__init__()
@@ -104,19 +104,19 @@ class PreferenceHead(nn.Module):
 
 
 def load_tokenizer(world: Path) -> CLIPTokenizerFast:
-    """The tokenizer of both encoders and of the pipeline in the folder `world`."""
+    """The tokenizer in the folder `world`, which both encoders and the pipeline share."""
     return CLIPTokenizerFast.from_pretrained(world / "clip", local_files_only=True)
 
 
 def load_clip_encoder(world: Path) -> ClipEncoder:
-    """Encoder A of the folder `world`, frozen."""
+    """Encoder A from the folder `world`, frozen."""
     with quiet_loading():
         clip = CLIPModel.from_pretrained(world / "clip", local_files_only=True)
     return ClipEncoder(clip).eval().requires_grad_(False)
 
 
 def load_judge_encoder(world: Path) -> JudgeEncoder:
-    """Encoder B of the folder `world`, frozen."""
+    """Encoder B from the folder `world`, frozen."""
     weights = load_file(world / "judge" / "model.safetensors")
     judge = JudgeEncoder(vocab_size=len(weights["token.weight"]))
     judge.load_state_dict(weights)
@@ -124,7 +124,7 @@ def load_judge_encoder(world: Path) -> JudgeEncoder:
 
 
 def load_preference_head(world: Path) -> PreferenceHead:
-    """The head of `shapes-aesthetic` of the folder `world`, frozen."""
+    """The head of `shapes-aesthetic` from the folder `world`, frozen."""
     head = PreferenceHead()
     head.load_state_dict(load_file(world / "clip" / "preference_head.safetensors"))
     return head.eval().requires_grad_(False)
@@ -142,7 +142,7 @@ def _down_block(channels_in: int, channels_out: int) -> nn.Module:
 
 
 def _preprocess(images: Tensor) -> Tensor:
-    """Resize to the encoders' input size where needed, and map [0, 1] to [-1, 1]."""
+    """Resize to the encoders' input size if necessary, and map [0, 1] to [-1, 1]."""
     size = (ENCODER_IMAGE_SIZE, ENCODER_IMAGE_SIZE)
     if images.shape[-2:] != size:
         images = F.interpolate(images, size, mode="bicubic", antialias=True)

@@ -1,7 +1,7 @@
-"""What the proxies of the world of Shapes stand for, measured by a program and not learned.
+"""A program that measures directly what the learned rewards of Shapes only approximate.
 
-`find_figures` reads a picture back into shapes, colours and places; the measures below compare that with the prompt
-(`gold_score`), with the picture itself (`fidelity`) and with the other pictures of the prompt (`diversity`).
+`find_figures` recovers shapes, colours and places from a picture. `gold_score` compares them with the prompt, and
+`fidelity` with the picture itself. `diversity` compares the pictures of a prompt with each other.
 
 Shapes: H = W = 64 pixels, G x G points of the grid on which silhouettes are compared, S silhouettes.
 """
@@ -21,27 +21,32 @@ from torch import Tensor
 
 from .scenes import COLOURS, IMAGE_SIZE, PLACES, SHAPES, Figure, Scene, parse, render
 
-# Colours are points in [0, 1]^3 and their distances Euclidean there.
-_CONTRAST = 0.15  # least distance of its pixels from the ground: five standard deviations of noise of 0.03 a channel
-_FAINT = 0.25  # least distance of a figure's own colour; orange and yellow, the nearest two, are 0.28 apart
-_NOISE = 0.1  # distance that `fidelity` forgives: two standard deviations of noise with sigma 0.03 a channel
-_SATURATION = 0.35  # below it a colour has no name; the palest of COLOURS has 0.81
-_EDGE = 3  # pixels that an edge may take to rise from the ground to the figure; the gap between figures is 4
-_SPECK = 12  # pixels; less is no figure. The smallest drawn, a star of side 17, covers 110
-_LIKENESS = 0.85  # least likeness to a silhouette; circle and square, the most alike, have 0.83
-_SOFTNESS = (0.01, 0.04, 0.07, 0.1)  # blur of a figure's edges, in sides; 1 pixel is 0.06 of the smallest side drawn
-_SMEARED = (0.13, 0.16, 0.2, 0.25, 0.3)  # a blob that is most like one of these is no figure
+# Colours are points in [0, 1]^3, with Euclidean distances.
+_CONTRAST = 0.15  # least distance of a figure's pixels from the ground: five sigma of noise of 0.03 per channel
+_FAINT = 0.25  # least distance of a figure's colour from the ground; the closest two, orange and yellow, are 0.28 apart
+_NOISE = 0.1  # distance that `fidelity` ignores: two standard deviations of noise of 0.03 per channel
+_SATURATION = 0.35  # below this a colour has no name; the palest of COLOURS has 0.81
+_EDGE = 3  # greatest width of a soft edge in pixels; the gap between figures is 4
+_SPECK = 12  # least area of a figure in pixels; the smallest one drawn, a star of side 17, covers 110
+_LIKENESS = 0.85  # least similarity to a silhouette; that of circle and square, the most similar two, is 0.83
+_SOFTNESS = (
+    0.01,
+    0.04,
+    0.07,
+    0.1,
+)  # blur of a figure's edges, relative to its side; 1 pixel is 0.06 of the smallest side drawn
+_SMEARED = (0.13, 0.16, 0.2, 0.25, 0.3)  # a blob that is most similar to one of these is not a figure
 
 _GRID = 40
-_REACH = 1.15  # half the grid's side, for a silhouette of area 1; the triangle's apex lies at 0.94
+_REACH = 1.15  # half the grid's side for a silhouette of area 1; the triangle's apex is at 0.94
 
 
 @dataclass(frozen=True)
 class FoundFigure:
-    """A figure read off a picture: `shape` None where no silhouette fits, `colour` None where it has no hue.
+    """A figure found in a picture; `shape` is None if no silhouette fits, and `colour` is None for a grey.
 
-    Centre (x, y) of the bounding box and its side in pixels, as in `scenes.Figure`; of an unknown shape, the centre of
-    mass and the square root of the area.
+    x, y, side: centre and side of the bounding box in pixels, as in `scenes.Figure`. For an unknown shape: the centre
+    of mass and the square root of the area.
     """
 
     shape: str | None
@@ -54,7 +59,7 @@ class FoundFigure:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in a picture; `clutter` when specks too small for a figure add up to one."""
+    """What was found in a picture; `clutter` means that specks too small for a figure add up to the area of one."""
 
     ground: tuple[float, float, float]
     background: str | None  # one of COLOURS; None for a grey
@@ -63,21 +68,21 @@ class Found:
 
     @property
     def count(self) -> int:
-        """Things on the ground, recognised or not."""
+        """The number of things on the ground, recognised or not."""
         return len(self.figures) + self.clutter
 
     @property
     def scene(self) -> Scene:
-        """The flat scene that the recognised figures make up."""
+        """A flat scene made of the recognised figures."""
         figures = [Figure(f.shape, f.rgb, f.x, f.y, f.side) for f in self.figures if f.shape]
         return Scene(self.ground, tuple(figures))
 
 
 def find_figures(image: np.ndarray) -> Found:
-    """Read the figures off `image`, float (H, W, 3) in [0, 1].
+    """Find the figures in `image`, float (H, W, 3) in [0, 1].
 
-    The ground is the border's median colour. A pixel belongs to a figure when it is nearer to the strongest contrast
-    around it than to the ground, so that a soft edge is cut half way up, and touching pixels are one figure.
+    The ground is the median colour of the border. A pixel belongs to a figure if it is closer to the strongest contrast
+    around it than to the ground, so a soft edge is cut halfway. Touching pixels form one figure.
     """
     _check(image)
     ground = np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), axis=0)
@@ -93,18 +98,18 @@ def _check(image: np.ndarray) -> None:
     expected = (IMAGE_SIZE, IMAGE_SIZE, 3)
     if image.shape != expected or not np.issubdtype(image.dtype, np.floating):
         raise ValueError(
-            f"expected an image of floats in [0, 1], shape {expected}; got {image.dtype}, shape {image.shape}. "
-            "Divide bytes by 255; gold_scores takes tensors of any size"
+            f"got an image of {image.dtype}, shape {image.shape}; expected floats in [0, 1], shape {expected}: divide "
+            "bytes by 255, or use gold_scores, which takes tensors of any size"
         )
     if not 0 <= image.min() <= image.max() <= 1:
         raise ValueError(
-            f"expected pixels in [0, 1], got {image.min():.3g} to {image.max():.3g}. Clamp what a decoder gives; NaN "
-            "comes from a model that has diverged, or overflowed in half precision"
+            f"got pixels from {image.min():.3g} to {image.max():.3g}; expected [0, 1]: clamp a decoder's output; NaN "
+            "means that the model has diverged or overflowed in half precision"
         )
 
 
 def _find_figure(contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray) -> FoundFigure:
-    """Classify the figure under `mask`, (H, W); `contrast` is the image less the ground, (H, W, 3)."""
+    """Classify the figure under `mask`, (H, W); `contrast` is the image minus the ground, (H, W, 3)."""
     colour = _level(contrast[mask])
     coverage = _coverage(contrast, colour, mask)
     if coverage is None:
@@ -115,15 +120,15 @@ def _find_figure(contrast: np.ndarray, ground: np.ndarray, mask: np.ndarray) -> 
 
 
 def _level(contrast: np.ndarray) -> np.ndarray:
-    """The value that the pixels of a figure, (N, C), have away from its soft edge, (C,)."""
+    """The value, (C,), of a figure's pixels, (N, C), away from its soft edge."""
     strength = np.linalg.norm(contrast, axis=-1)
     return np.median(contrast[strength >= 0.8 * np.quantile(strength, 0.9)], axis=0)
 
 
 def _coverage(contrast: np.ndarray, colour: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
-    """The share of each pixel that is of `colour`, (H, W), or None.
+    """How much of each pixel `colour` covers, (H, W), or None if this is not a figure.
 
-    None where no figure is: the colour is faint, or one of several that cancel out, or goes on beyond the edge.
+    It is not a figure if the colour is faint, is one of several that cancel out, or continues beyond the edge.
     """
     strength = np.linalg.norm(colour)
     if strength < _FAINT:
@@ -137,11 +142,11 @@ def _coverage(contrast: np.ndarray, colour: np.ndarray, mask: np.ndarray) -> np.
 
 
 def _recognise(coverage: np.ndarray) -> tuple[str | None, float, float, float]:
-    """Shape, centre and side of the figure that covers `coverage`, (H, W), of each pixel.
+    """Shape, centre and side of the figure that covers each pixel by `coverage`, (H, W).
 
-    Likeness is the Tanimoto coefficient a.b / (a.a + b.b - a.b) to the silhouettes, on a grid put over the centre of
-    mass and scaled by the area: for masks of zeros and ones it is intersection over union, and for soft ones it tells
-    steep edges from smears.
+    Similarity to a silhouette is the Tanimoto coefficient a.b / (a.a + b.b - a.b), on a grid centred on the centre of
+    mass and scaled by the area. For masks of zeros and ones it is intersection over union; for soft masks it
+    distinguishes steep edges from smears.
     """
     silhouettes = _silhouettes()
     patch, x, y, scale = _normalise(coverage)
@@ -156,7 +161,7 @@ def _recognise(coverage: np.ndarray) -> tuple[str | None, float, float, float]:
 
 
 def _normalise(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
-    """The coverage sampled on the grid, (G * G,), its centre of mass (x, y) and the square root of its area."""
+    """The coverage sampled on the grid, (G * G,), its centre of mass (x, y), and the square root of its area."""
     area = coverage.sum()
     scale = math.sqrt(area)
     y = (coverage.sum(axis=1) @ np.arange(coverage.shape[0])) / area
@@ -169,7 +174,7 @@ def _normalise(coverage: np.ndarray) -> tuple[np.ndarray, float, float, float]:
 
 @dataclass(frozen=True)
 class _Silhouettes:
-    """The outlines of SHAPES, filled, softened and normalised: what figures are compared with."""
+    """The filled, blurred and normalised outlines of SHAPES, with which figures are compared."""
 
     shapes: list[str]  # S names
     softness: list[float]  # S of _SOFTNESS or _SMEARED
@@ -204,7 +209,7 @@ def _as_rgb(colour: np.ndarray) -> tuple[float, float, float]:
 
 
 def _colour_name(colour: np.ndarray) -> str | None:
-    """The one of COLOURS with the nearest hue; None for a grey."""
+    """The name in COLOURS with the closest hue; None for a grey."""
     hue, saturation, _ = colorsys.rgb_to_hsv(*_as_rgb(colour))
     if saturation < _SATURATION:
         return None
@@ -215,19 +220,19 @@ _HUES = {name: colorsys.rgb_to_hsv(*rgb)[0] for name, rgb in COLOURS.items()}
 
 
 def gold_score(image: np.ndarray, prompt: str) -> float:
-    """How well `image`, float (H, W, 3) in [0, 1], does what `prompt` asks for, in [0, 1].
+    """How well `image`, float (H, W, 3) in [0, 1], shows what `prompt` asks for, in [0, 1].
 
-    The figures asked for and there, over those asked for or found, whichever are more; nothing where a figure stands
-    outside the named place, or the ground has not the named colour.
+    The number of requested figures that were found, divided by the number requested or found, whichever is larger. The
+    score is 0 if a matching figure is outside the requested place or the ground does not have the requested colour.
 
     Raises:
-        ValueError: the prompt is not of the grammar of `scenes.parse`, or the image has another shape.
+        ValueError: `scenes.parse` cannot read the prompt, or the image has the wrong dtype, shape or range.
     """
     request, found = parse(prompt), find_figures(image)
     if request.background and found.background != request.background:
         return 0.0
     remaining, matched = list(found.figures), []
-    for item in sorted(request.items, key=lambda item: item.colour is None):  # free colours take what is left
+    for item in sorted(request.items, key=lambda item: item.colour is None):  # items of any colour take what is left
         fitting = [f for f in remaining if f.shape == item.shape and item.colour in (None, f.colour)][: item.count]
         remaining = [f for f in remaining if f not in fitting]
         matched += fitting
@@ -243,7 +248,7 @@ def _place(figure: FoundFigure) -> tuple[bool, bool]:
 def gold_scores(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """`gold_score` of each of `images`, (B, 3, any, any) in [0, 1], as (B,) float32 on the same device."""
     if len(images) != len(prompts):
-        raise ValueError(f"expected a prompt for each image; got {len(images)} images and {len(prompts)} prompts")
+        raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; expected one prompt per image")
     resized = F.interpolate(images.detach().float(), (IMAGE_SIZE, IMAGE_SIZE), mode="area")
     pictures = resized.permute(0, 2, 3, 1).cpu().double().numpy()
     scores = [gold_score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
@@ -251,11 +256,11 @@ def gold_scores(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def fidelity(image: np.ndarray) -> float:
-    """How much of `image`, float (H, W, 3) in [0, 1], is explained by the flat shapes found in it, in [0, 1].
+    """How much of `image`, float (H, W, 3) in [0, 1], the flat shapes found in it explain, in [0, 1].
 
-    1 - sum |image - scene| / sum |image - ground| over the pixels, no less than 0, where the scene is drawn anew from
-    what was found, |.| is the distance of two colours, and distances up to 0.1 count as none: noise is forgiven, a
-    smear is not. A picture without figures has 0.
+    1 - sum |image - scene| / sum |image - ground| over the pixels, at least 0. The scene is rendered from what was
+    found, |.| is the distance between two colours, and 0.1 is subtracted from each distance (not below 0), so that
+    noise is ignored but smears are not. A picture without figures scores 0.
     """
     found = find_figures(image)
     total = _unlikeness(image, np.array(found.ground))
@@ -268,10 +273,10 @@ def _unlikeness(image: np.ndarray, other: np.ndarray) -> float:
 
 
 def diversity(images: Sequence[np.ndarray] | np.ndarray, prompts: Sequence[str]) -> float:
-    """Mean distance of two images, float (H, W, 3) in [0, 1], of the same prompt; the mean over the prompts.
+    """Mean distance between two images, float (H, W, 3) in [0, 1], of the same prompt, averaged over the prompts.
 
-    The distance is the root mean square difference after averaging down to 8 x 8 pixels, so that it sees where things
-    are and in which colour, and not their edges. NaN when no prompt has two images.
+    The distance is the root mean square difference after averaging down to 8 x 8 pixels, so it measures the places and
+    colours of things and not their edges. NaN if no prompt has two images.
     """
     groups: dict[str, list[np.ndarray]] = {}
     for image, prompt in zip(images, prompts, strict=True):

@@ -1,4 +1,4 @@
-"""What a built world can do, measured: the README in its folder."""
+"""Measures what a built world can do and writes the README in its folder."""
 
 import platform
 from datetime import date
@@ -19,7 +19,7 @@ from .gold import diversity, fidelity, gold_scores
 
 STEPS, GUIDANCE = 20, 3.0
 IMAGES_PER_PROMPT = 4
-FRESH_SCENES = 512  # rendered for the report, never trained on
+FRESH_SCENES = 512  # rendered for the report, not used for training
 GRID_COLUMNS = 9
 
 PAGE = """# The world of Shapes
@@ -57,7 +57,7 @@ dark ground (1 minus its luminance). It was learned from ratings with a noise of
 
 
 def write_report(world: Path) -> None:
-    """Measure the folder `world` and write its README.md and samples.png."""
+    """Measure the world in the folder `world`, and write its README.md and samples.png."""
     rows, figures = [], _measure_parts(world)
     for name in ("shapes", "shapes-unseen", "shapes-complex"):
         prompts = load_prompts(name) * IMAGES_PER_PROMPT
@@ -104,7 +104,7 @@ def _row(world: Path, name: str, images: Tensor, prompts: list[str]) -> str:
 
 @torch.no_grad()
 def _measure_parts(world: Path) -> dict[str, float]:
-    """Each part by itself, on scenes it was not trained on."""
+    """Measure each part on its own, on scenes it was not trained on."""
     captions, scenes, pictures = make_scenes(seed=20_000_003, count=FRESH_SCENES)
     images, tokens = pictures.float() / 255, tokenize(load_tokenizer(world), captions)
     vae = load_components(str(world / "pipeline")).vae
@@ -122,7 +122,7 @@ def _measure_parts(world: Path) -> dict[str, float]:
 
 
 def _first_of_16(image_embeds: Tensor, text_embeds: Tensor) -> float:
-    """How often an image's own caption is the nearest in its group of 16."""
+    """How often an image's own caption is the closest of the captions in its group of 16."""
     groups = zip(image_embeds.split(16), text_embeds.split(16), strict=True)
     right = [((a @ b.T).argmax(1) == torch.arange(len(a))).float().mean() for a, b in groups]
     return torch.stack(right).mean().item()

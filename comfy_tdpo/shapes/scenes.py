@@ -1,9 +1,9 @@
-"""What can be asked for in the world of Shapes, and what it looks like.
+"""The captions of Shapes and the pictures that match them.
 
-A `Request` is the meaning of a caption; a `Scene` is one of the many pictures that fulfil it. What the caption does not
-say (the size of the shapes, how bright a plain ground is, where things stand) is drawn at random, so that a reward has
-something to choose from. The grammar covers what the complex prompts of arXiv 2402.08552, Appendix C, probe: colour,
-count, composition and location.
+A `Request` is the meaning of a caption; a `Scene` is one of the many pictures that match it. What the caption leaves
+open (the size of the shapes, the brightness of a plain background, where things are) is drawn at random, so that a
+reward has something to choose from. The grammar covers what the complex prompts of arXiv 2402.08552, Appendix C, test:
+colour, count, composition and location.
 """
 
 import math
@@ -34,7 +34,7 @@ _GAP = 4  # pixels between two shapes, so that they never touch
 
 @dataclass(frozen=True)
 class Item:
-    """`count` shapes of one kind; `colour` None leaves the colour free."""
+    """`count` shapes of one kind; `colour` None means any colour."""
 
     shape: str
     colour: str | None = None
@@ -50,7 +50,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Request:
-    """What a caption asks for; `place` is one of PLACES and `background` one of COLOURS, where named."""
+    """What a caption asks for; `place` is one of PLACES or None, and `background` is one of COLOURS or None."""
 
     items: tuple[Item, ...]
     place: str | None = None
@@ -72,7 +72,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Figure:
-    """One drawn shape: centre (x, y) and bounding box side in pixels, colour in [0, 1]."""
+    """One drawn shape: centre (x, y) and side of its bounding box in pixels, colour in [0, 1]."""
 
     shape: str
     rgb: tuple[float, float, float]
@@ -106,10 +106,10 @@ _CAPTION = re.compile(
 
 
 def parse(caption: str) -> Request:
-    """The request that a caption makes; the inverse of `Request.caption`.
+    """The request that a caption expresses; the inverse of `Request.caption`.
 
     Raises:
-        ValueError: the caption is not of the grammar.
+        ValueError: the caption does not follow the grammar.
     """
     match = _CAPTION.fullmatch(caption.strip().lower())
     if match is None:
@@ -123,7 +123,7 @@ def parse(caption: str) -> Request:
 
 
 def sample_request(rng: random.Random) -> Request:
-    """Draw a request: one shape (45 %), several of a kind (25 %), or two different ones (30 %)."""
+    """Draw a random request: one shape (45 %), several of a kind (25 %), or two different ones (30 %)."""
     kind = rng.choices(("one", "several", "two"), (0.45, 0.25, 0.30))[0]
     place = None
     if kind == "two":
@@ -143,7 +143,7 @@ def sample_request(rng: random.Random) -> Request:
 
 
 def sample_scene(request: Request, rng: random.Random) -> Scene:
-    """Draw one of the scenes that fulfil `request`."""
+    """Draw a random scene that matches `request`."""
     brightness = rng.uniform(0.12, 0.95)
     ground = _shade(COLOURS[request.background], rng) if request.background else (brightness,) * 3
     wanted = [(item.shape, item.colour) for item in request.items for _ in range(item.count)]
@@ -163,7 +163,7 @@ def _shade(rgb: tuple[float, float, float], rng: random.Random) -> tuple[float, 
 
 
 def _place_boxes(count: int, place: str | None, rng: random.Random) -> list[tuple[float, float, float]]:
-    """Centres and sides of `count` boxes inside the image that keep their distance from each other."""
+    """Centres and sides of `count` random boxes inside the image, at least _GAP pixels apart."""
     smallest, largest = {1: (20, 48), 2: (18, 30), 3: (18, 25), 4: (17, 23)}[count]
     if place is not None:
         largest = 28
@@ -182,7 +182,7 @@ def _box(side: float, place: str | None, rng: random.Random) -> tuple[float, flo
     low, high = side / 2 + 1, IMAGE_SIZE - side / 2 - 1
     if place is None:
         return rng.uniform(low, high), rng.uniform(low, high), side
-    reach = IMAGE_SIZE * 3 / 8  # the centre lies at most this far from the corner's two edges
+    reach = IMAGE_SIZE * 3 / 8  # the centre is at most this far from the two edges of its corner
     centre = [rng.uniform(IMAGE_SIZE - reach, high) if far else rng.uniform(low, reach) for far in PLACES[place]]
     return centre[0], centre[1], side
 

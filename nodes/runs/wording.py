@@ -49,7 +49,7 @@ ADVICE = [
         rf"or put it at \1, or choose its file in {WEIGHTS}",
     ),
     (r"or put it into a folder, .*?and say where: reward_weights \S+=FOLDER", "or put it into models/tdpo_rewards"),
-    (r"(as the weights of reward \S+, which has none); take that away", rf"\1; set {WEIGHTS} to 'auto'"),
+    (r"(as the weights of reward \S+, which has none); remove that setting", rf"\1; set {WEIGHTS} to 'auto'"),
     (r"\bgive the right path\b", f"choose the right file in {WEIGHTS}"),
     (r"\brun directory (.+?); --resume continues it, or choose another", r"run folder \1; choose another run_name"),
     (
