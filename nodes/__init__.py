@@ -1,8 +1,8 @@
-"""The nodes' schemas, one file a node; `comfy/` touches ComfyUI, and `runs/` holds runs as a graph sees them."""
+"""Node schemas, one file per node; `comfy/` holds all code that uses ComfyUI, `runs/` the graph's view of runs."""
 
 
 async def comfy_entrypoint():
-    """The extension ComfyUI asks for. ComfyUI is imported here, so that this package can be imported without it."""
+    """The extension that ComfyUI loads. ComfyUI is imported here, so that this package can be imported without it."""
     from comfy_api.latest import ComfyExtension, io
 
     from .apply_lora import ApplyLoRA

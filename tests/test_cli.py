@@ -61,7 +61,7 @@ def test_it_prints_lines_and_a_summary_and_nothing_else(finished):
     _, process = finished
     loading, training, *epochs = process.stderr.splitlines()
     assert loading.startswith("run ") and loading.endswith("loading")
-    assert training == "training shapes by tdpo-r on cpu, 4 samples an epoch"
+    assert training == "training shapes with tdpo-r on cpu, 4 samples per epoch"
     assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert "shapes-gold (held out)" in process.stdout
     assert "load_lora_weights" in process.stdout
@@ -102,7 +102,7 @@ def test_a_run_whose_configuration_was_edited_says_what_to_put_back(finished, tm
     assert main(["--resume", str(path)]) == 2
     err = capsys.readouterr().err
     assert "guidance was 3.0 and is 4.0, policy.lr was 0.0005 and is 0.0006; expected the same" in err
-    assert "put back what was in its config.toml, or start a new run" in err
+    assert "restore its config.toml, or start a new run" in err
     (path / "config.toml").write_text(edited.replace("lr = 0.0006", "lr = 6.0"))
     assert main(["--resume", str(path)]) == 2
     assert f"configuration '{path / 'config.toml'}': policy.lr: got 6.0; expected" in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_a_run_whose_files_have_moved_says_how_to_go_on(finished, tmp_path, caps
         (path / "config.toml").write_text(config.replace('model = "shapes"', f"model = '{model}'"))
         assert main(["--resume", str(path)]) == 2
         err = capsys.readouterr().err
-        assert f"the model of this run, {model!r}, is not there; if it has moved, continue with: " in err
+        assert f"the model of this run, {model!r}, does not exist; if it was moved, resume with: " in err
         assert err.endswith(f"-m comfy_tdpo.trainer --resume {path} --model NEW\n")
     (path / "config.toml").write_text(
         config.replace("[reward_weights]", '[reward_weights]\nshapes-judge = "/gone/weights"')
@@ -127,7 +127,7 @@ def test_a_run_whose_files_have_moved_says_how_to_go_on(finished, tmp_path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "1"], "got 1 epochs for a run of 2"),
+        (["--epochs", "1"], "got 1 epochs for a run that has finished 2"),
         (["--output.trackers", "abacus"], "got tracker 'abacus'"),
         (["--epochs", "3", "--model", "no/such"], "no/such"),
         (
@@ -175,7 +175,7 @@ WRONG = {
     "an unknown flag": (["--polcy.lr", "1"], "unrecognized arguments: --polcy.lr 1; did you mean --policy.lr?"),
     "a flag without its section": (["--lr=1"], "--lr=1; did you mean --policy.lr or --critic.lr?"),
     "a flag by another name": (["--learning_rate", "1"], "did you mean --policy.lr or --critic.lr?"),
-    "no flag": (["train"], "unrecognized arguments: train; an option begins with --"),
+    "no flag": (["train"], "unrecognized arguments: train; options begin with --"),
     "an empty variable": (["--run-dir="], "argument --run-dir: got '' as a path"),
     "a home of nobody": (["--resume=~nobody-of-that-name/x"], "~nobody-of-that-name has no home folder here"),
     "a model in a home of nobody": (["--model=~nobody-of-that-name/x"], "~nobody-of-that-name has no home folder"),
@@ -195,7 +195,7 @@ WRONG = {
     "a missing configuration": (["--config", "/no/such.toml"], "/no/such.toml"),
     "a resolution between latents": (["--resolution", "67"], "resolution 67"),
     "no run to resume": (["--resume", "/no/such/run"], "got run directory '/no/such/run'"),
-    "a folder under a file": (["--run-dir", f"{__file__}/run"], "cannot be made"),
+    "a folder under a file": (["--run-dir", f"{__file__}/run"], "cannot be created"),
     "no model at all": (["--model", ""], "model: got ''"),
     "a reward twice": (["--reward", "shapes-gold", "--reward", "shapes-gold=2"], "'shapes-gold' twice"),
     "a weight beyond reason": (["--reward", "shapes-aesthetic=1e308"], "rewards.shapes-aesthetic: got 1e+308"),
@@ -252,7 +252,7 @@ def test_a_run_directory_that_is_taken_is_left_alone(finished, tmp_path, capsys)
     assert "--resume" in capsys.readouterr().err
     (tmp_path / "thesis.doc").write_text("important")
     assert main(["--run-dir", str(tmp_path)]) == 2
-    assert "expected a new or an empty folder" in capsys.readouterr().err
+    assert "expected a new or empty folder" in capsys.readouterr().err
 
 
 def test_print_config_is_a_configuration(tmp_path, capsys):
@@ -336,7 +336,7 @@ def test_ctrl_c_while_it_loads_is_one_line_and_leaves_nothing(tmp_path, start):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    last = err.splitlines()[-1].removesuffix(" while it was loading; nothing is changed")  # unless it came at once
+    last = err.splitlines()[-1].removesuffix(" while loading; nothing was changed")  # unless it came at once
     assert last == "comfy_tdpo: stopped"
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()

@@ -100,7 +100,7 @@ def test_a_run_that_was_cancelled_in_its_first_images_goes_on(server):
 
 def test_a_background_run_trains_while_other_graphs_sample(server):
     graph = train_graph("behind", epochs=500, mode="background") | apply_graph(run=["train", 0])
-    assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet, the model is as it was"]
+    assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet, the model is unchanged"]
     server.until("behind", lambda status: status["epoch"] >= 1)
     sampled = server.run(graph | sample_graph(["apply", 0]))
     assert re.fullmatch(r"run behind, after epoch \d+, strength 1", sampled["info"]["text"][0])
@@ -140,7 +140,7 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
         ({"samples_per_epoch": 1}, "samples_per_epoch is 1; at least 2 are needed"),
         ({"resolution": 20}, "got resolution 20; expected a positive multiple of 8"),
         ({"settings": "prompts = 'x'"}, "got 'prompts' among the settings; the node has an input"),
-        ({"settings": "micro_batch 4"}, "got settings that are no TOML"),
+        ({"settings": "micro_batch 4"}, "got settings that are not TOML"),
         ({"settings": "what = 1"}, "unknown setting 'what'; the config.toml of any run in output/tdpo lists them all"),
         ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto"),
         ({"mode": "later"}, "got mode 'later'; expected one of wait, background"),

@@ -127,7 +127,7 @@ def test_drift_warns_once_and_says_what_to_change(drift):
     stream = lines_of(*(metrics_of(epoch, **{"policy/ratio_drift": drift}) for epoch in (1, 2)), precision="bf16")
     (warning,) = [line for line in stream if not line.startswith("epoch ")]
     assert warning.startswith("warning: ratio drift ") and "expected at most 1e-5" in warning
-    assert warning.endswith("Set precision to fp32 (it is bf16), or another micro_batch (it is 24).")
+    assert warning.endswith("Set precision to fp32 (now bf16), or try another micro_batch (now 24).")
 
 
 def test_drift_within_its_tolerance_is_no_warning():
@@ -205,7 +205,7 @@ def test_a_short_run_is_compared_with_what_there_is(tmp_path, rewards, heading, 
     text = make_summary(tmp_path, courses(rewards))
     assert f"  {heading}  " in text.splitlines()[0]
     assert cells(text, "shapes-aesthetic") == row
-    assert ("no change to tell yet" in text) == (len(rewards) == 1)
+    assert ("no change to report yet" in text) == (len(rewards) == 1)
 
 
 UP, DOWN = [5.0 + 0.1 * i for i in range(10)], [0.6 - 0.02 * i for i in range(10)]
@@ -264,7 +264,7 @@ def test_it_names_the_last_lora_from_before_the_fall(tmp_path, kept, named):
 
 def test_without_held_out_rewards_it_says_how_to_watch_one(tmp_path):
     metrics = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in courses(UP)]
-    assert "--eval-reward adds one" in make_summary(tmp_path, metrics)
+    assert "add one with --eval-reward" in make_summary(tmp_path, metrics).replace("\n", " ")
 
 
 def test_it_says_where_the_lora_is_and_how_to_use_it(tmp_path):

@@ -76,14 +76,14 @@ def test_the_picture_shows_activation_and_resets(run):
 
 def test_the_words(run):
     first, *epochs = described(run).splitlines()
-    assert first == "run: 1232 neurons in the critic; active ones are reset every 2 epochs"
+    assert first == "run: 1232 neurons in the critic; active neurons are reset every 2 epochs"
     assert [line.split(":")[0] for line in epochs] == ["epoch 1", "epoch 2", "epoch 3"]
     assert "reset" in epochs[1] and "reset" not in epochs[0]
-    assert "of them as before" in epochs[2]
+    assert "overlap with the epoch before" in epochs[2]
 
 
 def test_a_run_without_a_record_says_why(tmp_path, make_policy):
-    with pytest.raises(ValueError, match="run 'new' has no record of neurons: no epoch is finished"):
+    with pytest.raises(ValueError, match="run 'new' has no record of neurons: no epoch has finished"):
         neuron_figure(new_run(tmp_path / "new"))
     run = new_run(tmp_path / "ddpo", algorithm="ddpo-100", epochs=1, samples_per_update=8)
     train(run, make_policy)

@@ -22,7 +22,7 @@ def test_a_folder_that_others_have_only_looked_into_counts_as_empty(tmp_path):
         (tmp_path / name).touch()
     assert make_folder(tmp_path) == (tmp_path, [])
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"which holds 'notes.txt'; expected a new or an empty folder: choose another"):
+    with pytest.raises(ValueError, match=r"which holds 'notes.txt'; expected a new or empty folder: choose another"):
         make_folder(tmp_path)
 
 
@@ -42,11 +42,11 @@ def test_what_was_made_for_a_run_that_never_began_goes_again(tmp_path):
 def test_a_link_to_nowhere_is_named_and_not_tried_for_ever(name, tmp_path):
     (tmp_path / "link").symlink_to("/no/such/mount")
     with pytest.raises(
-        ValueError, match="link' is a link to '/no/such/mount', which is not there; mount or create that"
+        ValueError, match="link' is a link to '/no/such/mount', which does not exist; mount or create that"
     ):
         make_folder(tmp_path / "link" / name)
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
-    with pytest.raises(ValueError, match="circle' is a link to '.*circle', which is not there"):
+    with pytest.raises(ValueError, match="circle' is a link to '.*circle', which does not exist"):
         make_folder(tmp_path / "circle" / name)
 
 
@@ -84,9 +84,9 @@ def test_a_run_does_not_go_into_another(tmp_path, monkeypatch):
 def test_a_place_where_nobody_may_write_is_refused_before_anything_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     for folder in (tmp_path, tmp_path / "run"):
-        with pytest.raises(ValueError, match="cannot be made: you may not write to"):
+        with pytest.raises(ValueError, match="cannot be created: you have no permission to write to"):
             make_folder(folder)
-    with pytest.raises(ValueError, match="cannot be made: File name too long"):
+    with pytest.raises(ValueError, match="cannot be created: File name too long"):
         make_folder(Path("a" * 300))
 
 
@@ -97,7 +97,7 @@ def test_a_run_is_found_where_its_name_is_nearly_right(tmp_path):
         with pytest.raises(ValueError, match=r"did you mean '.*runs.one'\?") as error:
             RunFolder.open(wrong)
         assert str(wrong) in str(error.value)
-    with pytest.raises(ValueError, match="as a run makes it$"):
+    with pytest.raises(ValueError, match="expected the folder of a run, which has a config.toml$"):
         RunFolder.open(tmp_path / "none")
     with pytest.raises(ValueError, match="cannot be read: File name too long; check the path"):
         RunFolder.open(Path("a" * 300))

@@ -66,13 +66,13 @@ def test_what_is_finished_is_given_again_as_it_would_only_repeat_itself(runs):
     [
         ({"seed": 7}, "seed was 42 and is 7"),
         ({"model": "comfyui:Test:2"}, "model was 'comfyui:Test:1' and is 'comfyui:Test:2'"),
-        ({"text": "a blue circle"}, "its prompts were others"),
+        ({"text": "a blue circle"}, "its prompts were different"),
         ({"algorithm": "ddpo-100"}, "algorithm was 'tdpo-r' and is 'ddpo-100'"),
     ],
 )
 def test_other_settings_are_another_run(runs, change, difference):
     finish(runs)
-    with pytest.raises(ValueError, match=f"begun with other settings: {difference}.*'new' to begin 'one-2'"):
+    with pytest.raises(ValueError, match=f"started with other settings: {difference}.*'new' to start 'one-2'"):
         chosen(runs, **change)
     assert chosen(runs, "new", **change) == "one-2"
     finish(runs, "one-2", **change)
@@ -116,7 +116,7 @@ def test_what_may_change_is_said_in_one_place(runs, monkeypatch, may_change):
     finish(runs)
     kept = runs.find("one").config
     free, fixed = ("output.samples_every", "micro_batch")[:: -1 if may_change else 1]
-    with pytest.raises(ValueError, match=f"begun with other settings: {fixed} was .* and is 2;"):
+    with pytest.raises(ValueError, match=f"started with other settings: {fixed} was .* and is 2;"):
         chosen(runs, settings=f"{fixed} = 2")
     assert chosen(runs, settings=f"{free} = 2") == "one"
     finish(runs, settings=f"{free} = 2", epochs=3)

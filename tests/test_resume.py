@@ -263,10 +263,10 @@ def changed(policy, part):
 def test_a_run_does_not_go_on_with_another_model_or_other_prompts(finished, make_policy):
     run = finished
     for part in ("unet", "vae", "schedule"):
-        with pytest.raises(ValueError, match="another model"):
+        with pytest.raises(ValueError, match="got a different model"):
             list(toy_training(run, lambda part=part, **settings: changed(make_policy(**settings), part)).epochs())
     (run.path / "prompts.txt").write_text("a red circle\n")
-    with pytest.raises(ValueError, match="another prompt"):
+    with pytest.raises(ValueError, match="got different prompts"):
         list(toy_training(run, make_policy).epochs())
 
 

@@ -142,10 +142,10 @@ WRONG = {
     ),
     "weights of another": (
         ["--reward", "shapes-judge", "--reward-weights", "hpsv2=hps.pt", "{image}"],
-        "got --reward-weights 'hpsv2=hps.pt'; expected NAME=PATH,... of rewards that --reward names",
+        "got --reward-weights 'hpsv2=hps.pt'; expected NAME=PATH,... for rewards given by --reward",
     ),
     "weights of nothing": (["--reward", "hpsv2", "--reward-weights", "hpsv2", "{image}"], "expected NAME=PATH,..."),
-    "floats": (["--reward", "shapes-judge", "{folder}/floats.tiff"], "has 32 bits a pixel, whose white nobody knows"),
+    "floats": (["--reward", "shapes-judge", "{folder}/floats.tiff"], "has 32-bit pixels, which define no white"),
     "a folder": (["--reward", "shapes-judge", "{folder}"], "it is a folder; give the files in it"),
     "an image twice": (["--reward", "shapes-judge", "{image}", "{image}"], "the same file; give each image once"),
     "an image by two names": (["--reward", "shapes-judge", "{image}", "{folder}/link.png"], "give each image once"),

@@ -409,4 +409,4 @@ def test_the_command_line_says_it_in_one_line(mine, tmp_path, capsys):
     quick += ["--output.grid-images", "1", "--eval-reward", "none", "--algorithm", "ddpo-2"]
     assert main(["--run-dir", str(tmp_path / "run"), "--reward", "python:my_rewards:broken", *quick]) == 1
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("comfy_tdpo:")]
-    assert "reward 'python:my_rewards:broken' failed: KeyError: 'no such thing'; what was saved" in line
+    assert "reward 'python:my_rewards:broken' failed: KeyError: 'no such thing'; everything saved" in line

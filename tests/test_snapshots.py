@@ -21,7 +21,7 @@ def run(tmp_path):
 def test_the_latest_and_those_of_epochs(run):
     assert find_snapshot(run, "latest", 1) == run.latest_lora
     assert find_snapshot(run, "epoch", 2) == run.lora(2)
-    with pytest.raises(ValueError, match="no snapshot of epoch 9; expected one of those of epochs 1, 2, 3"):
+    with pytest.raises(ValueError, match="no snapshot of epoch 9; expected one of those it has .1, 2, 3.: lower"):
         find_snapshot(run, "epoch", 9)
 
 
@@ -38,7 +38,7 @@ def test_a_newest_lora_between_two_snapshots_counts_by_what_it_says_of_itself(ru
     run.lora(3).unlink()
     assert snapshots(run) == {1: run.lora(1), 2: run.lora(2), 3: run.latest_lora}
     save_file({"x": torch.zeros(1)}, run.latest_lora)
-    with pytest.raises(ValueError, match="does not say its epoch"):
+    with pytest.raises(ValueError, match="does not state its epoch"):
         snapshots(run)
 
 

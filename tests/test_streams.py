@@ -148,7 +148,7 @@ def test_a_finished_training_ends_well_whatever_its_names_are(encoding, tmp_path
 def test_the_bar_never_leaves_its_line(columns):
     terminal = Pty(columns)
     show(terminal.stream, held_out=WIDE)
-    text = terminal.text.split("an epoch\r\n")[1]  # after the line that says what begins
+    text = terminal.text.split("per epoch\r\n")[1]  # after the line that says what begins
     assert text.count("\n") == 1 and text.endswith("\n")
     drawn = [part.rstrip("\n") for part in text.split("\r") if part.strip()]
     wide = re.compile("[\u4e00-\u9fff]")

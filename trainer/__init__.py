@@ -1,1 +1,1 @@
-"""The trainer: runs the algorithms of comfy_tdpo and keeps what comes of it in a run folder."""
+"""The trainer: runs the algorithms of comfy_tdpo and saves the results in a run folder."""

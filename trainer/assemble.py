@@ -1,4 +1,4 @@
-"""From a configuration to a training: the accelerator, the rewards, the model."""
+"""Builds a training from a configuration: the accelerator, the rewards, the model."""
 
 import os
 import threading
@@ -30,16 +30,16 @@ def assemble(
     make_policy: Callable[[TrainConfig, torch.device], DiffusionPolicy] | None = None,
     cpu: bool = False,
 ) -> Training:
-    """Load what `config` names and put it together.
+    """Load what `config` names and build the training from it.
 
     Args:
-        make_policy: makes the policy where it is not `config.model` that is trained, but what the caller holds.
-        cpu: train there, whatever other devices there are.
+        make_policy: makes the policy from a model that the caller holds, instead of loading `config.model`.
+        cpu: train on the CPU, even if there are other devices.
 
     Raises:
-        ValueError: something it names cannot be had; nothing was trained or written.
+        ValueError: something it names cannot be loaded; nothing has been trained or written.
     """
-    # Precision is the policy's own: accelerate's would be one for all runs of a process.
+    # accelerate's mixed precision is process-wide, so each policy sets its own.
     accelerator = Accelerator(cpu=cpu, log_with=_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
     how = (accelerator.device, config.reward_precision, config.reward_weights)
@@ -50,23 +50,23 @@ def assemble(
 
 
 def _check_processes(found: int) -> None:
-    """A launcher's processes that do not know of each other would all write to one run."""
+    """Raise ValueError for launched processes that are not connected: each would write to the same run."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != found:
         raise ValueError(
-            f"got {launched} processes of which accelerate joins {found}; expected one, or a GPU for each: set "
-            "ACCELERATE_USE_CPU=true to have them train together without GPUs"
+            f"got {launched} processes, of which accelerate connects {found}; expected one process, or a GPU for each: "
+            "set ACCELERATE_USE_CPU=true to train with several processes without GPUs"
         )
 
 
 def _trackers(names: list[str]) -> list[str] | None:
-    """Accelerate drops a tracker whose package is missing without a word; here that is an error."""
+    """Accelerate silently drops a tracker whose package is missing; here that is an error."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in available:
             raise ValueError(
                 f"got tracker {name!r}; expected one of those installed here ({', '.join(available) or 'none'}): "
-                "install its package, as pip install tensorboard"
+                "install its package, for example with pip install tensorboard"
             )
     return names or None
 
@@ -74,14 +74,14 @@ def _trackers(names: list[str]) -> list[str] | None:
 def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     """The policy that `config` describes, on `device`."""
     if config.model.startswith("comfyui:"):
-        raise ValueError(f"got {config.model!r}, a MODEL of ComfyUI's, which only its own graph has: go on there")
+        raise ValueError(f"got {config.model!r}, a MODEL that only exists in its ComfyUI graph: resume the run there")
     model = str(WORLD / "pipeline") if config.model == "shapes" else config.model
     loaded = load_model(model, DTYPES[config.precision], config.prediction_type)
     return DiffusionPolicy(loaded, **policy_settings(config, device))
 
 
 def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """The settings of a DiffusionPolicy on `device` as `config` has them; the base model comes in DTYPES."""
+    """The settings of a DiffusionPolicy on `device`; the base model has the dtype DTYPES[config.precision]."""
     dtype = DTYPES[config.precision]
     return {
         "steps": config.steps,

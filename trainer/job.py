@@ -12,7 +12,7 @@ import torch
 
 from .run import EpochMetrics, RunFolder
 
-if TYPE_CHECKING:  # whoever only asks after jobs need not wait for all that trains them
+if TYPE_CHECKING:  # code that only asks about jobs need not import all of the training
     from .state import Watch
     from .training import Training
 
@@ -25,11 +25,11 @@ TrainingFactory = Callable[[RunFolder, threading.Event, "Watch"], "Training"]
 
 @dataclass(frozen=True)
 class Status:
-    """Where a job stands.
+    """The state and progress of a job.
 
-    epoch: epochs done of `epochs`; phase: what the current epoch does, with `phase_done` of `phase_total`;
-    eta_s: seconds the remaining epochs will take at the pace of the last ones, None before the first;
-    lora: the newest LoRA file, None before there is one; error: one sentence where the state is "failed".
+    epoch: finished epochs of `epochs`; phase: what the current epoch is doing, `phase_done` of `phase_total`;
+    eta_s: seconds the remaining epochs will take at the pace of the latest ones, None before the first has finished;
+    lora: the newest LoRA file, None before there is one; error: one sentence if the state is "failed".
     """
 
     id: str
@@ -49,11 +49,11 @@ Subscriber = Callable[[str, Status], None]  # (event: "phase" | "epoch" | "end",
 
 
 class Job:
-    """One run, trained on a thread of its own.
+    """One run, trained on its own thread.
 
     Args:
         run: the run's folder, new or to be resumed; its name is the job's id.
-        factory: makes the Training inside the thread, so that what loads slowly or fails does so there.
+        factory: makes the Training inside the thread, so that slow loading and errors happen there.
         device: where it trains. Only one job at a time may train on a device.
     """
 
@@ -77,41 +77,41 @@ class Job:
             return self._seen(self._status)
 
     def _seen(self, status: Status) -> Status:
-        """As it looks from outside: a job that was asked to stop is on its way to that, whatever it does last."""
+        """The status to report: a job that was asked to stop is "stopping" until it ends, whatever it still does."""
         stopping = self._stop.is_set() and status.state not in ENDED
         return replace(status, state="stopping") if stopping else status
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call `subscriber(event, status)` on every event, from the job's thread; returns what ends it.
+        """Call `subscriber(event, status)` on every event, from the job's thread; returns a function that unsubscribes.
 
-        What a subscriber raises is logged, and disturbs neither the training nor the others.
+        Exceptions of a subscriber are logged and affect neither the training nor other subscribers.
         """
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber)
 
     def start(self) -> None:
-        """Begin; ValueError where another job trains on the same device, or this one has been started before."""
+        """Start training; ValueError if another job trains on the same device, or this one was started before."""
         if self._thread.ident is not None:
-            raise ValueError(f"job {self.id!r} was started before; make a new one to continue its run")
+            raise ValueError(f"job {self.id!r} was started before; make a new one to resume its run")
         _register(self)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask it to end after the current micro-batch, everything saved; returns at once."""
+        """Ask the job to stop after the current micro-batch and save everything; returns at once."""
         self._stop.set()
 
     def wait(self, timeout: float | None = None) -> Status:
-        """Wait for the end of a job that was started, for at most `timeout` seconds, and return the status."""
+        """Wait at most `timeout` seconds for a started job to end, and return its status."""
         self._thread.join(timeout)
         return self.status
 
     def _work(self) -> None:
         try:
             outcome: dict[str, Any] = {"state": "stopped" if self._train() else "finished"}
-        except Exception as error:  # whatever it is, it belongs to whoever watches the job
+        except Exception as error:  # any error is reported through the job's status
             logger.exception("run %s failed", self.id)
             outcome = {"state": "failed", "error": _sentence(error)}
-        del self._factory  # with whatever it holds on the device
+        del self._factory  # and free whatever it holds on the device
         _unregister(self)
         self._change("end", **outcome)
 
@@ -127,7 +127,7 @@ class Job:
         self._change("phase", phase=phase, phase_done=done, phase_total=total)
 
     def _eta(self) -> float | None:
-        """Remaining epochs at the mean pace of the last five."""
+        """Seconds for the remaining epochs, at the mean pace of the last five."""
         seconds = [metrics["time/epoch_s"] for metrics in self.run.metrics()[-5:]]
         left = self.status.epochs - len(self.run.metrics())
         return left * sum(seconds) / len(seconds) if seconds else None
@@ -139,12 +139,12 @@ class Job:
         for subscriber in list(self._subscribers):
             try:
                 subscriber(event, status)
-            except Exception:  # a watcher's mistake is not the training's
+            except Exception:  # a subscriber's error must not end the training
                 logger.exception("a subscriber of run %s failed", self.id)
 
 
 def _numbered(device: torch.device | str) -> torch.device:
-    """A device without a number is the first."""
+    """The device with its index; without one, it is the first."""
     device = torch.device(device)
     return torch.device(device.type, device.index or 0)
 
@@ -153,9 +153,11 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             "out of memory: lower resolution, micro_batch or decode_batch, set policy.gradient_checkpointing to true, "
-            "precision to bf16, or close what else uses the device; what was saved before is whole"
+            "set precision to bf16, or close other programs that use the device; everything saved so far is intact"
         )
-    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"  # those are for users
+    text = (
+        str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    )  # the former are for users
     return " ".join(text.split())
 
 
@@ -165,17 +167,17 @@ _registry_lock = threading.Lock()
 
 
 def find_job(job_id: str) -> Job | None:
-    """The job of that id in this process, running or ended."""
+    """The job with this id in this process, running or ended."""
     return _jobs.get(job_id)
 
 
 def job_on(device: torch.device | str) -> Job | None:
-    """The job that is training on that device."""
+    """The job that is training on this device."""
     return _training_on.get(_numbered(device))
 
 
 def stop_all(timeout: float) -> None:
-    """Ask every job to stop, and give them `timeout` seconds in all to save: for a process that is about to end."""
+    """Before the process ends, ask every job to stop, and wait at most `timeout` seconds in total for them to save."""
     jobs, end = list(_training_on.values()), time.monotonic() + timeout
     for job in jobs:
         job.stop()

@@ -1,4 +1,4 @@
-"""What a training keeps on disk as it goes: metrics, sample grids, LoRAs, checkpoints."""
+"""Saves the results of a training as it runs: metrics, sample grids, LoRAs, checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from .state import TrainState, Watch
 
 @dataclass(frozen=True)
 class Keeper:
-    """Writes to the run's folder and to trackers; only the main process of a training asks it to keep anything.
+    """Writes to the run's folder and to trackers; used only in the main process of a training.
 
     Args:
-        config, decoder, state, watch: of the training; run: its folder.
-        reward: the name of what it trains on; grid_prompts: of the images in a sample grid.
+        config, decoder, state, watch: the training's; run: its folder.
+        reward: the name of the training reward; grid_prompts: the prompts of a sample grid's images.
     """
 
     config: TrainConfig
@@ -49,7 +49,7 @@ class Keeper:
             self.context.accelerator.end_training()
 
     def keep_epoch(self, metrics: EpochMetrics) -> None:
-        """An epoch is done: the checkpoint follows what it stands for."""
+        """Save a finished epoch; the checkpoint comes after everything that it vouches for."""
         self._check_finite()
         epoch, config = self.context.epoch, self.config.output
         last = epoch == self.config.epochs
@@ -63,16 +63,16 @@ class Keeper:
             self._keep_checked_state()
 
     def put_in_order(self, restored: bool) -> None:
-        """Make the folder agree with the checkpoint that was `restored`, or with the beginning, and with the settings.
+        """Make the folder match the settings and the checkpoint that was `restored`, or the start of the run.
 
         Raises:
-            ValueError: there was a checkpoint, and it is gone.
+            ValueError: the run had a checkpoint, which is gone.
         """
         lost = self.run.latest_lora.exists() or len(self.run.metrics()) > self.config.output.checkpoint_every
         if not restored and lost:
             raise ValueError(
-                f"got a run whose checkpoints are gone; expected one in {str(self.run.checkpoints)!r}: put that folder "
-                "back, or start a new run"
+                f"got a run whose checkpoints are gone; expected one in {str(self.run.checkpoints)!r}: restore that "
+                "folder, or start a new run"
             )
         remove_partial(self.run.checkpoints)
         self.run.write_metrics(self.state.metrics)
@@ -86,10 +86,10 @@ class Keeper:
 
     def _keep_checked_state(self) -> None:
         self.state.save(self.run.checkpoints, self.config.output.keep_checkpoints)
-        self._keep_lora(self.run.latest_lora)  # where there is one, there was a checkpoint
+        self._keep_lora(self.run.latest_lora)  # last: its presence proves that there was a checkpoint
 
     def keep_grid(self, check: Callable[[], None] = lambda: None) -> None:
-        """Images of fixed prompts from fixed noise; `check` may raise to leave it."""
+        """Draw and save images of fixed prompts from fixed noise; `check` may raise to abort."""
         prompts = self.grid_prompts
         seeds = [(self.config.seed, "grid", i) for i in range(len(prompts))]
         self.watch("drawing samples", 0, len(prompts))
@@ -98,11 +98,11 @@ class Keeper:
         save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
     def _check_finite(self) -> None:
-        """What has diverged is never kept: nothing could go on from it."""
+        """Raise TrainingError if the LoRA has diverged: no run could resume from it, so it is never saved."""
         if not all(torch.isfinite(parameter).all() for parameter in self.context.policy.parameters):
             raise TrainingError(
                 "the training has diverged, its LoRA is no longer finite: start a new run with a lower policy.lr; the "
-                "last checkpoint and LoRA of this one are from before"
+                "last checkpoint and LoRA of this run are from before it diverged"
             )
 
     def _keep_lora(self, path: Path) -> None:
@@ -125,5 +125,5 @@ def _setting(config: TrainConfig, name: str) -> int | float | str | bool:
 
 
 def _model_name(model: str) -> str:
-    """A model's name without the folders it lies in, which are nobody's business."""
+    """A model's name without its folders, which are private."""
     return Path(model).name if Path(model).exists() else model

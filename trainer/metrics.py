@@ -1,4 +1,4 @@
-"""Metrics as people read them: which rewards a run has, its curves, and numbers and times in words."""
+"""Metrics for people: the rewards of a run, its curves, and numbers and durations as text."""
 
 from unicodedata import combining, east_asian_width
 
@@ -7,13 +7,13 @@ from .run import EpochMetrics
 
 
 def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
-    """The rewards in the metrics; kind is "reward", what is trained on, or "eval", what only watches."""
+    """The rewards in the metrics; kind is "reward" for those trained on, or "eval" for those only tracked."""
     keys = [key for key in keys_of(metrics) if key.startswith(f"{kind}/") and key.endswith("/mean")]
     return [key.removeprefix(f"{kind}/").removesuffix("/mean") for key in keys]
 
 
 def role(name: str, config: TrainConfig) -> str:
-    """What a reward that watches is to the training: a part of the sum that it trains on, or held out."""
+    """The role of a tracked reward: a part of the sum that is trained on, or held out."""
     return "part of the sum" if name in config.trained_on else "held out"
 
 
@@ -28,13 +28,13 @@ def points_of(metrics: list[EpochMetrics], key: str) -> tuple[list[float], list[
 
 
 def readable(value: float, like: float | None = None, sign: str = "") -> str:
-    """A reward for people: two decimals, or three where it, or what it is set beside, is below 1."""
+    """A reward as text: two decimals, or three if it, or the value `like` that it is shown with, is below 1."""
     decimals = 3 if abs(value if like is None else like) < 1 else 2
     return f"{value:{sign}z.{decimals}f}"
 
 
 def shortened(name: str, length: int) -> str:
-    """`name` with its end cut off where it takes more than `length` columns of a terminal."""
+    """`name`, with its end cut off if it is wider than `length` columns of a terminal."""
     if columns_of(name) <= length:
         return name
     while columns_of(name) > length - 3:
@@ -47,12 +47,12 @@ def padded(text: str, width: int) -> str:
 
 
 def columns_of(text: str) -> int:
-    """The columns that a terminal needs for it: two for each wide character, none for a combining one."""
+    """The width of `text` on a terminal: two columns for each wide character, none for a combining one."""
     return sum(2 if east_asian_width(char) in "FW" else not combining(char) for char in text)
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, as in 2:04, with hours before them where there are any."""
+    """Minutes and seconds, such as 2:04, preceded by hours if there are any."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Everything that changes while a run trains, and how it goes to disk and back without losing a bit."""
+"""Everything that changes while a run trains, and how it is saved and restored exactly."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -21,10 +21,10 @@ Watch = Callable[[str, int, int], None]  # (phase, done, total)
 
 
 class TrainState:
-    """What a checkpoint holds: the trained weights and their optimizer, what the method keeps, how far the run is.
+    """What a checkpoint holds: the trained weights and their optimizer, the method's state, the run's progress.
 
     Args:
-        context, method: of the training; identity: what makes the run this one, see `identity.identity`.
+        context, method: the training's; identity: what identifies the run, see `identity.identity`.
     """
 
     def __init__(self, context: Context, method: Method, identity: dict[str, Any]):
@@ -33,7 +33,7 @@ class TrainState:
 
     @property
     def name(self) -> str:
-        """What a checkpoint of this state is called: how far the run has come, in names that sort."""
+        """The name of a checkpoint of this state: the run's progress, as a name that sorts."""
         name, progress = epoch_name(self.context.epoch), self.context.progress
         return name + f"-samples-{progress.samples:06d}-updates-{progress.updates:06d}" if progress.parts else name
 
@@ -56,7 +56,7 @@ class TrainState:
         save_checkpoint(folder, self.name, groups, state | plain, keep)
 
     def restore(self, folder: Path, prompts_of_epoch: Callable[[int], list[str]]) -> bool:
-        """Become the newest checkpoint in `folder`; False where there is none."""
+        """Restore the newest checkpoint in `folder`; False if there is none."""
         found = load_latest(folder)
         if found is None:
             return False
@@ -66,7 +66,7 @@ class TrainState:
         processes = context.accelerator.num_processes
         if processes > 1 and "samples" in tensors:
             raise ValueError(
-                f"got {processes} processes for a run that one process left in the middle of an epoch; expected one "
+                f"got {processes} processes for a run that one process stopped in the middle of an epoch; expected one "
                 f"process until that epoch ends, or delete its newest checkpoint in {str(folder)!r} to go back"
             )
         trainable.load(tensors["policy"])
@@ -79,7 +79,7 @@ class TrainState:
 
 
 def _tensors_of_progress(progress: Progress) -> dict[str, TensorGroup]:
-    """The unfinished epoch as named groups; none where nothing was sampled yet."""
+    """The unfinished epoch as named groups; empty if nothing has been sampled yet."""
     if not progress.parts:
         return {}
     batch = Trajectories.concatenate(progress.parts)

@@ -1,6 +1,6 @@
-"""A run, epoch by epoch: what every algorithm has in common.
+"""The training loop, epoch by epoch: everything that all algorithms have in common.
 
-The algorithm itself, what it samples, aims at and updates, is a Method; see comfy_tdpo/methods.
+What an algorithm itself samples, aims at and updates is up to its Method; see comfy_tdpo/methods.
 
 Shapes: N samples of an epoch in this process, T denoising steps.
 """
@@ -37,20 +37,21 @@ from .run.identity import identity
 from .run.neuron_log import append_neurons
 from .state import TrainState, Watch
 
-RATIO_TOLERANCE = 1e-5  # of the ratio gate: |ratio - 1| before the first update of an epoch
+RATIO_TOLERANCE = 1e-5  # the largest |ratio - 1| expected before the first update of an epoch
 
 
 class Stopped(Exception):
-    """The stop event was set; raised between micro-batches, with several processes between epochs."""
+    """The stop event was set; raised between micro-batches or, with several processes, between epochs."""
 
 
 class Training:
-    """One run. It knows no threads and no terminal: `epochs` yields metrics, `stop` ends it, `watch` sees it move.
+    """One run, independent of threads and terminals: `epochs` yields metrics, `stop` ends it, `watch` sees progress.
 
     Args:
-        config: the run's configuration; policy, reward, eval_rewards: what it trains, on what, watched by what.
-        run: where everything is kept; accelerator: device and processes.
-        stop: asked between micro-batches; the state is saved in mid-epoch and `epochs` ends.
+        config: the run's configuration; policy: what is trained; reward: the training reward, by name and weight;
+            eval_rewards: rewards that are only tracked, by name.
+        run: the folder where everything is saved; accelerator: device and processes.
+        stop: checked between micro-batches; once set, the state is saved, even in mid-epoch, and `epochs` ends.
     """
 
     def __init__(
@@ -104,13 +105,13 @@ class Training:
     # --- the epochs -------------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[EpochMetrics]:
-        """Run the epochs that are left, from the newest checkpoint on, and yield the metrics of each.
+        """Run the remaining epochs, starting from the newest checkpoint, and yield the metrics of each.
 
         The run is locked meanwhile, so that no other process writes to it.
 
         Raises:
-            ValueError: there is nothing to go on from: a damaged checkpoint, too little memory for one sample.
-            TrainingError, RewardError: it cannot go on; the last checkpoint is whole.
+            ValueError: the run cannot start: its checkpoint is damaged, or memory does not suffice for one sample.
+            TrainingError, RewardError: the run cannot continue; the last checkpoint is intact.
         """
         with self.run.lock() if self.accelerator.is_main_process else nullcontext():
             yield from self._epochs()
@@ -119,7 +120,9 @@ class Training:
         context = self.context
         restored = self.state.restore(self.run.checkpoints, self._epoch_prompts)
         if context.epoch > self.config.epochs:
-            raise ValueError(f"got {self.config.epochs} epochs for a run of {context.epoch}; expected as many or more")
+            raise ValueError(
+                f"got {self.config.epochs} epochs for a run that has finished {context.epoch}; expected as many or more"
+            )
         if self.accelerator.is_main_process:
             self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
@@ -136,7 +139,7 @@ class Training:
             self.keeper.close_trackers()
 
     def _begin(self) -> None:
-        """What comes before the first epoch: the micro-batch that fits, and what the model draws untrained."""
+        """Before the first epoch, find the micro-batch that fits, and draw samples with the untrained model."""
         self._check_stop()
         context = self.context
         context.micro_batch = fitting_micro_batch(self._try_rows, context.micro_batch, context.samples_per_update)
@@ -144,7 +147,7 @@ class Training:
             self.keeper.keep_grid(self._check_stop)
 
     def _try_rows(self, rows: int) -> None:
-        """A training step of that many rows, whose gradients are thrown away."""
+        """Run a training step with this many rows and discard its gradients."""
         policy = self.policy
         try:
             latents = torch.zeros(rows, *policy.latent_shape, device=policy.device)
@@ -167,12 +170,12 @@ class Training:
         return metrics
 
     def _check_stop(self) -> None:
-        """Several processes wait for one another in mid-epoch, so there none of them may leave alone."""
+        """Raise Stopped on request; not with several processes, which wait for one another in mid-epoch."""
         if self.stop.is_set() and self.accelerator.num_processes == 1:
             raise Stopped
 
     def _agree_to_stop(self) -> None:
-        """One process that is asked to stop takes all others with it."""
+        """Raise Stopped in all processes if any of them was asked to stop."""
         asked = torch.tensor([self.stop.is_set()], dtype=torch.int, device=self.accelerator.device)
         if self.context.gather(asked).any():
             raise Stopped
@@ -181,7 +184,7 @@ class Training:
 
     @torch.no_grad()
     def _sample(self) -> None:
-        """N trajectories from the current policy, a micro-batch at a time, and what the updates aim at."""
+        """Sample N trajectories from the current policy, one micro-batch at a time, then the targets of the updates."""
         context, start = self.context, time.perf_counter()
         progress = context.progress
         while (begin := progress.samples) < context.samples:
@@ -199,13 +202,13 @@ class Training:
             progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(context.epoch + 1))
 
     def _epoch_prompts(self, epoch: int) -> list[str]:
-        """The prompt of each sample of the epoch, in all processes."""
+        """The prompt of each sample of the epoch, across all processes."""
         generator = generator_at(self.config.seed, "prompts", epoch)
         chosen = torch.randint(len(self.prompts), (self.config.samples_per_epoch,), generator=generator)
         return [self.prompts[i] for i in chosen.tolist()]
 
     def _update(self) -> None:
-        """The gradient updates of the epoch that are left."""
+        """Run the remaining gradient updates of the epoch."""
         progress, start = self.context.progress, time.perf_counter()
         groups = self.method.groups(self.context.epoch + 1)
         for index in range(progress.updates, len(groups)):
@@ -214,10 +217,10 @@ class Training:
             progress.updates += 1
         progress.times["train"] += time.perf_counter() - start
 
-    # --- what is kept -----------------------------------------------------------------------------------------------
+    # --- metrics and saving -----------------------------------------------------------------------------------------
 
     def _metrics(self, batch: Trajectories) -> EpochMetrics:
-        """The metrics that every algorithm has, and its own."""
+        """The metrics that all algorithms have, and those of the method."""
         context, epoch = self.context, self.context.epoch + 1
         rewards = context.gather(batch.rewards)
         metrics: EpochMetrics = {
@@ -234,12 +237,12 @@ class Training:
         return metrics
 
     def _metrics_of_updates(self) -> EpochMetrics:
-        """Means and maxima over the epoch's updates, of all processes, gathered at once."""
+        """Means and maxima over the epoch's updates in all processes, gathered at once."""
         progress = self.context.progress
         found = progress.sums | progress.maxima
         if not found:
             return {}
-        values = self.context.gather(torch.stack(list(found.values()))[None])  # a row for each process
+        values = self.context.gather(torch.stack(list(found.values()))[None])  # one row per process
         means, maxima = values.mean(0).tolist(), values.amax(0).tolist()
         return {
             name: largest if name in progress.maxima else mean / progress.updates
@@ -256,6 +259,6 @@ class Training:
             self.keeper.keep_epoch(metrics)
 
     def _save_unfinished(self) -> None:
-        """Stopped: keep what there is, of an unfinished epoch too."""
+        """After a stop, save what there is, including an unfinished epoch."""
         if self.accelerator.is_main_process and (self.context.epoch or self.context.progress.parts):
             self.keeper.keep_state()

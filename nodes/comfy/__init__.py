@@ -1,4 +1,4 @@
-"""Everything that touches ComfyUI: models in and out, LoRAs, folders, routes, and what runs on its executor.
+"""Everything that uses ComfyUI: models in and out, LoRAs, folders, routes, and the code that runs on its executor.
 
-`import comfy` means ComfyUI's own package, here as everywhere: this one is comfy_tdpo.nodes.comfy.
+`import comfy` imports ComfyUI's own package, here as elsewhere; this package is comfy_tdpo.nodes.comfy.
 """

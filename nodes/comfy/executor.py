@@ -1,4 +1,4 @@
-"""What the Train node does on ComfyUI's executor: everything but the training itself, which has a thread of its own."""
+"""What the Train node does on ComfyUI's executor: everything except the training itself, which has its own thread."""
 
 import signal
 from typing import Any
@@ -17,7 +17,7 @@ from .models_in import Wires
 
 
 def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node: str) -> RunFolder:
-    """The run that is meant, trained to its end where it `wait`s, and begun where it does not."""
+    """Choose the run and start it; with `wait`, return only when it has ended."""
     runs, device = all_runs(), comfy.model_management.get_torch_device()
     config, prompts = wanted.config(), wanted.prompts()
     run = choose(runs, name, resume, config, prompts)
@@ -26,7 +26,7 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node
     job = job_under_way(runs, run)
     if job is None:
         check_device_free(run, device)
-        factory = wires.factory(config, prompts, device)  # in main memory until the models there have made room
+        factory = wires.factory(config, prompts, device)  # in main memory until the device has been cleared
         prepare(runs, run, config, prompts)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
@@ -47,11 +47,11 @@ def tell(detail: dict[str, Any]) -> None:
 
 
 def _save_before_quitting() -> None:
-    """See to it that trainings are saved when ComfyUI ends.
+    """Make sure that trainings are saved when ComfyUI ends.
 
-    A normal end and Ctrl+C run what `atexit` holds, which stops all jobs. A request to terminate, as service managers
-    send it, would kill ComfyUI on the spot; from the first training on it is the same as Ctrl+C, where nobody else has
-    taken it. Signals can only be taken on the main thread, where ComfyUI's server loop runs.
+    A normal exit and Ctrl+C run the `atexit` handlers, which stop all jobs. SIGTERM, as sent by service managers, would
+    kill ComfyUI at once; from the first training on, it acts like Ctrl+C, unless it already has a handler. Signal
+    handlers can only be set on the main thread, where ComfyUI's server loop runs.
     """
     PromptServer.instance.loop.call_soon_threadsafe(_take_sigterm)
 

@@ -1,6 +1,6 @@
-"""ComfyUI's folders: where runs, LoRAs and the weights of rewards lie.
+"""ComfyUI's folders for runs, LoRAs and the weights of rewards.
 
-Weights of rewards lie in models/tdpo_rewards, and where extra_model_paths.yaml adds to it.
+Weights of rewards are in models/tdpo_rewards and in folders that extra_model_paths.yaml adds to it.
 """
 
 from contextlib import suppress
@@ -15,7 +15,7 @@ REWARD_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def all_runs() -> Runs:
-    """The runs below ComfyUI's output folder, whose LoRAs go where its own Load LoRA looks."""
+    """The runs in ComfyUI's output folder; their LoRAs go where its own Load LoRA looks."""
     loras, *_ = folder_paths.get_folder_paths("loras")
     return Runs(Path(folder_paths.get_output_directory()).resolve() / "tdpo", Path(loras).resolve())
 
@@ -29,7 +29,7 @@ def lora_names() -> list[str]:
 
 
 def lora_file(name: str) -> Path:
-    """Where the LoRA of that name in ComfyUI's list is; ValueError where there is none."""
+    """The path of the LoRA with this name in ComfyUI's list; ValueError if there is none."""
     path = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
     if path is None:
         raise ValueError(f"got LoRA {name!r}; expected a run on the wire, or one of the files in models/loras")
@@ -37,7 +37,7 @@ def lora_file(name: str) -> Path:
 
 
 def lora_modified(name: str) -> str:
-    """When that LoRA's file was last written; empty where there is none."""
+    """When that LoRA's file was last written; empty if there is none."""
     path = folder_paths.get_full_path("loras", name)
     return str(Path(path).stat().st_mtime_ns) if path else ""
 
@@ -46,20 +46,20 @@ def lora_modified(name: str) -> str:
 
 
 def register_rewards_folder() -> None:
-    """Tell ComfyUI of the folder, before it asks the nodes what they are."""
+    """Register the folder with ComfyUI, before it asks for the nodes' schemas."""
     folder = Path(folder_paths.models_dir) / REWARDS
-    with suppress(OSError):  # where nobody may write, the folders that extra_model_paths.yaml names still serve
+    with suppress(OSError):  # without write permission, the folders in extra_model_paths.yaml still work
         folder.mkdir(parents=True, exist_ok=True)
     folder_paths.add_model_folder_path(REWARDS, str(folder))
 
 
 def reward_file_names() -> list[str]:
-    """The weights there, relative to their folder."""
+    """The files with weights of rewards, relative to their folder."""
     return [name for name in folder_paths.get_filename_list(REWARDS) if name.endswith(REWARD_SUFFIXES)]
 
 
 def reward_file(name: str) -> str:
-    """Where the weights of that name are; ValueError where none are, or they would lie outside the folders."""
+    """The path of the weights with this name; ValueError if there are none, or they would be outside the folders."""
     path = folder_paths.get_full_path(REWARDS, name) if name in reward_file_names() else None
     if path is None:
         raise ValueError(f"got weights {name!r}, which are not in models/{REWARDS}; put them there, or choose 'auto'")
@@ -67,8 +67,8 @@ def reward_file(name: str) -> str:
 
 
 def look_in_rewards_folder() -> None:
-    """Have rewards find their weights there, from now on."""
-    from comfy_tdpo.rewards.weights import add_weights_folder  # slow to import, and ComfyUI is starting
+    """Make rewards look for their weights there from now on."""
+    from comfy_tdpo.rewards.weights import add_weights_folder  # slow to import, and not needed while ComfyUI starts
 
     for folder in folder_paths.get_folder_paths(REWARDS):
         add_weights_folder(Path(folder))

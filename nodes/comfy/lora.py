@@ -1,4 +1,4 @@
-"""Applies LoRAs as ComfyUI does, but for silence where nothing fits."""
+"""Applies LoRAs as ComfyUI does, but raises an error if nothing fits."""
 
 from typing import Any
 
@@ -11,31 +11,31 @@ from .folders import lora_file
 
 
 def apply_run(model: Any, run: RunFolder, snapshot: str, epoch: int, strength: float) -> tuple[Any, str]:
-    """The MODEL with a run's LoRA, and what was applied."""
+    """The MODEL with a run's LoRA, and what was applied, as text."""
     path = find_snapshot(run, snapshot, epoch)
     if path is None:
-        return model, f"run {run.path.name}: no LoRA yet, the model is as it was"
+        return model, f"run {run.path.name}: no LoRA yet, the model is unchanged"
     applied = apply_weights(model, read_lora(path), strength, f"run {run.path.name!r}")
     return applied, f"run {run.path.name}, after epoch {epoch_of(path)}, strength {strength:g}"
 
 
 def apply_file(model: Any, name: str, strength: float) -> tuple[Any, str]:
-    """The MODEL with the LoRA of a file in ComfyUI's list."""
+    """The MODEL with a LoRA file from ComfyUI's list, and what was applied, as text."""
     weights = read_lora(lora_file(name))
     return apply_weights(model, weights, strength, f"{name!r}"), f"{name}, strength {strength:g}"
 
 
 def apply_weights(model: Any, weights: dict[str, Tensor], strength: float, what: str) -> Any:
-    """The MODEL with these weights on it.
+    """The MODEL patched with these weights.
 
     Raises:
-        ValueError: not a single one has a place in the MODEL.
+        ValueError: none of them fits the MODEL.
     """
     patched, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
     if not _added(patched, model):
         raise ValueError(
             f"got a LoRA ({what}) of which nothing fits this MODEL; expected one that was trained on this kind of "
-            "model: wire in the MODEL of the Train node"
+            "model: connect the MODEL that the Train node uses"
         )
     return patched
 

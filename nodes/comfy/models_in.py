@@ -1,8 +1,8 @@
-"""From ComfyUI's own MODEL, CLIP and VAE to what the trainer works on.
+"""Converts ComfyUI's MODEL, CLIP and VAE to what the trainer uses.
 
-Nothing that comes in is shared with the training: weights are copied, with the LoRAs that are applied to a MODEL baked
-in, and the copies belong to the caller. They are made outside of inference mode, in which ComfyUI runs its nodes and
-whose tensors can never be trained.
+The training shares nothing with its inputs: weights are copied, with the LoRAs applied to a MODEL baked in, and the
+copies belong to the caller. They are made outside of inference mode, in which ComfyUI runs its nodes and whose tensors
+cannot be trained.
 """
 
 import copy
@@ -37,28 +37,28 @@ SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
 
 @dataclass(frozen=True)
 class Wires:
-    """MODEL, CLIP and VAE as they come in."""
+    """The MODEL, CLIP and VAE connected to a node."""
 
     model: Any
     clip: Any
     vae: Any
 
     def wanted(self, **inputs: Any) -> Wanted:
-        """What is asked for of this MODEL.
+        """What is asked for with this MODEL.
 
         Raises:
-            ValueError: a wire carries nothing, or a MODEL that cannot be trained.
+            ValueError: the CLIP or VAE is missing, or the MODEL cannot be trained.
         """
         for name, part in (("CLIP", self.clip), ("VAE", self.vae)):
             if part is None:
                 raise ValueError(
-                    f"got no {name}, as the checkpoint has none; expected one: load it from a file of its own"
+                    f"got no {name}, as the checkpoint has none; expected one: load it from a separate file"
                 )
         diffusers_config(self.model)
         return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
 
     def factory(self, config: TrainConfig, prompts: list[str], device: torch.device) -> TrainingFactory:
-        """What makes the Training, on copies of all that is in the wires.
+        """A factory of the Training, with copies of the three models.
 
         Raises:
             ValueError: the three do not belong together.
@@ -67,8 +67,8 @@ class Wires:
         expected = diffusers_config(self.model)["cross_attention_dim"]
         if encode.width != expected:
             raise ValueError(
-                f"got a CLIP whose embeddings are {encode.width} wide; expected {expected}: use that of the MODEL's "
-                "checkpoint"
+                f"got a CLIP whose embeddings are {encode.width} wide; expected {expected}: use the CLIP of the "
+                "MODEL's checkpoint"
             )
         unet = diffusers_unet(self.model, DTYPES[config.precision])
         make_policy = partial(_policy, unet, scheduler_of(self.model), encode, decode)
@@ -81,7 +81,7 @@ def _policy(unet, scheduler, encode, decode, config: TrainConfig, device: torch.
 
 
 def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """The U-Net of a MODEL as diffusers', in `dtype` on the CPU, with the LoRAs that are applied to it baked in.
+    """The U-Net of a MODEL for diffusers, in `dtype` on the CPU, with the LoRAs applied to it baked in.
 
     Raises:
         ValueError: the MODEL is not Stable Diffusion 1.x or 2.x.
@@ -90,14 +90,14 @@ def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype =
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     with torch.inference_mode(False), torch.no_grad():
         weights = baked_weights(model, dtype)
-        with torch.device("meta"):  # its own weights are not drawn, as none of them stays
+        with torch.device("meta"):  # skips initialising weights that are replaced anyway
             unet = UNet2DConditionModel(**config)
         unet.load_state_dict({name: weights[names[name]] for name in unet.state_dict()}, assign=True)
     return unet.eval()
 
 
 def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
-    """The configuration of diffusers' U-Net for the one in a MODEL."""
+    """The configuration for diffusers of the U-Net in a MODEL."""
     config = model.model.model_config.unet_config
     width, context = config.get("model_channels"), config.get("context_dim")
     if not (width and isinstance(context, int)) or config.get("adm_in_channels"):
@@ -117,7 +117,7 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
         "layers_per_block": layers[0],
         "down_block_types": ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossing],
         "up_block_types": ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(crossing)],
-        # the number of heads, under diffusers' name for it
+        # diffusers' name for the number of heads
         "attention_head_dim": heads if heads > 0 else [channel // head_width for channel in channels],
         "cross_attention_dim": context,
         "use_linear_projection": config.get("use_linear_in_transformer", False),
@@ -138,9 +138,9 @@ def baked_weights(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype) -
 
 
 def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
-    """What a MODEL is called in a run's configuration: its family and a digest of its weights and the LoRAs on them.
+    """The name of a MODEL in a run's configuration: its family and a digest of its weights and the LoRAs on them.
 
-    It tells two of them apart, and is nothing that could be loaded again.
+    It tells models apart, but no model can be loaded by it.
     """
     digest = hashlib.sha256()
     for key, ((weight, _), *patches) in model.get_key_patches("diffusion_model.").items():
@@ -150,7 +150,7 @@ def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
 
 
 def _values(part: Any) -> Iterator[bytes]:
-    """What tells a weight or a patch of one from others: the first values of each tensor, and every number."""
+    """What identifies a weight or a patch: the first values of each tensor, and every number."""
     if isinstance(part, Tensor):
         yield part.flatten()[:256].float().cpu().numpy().tobytes()
     elif isinstance(part, list | tuple):
@@ -163,8 +163,8 @@ def _values(part: Any) -> Iterator[bytes]:
 
 
 def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
-    """The noise schedule of a MODEL, with the steps' offset that leaves noise in the last one."""
-    sampling = model.get_model_object("model_sampling")  # a node may have put another one in the place of the model's
+    """The noise schedule of a MODEL, with the step offset that leaves noise in the last step."""
+    sampling = model.get_model_object("model_sampling")  # a node may have replaced the model's own
     bases = {base.__name__ for base in type(sampling).__mro__}
     if bases & {"EDM", "X0", "CONST"} or not bases & {"EPS", "V_PREDICTION"}:
         raise ValueError(f"got a MODEL that predicts neither noise nor v ({', '.join(sorted(bases))}); {SUPPORTED}")
@@ -181,17 +181,17 @@ def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
 
 
 class EncodedPrompts:
-    """A PromptEncoder of prompts that a CLIP encoded beforehand, as a training may not load models by itself.
+    """A PromptEncoder with prompts that a CLIP encoded in advance, as a training must not load models by itself.
 
     Args:
-        clip: the CLIP; prompts: all that will ever be asked for but the empty one, which is always there.
-        device: where the embeddings are wanted; they wait in main memory.
+        clip: the CLIP; prompts: all that will ever be needed; the empty one is always included.
+        device: where to return the embeddings, which are kept in main memory.
     """
 
     def __init__(self, clip: comfy.sd.CLIP, prompts: list[str], device: torch.device):
         self._device = device
         embeds = {prompt: clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in dict.fromkeys([*prompts, ""])}
-        # long prompts come out longer; tokens that are repeated as a whole leave cross-attention as it is
+        # long prompts have longer embeddings; repeating a whole embedding does not change cross-attention
         length = math.lcm(*(embed.shape[1] for embed in embeds.values()))
         with torch.inference_mode(False), torch.no_grad():
             self._embeds = {
@@ -211,7 +211,7 @@ class ComfyDecoder:
     """A LatentDecoder: a copy of the network in a VAE, in main memory until it is moved.
 
     Args:
-        vae: the VAE; model: the MODEL that says how its latents are scaled.
+        vae: the VAE; model: the MODEL, which defines how latents are scaled.
 
     Raises:
         ValueError: the two do not belong together.
@@ -222,7 +222,7 @@ class ComfyDecoder:
         got, expected = vae.latent_channels, model.model.latent_format.latent_channels
         if got != expected:
             raise ValueError(
-                f"got a VAE of {got} latent channels; expected {expected}: use that of the MODEL's checkpoint"
+                f"got a VAE with {got} latent channels; expected {expected}: use the VAE of the MODEL's checkpoint"
             )
         self.factor, self._dtype = vae.downscale_ratio, vae.vae_dtype
         self._process_output, self._process_latents = vae.process_output, model.model.latent_format.process_out

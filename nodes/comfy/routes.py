@@ -1,4 +1,4 @@
-"""What the browser asks of runs, over HTTP."""
+"""The HTTP routes through which the browser asks about runs."""
 
 import asyncio
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def register_routes() -> None:
 
 
 async def _respond(question: str, *arguments: str) -> web.Response:
-    """Asked on another thread, as it reads files and draws, and the server serves everybody meanwhile."""
+    """Answer on another thread, as this reads files and draws, and the server must not wait for it."""
     status, answer = await asyncio.to_thread(_ask, question, *arguments)
     if isinstance(answer, bytes):
         return web.Response(body=answer, content_type="image/png", headers={"Cache-Control": "no-store"})

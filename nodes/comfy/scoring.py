@@ -1,4 +1,4 @@
-"""What a reward thinks of images: as numbers, as text, and written under them.
+"""Scores images with a reward: as numbers, as text, and as captions below the images.
 
 Shapes: B images, H W pixels; ComfyUI's images are float (B, H, W, 3) in [0, 1].
 """
@@ -15,12 +15,12 @@ from comfy_tdpo.rewards import load_rewards, score_images
 from ..runs.reward_choice import RewardChoice
 
 SCORED_AT_ONCE = 16
-ROOM = 5 * 2**30  # bytes: the largest reward in float32, and what it computes with
+ROOM = 5 * 2**30  # bytes: the largest reward in float32, and its activations
 
 
 def device_with_room() -> torch.device:
     """ComfyUI's device, after ComfyUI has made room for a reward there."""
-    from comfy import model_management  # here, so that the rest is tested without ComfyUI
+    from comfy import model_management  # here, so that the rest can be tested without ComfyUI
 
     device = model_management.get_torch_device()
     model_management.free_memory(ROOM, device)
@@ -28,23 +28,23 @@ def device_with_room() -> torch.device:
 
 
 def prompt_of_each(text: str, images: int) -> list[str]:
-    """One prompt an image: the lines of `text`, or its only line for all."""
+    """One prompt per image: the lines of `text`, or its only line for all."""
     if not images:
         raise ValueError("got no images; expected at least one to score")
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     if len(lines) not in (1, images):
-        raise ValueError(f"got {len(lines)} prompts for {images} images; expected one line for all, or one an image")
+        raise ValueError(f"got {len(lines)} prompts for {images} images; expected one line for all, or one per image")
     return lines * images if len(lines) == 1 else lines
 
 
 def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torch.device) -> list[float]:
     """The score of each image.
 
-    The model is loaded as one that anybody may use: a training on another thread may be given the same instance, and
-    could do nothing with what was made in inference mode.
+    The model is loaded outside of inference mode: a training on another thread may share the instance, and could not
+    use tensors that were made in inference mode.
     """
     if images.shape[-1] < 3:
-        raise ValueError(f"got images of {images.shape[-1]} channels; expected 3, red, green and blue")
+        raise ValueError(f"got images with {images.shape[-1]} channels; expected 3: red, green and blue")
     with torch.inference_mode(False), torch.no_grad():
         model = load_rewards(reward.weights, device, weights=reward.files)
         model.check_prompts(prompts)

@@ -1,4 +1,4 @@
-"""The world of Shapes as native MODEL, CLIP and VAE: what ComfyUI's own sampler, encoder and decoder take."""
+"""The Shapes model as native MODEL, CLIP and VAE, for ComfyUI's own sampler, encoder and decoder."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ from comfy_tdpo.shapes import WORLD
 
 
 class Multiple(float):
-    """A channel multiple that need not be whole, though the number of channels is: 1.5 times 64 is 96."""
+    """A fractional channel multiple that gives a whole number of channels: 1.5 times 64 is 96."""
 
     def __mul__(self, channels: int) -> int:  # type: ignore[override]
         return int(float(self) * channels)
@@ -29,7 +29,7 @@ class Multiple(float):
 
 
 class ShapesConfig(comfy.supported_models.SD15):
-    """The family of the U-Net of Shapes: Stable Diffusion 1.x's, narrower."""
+    """The model family of the U-Net of Shapes: Stable Diffusion 1.x, but narrower."""
 
     unet_config: dict = {}
     unet_extra_config: dict = {}
@@ -40,7 +40,7 @@ def is_shapes(model: comfy.model_patcher.ModelPatcher) -> bool:
 
 
 def shapes_native() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of Shapes, float32, as ComfyUI's own sampler, encoder and decoder take them."""
+    """MODEL, CLIP and VAE of Shapes in float32, for ComfyUI's own sampler, encoder and decoder."""
     parts = load_components(str(WORLD / "pipeline"))
     return _native_model(parts), _native_clip(parts.text_encoder), _native_vae(parts.vae)
 
@@ -131,7 +131,7 @@ def _native_clip(text_encoder: CLIPTextModel) -> comfy.sd.CLIP:
     )
     clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
     part = clip.cond_stage_model.clip_l
-    # ComfyUI makes room for CLIP's vocabulary, whatever the configuration says
+    # ComfyUI creates an embedding for CLIP's vocabulary, whatever the configuration says
     part.transformer.set_input_embeddings(part.operations.Embedding(config.vocab_size, config.hidden_size))
     state = {f"text_model.{k.removeprefix('text_model.')}": w for k, w in text_encoder.state_dict().items()}
     part.transformer.load_state_dict(state | {"text_projection.weight": torch.eye(config.hidden_size)})
@@ -139,7 +139,7 @@ def _native_clip(text_encoder: CLIPTextModel) -> comfy.sd.CLIP:
 
 
 def _set_groups(network: nn.Module, groups: int) -> None:
-    """ComfyUI makes every GroupNorm with 32 groups; the weights do not tell how many there were."""
+    """Set the number of groups: ComfyUI makes every GroupNorm with 32, and the weights do not reveal it."""
     for module in network.modules():
         if isinstance(module, nn.GroupNorm):
             module.num_groups = groups

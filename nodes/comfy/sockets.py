@@ -1,4 +1,4 @@
-"""The types of our own sockets: what runs along the wires between our nodes."""
+"""The types of our own sockets: what our nodes pass to one another."""
 
 from comfy_api.latest import io
 

@@ -1,1 +1,1 @@
-"""Runs as a graph sees them; nothing here knows ComfyUI."""
+"""The graph's view of runs; nothing here imports ComfyUI."""

@@ -1,4 +1,4 @@
-"""Questions about runs, as HTTP asks them, and their answers: a status and JSON or a picture."""
+"""Answers to HTTP requests about runs: a status code, and JSON or a picture."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ STATUS = {NoSuchRun: 404, NotRunning: 409}
 
 
 def answer(runs: Runs, ask: Callable[[], Any]) -> tuple[int, Any]:
-    """HTTP's status, and what `ask` gives or one sentence about why it cannot."""
+    """The HTTP status, and what `ask` returns or one sentence that says why it failed."""
     try:
         return 200, ask()
     except ValueError as error:
@@ -38,5 +38,5 @@ def stop(runs: Runs, name: str) -> tuple[int, Any]:
 
 def _epoch(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ValueError(f"got after={text[:40]!r}; expected the number of an epoch")
+        raise ValueError(f"got after={text[:40]!r}; expected an epoch's number")
     return int(text)

@@ -1,6 +1,6 @@
-"""The words of the nodes' combo inputs that their logic reads. Light, as schemas are made when ComfyUI starts."""
+"""The choices of combo inputs that the nodes' logic refers to. Light, as ComfyUI reads schemas when it starts."""
 
-AUTO = "auto"  # the prompt set that the preset names; a reward's file where it is found
+AUTO = "auto"  # the preset's prompt set; a reward's weights from wherever they are found
 CONTINUE, NEW, AS_IT_IS = "continue", "new", "as it is"
 RESUME = [CONTINUE, NEW, AS_IT_IS]
 WAIT, BACKGROUND = "wait", "background"
@@ -11,6 +11,6 @@ NO_FILE = "none"
 
 
 def check_choice(name: str, value: object, choices: list[str]) -> None:
-    """Raise ValueError where a combo input has none of its values: ComfyUI 0.3.64 lets anything through."""
+    """Raise ValueError if a combo input has none of its values: ComfyUI 0.3.64 does not check them."""
     if value not in choices:
         raise ValueError(f"got {name} {str(value)[:100]!r}; expected one of {', '.join(choices)}")

@@ -1,28 +1,28 @@
-"""Names of runs: one folder each, on every system, and nowhere else than where runs lie."""
+"""Names of runs: each is a valid folder name on every system, and cannot point outside the folder of runs."""
 
 import re
 
-LONGEST = 80  # bytes; systems allow 255, and Windows about that for a whole path
+LONGEST = 80  # bytes; systems allow 255, and Windows about as many for a whole path
 EXPECTED = (
     f"expected a name of 1 to {LONGEST} letters, digits, spaces and . _ - +, beginning with a letter or a digit and "
     "not ending in a dot or a space, such as 'my style 2'"
 )
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # devices, for Windows
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows devices
 
 
 def check_run_name(name: str) -> str:
-    """`name` itself; ValueError where it cannot be a run's."""
+    """`name` itself; ValueError if it is not a valid run name."""
     if problem := problem_with(name):
         raise ValueError(problem)
     return name
 
 
 def problem_with(name: str) -> str:
-    """Why `name` cannot be a run's; empty where it can."""
+    """Why `name` is not a valid run name; empty if it is."""
     if not re.fullmatch(r"[^\W_]([\w .+-]*[\w+-])?", name) or len(name.encode()) > LONGEST:
         return f"got run name {_shown(name)}; {EXPECTED}"
     if _RESERVED.fullmatch(name):
-        return f"got run name {_shown(name)}, which Windows keeps for a device; {EXPECTED}"
+        return f"got run name {_shown(name)}, which Windows reserves for a device; {EXPECTED}"
     return ""
 
 
@@ -31,5 +31,5 @@ def _shown(name: str) -> str:
 
 
 def later_name(name: str, number: int) -> str:
-    """The name of the run `number` of those that began as `name`: name, name-2, name-3."""
+    """The name of run `number` of those started as `name`: name, name-2, name-3."""
     return name if number == 1 else f"{name}-{number}"

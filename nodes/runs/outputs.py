@@ -1,4 +1,4 @@
-"""What a run has so far, as a graph takes it. ComfyUI's images are float (B, H, W, 3) in [0, 1]."""
+"""The results of a run so far, as outputs of a node. ComfyUI's images are float (B, H, W, 3) in [0, 1]."""
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from .snapshots import read_lora
 
 
 def lora_weights(run: RunFolder) -> dict[str, Tensor]:
-    """The newest LoRA; before the first there are no weights, which is what an untrained one amounts to."""
+    """The newest LoRA; before the first, no weights, which has the same effect as an untrained LoRA."""
     return read_lora(run.latest_lora) if run.latest_lora.is_file() else {}
 
 
 def sample_image(run: RunFolder) -> Tensor:
-    """The newest grid of samples, (1, H, W, 3); grey where there is none yet."""
+    """The newest grid of samples, (1, H, W, 3); grey if there is none yet."""
     path = newest_grid(run)
     try:
         return as_tensor(Image.open(path)) if path else torch.full((1, 64, 64, 3), 0.5)

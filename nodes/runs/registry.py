@@ -1,6 +1,6 @@
-"""The runs below ComfyUI's output folder: which there are, where each stands, what can be seen of it.
+"""The runs in ComfyUI's output folder: the list of runs, and each one's status, metrics and pictures.
 
-All that the routes and the nodes tell of runs is made here, without ComfyUI and without a server.
+Everything that the routes and the nodes report about runs is made here, without ComfyUI and without a server.
 """
 
 import json
@@ -25,7 +25,7 @@ NODE = "comfyui.json"  # in a run's folder: which node of a graph it belongs to
 
 
 class NoSuchRun(ValueError):
-    """A name that could be a run's, and is none's."""
+    """A valid name that no run has."""
 
 
 class NotRunning(ValueError):
@@ -37,7 +37,7 @@ class Runs:
     """All runs.
 
     Args:
-        root: the folder whose subfolders they are; loras: ComfyUI's folder for LoRAs, where theirs go into `tdpo/`.
+        root: the folder that contains them; loras: ComfyUI's folder for LoRAs, where theirs go into `tdpo/`.
     """
 
     root: Path
@@ -51,7 +51,7 @@ class Runs:
         """The run of that name.
 
         Raises:
-            NoSuchRun: there is none; ValueError: there cannot be one.
+            NoSuchRun: there is none; ValueError: the name is invalid.
         """
         run = self.folder(name)
         if not self.exists(name):
@@ -62,22 +62,22 @@ class Runs:
         return not problem_with(name) and (self.root / name / CONFIG).is_file()
 
     def all(self) -> list[RunFolder]:
-        """Newest first; folders that are no runs are left alone."""
+        """All runs, newest first; other folders are skipped."""
         found = [path.parent for path in self.root.glob(f"*/{CONFIG}") if not problem_with(path.parent.name)]
         return [RunFolder(path) for path in sorted(found, key=lambda path: -(path / CONFIG).stat().st_mtime)]
 
     def job(self, run: RunFolder) -> Job | None:
-        """The job that trains the run, or did in this process."""
+        """The job that trains the run, or trained it in this process."""
         job = find_job(run.path.name)
         return job if job is not None and job.run.path == run.path else None
 
-    # --- what is told of a run --------------------------------------------------------------------------------------
+    # --- reports ----------------------------------------------------------------------------------------------------
 
     def overview(self) -> Fields:
         return {"runs": [self.status(run) for run in self.all()]}
 
     def status(self, run: RunFolder) -> Fields:
-        """Where the run stands: of its job, or where there is none, of what its folder holds."""
+        """The run's status, from its job or, if there is none, from its folder."""
         status = {
             "id": run.path.name,
             "node": node_of(run),
@@ -114,21 +114,21 @@ class Runs:
         return self.status(run)
 
     def told(self, text: str) -> str:
-        """`text` as a graph says it, without the folders of this machine, for whoever asks from elsewhere."""
+        """`text` in the words of the graph, without this machine's folders, as browsers may be on other machines."""
         return without_folders(in_words_of_nodes(text).replace(f"{self.root}", "output/tdpo"))
 
-    # --- its LoRA, where Load LoRA looks ----------------------------------------------------------------------------
+    # --- the LoRA for ComfyUI's Load LoRA ---------------------------------------------------------------------------
 
     def lora_name(self, run: RunFolder) -> str | None:
-        """The run's LoRA as it is called in ComfyUI's lists; None before there is one.
+        """The name of the run's LoRA in ComfyUI's lists; None before there is one.
 
-        A file that an earlier run of the same name has left there is not this run's.
+        A file left there by an earlier run of the same name does not count.
         """
         place = self._shared_lora(run)
         return str(place.relative_to(self.loras)) if place.is_file() and run.latest_lora.is_file() else None
 
     def share_lora(self, run: RunFolder) -> None:
-        """Put the newest LoRA of the run where ComfyUI's own Load LoRA finds it."""
+        """Copy the run's newest LoRA to where ComfyUI's own Load LoRA finds it."""
         if run.latest_lora.is_file():
             content = run.latest_lora.read_bytes()
             write_atomically(self._shared_lora(run), lambda file: file.write_bytes(content))
@@ -158,7 +158,7 @@ def _of_folder(epoch: int, epochs: int) -> Fields:
 
 
 def advice(status: Fields) -> str:
-    """What to do next, for the artist who sees it in the node."""
+    """What the user can do next; shown in the node."""
     state, epoch, epochs = status["state"], status["epoch"], status["epochs"]
     match state:
         case "waiting" | "running" if epoch == 0:
@@ -179,7 +179,7 @@ def advice(status: Fields) -> str:
 
 
 def finite(metrics: EpochMetrics) -> dict[str, float | None]:
-    """Metrics as JSON has them, which knows no NaN."""
+    """Metrics for JSON, with None for NaN and infinity, which JSON lacks."""
     return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
 
 
@@ -191,7 +191,7 @@ def node_of(run: RunFolder) -> str | None:
     try:
         return str(json.loads((run.path / NODE).read_text(encoding="utf-8"))["node"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a run of the command line's, or one whose mark somebody has edited
+        return None  # a run started on the command line, or a mark that somebody edited
 
 
 def mark_node(run: RunFolder, node: str) -> None:
@@ -202,7 +202,7 @@ def mark_node(run: RunFolder, node: str) -> None:
 
 
 def newest_grid(run: RunFolder) -> Path | None:
-    """Of those that the run drew; somebody may keep others beside them."""
+    """The newest of the run's own sample grids; files with other names are ignored."""
     drawn = [path for path in (run.path / "samples").glob("epoch-*.png") if epoch_in(path) is not None]
     return max(drawn, default=None)
 
@@ -215,7 +215,7 @@ def _newest_grid(run: RunFolder) -> int | None:
 def _samples(run: RunFolder) -> bytes:
     path = newest_grid(run)
     if path is None:
-        raise NoSuchRun(f"run {run.path.name!r} has no samples yet; they come before its first epoch")
+        raise NoSuchRun(f"run {run.path.name!r} has no samples yet; the first are drawn before its first epoch")
     return path.read_bytes()
 
 

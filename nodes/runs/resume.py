@@ -1,7 +1,6 @@
-"""Whether a run resumes with other settings, and with which.
+"""Whether a run can resume with the settings that a node asks for, and what its configuration then is.
 
-A run gives the same result whenever it is repeated with the same settings, seed among them. So nothing here asks which
-of two such runs is meant.
+Runs with the same settings, including the seed, give the same results, so there is no need to tell such runs apart.
 """
 
 from ...trainer.config import TrainConfig, plain_values
@@ -9,15 +8,15 @@ from ...trainer.config.changes import differences, may_change
 from ...trainer.run import RunFolder
 from .settings import INPUTS, NUMBERS
 
-# A MODEL's name holds a digest of its weights, so that it always counts. A run keeps its prompts in files of its own,
-# so that these names never count; the training prompts themselves are compared.
+# The name of a MODEL includes a digest of its weights, so it always counts. A run keeps its prompts in its own files,
+# so these names never count; the training prompts themselves are compared.
 ALWAYS, NEVER = ("model",), ("prompts", "grid_prompts")
 
 
 def difference(run: RunFolder, config: TrainConfig, prompts: list[str]) -> str:
-    """In what `config` and `prompts` would be another run than `run`; empty where they would not.
+    """What in `config` and `prompts` keeps `run` from resuming with them; empty if nothing does.
 
-    Of several differences it names one that an input or a wire of the node decides, where there is one.
+    Of several differences, one that an input or a wire of the node sets is named first.
     """
     before = run.config
     found = differences(plain_values(config), plain_values(before))
@@ -26,9 +25,9 @@ def difference(run: RunFolder, config: TrainConfig, prompts: list[str]) -> str:
         name = min(counting, key=lambda name: (name not in (*INPUTS, *NUMBERS), name))
         old, new = found[name]
         return f"{name} was {old!r} and is {new!r}"
-    return "" if run.prompts(before) == prompts else "its prompts were others"
+    return "" if run.prompts(before) == prompts else "its prompts were different"
 
 
 def resumed(before: TrainConfig, config: TrainConfig) -> TrainConfig:
-    """What a run of `before` goes on with where `difference` found none: `config`, with the run's own prompts."""
+    """The configuration of a run that resumes, if `difference` is empty: `config`, with the prompts of `before`."""
     return config.model_copy(update={name: getattr(before, name) for name in NEVER})

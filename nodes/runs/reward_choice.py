@@ -1,4 +1,4 @@
-"""The rewards that Reward Model nodes choose, as they run along a wire."""
+"""The rewards chosen by Reward Model nodes, as passed along a wire."""
 
 from dataclasses import dataclass, field
 
@@ -7,13 +7,13 @@ from comfy_tdpo.rewards import check_reward, name_of_sum
 
 @dataclass(frozen=True)
 class RewardChoice:
-    """Rewards by name: the weight of each in their sum, and the file of those that are not to be looked for."""
+    """Rewards by name: the weight of each in their sum, and the weights file of those for which one was chosen."""
 
     weights: dict[str, float]
     files: dict[str, str] = field(default_factory=dict)
 
     def with_reward(self, name: str, weight: float, file: str | None = None) -> "RewardChoice":
-        """This and one more; the weights of one that is in already add up."""
+        """This choice and one more reward; if the reward is already included, its weights add up."""
         check_reward(name)
         files = joined(self.files, {name: file} if file else {})
         return RewardChoice(self.weights | {name: self.weights.get(name, 0.0) + weight}, files)
@@ -24,7 +24,7 @@ class RewardChoice:
 
 
 def joined(files: dict[str, str], others: dict[str, str]) -> dict[str, str]:
-    """Both; ValueError where they differ about a reward, which is one model in a run."""
+    """Both mappings; ValueError if they name different files for a reward, which is one model in a run."""
     for name, file in others.items():
         if files.get(name, file) != file:
             raise ValueError(f"got {files[name]} and {file} as the weights of reward {name!r}; choose one of them")

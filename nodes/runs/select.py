@@ -1,4 +1,4 @@
-"""Which run a Train node means, and when it would give something new."""
+"""Which run a Train node refers to, and when the node would give a new result."""
 
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED
@@ -11,10 +11,10 @@ from .resume import difference
 
 
 def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
-    """The run that is meant, which need not exist yet.
+    """The run the node refers to, which need not exist yet.
 
     Raises:
-        ValueError: a run of that name is there and was begun with other settings, or none is where one must be.
+        ValueError: a run of that name was started with other settings, or none exists where one must.
     """
     check_run_name(name)
     if resume == AS_IT_IS:
@@ -26,14 +26,14 @@ def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: lis
         changed = difference(run, config, prompts)
         if changed:
             raise ValueError(
-                f"run {name!r} was begun with other settings: {changed}; put that back to go on with it, or set resume "
-                f"to '{NEW}' to begin {later_name(name, 2)!r}, or choose another run name"
+                f"run {name!r} was started with other settings: {changed}; change that back to resume it, set resume "
+                f"to '{NEW}' to start {later_name(name, 2)!r}, or choose another run name"
             )
     return run
 
 
 def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
-    """The first free one of name, name-2, ...; but where that before it is what it would become, or does so, that."""
+    """The first free one of name, name-2, ...; or the last existing one, if it is blank or already trains the same."""
     number = 1
     while runs.exists(later_name(name, number)):
         number += 1
@@ -49,7 +49,7 @@ def _is_settled(runs: Runs, run: RunFolder) -> bool:
 
 
 def is_blank(runs: Runs, run: RunFolder) -> bool:
-    """Whether nothing was trained yet and nothing is being: such a run holds nobody to its settings."""
+    """Whether the run has not trained yet and is not training, so that its settings may still be replaced."""
     job = runs.job(run)
     trained = bool(run.metrics()) or run.checkpoints.exists()
     return not trained and (job is None or job.status.state in ENDED)
@@ -60,9 +60,9 @@ def is_done(run: RunFolder, config: TrainConfig) -> bool:
 
 
 def token(runs: Runs, name: str, wait: bool) -> str:
-    """Changes whenever a Train node of that name would give something else than when it last ran.
+    """A text that changes whenever a Train node with this run name would give a new result.
 
-    Where the node waits, a run that is not there yet and one that has ended are the same: it will give all of it.
+    If the node waits, a missing run and a finished one count as the same: it gives the finished run in both cases.
     """
     states = []
     number = 1

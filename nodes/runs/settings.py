@@ -1,4 +1,4 @@
-"""From what a Train node is given to a configuration."""
+"""Builds a configuration from a Train node's inputs."""
 
 import tomllib
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ from ...trainer.config import Fields, TrainConfig, make_config, override
 from .combos import AUTO, check_choice
 from .reward_choice import RewardChoice, joined
 
-SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: of the embedded world, and the paper's
-# Settings that the node's inputs and wires decide, so that the text of more settings may not.
+SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: for the embedded world, and the paper's
+# Settings that the node's inputs and wires set, so that the `settings` text must not.
 INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
     *("prompts", "grid_prompts", "seed"),
 )
-NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: as the preset has them
+NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: the preset's value
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What a Train node asks for.
 
-    model: what its MODEL is called; shapes: whether that is the embedded world.
-    numbers: those of NUMBERS, and rank and learning_rate; critic: nested settings, or None for the preset's.
-    text: prompts, one a line; prompt_set: the set where there is no text; settings: more of them, as TOML.
+    model: the name of its MODEL; shapes: whether that is the embedded world.
+    numbers: values of NUMBERS, rank and learning_rate; critic: nested settings, or None for the preset's.
+    text: prompts, one per line; prompt_set: the set to use if there is no text; settings: more settings, as TOML.
     """
 
     model: str
@@ -40,8 +40,10 @@ class Wanted:
     settings: str = ""
 
     def config(self) -> TrainConfig:
-        """The configuration; its prompts are those of the set, until `RunFolder`s of nodes keep their own."""
-        check_choice("prompt_set", self.prompt_set, [AUTO, *prompt_sets()])  # a file's text would come to lie in output
+        """The configuration; its prompts are the set's, which `prepare` replaces by the run's own file."""
+        check_choice(
+            "prompt_set", self.prompt_set, [AUTO, *prompt_sets()]
+        )  # else a file's text could be copied to the output
         preset = SHAPES if self.shapes else OTHER
         values: Fields = {
             "algorithm": self.algorithm,
@@ -61,7 +63,7 @@ class Wanted:
         return override(override(make_config(preset, None, values), self._critic()), self._more())
 
     def prompts(self) -> list[str]:
-        """The training prompts: the lines of the text, or where there are none the set."""
+        """The training prompts: the lines of the text, or the set if there are none."""
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
         return lines or load_prompts(self.config().prompts)
 
@@ -70,7 +72,7 @@ class Wanted:
             return {}
         if self.algorithm.startswith("ddpo"):
             raise ValueError(
-                f"got a critic for {self.algorithm}, which has none; unplug the critic, or choose tdpo-r or tdpo"
+                f"got a critic for {self.algorithm}, which has none; disconnect the critic, or choose tdpo-r or tdpo"
             )
         neurons = {} if self.algorithm == "tdpo" else self.critic["neurons"]  # TDPO is TDPO-R without resets
         return self.critic | {"neurons": neurons}
@@ -78,9 +80,9 @@ class Wanted:
     def _more(self) -> Fields:
         try:
             more = tomllib.loads(self.settings)
-        except (ValueError, RecursionError) as error:  # of TOML, or an endless number or nesting
+        except (ValueError, RecursionError) as error:  # invalid TOML, or too long a number or nesting
             raise ValueError(
-                f"got settings that are no TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8.0"
+                f"got settings that are not TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8"
             ) from error
         for name in (*INPUTS, *NUMBERS):
             if name in more:

@@ -1,4 +1,4 @@
-"""Which LoRA of a run, and its weights, read so that nothing in a file can do harm."""
+"""Finds the LoRA snapshots of a run and reads their weights, safely even from untrusted files."""
 
 from pathlib import Path
 
@@ -16,19 +16,19 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     """The weights in a LoRA file.
 
     Raises:
-        ValueError: it is no whole safetensors file.
+        ValueError: it is not a complete safetensors file.
     """
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"got LoRA file {path.name!r}, which cannot be read ({error}); expected a whole .safetensors file: "
+            f"got LoRA file {path.name!r}, which cannot be read ({error}); expected a complete .safetensors file: "
             "download or save it again, and never use a .pt or .ckpt from somebody you do not trust"
         ) from error
 
 
 def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
-    """The file of a snapshot; None for the latest of a run that has none yet.
+    """The file of a snapshot; None if the latest is asked for and there is none yet.
 
     Raises:
         ValueError: the run has no such snapshot.
@@ -40,8 +40,8 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
     if which == EPOCH:
         if epoch not in kept:
             raise ValueError(
-                f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected "
-                f"one of those of epochs {_listed(kept)}; output.samples_every in Train's settings keeps more"
+                f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of those it has "
+                f"({_listed(kept)}): lower output.samples_every in Train's settings to keep more"
             )
         return kept[epoch]
     kind = "reward" if which == BEST_TRAINING else "eval"
@@ -55,7 +55,7 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
 
 
 def snapshots(run: RunFolder) -> dict[int, Path]:
-    """Epoch -> LoRA file, the latest among them."""
+    """Epoch -> LoRA file, including the latest."""
     files = sorted((run.path / "lora").glob("epoch-*.safetensors"))
     kept = {epoch: path for path in files if (epoch := epoch_in(path)) is not None}
     if run.latest_lora.is_file():
@@ -69,18 +69,20 @@ def epoch_of(path: Path) -> int:
         with safe_open(path, "pt") as file:
             return int((file.metadata() or {})["epoch"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"got LoRA file {path.name!r}, which does not say its epoch; expected one of a run") from error
+        raise ValueError(
+            f"got LoRA file {path.name!r}, which does not state its epoch; expected a run's LoRA"
+        ) from error
 
 
 def best_epoch(epochs: list[int], metrics: list[EpochMetrics], key: str) -> int:
-    """The one of `epochs` whose LoRA drew the best images.
+    """The one of `epochs` whose LoRA draws the best images.
 
-    The images of an epoch are drawn before its update, so those of the next tell of its LoRA; the last epoch's have to
-    do for itself.
+    The images of an epoch are drawn before its updates, so its LoRA is judged by those of the next epoch; the last
+    epoch is judged by its own.
     """
     scores = {int(line["epoch"]): line[key] for line in metrics if key in line}
     return max(epochs, key=lambda epoch: scores.get(epoch + 1, scores.get(epoch, float("-inf"))))
 
 
 def _listed(kept: dict[int, Path]) -> str:
-    return ", ".join(map(str, sorted(kept))) or "there is none yet"
+    return ", ".join(map(str, sorted(kept))) or "none yet"

@@ -1,4 +1,4 @@
-"""How a run starts, is told of, and is waited for; what comes from ComfyUI is passed in."""
+"""Starts a run, reports its progress and waits for it; everything from ComfyUI is passed in."""
 
 import atexit
 import time
@@ -16,14 +16,14 @@ from .registry import Fields, Runs, finite, mark_node
 from .resume import resumed
 from .select import is_blank
 
-SECONDS_TO_SAVE = 60  # that a training gets when ComfyUI quits: the step it is in, and a checkpoint
+SECONDS_TO_SAVE = 60  # for a training to finish its step and save a checkpoint when ComfyUI quits
 SECONDS_BETWEEN_EVENTS = 0.2
 
 Tell = Callable[[Fields], None]
 
 
 def check_device_free(run: RunFolder, device: torch.device) -> None:
-    """Raise ValueError where another run is training there."""
+    """Raise ValueError if another run is training on the device."""
     other = jobs.job_on(device)
     if other is not None:
         raise ValueError(
@@ -32,7 +32,7 @@ def check_device_free(run: RunFolder, device: torch.device) -> None:
 
 
 def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
-    """The job that trains the run; one that is stopping is waited for, and does not count."""
+    """The job that trains the run; a job that is stopping is waited for and does not count."""
     job = runs.job(run)
     if job is not None and job.status.state == "stopping":
         job.wait()
@@ -40,12 +40,12 @@ def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
 
 
 def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
-    """Make the folder of a new run, or have one that goes on do so as is wanted now: `choose` has compared the two."""
+    """Create the folder of a new run, or update the configuration of one that resumes; `choose` has compared them."""
     if (run.path / CONFIG).exists() and not is_blank(runs, run):
         with run.lock():
             run.write_config(resumed(run.config, config))
         return
-    blank = (run.path / CONFIG).exists()  # it never got to train, and nothing of it is missed
+    blank = (run.path / CONFIG).exists()  # it has never trained, so nothing is lost
     if not blank:
         run.check_free()
     write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts), encoding="utf-8"))
@@ -66,7 +66,7 @@ def start(
     node: str,
     tell: Tell,
 ) -> Job:
-    """Train on a thread of its own; `tell` hears of it, from that thread, as the event tdpo.progress has it."""
+    """Train on a separate thread, which calls `tell` with the details of each event tdpo.progress."""
     mark_node(run, node)
     job = Job(run, factory, device)
     job.subscribe(lambda event, status: _keep(runs, run, event))
@@ -78,7 +78,7 @@ def start(
 
 
 def _keep(runs: Runs, run: RunFolder, event: str) -> None:
-    """Share the LoRA as it grows; at the end draw the plots, as the command line does."""
+    """Share the newest LoRA after each epoch; at the end, draw the plots, as the command line does."""
     if event == "phase":
         return
     runs.share_lora(run)
@@ -89,7 +89,7 @@ def _keep(runs: Runs, run: RunFolder, event: str) -> None:
 
 
 class Teller:
-    """Tells of every epoch and of the end, and of what happens between them now and then."""
+    """Reports every epoch and the end, and the progress in between at most every SECONDS_BETWEEN_EVENTS."""
 
     def __init__(self, runs: Runs, run: RunFolder, tell: Tell):
         self.runs, self.run, self.tell = runs, run, tell
@@ -108,9 +108,9 @@ class Teller:
 
 
 def wait_for(job: Job, show: Callable[[int, int], None]) -> Status:
-    """Wait for the end of `job` while `show`ing (done, total).
+    """Wait for `job` to end, and call `show(done, total)` meanwhile.
 
-    Whatever `show` raises, which is how ComfyUI tells that its user has cancelled, ends the job first, saved.
+    If `show` raises, which is how ComfyUI signals that the user cancelled, the job is stopped and saved first.
 
     Raises:
         RuntimeError: the job failed.
@@ -122,14 +122,14 @@ def wait_for(job: Job, show: Callable[[int, int], None]) -> Status:
         job.stop()
         job.wait()
         raise
-    job.wait()  # for what is still written after the end
+    job.wait()  # for what is still being written
     if status.state == "failed":
         raise RuntimeError(f"run {job.id!r} failed: {status.error}")
     return status
 
 
 def _done(status: Status) -> tuple[int, int]:
-    """Hundredths of epochs: one half of each for sampling, one for updating."""
+    """Progress in hundredths of epochs: sampling is the first half of each, updating the second."""
     share = status.phase_done / status.phase_total if status.phase_total else 0.0
     half = {"sampling": 0, "updating": 50}.get(status.phase)
     within = half + int(50 * share) if half is not None else 0

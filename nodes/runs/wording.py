@@ -1,7 +1,6 @@
-"""What the trainer says, as a graph says it: in the words of widgets and wires, and without the machine's folders.
+"""Rewords the trainer's messages for a graph: in the words of widgets and wires, and without the machine's folders.
 
-The trainer speaks to its command line, of options and of settings by their dotted names. A user of the nodes sees
-neither.
+The trainer writes for the command line, where settings are options or dotted names. Users of the nodes see neither.
 """
 
 import re
@@ -14,8 +13,8 @@ from .settings import INPUTS, NUMBERS
 CRITIC = "of TDPO Temporal Critic"
 WEIGHTS = "weights of TDPO Reward Model"
 
-# Settings that a graph calls otherwise: by a wire or a widget of its own, or by a widget beside which the text of
-# `settings` takes the setting's own name too.
+# Settings with another name in a graph: that of a wire or a widget, or that of a widget although the `settings` text
+# takes the setting's own name too.
 WIRES = {"eval_rewards": "held_out", "reward_weights": WEIGHTS}
 WIDGETS = {
     "policy.rank": "rank",
@@ -28,7 +27,7 @@ WIDGETS = {
     "neurons.threshold": f"threshold {CRITIC}",
     "neurons.data": f"activation_data {CRITIC}",
 }
-# What options of the command line are in a graph; any other is called as its setting is.
+# What options of the command line are called in a graph; all others have the name of their setting.
 OPTIONS = {
     "reward": "reward",
     "eval-reward": "held_out",
@@ -37,7 +36,7 @@ OPTIONS = {
     "print-config": "the config.toml of any run in output/tdpo",
 }
 
-# Advice that is another in a graph.
+# Advice that differs in a graph.
 ADVICE = [
     (r", or python:module:function\b", ""),
     (r" \(--eval-reward none watches none\)", ""),
@@ -51,10 +50,10 @@ ADVICE = [
     (r"or put it into a folder, .*?and say where: reward_weights \S+=FOLDER", "or put it into models/tdpo_rewards"),
     (r"(as the weights of reward \S+, which has none); remove that setting", rf"\1; set {WEIGHTS} to 'auto'"),
     (r"\bgive the right path\b", f"choose the right file in {WEIGHTS}"),
-    (r"\brun directory (.+?); --resume continues it, or choose another", r"run folder \1; choose another run_name"),
+    (r"\brun directory (.+?); resume it with --resume, or choose another", r"run folder \1; choose another run_name"),
     (
-        r"\bgot run directory (.+?); expected a new or an empty folder: choose another",
-        r"got a run_name whose folder is \1; expected a new or an empty one: choose another name",
+        r"\bgot run directory (.+?); expected a new or empty folder: choose another",
+        r"got a run_name whose folder is \1; expected a new or empty one: choose another name",
     ),
     (r"\brun directory\b", "run folder"),
     (r"\bstart a new run\b(?! \(set resume)", "start a new run (set resume to 'new')"),
@@ -69,7 +68,7 @@ _SET = re.compile(rf"\bset ({'|'.join(map(re.escape, sorted(_IN_SETTINGS)))})\b(
 
 
 def in_words_of_nodes(text: str) -> str:
-    """`text` of the trainer's in the words of widgets and wires; what has them already stays."""
+    """The trainer's `text` in the words of widgets and wires; text that already uses them stays as it is."""
     for pattern, advice in ADVICE:
         text = re.sub(pattern, advice, text)
     text = _OPTION.sub(lambda match: OPTIONS.get(match[1], match[1].replace("-", "_")), text)
@@ -84,7 +83,7 @@ def _called(match: re.Match[str]) -> str:
 
 @contextmanager
 def words_of_nodes() -> Iterator[None]:
-    """Around a node's `execute`: what the trainer raises reads as a graph says it."""
+    """Around a node's `execute`: reword the trainer's errors for the graph."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -94,13 +93,13 @@ def words_of_nodes() -> Iterator[None]:
         raise
 
 
-# An absolute path up to its last part, of Windows or of others. Only between quotes may its names have spaces:
-# elsewhere nobody could tell where it ends.
+# An absolute path up to its last part, of Windows or other systems. Its names may contain spaces only between quotes:
+# elsewhere, nothing shows where it ends.
 _START = r"(?:[A-Za-z]:|~)?[/\\]"
 _QUOTED = re.compile(rf"""(['"]){_START}[^'"\n]*[/\\](?=[^'"\n]*\1)""")
 _BARE = re.compile(rf"""(?<![\w.~/\\'"]){_START}(?:[^\s/\\'":;,()]+[/\\])+""")
 
 
 def without_folders(text: str) -> str:
-    """`text` with the names of files and without the folders they lie in."""
+    """`text` with file names, but without their folders."""
     return _BARE.sub("", _QUOTED.sub(r"\1", text))

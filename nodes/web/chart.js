@@ -1,14 +1,14 @@
-// Small multiples: one pair of axes for each reward, as their units differ, over one axis of epochs.
+// Small multiples: one pair of axes per reward, as their units differ, above a shared epoch axis.
 
 import { curves, lastShown, limits, limitsWithBand, ticks } from "./model.js";
 import { number, reading, scale, shortened, spoken } from "./model.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 40, RIGHT = 10, TITLE = 20, GAP = 10, FOOTER = 30; // pixels
-const VALUE = 100; // pixels for the value that stands right of a name
-const SMALLEST = 26; // height of the axes of a held-out reward; those of the training reward are twice as high
+const VALUE = 100; // pixels for the value to the right of a name
+const SMALLEST = 26; // minimum height of the axes of a held-out reward; those of the training reward are twice as high
 
-/** The least height at which the chart of so many curves can be read. */
+/** The minimum height at which a chart of `count` curves is readable. */
 export const chartHeight = (count) => FOOTER + count * (TITLE + GAP) + (count + 1) * SMALLEST;
 
 function shape(name, attributes = {}, ...children) {
@@ -40,7 +40,7 @@ export class Chart {
 
   #point(event) {
     if (!this.metrics?.length) return;
-    const box = this.element.getBoundingClientRect(); // as it is on the screen: the canvas may be zoomed
+    const box = this.element.getBoundingClientRect(); // in pixels of the screen: the canvas may be zoomed
     const x = ((event.clientX - box.left) / box.width) * this.width;
     const distance = ({ epoch }) => Math.abs(this.x(epoch) - x);
     this.#show(this.metrics.reduce((a, b) => (distance(b) < distance(a) ? b : a)).epoch);

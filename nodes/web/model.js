@@ -1,4 +1,4 @@
-// What the live node knows that needs no page: which run a node shows, how metrics come together, scales and words.
+// The logic of the live node that needs no DOM: which run a node shows, how metrics are merged, scales and texts.
 // No imports, so that it runs anywhere.
 
 const ACTIVE = new Set(["waiting", "running", "stopping"]);
@@ -9,7 +9,7 @@ export const isActive = (status) => ACTIVE.has(status?.state);
 // --- which run belongs to which node
 
 /**
- * The ids under which the server knows a node: its own, or a path such as "12:3" for each place its subgraph is used.
+ * The ids by which the server knows a node: its own, or a path such as "12:3" for each place its subgraph is used.
  *
  * `graph` is the root; a node that stands for a subgraph has it as `subgraph`.
  */
@@ -30,8 +30,8 @@ export function nodesWithin(graph, seen = new Set()) {
 }
 
 /**
- * The id of the run a node shows: one that it trains now, else the newest of its `name`, else the one it remembers; or
- * null. Where no name is known its newest by `ids`, which nodes of other workflows may have too.
+ * The id of the run a node shows: the one it is training, else the newest with its `name`, else the one it remembers,
+ * else null. Without a name, it is the newest run of a node in `ids`, which nodes of other workflows may share.
  */
 export function chooseRun(runs, ids, remembered = null, name = null) {
   const named = ({ id }) => id === name || (id.startsWith(`${name}-`) && /^\d+$/.test(id.slice(name.length + 1)));
@@ -43,20 +43,20 @@ export function chooseRun(runs, ids, remembered = null, name = null) {
 
 // --- metrics
 
-/** `known` with `fresh` laid over it, by epoch and in order; epochs after `last` were dropped by a resumed run. */
+/** `known` updated with `fresh`, sorted by epoch, without epochs after `last`, which a resumed run has dropped. */
 export function mergeMetrics(known, fresh, last = Infinity) {
   const byEpoch = new Map([...known, ...fresh].map((metrics) => [metrics.epoch, metrics]));
   return [...byEpoch.values()].filter(({ epoch }) => epoch <= last).sort((a, b) => a.epoch - b.epoch);
 }
 
-/** The epoch from which metrics are to be asked for: the end of those that are known without a gap. */
+/** The epoch after which to request metrics: the last one that is known without a gap. */
 export function cursor(metrics) {
   let last = 0;
   for (const { epoch } of metrics) if (epoch === last + 1) last = epoch;
   return last;
 }
 
-/** The curves of a run: what it trains on first, then what only watches. Points without a number are left out. */
+/** The curves of a run: first the training reward, then the tracked ones. Points without a number are left out. */
 export function curves(status, metrics) {
   const keys = [...new Set(metrics.flatMap(Object.keys))];
   const names = (kind) => keys.map((key) => key.match(`^${kind}/(.+)/mean$`)?.[1]).filter((name) => name !== undefined);
@@ -75,7 +75,7 @@ function curve(kind, name, metrics) {
   return { name, trained: kind === "reward", points };
 }
 
-/** How far a curve has moved since its first epoch, in its own unit, and in units of its spread where that is known. */
+/** The change of a curve since its first epoch, in its own unit and, if its spread is known, in standard deviations. */
 export function change(points, at = points.length - 1) {
   if (at < 1) return null;
   const difference = points[at].value - points[0].value;
@@ -87,7 +87,7 @@ export function change(points, at = points.length - 1) {
 /** A function from the domain [a, b] to the range [c, d]. */
 export const scale = ([a, b], [c, d]) => (x) => c + ((x - a) / (b - a || 1)) * (d - c);
 
-/** Round numbers in [low, high]: about `count` of them, and two at the least where there can be two. */
+/** Round numbers in [low, high]: about `count` of them, and at least two if possible. */
 export function ticks(low, high, count, whole = false) {
   if (!(high > low)) return [low];
   const power = 10 ** Math.floor(Math.log10(high - low));
@@ -102,7 +102,7 @@ export function ticks(low, high, count, whole = false) {
   return found.filter((_, i) => i % stride === 0);
 }
 
-/** The limits of an axis that shows all points with some air; never empty. */
+/** The limits of an axis that shows all points with some margin; never empty. */
 export function limits(points) {
   if (!points.length) return [0, 1];
   const values = points.map(({ value }) => value);
@@ -111,11 +111,11 @@ export function limits(points) {
   return [low - air, high + air];
 }
 
-/** Limits that hold the band of one standard deviation too. */
+/** Limits that also include the band of one standard deviation. */
 export const limitsWithBand = (points) =>
   limits(points.flatMap(({ value, spread }) => [{ value: value - spread }, { value: value + spread }]));
 
-/** The last epoch of the axis: that of a short run, and no more than twice as far as a long one has come. */
+/** The last epoch on the axis: the last of a short run; for a long run, at most twice the epochs done so far. */
 export function lastShown(epochs, done) {
   let last = 10;
   while (last < done) last *= 2;
@@ -124,7 +124,7 @@ export function lastShown(epochs, done) {
 
 // --- words
 
-/** Three digits that matter. */
+/** A number with about three significant digits. */
 export function number(value) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
@@ -144,7 +144,7 @@ export function duration(seconds) {
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.round(hours / 24)} days`;
 }
 
-/** "6.73 (+1.3 SD)", or the change in its own unit where the spread is not known; `at` is the index of the point. */
+/** "6.73 (+1.3 SD)", or the change in its own unit if the spread is unknown; `at` is the index of the point. */
 export function reading(points, at = points.length - 1) {
   if (!points.length) return "";
   const moved = change(points, at);
@@ -153,13 +153,13 @@ export function reading(points, at = points.length - 1) {
   return `${number(points[at].value)} (${deviations === null ? signed(difference) : `${signed(deviations)} SD`})`;
 }
 
-/** `text`, cut to what fits into `width` pixels of characters of `size` pixels. */
+/** `text`, cut to fit `width` pixels at `size` pixels per character. */
 export function shortened(text, width, size = 6.3) {
   const fits = Math.max(Math.floor(width / size), 1);
   return text.length <= fits ? text : `${text.slice(0, fits - 1).trimEnd()}…`;
 }
 
-/** What a chart says to those who do not see it. */
+/** The chart as text, for screen readers. */
 export function spoken(status, metrics) {
   const parts = curves(status, metrics)
     .filter(({ points }) => points.length)
@@ -183,7 +183,7 @@ const TITLES = {
 
 export const title = (status) => TITLES[status.state] ?? status.state;
 
-/** Where a run is: "Epoch 5 of 15" while it works on the fifth, "15 of 15 epochs" when it does not. */
+/** The progress of a run: "Epoch 5 of 15" while it works on the fifth, "15 of 15 epochs" when it is not running. */
 export function position({ epoch, epochs, ...status }) {
   if (!isActive(status)) return `${epoch} of ${epochs} ${epochs === 1 ? "epoch" : "epochs"}`;
   return `Epoch ${Math.min(epoch + 1, epochs)} of ${epochs}`;
@@ -191,7 +191,7 @@ export function position({ epoch, epochs, ...status }) {
 
 export const fraction = (done, total) => (total > 0 ? Math.min(Math.max(done / total, 0), 1) : 0);
 
-/** How much of a run is done; the phases of an epoch have no known share, so only whole epochs count. */
+/** The fraction of a run that is done; only whole epochs count, as it is unknown how long each phase takes. */
 export const progress = ({ epoch, epochs }) => fraction(epoch, epochs);
 
 export function phaseText({ phase, phase_done: done, phase_total: total }) {

@@ -1,5 +1,5 @@
-// What the Train node shows of a run: state, progress, chart, samples, what to do next, and a button that stops it.
-// Every word that comes from the server is set as text, never as HTML.
+// The panel in the Train node: a run's state, progress, chart and samples, what to do next, and a button to stop it.
+// All text from the server is set as text, never as HTML.
 
 import { Chart, chartHeight } from "./chart.js";
 import { curves, duration, fraction, isActive, phaseText, position, progress, title } from "./model.js";
@@ -9,7 +9,7 @@ const AWAY = "The server does not answer. Trying again…";
 const HINT = "Press Run: the reward curve and sample images appear here during training.";
 const WIDE = 540; // pixels from which on the samples stand beside the chart, and not below it
 
-/** The height in pixels, as in tdpo.css, that a panel of some width needs to show all it has. */
+/** The height in pixels, as in tdpo.css, that a panel of this width needs to show all its content. */
 export const leastHeight = (width) => (width >= WIDE ? 390 : 540);
 
 function make(tag, className, attributes = {}, ...children) {
@@ -20,7 +20,7 @@ function make(tag, className, attributes = {}, ...children) {
   return element;
 }
 
-/** A label over a bar, which is hidden where there is no text. */
+/** A label above a progress bar; both are hidden if there is no text. */
 class Bar {
   label = make("span", "tdpo-bar-label");
   more = make("span", "tdpo-quiet");
@@ -46,7 +46,7 @@ export class Panel {
   #chart = new Chart();
   #run = null; // the id of the run that is shown
   #refused = null; // why the last attempt to stop failed
-  #asked = false; // whether it was asked to stop, and no answer has come yet
+  #asked = false; // whether a request to stop has not been answered yet
   #frame = null;
 
   constructor() {
@@ -74,13 +74,13 @@ export class Panel {
     this.image.addEventListener("error", () => (this.samples.hidden = true));
     this.image.addEventListener("load", () => (this.samples.hidden = false));
     for (const control of [this.button, this.link]) {
-      control.addEventListener("pointerdown", (event) => event.stopPropagation()); // else it drags the node
+      control.addEventListener("pointerdown", (event) => event.stopPropagation()); // otherwise it would drag the node
     }
     this.observer = new ResizeObserver(() => this.#redraw());
     this.show(null);
   }
 
-  /** Begin to follow the size of the element; `detach` ends it. */
+  /** Follow the size of the element until `detach`. */
   attach() {
     this.observer.observe(this.element);
     this.observer.observe(this.plot);
@@ -92,7 +92,7 @@ export class Panel {
     this.#frame = null;
   }
 
-  /** Show the run of that id as the server tells it now; null: the hint. */
+  /** Show the current state of the run with this id; null shows the hint. */
   show(id) {
     if (id !== this.#run) this.#refused = null;
     this.#run = id;
@@ -167,7 +167,7 @@ export class Panel {
   }
 }
 
-/** Leave a text alone that has not changed: what is set anew is read out anew. */
+/** Set a text only if it has changed: screen readers read it out every time it is set. */
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }

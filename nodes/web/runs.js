@@ -1,4 +1,4 @@
-// What is known of the runs: read from the routes, kept current by the server's events.
+// The state of the runs: read from the routes, kept current by the server's events.
 
 import { api } from "../../scripts/api.js";
 import { cursor, mergeMetrics } from "./model.js";
@@ -7,7 +7,7 @@ const RETRY = 5000; // milliseconds
 
 async function ask(route, options) {
   const response = await api.fetchApi(`/tdpo/${route}`, options);
-  const answer = await response.json().catch(() => null); // a proxy's error page is no JSON
+  const answer = await response.json().catch(() => null); // a proxy's error page is not JSON
   if (!response.ok || answer === null) {
     const error = new Error(answer?.error ?? `the server answered ${response.status}`);
     throw Object.assign(error, { status: response.status });
@@ -17,18 +17,18 @@ async function ask(route, options) {
 
 const runRoute = (id, rest = "") => `runs/${encodeURIComponent(id)}${rest}`;
 
-/** Where a picture of a run is; `version` changes when it does. */
+/** The URL of a picture of a run; `version` changes when the picture does. */
 export const pictureURL = (id, name, version) => api.apiURL(`/tdpo/${runRoute(id, `/pictures/${name}`)}?v=${version}`);
 
-/** The runs of the server, newest first. One for all nodes; it listens and asks only while somebody watches. */
+/** The server's runs, newest first. Shared by all nodes; listens and sends requests only while it is watched. */
 class Runs {
   list = [];
   unreachable = false;
   #metrics = new Map(); // id -> epochs
-  #events = new Map(); // id -> how many events came, so that an answer that is older than one is known
+  #events = new Map(); // id -> number of events received, to recognise answers older than an event
   #watchers = new Set();
   #asking = new Map(); // name of a request -> promise
-  #asked = new Map(); // id -> the last epoch that was asked for, so that one that is missing is asked for once
+  #asked = new Map(); // id -> the last epoch requested, so that a missing one is requested only once
   #retry = null;
 
   find(id) {
@@ -39,7 +39,7 @@ class Runs {
     return this.#metrics.get(id) ?? [];
   }
 
-  /** Call `watcher` whenever something has changed, until what this returns is called. */
+  /** Call `watcher` on every change; returns a function that ends this. */
   watch(watcher) {
     if (this.#watchers.size === 0) this.#listen("addEventListener");
     this.#watchers.add(watcher);
@@ -81,7 +81,7 @@ class Runs {
     this.#metrics.set(status.id, mergeMetrics(this.metrics(status.id), fresh, status.epoch));
   }
 
-  /** Ask for all runs anew. */
+  /** Request all runs again. */
   refresh = () =>
     this.#once("runs", async () => {
       const before = new Map(this.#events);
@@ -94,7 +94,7 @@ class Runs {
       ];
     });
 
-  /** Ask for the epochs of a run that are not known yet, if there are any. */
+  /** Request the epochs of a run that are not known yet, if there are any. */
   load(id) {
     const run = this.find(id);
     if (!run || cursor(this.metrics(id)) >= run.epoch || this.#asked.get(id) === run.epoch) return;
@@ -105,18 +105,18 @@ class Runs {
     });
   }
 
-  /** Ask a run to stop; an Error says why it cannot. */
+  /** Ask a run to stop; throws an Error that says why it cannot. */
   async stop(id) {
     try {
       this.#put(await ask(runRoute(id, "/stop"), { method: "POST" }));
       this.#changed();
     } catch (error) {
-      if (error.status === 409) await this.refresh(); // it has ended meanwhile
+      if (error.status === 409) await this.refresh(); // it has ended in the meantime
       else throw error;
     }
   }
 
-  /** Do `work` unless it is under way, and tell the watchers; where it fails, ask for everything again later. */
+  /** Do `work` unless it is already running, then notify the watchers; if the server fails, request all again later. */
   #once(name, work) {
     if (this.#asking.has(name)) return this.#asking.get(name);
     const promise = work()

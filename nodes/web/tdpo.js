@@ -1,4 +1,4 @@
-// The live view of TDPO-R Train: a widget of its own in the node, in both of ComfyUI's renderers.
+// The live view of TDPO-R Train: a custom widget in the node, in both of ComfyUI's renderers.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -7,18 +7,18 @@ import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
 
 const NODE = "TDPOTrain";
-const WIDGET = "tdpo_live"; // a type of our own: the Vue renderer replaces those it knows
+const WIDGET = "tdpo_live"; // our own type: the Vue renderer replaces the types it knows
 const REMEMBERED = "tdpo_run"; // property of the node: "id of the node|id of the run"; a copy has another id
 const WIDTH = 600; // pixels of a new node
-const MARGIN = 10; // pixels around a widget, where nothing else is said
-const LOOK = 500; // milliseconds between two looks at whether the page still shows the element
+const MARGIN = 10; // default margin of a widget, in pixels
+const LOOK = 500; // milliseconds between checks that the element is still on the page
 
 const style = document.createElement("link");
 style.rel = "stylesheet";
 style.href = new URL("./tdpo.css", import.meta.url).href;
 document.head.append(style);
 
-api.addEventListener("tdpo.progress", () => {}); // of events that nobody ever waited for ComfyUI warns
+api.addEventListener("tdpo.progress", () => {}); // ComfyUI warns about events without a listener
 
 const views = new WeakMap(); // by node
 
@@ -34,7 +34,7 @@ app.registerExtension({
 
 const rootOf = (graph) => graph?.rootGraph ?? graph;
 
-/** Ties a panel to a node, from when the node is added to a graph until it is removed, or the subgraph around it is. */
+/** Shows a panel in a node from when the node is added to a graph until it, or the subgraph around it, is removed. */
 class LiveView {
   #panel = new Panel();
   #end = null;
@@ -76,7 +76,7 @@ class LiveView {
     this.#end = null;
   }
 
-  /** Show what is known now; whether the node can be reached. */
+  /** Show the current state; returns whether the node is still in the graph. */
   #update() {
     const ids = executionIds(this.node, rootOf(this.node.graph));
     const id = chooseRun(runs.list, ids, this.#remembered(), runName(this.node));
@@ -95,14 +95,14 @@ class LiveView {
   }
 }
 
-/** What the node's run is to be called; null where that comes along a wire. */
+/** The name of the node's run; null if it comes from a wire. */
 function runName(node) {
   const isRunName = ({ name }) => name === "run_name";
   if (node.inputs?.find(isRunName)?.link != null) return null;
   return node.widgets?.find(isRunName)?.value ?? null;
 }
 
-/** Another seed is another run: ComfyUI must not draw a new one after each, unless it is asked to. */
+/** A different seed starts a different run, so ComfyUI must not change it after each one unless asked to. */
 function keepSeed(node) {
   const control = node.widgets.find(({ name }) => name === "control_after_generate");
   if (control) control.value = "fixed";
@@ -117,10 +117,10 @@ function after(object, method, extra) {
   };
 }
 
-/** Zooming and panning go on over the panel, as they do over ComfyUI's own text fields. */
+/** Let zooming and panning work over the panel, as they do over ComfyUI's own text fields. */
 function passToCanvas(element) {
   const pass = (method, wanted) => (event) => {
-    if (window.LiteGraph?.vueNodesMode || !wanted(event)) return; // there the page passes them on itself
+    if (window.LiteGraph?.vueNodesMode || !wanted(event)) return; // the page then passes them on itself
     event.preventDefault();
     app.canvas[method](event);
   };
@@ -130,7 +130,7 @@ function passToCanvas(element) {
   element.addEventListener("pointerup", pass("processMouseUp", ({ button }) => button === 1));
 }
 
-/** The Vue nodes of frontend 1.28.8 show none of the widgets that extensions add, as those of 1.34.9 do: put it there. */
+/** Insert the element: Vue nodes of frontend 1.28.8, unlike those of 1.34.9, do not show the widgets of extensions. */
 function place(node, element) {
   if (!window.LiteGraph?.vueNodesMode || element.isConnected || node.graph !== app.canvas?.graph) return;
   document.querySelector(`[data-testid="node-body-${CSS.escape(String(node.id))}"]`)?.append(element);

@@ -7,12 +7,10 @@ from .schema import (
     config_class,
     leaf_fields,
     make_config,
-    named_values,
     override,
     plain_values,
     presets,
     validate,
-    weighted,
 )
 
 __all__ = [
@@ -22,10 +20,8 @@ __all__ = [
     "config_class",
     "leaf_fields",
     "make_config",
-    "named_values",
     "override",
     "plain_values",
     "presets",
     "validate",
-    "weighted",
 ]

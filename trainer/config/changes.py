@@ -1,7 +1,7 @@
-"""What may change in a run when it resumes, and in what two configurations differ.
+"""Which settings may change when a run resumes, and how two configurations differ.
 
-Which settings may change is marked on the settings themselves, with MAY_CHANGE. A setting that a saved run lacks, as an
-older version did not have it, counts as having its default.
+The settings that may change are marked with MAY_CHANGE. A setting that a saved run lacks, because an older version
+wrote it, counts as having its default.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from comfy_tdpo.settings import MAY_CHANGE, Section, section_of
 
 from .schema import Fields, TrainConfig, config_class, leaf_fields, plain_values
 
-USERS_KEYS = ("rewards", "reward_scales", "reward_weights")  # tables whose keys are the user's: one setting each
+USERS_KEYS = ("rewards", "reward_scales", "reward_weights")  # tables with the user's keys: one setting each
 
 
 def changeable(section: type[Section] = TrainConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted names of the settings that may change; a section stands for all of its own."""
+    """The dotted names of the settings that may change; a section stands for all settings in it."""
     for name, info in section.model_fields.items():
         if MAY_CHANGE in info.metadata:
             yield f"{prefix}{name}"
@@ -24,14 +24,14 @@ def changeable(section: type[Section] = TrainConfig, prefix: str = "") -> Iterat
 
 
 def may_change(name: str) -> bool:
-    """Whether the setting of that dotted name, such as output.samples_every, may change when a run resumes."""
+    """Whether the setting with this dotted name, such as output.samples_every, may change when a run resumes."""
     return any(name == free or name.startswith(f"{free}.") for free in changeable())
 
 
 def differences(now: Fields, before: Fields) -> dict[str, tuple[Any, Any]]:
     """The settings in which two configurations, as nested plain values, differ: dotted name -> (before, now)."""
-    usual = dict(_flat(plain_values(config_class(now["algorithm"])())))
-    old, new = usual | dict(_flat(before)), usual | dict(_flat(now))
+    defaults = dict(_flat(plain_values(config_class(now["algorithm"])())))
+    old, new = defaults | dict(_flat(before)), defaults | dict(_flat(now))
     return {
         name: (old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())

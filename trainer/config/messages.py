@@ -1,4 +1,4 @@
-"""What is said of a wrong configuration: what was found, what was expected, what to do."""
+"""Error messages for invalid configurations: what was found, what was expected, what to do."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,14 +10,14 @@ from pydantic.fields import FieldInfo
 
 from comfy_tdpo.user_files import check_name
 
-AT_ONCE = 3  # mistakes that are told
+AT_ONCE = 3  # errors reported at once
 ON_COMMAND_LINE = ("preset", "config", "run_dir", "resume", "print_config")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-_ESCAPES = {"\n": "a line break", "\t": "a tab", "\b": "a backspace", "\f": "a form feed", "\r": "a line end"}
+_ESCAPES = {"\n": "a line break", "\t": "a tab", "\b": "a backspace", "\f": "a form feed", "\r": "a carriage return"}
 
 
 def check_text(value: Any, name: str = "") -> None:
-    """Raise ValueError where a text in nested plain values has characters that no setting has."""
+    """Raise ValueError if a text in nested plain values has characters that no setting may contain."""
     if isinstance(value, dict):
         for key, inner in value.items():
             check_text(str(key), name)
@@ -29,14 +29,14 @@ def check_text(value: Any, name: str = "") -> None:
         what = _ESCAPES.get(found[0], f"the control character U+{ord(found[0]):04X}")
         raise ValueError(
             f"{name}: got {value!r:.200}, which contains {what}; expected text on one line: in TOML, write a path in "
-            "single quotes or with forward slashes, since a backslash in double quotes begins an escape"
+            "single quotes or with forward slashes, since a backslash in double quotes starts an escape"
         )
     elif isinstance(value, str):
         check_name(value)
 
 
 def nearest(name: str, known: Mapping[str, str]) -> list[str]:
-    """What a wrong `name` may mean, at most three, the likeliest first; `known` has dotted names and descriptions."""
+    """At most three settings a wrong `name` may mean, likeliest first; `known` maps dotted names to descriptions."""
     last = _last(name)
     if elsewhere := [other for other in known if _last(other) == last]:
         return get_close_matches(name, elsewhere, n=1, cutoff=0.75) or elsewhere[:3]
@@ -53,7 +53,7 @@ def _last(name: str) -> str:
 
 
 def explain(errors: Sequence[Any], fields: Mapping[str, FieldInfo]) -> str:
-    """One line for what pydantic found; `fields` are all settings by their dotted names."""
+    """Pydantic's errors in one line; `fields` maps the dotted names of all settings to their fields."""
     told = [_explain(detail, fields) for detail in errors[:AT_ONCE]]
     more = len(errors) - len(told)
     return "; ".join(told) + (f"; and {more} more like these" if more else "")
@@ -75,7 +75,7 @@ def _explain(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
 def _remedy_for_unknown(name: str, value: Any, fields: Mapping[str, FieldInfo]) -> str:
     section, _, _ = name.rpartition(".")
     if name.replace("-", "_") in ON_COMMAND_LINE:
-        return f"it is an option of the command line, --{name.replace('_', '-')}: take it out of the file"
+        return f"it is a command-line option, --{name.replace('_', '-')}: remove it from the file"
     if name in ("reward", "eval_reward"):
         return f"did you mean {name}s?"
     if isinstance(value, dict):
@@ -93,29 +93,27 @@ def _remedy(detail: Any, is_setting: bool) -> str:
     if isinstance(value, dict) and value and not is_setting and detail["type"] in ("float_type", "string_type"):
         return f'; a name with a dot needs quotes: "{key}.{next(iter(value))}" = ...'
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value):
-        return "; write a point for the comma"
+        return "; write a decimal point, not a comma"
     return ""
 
 
-# --- what a field takes, in words
+# --- the values a field takes, in words
 
 
 def _expected_at(name: str, fields: Mapping[str, FieldInfo]) -> str:
-    """What is expected at a dotted place, which may be an entry of a table or a list; empty for a check of our own."""
+    """The values expected at a dotted name, which may be an entry of a table or a list; empty if they are unknown."""
     if name in fields:
         return expected(fields[name].annotation, fields[name].metadata)
     field = next((known for known in fields if name.startswith(f"{known}.")), None)
     if field:
         return expected(get_args(fields[field].annotation)[-1])
     return (
-        f"a section, [{name}], with settings of its own"
-        if any(known.startswith(f"{name}.") for known in fields)
-        else ""
+        f"a section, [{name}], with its own settings" if any(known.startswith(f"{name}.") for known in fields) else ""
     )
 
 
 def expected(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """In words, what an annotated type takes: its kind and its range, or its choices."""
+    """Describe the values of an annotated type: their kind and range, or the choices."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return expected(args[0], [*args[1:], *metadata])

@@ -1,4 +1,4 @@
-"""One typed, frozen configuration, and how presets, files and flags make it.
+"""The typed, frozen configuration of a run, and how presets, files and the command line combine into it.
 
 Later layers win: the defaults below (the paper's values), the algorithm's row of Table 1, the preset, the preset's own
 values for that algorithm, a configuration file, the command line.
@@ -30,41 +30,11 @@ from comfy_tdpo.settings import (
 from comfy_tdpo.user_files import user_path
 
 from .messages import check_text, explain
+from .parsing import named_values, split_names, with_named_rewards
 from .toml_files import read_toml
 
 PRESETS = Path(__file__).parent.parent / "presets"
 DEFAULT_ALGORITHM = "tdpo-r"
-
-
-def _split(value: Any) -> Any:
-    parts = value.split(",") if isinstance(value, str) else value
-    if parts == [NONE]:
-        return []
-    return (
-        [part.strip() if isinstance(part, str) else part for part in parts if part]
-        if isinstance(parts, list)
-        else parts
-    )
-
-
-def named_values(text: str) -> dict[str, str]:
-    """NAME=VALUE,NAME=VALUE, as a command line has it; a name without a value gets an empty one."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def weighted(texts: list[str]) -> dict[str, float]:
-    """The rewards that NAME or NAME=WEIGHT name, and their weights."""
-    weights: dict[str, float] = {}
-    for text in texts:
-        name, _, weight = (part.strip() for part in text.partition("="))
-        if name in weights:
-            raise ValueError(f"got reward {name!r} twice; expected each reward once: NAME=WEIGHT weighs it")
-        try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise ValueError(f"got reward {text!r}; expected NAME or NAME=WEIGHT with a number") from None
-    return weights
 
 
 def _pairs(value: Any) -> Any:
@@ -72,11 +42,11 @@ def _pairs(value: Any) -> Any:
 
 
 def _absolute(paths: dict[str, str]) -> dict[str, str]:
-    """A run resumes from anywhere."""
+    """Absolute paths, so that a run can be resumed from any folder."""
     return {name: str(user_path(path).absolute()) for name, path in paths.items()}
 
 
-Names = Annotated[list[str], BeforeValidator(_split)]
+Names = Annotated[list[str], BeforeValidator(split_names)]
 Pairs = BeforeValidator(_pairs)  # NAME=VALUE,NAME=VALUE on a command line, a table in TOML
 
 
@@ -84,93 +54,97 @@ class OutputConfig(Section):
     """What is written to the run folder, and how often."""
 
     checkpoint_every: Count = Field(default=1, description="epochs between checkpoints")
-    keep_checkpoints: Count = Field(default=2, description="latest checkpoints that are kept")
+    keep_checkpoints: Count = Field(default=2, description="latest checkpoints to keep")
     samples_every: Count = Field(default=5, description="epochs between sample grids and LoRA snapshots")
     grid_images: int = Field(default=16, ge=1, le=256, description="images in a sample grid")
-    trackers: Names = Field(default=[], description="accelerate's trackers, such as tensorboard or wandb")
+    trackers: Names = Field(default=[], description="accelerate trackers, such as tensorboard or wandb")
 
 
 class TrainConfig(MethodSettings):
-    """A whole run but for its algorithm's own settings, see `config_class`."""
+    """All settings of a run except its algorithm's own; see `config_class`."""
 
-    algorithm: str = Field(default=DEFAULT_ALGORITHM, description="sets the values of the paper's Table 1")
+    algorithm: str = Field(
+        default=DEFAULT_ALGORITHM, description="training algorithm; sets its values in the paper's Table 1"
+    )
     model: Annotated[str, MAY_CHANGE] = Field(
         default="shapes",
         min_length=1,
         description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint",
     )
     prediction_type: Annotated[Literal["epsilon", "v_prediction", "sample"] | None, Unset] = Field(
-        default=None, description="what the model predicts, where its own configuration does not say"
+        default=None, description="what the model predicts, if its own configuration does not say"
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the base model; the LoRA is always fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="precision of the base model; the LoRA is always fp32"
+    )
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
-        default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and weights"
+        default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"
     )
-    eval_rewards: Names = Field(default=[], description="rewards that only watch, or parts of a sum")
+    eval_rewards: Names = Field(default=[], description="rewards to track but not train on, or parts of the sum")
     reward_scales: Annotated[dict[str, Positive], Pairs] = Field(
         default={},
-        description="what training rewards are divided by before they are weighted and summed, such as their standard "
-        "deviations, which `score` prints; NAME=NUMBER,...",
+        description="divisors of the training rewards, applied before they are weighted and summed, such as the "
+        "standard deviations that `score` prints; NAME=NUMBER,...",
     )
     reward_weights: Annotated[
         dict[str, Annotated[str, Field(min_length=1)]], Pairs, AfterValidator(_absolute), MAY_CHANGE
     ] = Field(default={}, description="files or folders to load rewards from instead of the hub; NAME=PATH,...")
-    reward_precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the rewards' encoders")
+    reward_precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of the rewards' encoders")
     prompts: str = Field(default="shapes", description="prompt set, or a text file with one prompt a line")
     grid_prompts: Annotated[str | None, Unset] = Field(
         default=None, description="prompts of the sample grids; none: the training prompts"
     )
-    seed: int = Field(default=42, ge=0, lt=2**63, description="every random number derives from it")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="all random numbers derive from it")
     epochs: Annotated[int, MAY_CHANGE] = Field(
         default=100, ge=1, le=9999, description="rounds of sampling and updating"
     )
-    samples_per_epoch: Count = Field(default=256, description="reward queries an epoch")
+    samples_per_epoch: Count = Field(default=256, description="images sampled and scored per epoch")
     samples_per_update: Count = Field(
-        default=128, description="samples in one gradient update; divides samples_per_epoch"
+        default=128, description="samples per gradient update; must divide samples_per_epoch"
     )
     micro_batch: Annotated[Count | None, Unset] = Field(
         default=None,
-        description="most samples in one forward; a divisor of samples_per_update is used. none: what fits",
+        description="most samples per forward pass; a divisor of samples_per_update is used. none: as many as fit",
     )
     decode_batch: Count = Field(default=16, description="images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
-    guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1: none")
-    resolution: int = Field(default=512, ge=8, le=8192, description="pixels a side of the images")
+    guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1 turns it off")
+    resolution: int = Field(default=512, ge=8, le=8192, description="width and height of the images in pixels")
     process: Annotated[str | None, Unset] = Field(
-        default=None, description="how a denoising step draws its noise; none: as is usual for the model"
+        default=None, description="how a denoising step draws its noise; none: as usual for the model"
     )
     output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
 
     @property
     def trained_on(self) -> list[str]:
-        """The rewards that count in training."""
+        """The training rewards with a non-zero weight."""
         return [name for name, weight in self.rewards.items() if weight]
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.samples_per_epoch % self.samples_per_update:
             raise ValueError(
-                f"samples_per_epoch {self.samples_per_epoch} is no multiple of samples_per_update "
+                f"samples_per_epoch {self.samples_per_epoch} is not a multiple of samples_per_update "
                 f"{self.samples_per_update}; choose a divisor"
             )
         self.check_samples(self.samples_per_epoch)
         if self.process is not None:
             entry(PROCESSES, "process", self.process)
         if len(set(self.eval_rewards)) < len(self.eval_rewards):
-            raise ValueError(f"eval_rewards lists a reward twice: {', '.join(self.eval_rewards)}; take one out")
+            raise ValueError(f"eval_rewards lists a reward twice: {', '.join(self.eval_rewards)}; remove one")
         if len(self.trained_on) == 1 and self.trained_on[0] in self.eval_rewards:
             raise ValueError(
-                f"eval_rewards lists {self.trained_on[0]!r}, which is trained on; a held-out reward is another one"
+                f"eval_rewards lists {self.trained_on[0]!r}, which is trained on; choose a different held-out reward"
             )
         if not any(self.rewards.values()):
-            raise ValueError("the weights of all rewards are 0; give at least one another weight")
+            raise ValueError("the weights of all rewards are 0; give at least one a different weight")
         used = [*self.rewards, *self.eval_rewards, *self.further_rewards]
         for name in used:
             check_reward(name)
         for name in self.reward_scales.keys() - set(self.rewards):
-            raise ValueError(f"reward_scales names {name}, which is not trained on; take it out, or add it to rewards")
+            raise ValueError(f"reward_scales names {name}, which is not trained on; remove it, or add it to rewards")
         for name in self.reward_weights.keys() - set(used):
-            raise ValueError(f"reward_weights names {name}, which is not used; take it out, or use it")
+            raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
 
 
@@ -183,13 +157,13 @@ def presets() -> list[str]:
 
 
 def make_config(preset: str | None = None, file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
-    """The configuration of `preset`, with a TOML `file` and nested `overrides` laid over it.
+    """The configuration of `preset`, overridden by a TOML `file` and then by nested `overrides`.
 
-    Without a preset it is the one made for the model: `shapes` for the embedded world, the paper's for any other. Of a
-    preset's held-out rewards those that the layers above train on are left out.
+    Without a preset, the model decides: `shapes` for the embedded world, the paper's for any other. Held-out rewards of
+    the preset that the file or the overrides train on are left out.
 
     Raises:
-        ValueError: a layer is not what it should be; the message is one line that names the field.
+        ValueError: a value is invalid; the message is one line that names the setting.
     """
     above = [with_named_rewards(read_toml(file) if file else {}), with_named_rewards(overrides or {})]
     if preset is None:
@@ -201,7 +175,7 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     for_algorithm = base.pop("algorithms", {})
     base = _known(base, config_class(algorithm))
     trained_on = _topmost(above, "rewards", {})
-    if isinstance(trained_on, dict):  # whatever else a file holds there is refused below
+    if isinstance(trained_on, dict):  # any other value is rejected below
         base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in trained_on]
     merged: Fields = {}
     for layer in (find_algorithm(algorithm).values, base, for_algorithm.get(algorithm, {}), *above):
@@ -210,33 +184,24 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
 
 
 def override(config: TrainConfig, changes: Fields) -> TrainConfig:
-    """`config` with nested `changes` laid over it."""
+    """`config` with nested `changes` applied."""
     return validate(_merge(plain_values(config), with_named_rewards(changes)))
 
 
-def with_named_rewards(values: Fields) -> Fields:
-    """`values` with a table of rewards where those are a name or a list of names, each of weight 1."""
-    rewards = values.get("rewards")
-    names = rewards.split(",") if isinstance(rewards, str) else rewards
-    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-        return values | {"rewards": weighted(names)}
-    return values
-
-
 def _algorithm(in_file: Fields, overrides: Fields) -> str:
-    """Its values lie below those of a file, so a file that is made for another one would mix the two."""
+    """The algorithm to use. A file overrides its values, so a file made for another algorithm would mix the two."""
     algorithm = _topmost([in_file, overrides], "algorithm", DEFAULT_ALGORITHM)
     find_algorithm(algorithm)
     if in_file.get("algorithm", algorithm) != algorithm:
         raise ValueError(
-            f"got algorithm {algorithm!r} over a file made for {in_file['algorithm']!r}, whose values would stay; "
-            "expected the same: take the algorithm and what belongs to it out of the file"
+            f"got algorithm {algorithm!r} with a file made for {in_file['algorithm']!r}, whose values would still "
+            "apply; expected the same: remove the algorithm and its settings from the file"
         )
     return algorithm
 
 
 def _known(values: Fields, section: type[Section]) -> Fields:
-    """What of a preset's `values` is a setting of `section`: presets name those of several algorithms."""
+    """The preset's `values` that are settings of `section`: presets include settings of several algorithms."""
     known: Fields = {}
     for name, value in values.items():
         if info := section.model_fields.get(name):
@@ -250,7 +215,7 @@ def _topmost(layers: list[Fields], name: str, default: Any) -> Any:
 
 
 def validate(values: Fields) -> TrainConfig:
-    """A TrainConfig from nested plain values; ValueError is one line."""
+    """A TrainConfig from nested plain values; ValueError, with a one-line message, if they are invalid."""
     check_text(values)
     algorithm = values.get("algorithm", DEFAULT_ALGORITHM)
     paths = {name: values[name] for name in ("model", "prompts", "grid_prompts") if name in values}
@@ -262,7 +227,7 @@ def validate(values: Fields) -> TrainConfig:
 
 
 def _merge(base: Fields, over: Fields) -> Fields:
-    """`over` laid over `base`; tables merge but for `rewards`, which is one value."""
+    """`base` overridden by `over`; tables are merged, except `rewards`, which is replaced."""
     merged = dict(base)
     for key, value in over.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
@@ -271,17 +236,17 @@ def _merge(base: Fields, over: Fields) -> Fields:
 
 
 def config_class(algorithm: str) -> type[TrainConfig]:
-    """TrainConfig with the settings of `algorithm`; ValueError where there is no such algorithm."""
+    """TrainConfig with the settings of `algorithm`; ValueError if there is no such algorithm."""
     return _config_class(settings_class(algorithm))
 
 
 @cache
 def _config_class(settings: type[MethodSettings]) -> type[TrainConfig]:
-    return create_model("TrainConfig", __base__=(settings, TrainConfig))  # type: ignore[arg-type]  # the latter counts
+    return create_model("TrainConfig", __base__=(settings, TrainConfig))  # type: ignore[arg-type]  # it is a TrainConfig
 
 
 def leaf_fields(algorithm: str | None = None) -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting of `algorithm`, or of all of them, as (dotted name, FieldInfo), sections opened."""
+    """Every setting of `algorithm`, or of all algorithms, as (dotted name, FieldInfo), including those in sections."""
     seen = set()
     for name in [algorithm] if algorithm else ALGORITHMS:
         for field, info in leaves(config_class(name)):
@@ -291,7 +256,7 @@ def leaf_fields(algorithm: str | None = None) -> Iterator[tuple[str, FieldInfo]]
 
 
 def plain_values(config: TrainConfig) -> Fields:
-    """The configuration as plain nested values; what is unset is "none"."""
+    """The configuration as plain nested values; unset settings are "none"."""
     return _spell_out(config.model_dump(mode="json"))
 
 

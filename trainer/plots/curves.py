@@ -1,4 +1,4 @@
-"""The charts of a run: its rewards, its critic, the share of its neurons that is dormant."""
+"""The charts of a run: its rewards, its critic, and its share of dormant neurons."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ HEADER, TITLE, GAP, FOOTER = 0.5, 0.34, 0.16, 0.46  # inches: above all panels, 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: the metric it shows, its colour, the metric of its +- band, and its name where a panel has several."""
+    """A curve: the metric it shows, its colour, the metric of its ± band, and its label if a panel has several."""
 
     key: str
     color: str
@@ -49,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: height in inches, y limits and their unit, and whether to tell the change since epoch 1."""
+    """One pair of axes: height in inches, y limits and their unit, and whether to show the change since epoch 1."""
 
     title: str
     subtitle: str
@@ -60,11 +60,11 @@ class Panel:
     with_change: bool = True
 
 
-# --- what there is to show ------------------------------------------------------------------------------------------
+# --- what to show ---------------------------------------------------------------------------------------------------
 
 
 def save_plots(run: RunFolder) -> list[Path]:
-    """Draw what the run has metrics for into its plots folder, and say which files were written."""
+    """Draw every chart the run has metrics for into its plots folder; returns the files written."""
     metrics, config = run.metrics(), run.config
     panels = {
         "reward": reward_panels(metrics, config),
@@ -79,14 +79,14 @@ def save_plots(run: RunFolder) -> list[Path]:
 
 
 def reward_figure(metrics: list[EpochMetrics], config: TrainConfig) -> Image.Image:
-    """The rewards so far as an RGB image, 1600 pixels wide; without an epoch it says so."""
+    """The rewards so far as an RGB image, 1600 pixels wide; says so if no epoch has finished."""
     return _draw(reward_panels(metrics, config), metrics, config)
 
 
 def reward_panels(metrics: list[EpochMetrics], config: TrainConfig) -> list[Panel]:
-    """The training reward, then each one that watches: one panel each, as their units differ."""
+    """The training reward, then the tracked rewards: one panel each, as their units differ."""
     training = [_training_panel(name) for name in reward_names(metrics, "reward")]
-    return training + [_watching_panel(name, role(name, config)) for name in reward_names(metrics, "eval")]
+    return training + [_tracked_panel(name, role(name, config)) for name in reward_names(metrics, "eval")]
 
 
 def _training_panel(name: str) -> Panel:
@@ -94,25 +94,25 @@ def _training_panel(name: str) -> Panel:
     return Panel(name, "trained on: mean ± 1 std, and change since epoch 1", (line,), height=2.1)
 
 
-def _watching_panel(name: str, role: str) -> Panel:
+def _tracked_panel(name: str, role: str) -> Panel:
     return Panel(name, f"{role}: mean, and change since epoch 1", (Line(f"eval/{name}/mean", VERMILION),))
 
 
 def neuron_panels(metrics: list[EpochMetrics]) -> list[Panel]:
-    """Dormant neurons and their overlap with the epoch before: of the critic, and of the LoRA."""
+    """Dormant neurons and their overlap with the epoch before, for the critic and for the LoRA."""
     panels = []
     for group, title in (("neurons", "Critic neurons"), ("policy_neurons", "LoRA neurons")):
         dormant = Line(f"{group}/dormant_percent", BLUE, label="dormant")
         overlap = Line(f"{group}/overlap_percent", VERMILION, label="overlap")
         lines = tuple(line for line in (dormant, overlap) if line.key in keys_of(metrics))
         if lines:
-            subtitle = "share dormant, and overlap of the dormant sets of neighbouring epochs"
+            subtitle = "share dormant, and overlap of the dormant sets of consecutive epochs"
             panels.append(Panel(title, subtitle, lines, 1.9, limits=(-3, 103), unit=" %", with_change=False))
     return panels
 
 
 def critic_panels(metrics: list[EpochMetrics]) -> list[Panel]:
-    """How well the critic explains the returns; an untrained one can be far below 0, which is cut off at -1."""
+    """How well the critic explains the returns; an untrained one may be far below 0, so the axis ends at -1."""
     line = Line("critic/explained_variance", GREEN)
     values = points_of(metrics, line.key)[1]
     if not values:
@@ -168,7 +168,7 @@ def _draw_panel(axes: "Axes", panel: Panel, metrics: list[EpochMetrics]) -> None
 
 
 def _style(axes: "Axes", panel: Panel) -> None:
-    """Nothing but horizontal lines and grey numbers."""
+    """Show only horizontal grid lines and grey numbers."""
     axes.grid(axis="y", color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.locator_params(axis="y", nbins=5 if panel.height > 1.5 else 3)
@@ -191,7 +191,7 @@ def _draw_line(axes: "Axes", line: Line, metrics: list[EpochMetrics]) -> None:
 
 
 def _label_ends(axes: "Axes", panel: Panel, metrics: list[EpochMetrics]) -> None:
-    """What each line is or came to, to the right of its end and in its colour, moved apart where two would touch."""
+    """Label the end of each line with its name or last value, in its colour; move apart labels that would overlap."""
     low, high = axes.get_ylim()
     series = [points_of(metrics, line.key)[1] for line in panel.lines]
     ends = _apart([min(max(values[-1], low), high) for values in series], gap=(high - low) * 0.38 / panel.height)
@@ -224,7 +224,7 @@ def _annotate_end(axes: "Axes", y: float, text: str, color: str, up: float, weig
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:
-    """One or two heights, at least `gap` from each other."""
+    """One or two heights, moved at least `gap` apart."""
     if len(heights) < 2 or abs(heights[0] - heights[1]) >= gap:
         return heights
     middle, sign = sum(heights) / 2, 1 if heights[0] >= heights[1] else -1

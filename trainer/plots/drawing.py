@@ -1,7 +1,7 @@
-"""What all pictures of a run share: colours, sizes in inches, and axes below one another.
+"""What all plots of a run share: colours, sizes in inches, stacked axes.
 
-matplotlib is imported where it draws, so that importing this module stays cheap, and only its objects are used: no
-pyplot, no display, no global settings, safe on any thread.
+matplotlib is imported only to draw, so that importing this module stays cheap. Only its objects are used: no pyplot, no
+display and no global settings, so drawing is safe on any thread.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 200  # 1600 pixels wide, drawn to be read at 800
+DPI = 200  # 1600 pixels wide, readable at 800
 WIDTH = 8.0  # inches
 
-# Of the palette of Okabe and Ito, which the colour-blind can tell apart.
+# From the palette of Okabe and Ito, which is safe for colour-blind readers.
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, GREY, MARK, LIGHT = "#1F2328", "#656D76", "#A0A8B0", "#E8EBEE"
 MINUS = "\N{MINUS SIGN}"
-SMALL = 9.5  # points, of all words but titles
+SMALL = 9.5  # points, for all text except titles
 
 
 def blank_figure(height: float) -> "Figure":
@@ -34,7 +34,7 @@ def blank_figure(height: float) -> "Figure":
 def stack(
     figure: "Figure", heights: Sequence[float], left: float, right: float, top: float, above: float, below: float
 ) -> list["Axes"]:
-    """Axes of these heights below one another, bare but for their content; all lengths in inches.
+    """Axes of these heights from top to bottom, without frames and ticks; all lengths in inches.
 
     `left`, `right` and `top` are the figure's margins, `above` and `below` those of each pair of axes.
     """
@@ -51,7 +51,7 @@ def stack(
 
 
 def label_x(axes: "Axes", label: str, ticks: int) -> None:
-    """Show the x axis, with at most `ticks` whole numbers."""
+    """Show the x axis with its label and at most `ticks` whole numbers."""
     axes.tick_params(axis="x", labelbottom=True)
     axes.locator_params(axis="x", nbins=ticks, integer=True)
     axes.set_xlabel(label, color=GREY, fontsize=SMALL)
@@ -64,7 +64,7 @@ def draw_curve(axes: "Axes", x: Sequence[float], y: Sequence[float], color: str,
 def write_title(
     place: "Figure | Axes", corner: tuple[float, float], coords: str, title: str, size: float, more: str
 ) -> None:
-    """A bold title whose lower left corner is at `corner`, and grey words after it on the same baseline."""
+    """A bold title whose lower left corner is at `corner`, followed by grey text on the same baseline."""
     from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
 
     bold = TextArea(title, textprops={"color": INK, "fontsize": size, "weight": "bold", "parse_math": False})

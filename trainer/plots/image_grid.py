@@ -1,4 +1,4 @@
-"""Several images as one picture."""
+"""Arranges several images in one picture."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The critic's neurons over the epochs, as a picture and in words.
+"""The critic's neurons over the epochs, as a picture and as text.
 
 Shapes: E epochs, H neurons of a layer.
 """
@@ -16,34 +16,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BRIGHTEST = 3.0  # times the layer's mean, from where on the colour stays
+BRIGHTEST = 3.0  # times the layer's mean; the colour scale ends here
 RESET = (0.835, 0.369, 0.0, 1.0)  # VERMILION as RGBA
-CHART, SHORTEST, TALLEST = 1.3, 0.45, 2.6  # inches: of the lines below, of a layer of few and of many neurons
+CHART, SHORTEST, TALLEST = 1.3, 0.45, 2.6  # heights in inches: the line chart, the smallest and largest layer
 TOP, GAP, LEFT, RIGHT, BOTTOM = 0.75, 0.2, 0.95, 0.95, 0.5  # inches
 
 
 def neuron_figure(run: RunFolder) -> Image.Image:
-    """Activation of each neuron, layer by layer, with resets marked, over the dormant share and its overlap.
+    """Activation of each neuron, layer by layer, with resets marked, above the dormant share and its overlap.
 
     Raises:
-        ValueError: nothing is recorded: no epoch is finished, or there is no critic.
+        ValueError: nothing was recorded, because no epoch has finished or there is no critic.
     """
     metrics, records = _recorded(run)
     return render(_figure(run, metrics, records))
 
 
 def described(run: RunFolder) -> str:
-    """The same in words: a line about the run, then one an epoch."""
+    """The same as text: one line about the run, then one per epoch."""
     metrics, records = _recorded(run)
     config, count = run.config.neurons, sum(map(len, records[-1].scores.values()))  # type: ignore[attr-defined]
-    resets = "none is reset" if config.reset == "none" else f"{config.reset} ones are reset every {config.every} epochs"
+    resets = "no resets" if config.reset == "none" else f"{config.reset} neurons are reset every {config.every} epochs"
     return "\n".join([f"{run.path.name}: {count} neurons in the critic; {resets}", *map(_told, metrics)])
 
 
 def _told(line: EpochMetrics) -> str:
     text = f"epoch {line['epoch']}: {line['neurons/dormant_percent']:.1f} % dormant"
     if "neurons/overlap_percent" in line:
-        text += f", {line['neurons/overlap_percent']:.1f} % of them as before"
+        text += f", {line['neurons/overlap_percent']:.1f} % overlap with the epoch before"
     count = int(line["neurons/reset_count"])
     return f"{text}, {count} reset" if count else text
 
@@ -52,8 +52,8 @@ def _recorded(run: RunFolder) -> tuple[list[EpochMetrics], list[NeuronRecord]]:
     metrics = [line for line in run.metrics() if "neurons/dormant_percent" in line]
     records = read_neurons(run.path, len(metrics))
     if not records:
-        reason = "its algorithm has no critic" if run.metrics() else "no epoch is finished"
-        raise ValueError(f"run {run.path.name!r} has no record of neurons: {reason}; expected one of tdpo-r or tdpo")
+        reason = "its algorithm has no critic" if run.metrics() else "no epoch has finished"
+        raise ValueError(f"run {run.path.name!r} has no record of neurons: {reason}; expected a run of tdpo-r or tdpo")
     return metrics, records
 
 
@@ -84,7 +84,7 @@ def _head(figure: "Figure", run: RunFolder, records: list[NeuronRecord], total: 
 
 
 def _draw_layer(axes: "Axes", name: str, records: list[NeuronRecord]) -> None:
-    """A column an epoch, a row a neuron; what a reset touched is marked at the column's end."""
+    """One column per epoch, one row per neuron; reset neurons are marked at the right edge of the column."""
     first, last, rows = records[0].epoch, records[-1].epoch, len(records[-1].scores[name])
     picture = np.full((rows, last - first + 1), np.nan)  # (H, E)
     for record in records:

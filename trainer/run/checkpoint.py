@@ -1,8 +1,8 @@
-"""Exact state on disk: atomic to write, checked when read.
+"""Checkpoints: the exact state of a run on disk, written atomically and verified when read.
 
-A checkpoint is a folder of safetensors files, one state.json, and the SHA-256 of each of them, as sha256sum writes it.
-It is written beside its place, flushed, and renamed, so a folder with a checkpoint's name is always whole; the last K
-are kept. What is not as it was written is read no further.
+A checkpoint is a folder of safetensors files, a state.json, and a SHA256SUMS file in the format of sha256sum. It is
+written under a temporary name, flushed, and renamed, so a folder with a checkpoint's name is always complete. The last
+K are kept. A checkpoint that fails its checksum is rejected.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from .files import flush_to_disk, naming
 
 STATE, SUMS, PARTIAL = "state.json", "SHA256SUMS", ".partial"
 FORMAT = 4
-READABLE = (3, FORMAT)  # 3: of version 0.1.0
+READABLE = (3, FORMAT)  # 3: written by version 0.1.0
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -29,8 +29,8 @@ Tensors = dict[str, dict[str, Tensor]]
 def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, Any], keep: int) -> Path:
     """Write the named groups of `tensors` and the JSON `state` as the checkpoint `name`; keep the last `keep`.
 
-    A checkpoint's name says how far the run had come, and `_load` holds it to that, so one that is there already holds
-    the same state.
+    A checkpoint's name states the run's progress, and `_load` verifies the name, so an existing checkpoint of that name
+    already holds the same state.
     """
     place, beside = folder / name, folder / f".{name}{PARTIAL}"
     if (place / STATE).is_file():
@@ -47,7 +47,7 @@ def save_checkpoint(folder: Path, name: str, tensors: Tensors, state: dict[str, 
     flush_to_disk(folder)
     for old in _whole_checkpoints(folder)[:-keep]:
         doomed = old.with_name(f".{old.name}{PARTIAL}")
-        old.replace(doomed)  # so that one that is killed in mid-removal leaves no half a checkpoint under its name
+        old.replace(doomed)  # so that a kill during the removal leaves no partial checkpoint under this name
         shutil.rmtree(doomed)
     return place
 
@@ -63,7 +63,7 @@ def _write(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Clear away what a process that was killed while saving left in `folder`."""
+    """Remove what a process that was killed while saving left in `folder`."""
     for path in folder.glob(f".*{PARTIAL}"):
         shutil.rmtree(path)
 
@@ -73,7 +73,7 @@ def _whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_latest(folder: Path) -> tuple[Tensors, dict[str, Any]] | None:
-    """The tensors and state of the newest checkpoint in `folder`, or None where there is none.
+    """The tensors and state of the newest checkpoint in `folder`, or None if there is none.
 
     Raises:
         ValueError: the newest checkpoint is damaged; the message names the file.
@@ -85,20 +85,20 @@ def load_latest(folder: Path) -> tuple[Tensors, dict[str, Any]] | None:
         return _load(found[-1])
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, Damage) as error:
         what = str(error) if isinstance(error, Damage) else f"{type(error).__name__}: {error}"
-        remedy = "delete this folder to go on from the one before it" if len(found) > 1 else "start a new run"
-        raise ValueError(f"checkpoint {str(found[-1])!r} is damaged ({what}); put it back, or {remedy}") from error
+        remedy = "delete this folder to resume from the previous one" if len(found) > 1 else "start a new run"
+        raise ValueError(f"checkpoint {str(found[-1])!r} is damaged ({what}); restore it, or {remedy}") from error
 
 
 class Damage(Exception):
-    """What is wrong with a checkpoint."""
+    """A checkpoint is damaged; the message says how."""
 
 
 def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["format"] not in READABLE:
         raise ValueError(
-            f"checkpoint {str(path)!r} has format {state['format']}; expected {FORMAT}: continue the run with the "
-            "version of comfy_tdpo that began it, or start a new one"
+            f"checkpoint {str(path)!r} has format {state['format']}; expected {FORMAT}: resume the run with the "
+            "version of comfy_tdpo that started it, or start a new run"
         )
     files = {group: f"{group}.safetensors" for group in state["groups"]}
     _check_sums(path, {STATE, *files.values()})
@@ -109,21 +109,21 @@ def _load(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _from_format_3(tensors: Tensors) -> Tensors:
-    """Metrics of which the largest value counts lay among those that are added up."""
+    """Move metrics that are reduced by their maximum out of the summed ones, where format 3 kept them."""
     maxima = {name: value for name, value in tensors.get("sums", {}).items() if name == "policy/ratio_drift"}
     sums = {name: value for name, value in tensors.get("sums", {}).items() if name not in maxima}
     return tensors | ({"sums": sums, "maxima": maxima} if "sums" in tensors else {})
 
 
 def _check_sums(path: Path, expected: set[str]) -> None:
-    """Every file is there and as it was saved."""
+    """Raise Damage unless every file is present and matches its checksum."""
     lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if sums.keys() != expected:
-        raise Damage(f"{SUMS} does not list what {STATE} does")
+        raise Damage(f"{SUMS} and {STATE} list different files")
     for name, digest in sums.items():
         if _sha256(path / name) != digest:
-            raise Damage(f"{name} is not as it was saved")
+            raise Damage(f"{name} does not match its checksum")
 
 
 def _sha256(path: Path) -> str:

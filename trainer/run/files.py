@@ -1,4 +1,4 @@
-"""Writing files so that none is ever found half written."""
+"""Atomic file writes, so that no file is ever left half-written."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, flush it to the disk, and put it in place; never half a file."""
+    """Have `write` create a temporary file beside `path`, flush it to disk, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
@@ -22,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside the block an OSError that names no file, as that of a full disk, names `path`."""
+    """Inside the block, an OSError without a file name, such as that of a full disk, gets the name `path`."""
     try:
         yield
     except OSError as error:
@@ -31,7 +31,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder where the system can."""
+    """fsync a file, or a folder if the system supports it."""
     if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -1,4 +1,4 @@
-"""A run is a folder, readable without us, and the only memory of a run. What lies in it: see run_paths.py."""
+"""A run is a folder of plain files, and everything about the run is stored there. See run_paths.py for its files."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from .paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths, run_n
 
 EpochMetrics = dict[str, float]
 
-WRITTEN_BY = "# comfy_tdpo "  # and the version, in the first line of a run's configuration
+WRITTEN_BY = "# comfy_tdpo "  # followed by the version, the first line of a run's configuration
 
 
 class TrainingError(RuntimeError):
-    """A training cannot go on; what it saved before is whole."""
+    """A training cannot continue; everything saved so far is intact."""
 
 
 class RunFolder(RunPaths):
@@ -38,13 +38,13 @@ class RunFolder(RunPaths):
         self._lock = FileLock(path / LOCK, timeout=0)
 
     def check_free(self) -> None:
-        """Raise ValueError where a new run cannot be made here."""
+        """Raise ValueError if a new run cannot be created here."""
         check_free(self.path)
 
     def create(self, config: TrainConfig) -> "RunFolder":
-        """Make it a new run of `config`, which can be continued from any folder and whatever becomes of the prompts.
+        """Create a new run of `config`, which can be resumed from any folder, even if the prompt files change.
 
-        The configuration goes last: where it is, there is a run.
+        The configuration is written last: a folder is a run once it has one.
         """
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ class RunFolder(RunPaths):
         return self
 
     def configure(self, config: TrainConfig) -> None:
-        """Make `config` that of a run which has trained nothing yet; call it under the lock."""
+        """Write `config` and its prompts for a run that has not trained yet; the caller holds the lock."""
         prompts = self._load_prompts(config.prompts)
         self._write_lines(PROMPTS, prompts)
         shown = self._load_prompts(config.grid_prompts) if config.grid_prompts else prompts
@@ -62,16 +62,16 @@ class RunFolder(RunPaths):
         self.write_config(_with_absolute_model(config))
 
     def _load_prompts(self, source: str) -> list[str]:
-        """Those of a set or a user's file; those that a host has put in place are taken as they are."""
+        """The prompts of a set or a user's file; if the run's own file is named, its lines as they are."""
         path = self.path / PROMPTS
         return _read_lines(path) if source == str(path) else load_prompts(source)
 
     def write_config(self, config: TrainConfig) -> None:
-        """Replace the run's configuration; what is not free to change is refused when the run goes on."""
+        """Replace the run's configuration; changes that are not allowed are rejected when the run resumes."""
         self._write_text(CONFIG, f"{WRITTEN_BY}{__version__}\n" + tomli_w.dumps(plain_values(config)))
 
     def keep_changes(self, config: TrainConfig) -> None:
-        """Keep `config`, which may differ from the run's own where a run may change on its way."""
+        """Save `config`, which may differ from the run's own in settings that may change."""
         if config != self.config:
             self.write_config(_with_absolute_model(config))
 
@@ -83,16 +83,16 @@ class RunFolder(RunPaths):
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The run at `path`, for reading or resuming."""
+        """Open the run at `path`, for reading or resuming."""
         try:
             found = (path / CONFIG).is_file()
             meant = None if found else run_nearby(path)
-        except OSError as error:  # nobody may look, or its name is too long
+        except OSError as error:  # no permission, or too long a name
             raise ValueError(f"run directory {str(path)!r} cannot be read: {error.strerror}; check the path") from error
         if not found:
             hint = f"; did you mean {str(meant)!r}?" if meant else ""
             raise ValueError(
-                f"got run directory {str(path)!r}; expected a folder with a {CONFIG}, as a run makes it{hint}"
+                f"got run directory {str(path)!r}; expected the folder of a run, which has a {CONFIG}{hint}"
             )
         return cls(path)
 
@@ -107,23 +107,23 @@ class RunFolder(RunPaths):
             ) from error
 
     def _of_newer_version(self, values: Fields) -> str:
-        """What to say of settings that another version has written; empty where it was this one."""
+        """A message about settings that this version does not know; empty if it wrote the configuration itself."""
         first = read_text(self.path / CONFIG).partition("\n")[0]
         version = first.removeprefix(WRITTEN_BY) if first.startswith(WRITTEN_BY) else ""
         names = unknown(values)
         if not names or version == __version__:
             return ""
         return (
-            f"got the setting {names[0]!r}, which comfy_tdpo {__version__} does not know; the run was begun by a newer "
-            f"version{', ' + version if version else ''}: continue it with that, or mend the name"
+            f"got the setting {names[0]!r}, which comfy_tdpo {__version__} does not know; the run was started by a "
+            f"newer version{', ' + version if version else ''}: resume it with that, or correct the name"
         )
 
     def prompts(self, config: TrainConfig) -> list[str]:
-        """The training prompts, as the run began with them; before there is a run, those that `config` names."""
+        """The training prompts that the run started with; before it exists, those that `config` names."""
         return self._kept_prompts(PROMPTS) or load_prompts(config.prompts)
 
     def grid_prompts(self, config: TrainConfig) -> list[str]:
-        """The same for those of the sample grids, one an image, row by row."""
+        """The same for the prompts of the sample grids, one per image, row by row."""
         shown = self._kept_prompts(GRID_PROMPTS) or load_prompts(config.grid_prompts or config.prompts)
         return spread(shown, config.output.grid_images)
 
@@ -131,21 +131,21 @@ class RunFolder(RunPaths):
         if not (self.path / CONFIG).is_file():
             return []
         if not (self.path / name).is_file():
-            raise ValueError(f"{self.path / name} is gone, without which the run cannot go on; put it back")
+            raise ValueError(f"{self.path / name} is missing, and the run cannot resume without it; restore it")
         return _read_lines(self.path / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run, so that nobody else writes to it; let go when this process ends, however it ends."""
+        """Lock the run, so that no other process writes to it; the lock ends with this process, however it ends."""
         try:
             self._lock.acquire()
         except Timeout as error:
             raise ValueError(
                 f"run directory {str(self.path)!r} is in use by another process; stop that first"
             ) from error
-        except NotImplementedError as error:  # as some network mounts
+        except NotImplementedError as error:  # such as some network mounts
             raise ValueError(
-                f"run directory {str(self.path)!r} is on a file system without locks; choose one on another disk"
+                f"run directory {str(self.path)!r} is on a file system without file locks; choose one on another disk"
             ) from error
         try:
             yield
@@ -153,16 +153,16 @@ class RunFolder(RunPaths):
             self._lock.release()
 
     def metrics(self) -> list[EpochMetrics]:
-        """The epochs so far; a last line that was cut off in mid-write does not count."""
+        """The metrics of the epochs so far; a last line that was cut off mid-write is ignored."""
         path = self.path / METRICS
         if not path.exists():
             return []
         try:
             text = path.read_text(encoding="utf-8")
             return [_parse_metrics(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        except (ValueError, RecursionError, OSError) as error:  # of UTF-8, of JSON, ours, or it is no file
+        except (ValueError, RecursionError, OSError) as error:  # not UTF-8, JSON, metrics or a file
             raise ValueError(
-                f"{path} is damaged: {error}; delete it: --resume writes it anew from the checkpoint"
+                f"{path} is damaged: {error}; delete it: --resume restores it from the checkpoint"
             ) from error
 
     def append_metrics(self, metrics: EpochMetrics) -> None:
@@ -173,17 +173,17 @@ class RunFolder(RunPaths):
             os.fsync(file.fileno())
 
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
-        """Have `metrics`, and those alone, in the file."""
+        """Replace the file's content with `metrics`."""
         self._write_lines(METRICS, [json.dumps(line) for line in metrics])
 
 
 def spread(prompts: list[str], count: int) -> list[str]:
-    """`count` of `prompts`, evenly over all of them."""
+    """`count` of `prompts`, spread evenly over all of them."""
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The prompts that a run keeps, one a line, without what a user's file may hold besides."""
+    """The prompts in a run's own file, one per line, taken literally, unlike those in a user's file."""
     return [line for line in map(str.strip, read_text(path).split("\n")) if line]
 
 
@@ -192,12 +192,12 @@ def _parse_metrics(line: str) -> EpochMetrics:
     if not isinstance(metrics, dict) or not isinstance(metrics.get("epoch"), int):
         raise ValueError(f"got the line {shorten(line, 60)!r}; expected an epoch's metrics")
     if not all(isinstance(value, int | float) for value in metrics.values()):
-        raise ValueError(f"got the line {shorten(line, 60)!r}; expected numbers alone")
+        raise ValueError(f"got the line {shorten(line, 60)!r}; expected only numbers")
     return metrics
 
 
 def _with_absolute_model(config: TrainConfig) -> TrainConfig:
-    """A model's file or folder as it is called from everywhere; a name stays."""
+    """`config` with the absolute path of the model's file or folder; a model's name stays as it is."""
     model = user_path(config.model)
     if config.model == "shapes" or not model.exists():
         return config

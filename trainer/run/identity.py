@@ -1,4 +1,4 @@
-"""What a run may not change on its way: with other settings, another model or other prompts it would be another run."""
+"""What identifies a run, and therefore must not change when it resumes: its settings, its model and its prompts."""
 
 import hashlib
 import math
@@ -12,13 +12,14 @@ from comfy_tdpo.policy import DiffusionPolicy
 from ..config import TrainConfig, plain_values
 from ..config.changes import changeable, differences, may_change, unknown
 
-# Of a noise schedule: releases of torch, and GPUs, differ in the last bits of float32; another schedule by far more.
+# Relative. Noise schedules computed by different torch releases or GPUs differ in the last bits of float32; really
+# different schedules differ by far more.
 SCHEDULE_TOLERANCE = 1e-4
-TOLD = 5  # differences in a message
+TOLD = 5  # differences listed in a message
 
 
 def identity(config: TrainConfig, policy: DiffusionPolicy, prompts: list[str]) -> dict[str, Any]:
-    """What makes a run this one, as plain values for a checkpoint."""
+    """The identity of a run, as plain values for a checkpoint."""
     return {
         "version": __version__,
         "settings": plain_values(config),
@@ -32,12 +33,12 @@ def identity(config: TrainConfig, policy: DiffusionPolicy, prompts: list[str]) -
 
 
 def check_same(now: dict[str, Any], before: dict[str, Any], policy: DiffusionPolicy) -> None:
-    """Raise ValueError where the run that goes on, `now` with `policy`, is not the one that was saved."""
+    """Raise ValueError if the run that resumes, `now` with `policy`, is not the one that was saved, `before`."""
     newer = unknown(before["settings"])
     if newer:
         raise ValueError(
-            f"got a run whose {newer[0]} this version, comfy_tdpo {__version__}, does not know; expected one that it "
-            f"began: continue it with comfy_tdpo {before.get('version', 'as new as that')}"
+            f"got a run with the setting {newer[0]!r}, which comfy_tdpo {__version__} does not know; expected one that "
+            f"this version can read: resume it with comfy_tdpo {before.get('version', '(a newer version)')}"
         )
     changed = [
         f"{name} was {old!r} and is {new!r}"
@@ -47,19 +48,19 @@ def check_same(now: dict[str, Any], before: dict[str, Any], policy: DiffusionPol
     if changed:
         more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
         raise ValueError(
-            f"got a run that was begun with other settings: {', '.join(changed[:TOLD])}{more}; {_SAME}: put back what "
-            "was in its config.toml, or start a new run"
+            f"got a run that was started with other settings: {', '.join(changed[:TOLD])}{more}; {_SAME}: restore its "
+            "config.toml, or start a new run"
         )
     for part in ("model", "prompts"):
         same = _is_same_model(now, before, policy) if part == "model" else now[part] == before[part]
         if not same:
             raise ValueError(
-                f"got another {part.removesuffix('s')} than the run was begun with; {_SAME}: put it back, or start a "
-                "new run"
+                f"got {'a different model' if part == 'model' else 'different prompts'} from when the run started; "
+                f"{_SAME}: restore the {part}, or start a new run"
             )
 
 
-_SAME = f"expected the same, as only {', '.join(changeable())} may change"
+_SAME = f"expected the same, since only {', '.join(changeable())} may change"
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def _digest_of_weights(policy: DiffusionPolicy) -> str:
 
 
 def _fingerprint_of_0_1(policy: DiffusionPolicy) -> str:
-    """What version 0.1.0 kept of a model: the schedule, rounded, and the weights in one digest."""
+    """The model's fingerprint as of version 0.1.0: one digest of the rounded schedule and the weights."""
     digest = hashlib.sha256(policy.model.prediction_type.encode())
     digest.update(policy.model.schedule.cpu().double().numpy().round(5).tobytes())
     _add_weights(digest, policy)

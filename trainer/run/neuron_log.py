@@ -1,4 +1,4 @@
-"""Each neuron of the critic, epoch by epoch: one JSON line an epoch in the run's folder, beside its metrics.
+"""The log of the critic's neurons: one JSON line per epoch in the run's folder, beside its metrics.
 
 Shapes: H neurons of a layer.
 """
@@ -14,7 +14,7 @@ NEURONS = "neurons.jsonl"
 
 @dataclass(frozen=True)
 class NeuronRecord:
-    """An epoch. scores: layer -> (H,) mean activation relative to the layer's; reset: layer -> neurons drawn anew."""
+    """One epoch. scores: layer -> (H,) mean activation relative to the layer's; reset: layer -> reset neurons."""
 
     epoch: int
     scores: dict[str, list[float]]
@@ -26,7 +26,7 @@ class NeuronRecord:
 
 
 def append_neurons(folder: Path, epoch: int, scores: dict[str, Tensor], reset: dict[str, Tensor]) -> None:
-    """Add an epoch's scores, (H,) per layer, and the masks of what was reset then."""
+    """Append an epoch's scores, (H,) per layer, and the masks of the neurons reset in it."""
     line = {
         "epoch": epoch,
         "scores": {name: [round(score, 4) for score in layer.tolist()] for name, layer in scores.items()},
@@ -37,10 +37,9 @@ def append_neurons(folder: Path, epoch: int, scores: dict[str, Tensor], reset: d
 
 
 def read_neurons(folder: Path, epochs: int) -> list[NeuronRecord]:
-    """The first `epochs` epochs as far as they are recorded.
+    """The records of the first `epochs` epochs, as far as they exist.
 
-    An epoch that was run again after a stop is there twice, and its last line counts; a line that was cut off in
-    mid-write is passed over.
+    An epoch repeated after a stop has two lines, of which the last counts; a line cut off mid-write is skipped.
     """
     path = folder / NEURONS
     records: dict[int, NeuronRecord] = {}

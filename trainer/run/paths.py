@@ -1,9 +1,9 @@
-"""Where everything lies in the folder of a run.
+"""The files in the folder of a run.
 
 config.toml, prompts.txt       everything needed to repeat it
 grid-prompts.txt               the prompts of a sample grid's images, row by row
-metrics.jsonl                  one line an epoch, appended and flushed
-samples/epoch-0010.png         a fixed prompt and seed grid
+metrics.jsonl                  one line per epoch, appended and flushed
+samples/epoch-0010.png         grid of images with fixed prompts and seeds
 lora/epoch-0010.safetensors    and lora/latest.safetensors
 checkpoints/epoch-0010/        exact state
 plots/*.png
@@ -16,7 +16,7 @@ LOCK = ".lock"
 
 
 class RunPaths:
-    """The files of the run in the folder `path`, whether they are there or not."""
+    """The files of the run in the folder `path`, whether they exist or not."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -40,12 +40,12 @@ class RunPaths:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether `folder` looks like a run: another program may have a configuration of that name, but not the prompts."""
+    """Whether `folder` looks like a run: other programs may have a config.toml, but not the prompts too."""
     return (folder / CONFIG).is_file() and (folder / PROMPTS).is_file()
 
 
 def run_nearby(path: Path) -> Path | None:
-    """The run that a wrong `path` may mean: the one it lies in, or the one that was begun last in it."""
+    """The run that a wrong `path` may mean: the one that contains it, or the newest one in it."""
     around = next((parent for parent in path.absolute().parents if holds_run(parent)), None)
     if around or not path.is_dir():
         return around
@@ -58,6 +58,6 @@ def epoch_name(epoch: int) -> str:
 
 
 def epoch_in(path: Path) -> int | None:
-    """The epoch that a run's file is called after; None where somebody else has named it."""
+    """The epoch in the name of a run's file; None if the name is not one that a run gives."""
     number = path.stem.removeprefix("epoch-")
     return int(number) if number.isdecimal() and path.stem == epoch_name(int(number)) else None

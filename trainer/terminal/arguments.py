@@ -1,4 +1,4 @@
-"""The flags of `python -m comfy_tdpo.trainer`: one for every setting, made from the configuration's own fields."""
+"""The options of `python -m comfy_tdpo.trainer`: one per setting, generated from the configuration's fields."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -13,16 +13,17 @@ from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.settings import NONE, section_of
 from comfy_tdpo.user_files import user_path
 
-from ..config import TrainConfig, leaf_fields, presets, weighted
+from ..config import TrainConfig, leaf_fields, presets
 from ..config.changes import changeable
 from ..config.messages import nearest
+from ..config.parsing import weighted
 
 WRONG_INPUT = 2  # exit status
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; --help lists what there is\n")
+        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; --help lists all options\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,9 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m comfy_tdpo.trainer",
         usage="%(prog)s [--preset NAME] [--config FILE] [--run-dir DIR] [--reward NAME] [--SETTING VALUE ...]\n"
         "       %(prog)s --resume DIR [--epochs N]",
-        description="Align a diffusion model with a reward by TDPO-R (arXiv 2402.08552). "
-        "Without arguments it trains on the embedded world, Shapes, in a few minutes.",
-        epilog="`score --help` tells how to score image files with rewards.",
+        description="Align a diffusion model with a reward using TDPO-R (arXiv 2402.08552). "
+        "Without arguments, it trains on Shapes, the embedded toy world, in a few minutes.",
+        epilog="To score image files with rewards, see `score --help`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
@@ -40,26 +41,30 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"one of {', '.join(presets())} (default: shapes; sd14-aesthetic where --model is another)",
+        help=f"one of {', '.join(presets())} (default: shapes, or sd14-aesthetic for any other --model)",
     )
-    where.add_argument("--config", type=_path, metavar="FILE", help="TOML file laid over the preset")
+    where.add_argument("--config", type=_path, metavar="FILE", help="TOML file that overrides the preset")
     where.add_argument("--run-dir", type=_path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
     where.add_argument(
         "--resume",
         type=_path,
         metavar="DIR",
-        help=f"continue the run in this folder; {flags_of(changeable())} may change",
+        help=f"resume the run in this folder; only {flags_of(changeable())} may change",
     )
     where.add_argument("--print-config", action="store_true", help="print the whole configuration and exit")
     where.add_argument(
         "--reward",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help=f"training reward, may be given several times: {', '.join(reward_names())}",
+        help=f"training reward, may be repeated: {', '.join(reward_names())}",
     )
-    where.add_argument("--eval-reward", action="append", metavar="NAME", help="reward that only watches; likewise")
+    where.add_argument(
+        "--eval-reward", action="append", metavar="NAME", help="reward to track but not train on, may be repeated"
+    )
     settings = parser.add_argument_group(
-        "settings", "the defaults are the paper's; over them lie the algorithm, the preset, --config, then these flags"
+        "settings",
+        "the defaults are the paper's; the algorithm, the preset, --config and these options override them, in that "
+        "order",
     )
     for name, info in leaf_fields():
         if name not in ("rewards", "eval_rewards"):
@@ -74,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments; ends the program with one line where there are others than `make_parser` has."""
+    """Parse the arguments; ends the program with a one-line message if any is unknown."""
     parser = make_parser()
     args, unknown = parser.parse_known_args([with_dashes(text) for text in argv])
     if unknown:
@@ -83,7 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         meant = " or ".join(nearest(flag, known))
         hint = f"; did you mean {meant}?" if meant else ""
         if not flag.startswith("-"):
-            hint = "; an option begins with --"
+            hint = "; options begin with --"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
 
@@ -95,12 +100,12 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-# Settings whose values are names in a registry, which more may be added to.
+# Settings whose values are names in a registry that can be extended.
 _NAMES = {"algorithm": lambda: list(ALGORITHMS), "process": lambda: list(PROCESSES), "prompts": prompt_sets}
 
 
 def flags_of(settings: Iterable[str]) -> str:
-    """The flags of settings and whole sections, for people."""
+    """The options for these settings and whole sections, as text."""
     sections = {name for name, info in TrainConfig.model_fields.items() if section_of(info)}
     flags = [f"--{name}{'.*' if name in sections else ''}".replace("_", "-") for name in settings]
     return f"{', '.join(flags[:-1])} and {flags[-1]}"
@@ -114,25 +119,25 @@ def _help(name: str, info: Any) -> str:
 
 
 def choices(name: str, info: Any) -> list[str]:
-    """The values that a setting may have; none where they cannot be listed."""
+    """The values a setting may have; empty if they cannot be listed."""
     return _NAMES[name]() if name in _NAMES else _choices(info.annotation)
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The values of a Literal, which may be one of several types."""
+    """The values of an annotation's Literal, which may be part of a union."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
 def with_dashes(text: str) -> str:
-    """A flag may be spelt as its TOML key is, with underscores."""
+    """An option with dashes; users may also spell it like its TOML key, with underscores."""
     flag, equals, value = text.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else text
 
 
 def given(args: argparse.Namespace) -> list[str]:
-    """The names of the options given that say what to train and where; settings by their dotted names."""
+    """The names of the given options that say what to train and where; settings by their dotted names."""
     names = [name for name in ("preset", "config", "run_dir", "reward", "eval_reward") if getattr(args, name)]
     return names + [key.removeprefix("set:") for key in vars(args) if key.startswith("set:")]
 

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees while a run trains: a bar, or lines."""
+"""What the terminal shows while a run trains: a progress bar, or one line per epoch."""
 
 import os
 import sys
@@ -15,24 +15,24 @@ from ..run import EpochMetrics
 from ..training import RATIO_TOLERANCE
 from .streams import SafeStream, encodable
 
-PACE = 5  # latest epochs whose mean duration makes the ETA
-NARROW = 50  # columns; below that, a bar would leave no room for words
+PACE = 5  # latest epochs whose mean duration gives the ETA
+NARROW = 50  # columns; on narrower terminals, a bar would leave no room for text
 
 
 class Console:
-    """One progress bar for the whole run on a terminal, one plain line an epoch anywhere else and where TERM is dumb.
+    """One progress bar for the whole run on a terminal; one plain line per epoch elsewhere, or if TERM is dumb.
 
-    A stream that fails, or lacks a character, does not end the training.
+    A stream that fails, or cannot encode a character, does not end the training.
 
     Args:
-        config: the run's configuration; first_epoch: the one that runs first, above 1 in a resumed run.
-        stream: where to write; by default stderr.
+        config: the run's configuration; first_epoch: the first epoch to run, above 1 in a resumed run.
+        stream: where to write, by default stderr.
     """
 
     def __init__(self, config: TrainConfig, first_epoch: int, stream: TextIO | None = None):
         self.config, self.stream = config, SafeStream(stream or sys.stderr)
         self._paces: deque[float] = deque(maxlen=PACE)
-        self._end: float | None = None  # when the run will be done, on the monotonic clock
+        self._end: float | None = None  # when the run is expected to end, on the monotonic clock
         self._results, self._held_out, self._warned = "", "", False
         has_bar = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = self._make_bar(first_epoch - 1) if has_bar else None
@@ -43,33 +43,33 @@ class Console:
             total=self.config.epochs,
             initial=done,
             file=self.stream,
-            miniters=0,  # tqdm then redraws by the clock alone, at most ten times a second
+            miniters=0,  # redraw by time only, at most ten times a second
             ncols=columns,
             bar_format=bar_format,
         )
 
     def _layout(self) -> tuple[int | None, str]:
-        """One line's columns, of the terminal as wide as it is now, and its format; tqdm cuts off what does not fit."""
+        """A line's width, for the terminal's current size, and its format; tqdm cuts off what does not fit."""
         columns = self.stream.columns()
         narrow = columns is not None and columns < NARROW
         bar_format = "{n_fmt}/{total_fmt} {desc}" if narrow else "epochs {n_fmt}/{total_fmt} |{bar:8}| {desc}"
         return columns, bar_format
 
     def begin(self, device: object) -> None:
-        """It is loaded, and begins."""
+        """Report that the run has loaded and starts."""
         config = self.config
         self._print(
-            f"training {config.model} by {config.algorithm} on {device}, {config.samples_per_epoch} samples an epoch"
+            f"training {config.model} with {config.algorithm} on {device}, {config.samples_per_epoch} samples per epoch"
         )
 
     def watch(self, phase: str, done: int, total: int) -> None:
-        """See the current epoch move; cheap enough for every micro-batch."""
+        """Show progress within the current epoch; cheap enough to call for every micro-batch."""
         if self._bar is not None:
             self._describe(f"{phase} {done}/{total}")
             self._bar.update(0)
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        """An epoch is done."""
+        """Report a finished epoch."""
         self._paces.append(metrics["time/epoch_s"])
         self._end = time.monotonic() + (self.config.epochs - metrics["epoch"]) * fmean(self._paces)
         if self._bar is None:
@@ -82,7 +82,7 @@ class Console:
         self._check_drift(metrics["policy/ratio_drift"])
 
     def close(self) -> None:
-        """Leave the bar as it stands and the cursor on a line of its own."""
+        """Leave the bar as it is and move the cursor to a new line."""
         if self._bar is not None:
             self._bar.close()
 
@@ -103,8 +103,9 @@ class Console:
         config = self.config
         self._print(
             f"warning: ratio drift {_tiny(drift)}, expected at most {_tiny(RATIO_TOLERANCE)}: sampling and training "
-            "disagree about one and the same model, so updates are clipped that should not be. Set precision to fp32 "
-            f"(it is {config.precision}), or another micro_batch (it is {config.micro_batch or 'what fits'})."
+            "compute different probabilities with the same model, so updates are clipped that should not be. Set "
+            f"precision to fp32 (now {config.precision}), or try another micro_batch (now "
+            f"{config.micro_batch or 'as many as fit'})."
         )
 
     def _print(self, line: str) -> None:
@@ -123,7 +124,7 @@ def _epoch_line(metrics: EpochMetrics, epochs: int, eta: str) -> str:
 
 
 def _results(metrics: EpochMetrics, critic: str) -> list[str]:
-    """The training reward, and the critic's explained variance where there is one."""
+    """The training reward, and the critic's explained variance if there is a critic."""
     (name,) = reward_names([metrics], "reward")
     mean, std = metrics[f"reward/{name}/mean"], metrics[f"reward/{name}/std"]
     results = [f"reward {readable(mean)} ± {readable(std, like=mean)}"]

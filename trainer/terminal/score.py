@@ -1,7 +1,7 @@
 """Scores image files: `python -m comfy_tdpo.trainer score --reward hpsv2.1 --prompt "a fox" *.png`.
 
-Prints tab-separated lines, and below more than one image their mean and standard deviation, which is what reward_scales
-takes. image_files.py says how files are read.
+Prints tab-separated lines, followed for several images by their mean and standard deviation; reward_scales takes the
+latter. See image_files.py for how files are read.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from comfy_tdpo.rewards import (
 )
 from comfy_tdpo.rewards.function import allow_functions
 
-from ..config import named_values
+from ..config.parsing import named_values
 from .image_files import check_image, read_image
 
 FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
@@ -33,7 +33,7 @@ _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
-    allow_functions()  # the user names them here
+    allow_functions()  # on the command line, users may name their own functions
     args = _parser().parse_args(argv)
     try:
         _score(args)
@@ -56,11 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME",
-        help=f"may be given several times; one of {', '.join(reward_names())}, or python:module:function",
+        help=f"one of {', '.join(reward_names())}, or python:module:function; may be repeated",
     )
-    parser.add_argument("--prompt", default="", help="what the images were drawn for; some rewards need none")
-    parser.add_argument("--reward-weights", default="", metavar="NAME=PATH,...", help="files or folders to load from")
-    parser.add_argument("--reward-precision", default="fp32", choices=PRECISIONS, help="of the encoders")
+    parser.add_argument("--prompt", default="", help="the prompt of the images; some rewards need none")
+    parser.add_argument(
+        "--reward-weights", default="", metavar="NAME=PATH,...", help="files or folders to load rewards from"
+    )
+    parser.add_argument(
+        "--reward-precision", default="fp32", choices=PRECISIONS, help="precision of the rewards' encoders"
+    )
     return parser
 
 
@@ -82,12 +86,12 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _paths(given: list[Path]) -> list[Path]:
-    """Of image files; ValueError where one is none, or is given twice and would count twice in the mean."""
+    """The image files; ValueError if one is not an image, or is given twice and would count twice in the mean."""
     seen: dict[Path, Path] = {}
     for path in map(_without_tilde, given):
         check_image(path)
         if (file := path.resolve()) in seen:
-            raise ValueError(f"got {path} and {seen[file]}, the same file; give each image once")
+            raise ValueError(f"got {path} and {seen[file]}, which are the same file; give each image once")
         seen[file] = path
     return list(seen.values())
 
@@ -96,7 +100,7 @@ def _without_tilde(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ValueError(f"got {path}, whose home folder cannot be found; write the whole path") from error
+        raise ValueError(f"got {path}, whose home folder cannot be found; write the full path") from error
 
 
 def _weights(args: argparse.Namespace) -> dict[str, str]:
@@ -104,14 +108,14 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
     for name, path in weights.items():
         if name not in args.reward or not path:
             raise ValueError(
-                f"got --reward-weights {args.reward_weights!r}; expected NAME=PATH,... of rewards that --reward names"
+                f"got --reward-weights {args.reward_weights!r}; expected NAME=PATH,... for rewards given by --reward"
             )
     return weights
 
 
 @torch.no_grad()
 def _scores(models: list[RewardModel], image: Tensor, prompt: str) -> Tensor:
-    """By each of `models`; an image at a time, since they may differ in size."""
+    """The scores of one image by each of `models`; one image at a time, since sizes may differ."""
     return torch.cat([score_images(model, image, [prompt]) for model in models]).cpu()
 
 
@@ -120,7 +124,7 @@ def _row(label: str, values: Tensor) -> None:
 
 
 def _print(*cells: str, file: TextIO | None = None) -> None:
-    """A line of cells. What the console's encoding lacks is escaped, and so is what would break the table."""
+    """Print a line of cells; escape what the console cannot encode and what would break the table."""
     file = file or sys.stdout
     encoding = file.encoding or "utf-8"
     line = "\t".join(cell.translate(_ESCAPES) for cell in cells)

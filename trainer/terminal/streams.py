@@ -1,6 +1,6 @@
-"""Text for people, on whatever stream there is: one that knows few characters, one that nobody reads any more, none.
+"""Text for people, on any stream: with few characters, without a reader, or missing altogether.
 
-What is written here is never worth ending a training for.
+A failure to write it never ends a training.
 """
 
 import io
@@ -15,10 +15,10 @@ FALLBACKS = {"±": "+-", "\N{MINUS SIGN}": "-", "→": "->", "…": "..."}
 
 
 def encodable(text: str, encoding: str | None, errors: str | None = None) -> str:
-    """`text` with a stand-in for each character that `encoding` lacks: a similar one, or its backslash escape.
+    """`text` with each character that `encoding` lacks replaced by a similar one, or by its backslash escape.
 
-    Bytes of a file name that are no text, which Python holds as surrogates, are kept for a stream that writes them as
-    they were; `errors` is that stream's.
+    Undecodable bytes of file names, which Python represents as surrogates, are kept if `errors`, the stream's error
+    handler, is "surrogateescape" and thus writes them unchanged.
     """
     handler = "surrogateescape" if errors == "surrogateescape" else "strict"
     try:
@@ -31,12 +31,12 @@ def encodable(text: str, encoding: str | None, errors: str | None = None) -> str
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print on `stream`, or on stdout as it is now; where that fails, nothing happens."""
+    """Print on `stream`, by default the current stdout; failures are ignored."""
     print(text, file=SafeStream(stream or sys.stdout), flush=True)
 
 
 class SafeStream:
-    """A text stream whose writes never raise; where `stream` is None they go nowhere."""
+    """A text stream whose writes never raise; if `stream` is None, they are discarded."""
 
     def __init__(self, stream: TextIO | None):
         self._stream = stream
@@ -49,7 +49,7 @@ class SafeStream:
         return self._stream is not None and not self._stream.closed and self._stream.isatty()
 
     def columns(self) -> int | None:
-        """How long a line may be, one less than the terminal is wide; None where there is no terminal."""
+        """The longest line that fits, one less than the terminal's width; None if there is no terminal."""
         if self._stream is None or not self.isatty():
             return None
         try:
@@ -72,23 +72,23 @@ class SafeStream:
             return
         try:
             act(self._stream)
-        except BlockingIOError:  # whoever reads is slow, and misses this
+        except BlockingIOError:  # the reader is slow, and misses this text
             pass
         except OSError:
             hush(self._stream)
 
 
 def hush(stream: TextIO) -> None:
-    """Have a stream that nobody reads any more write to nowhere, so that no print and no last flush fails on it."""
+    """Redirect a stream without a reader to the null device, so that neither prints nor the last flush fail."""
     with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Inside the block stdout and stderr show what they cannot encode as escapes, and are there even if closed.
+    """Inside the block, stdout and stderr escape what they cannot encode, and exist even if they were closed.
 
-    stderr tells how a training goes, so it keeps quiet where its reader goes away.
+    stderr only reports progress, so nothing fails when its reader goes away.
     """
     before = sys.stdout, sys.stderr
     _occupy_closed_descriptors()
@@ -103,7 +103,7 @@ def forgiving_streams() -> Iterator[None]:
 
 @contextmanager
 def unheard_stdout() -> Iterator[None]:
-    """Inside the block the same for stdout: what it says is of use to a reader only."""
+    """Inside the block, nothing fails when the reader of stdout goes away either."""
     before = sys.stdout
     sys.stdout = SafeStream(before)
     try:
@@ -114,23 +114,23 @@ def unheard_stdout() -> Iterator[None]:
 
 
 def _occupy_closed_descriptors() -> None:
-    """Else the next file that is opened would get the number of a closed stream, and what is written to that."""
+    """Open the null device in place of closed streams, or the next opened file would get their number and output."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
 def _open(stream: TextIO | None) -> TextIO:
-    return stream or io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # None where it was closed from the beginning
+    return stream or io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # None if it was closed from the start
 
 
 @contextmanager
 def _escaping(stream: Any) -> Iterator[None]:
-    """Inside the block characters that `stream` cannot encode become escapes."""
+    """Inside the block, characters that `stream` cannot encode become escapes."""
     reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is None:  # somebody else's stream
+    if reconfigure is None:  # not one of Python's own streams
         yield
         return
     before = stream.errors

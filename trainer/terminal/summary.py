@@ -1,4 +1,4 @@
-"""What came of a run, in words: a table of its rewards, a verdict on overoptimisation, and where its files are."""
+"""The summary of a run as text: a table of its rewards, a verdict on overoptimisation, and where its files are."""
 
 import math
 import textwrap
@@ -10,15 +10,15 @@ from ..metrics import columns_of, duration, padded, readable, reward_names, role
 from ..run import EpochMetrics, RunFolder
 
 COLUMNS = 100
-LAST = 3  # epochs whose mean is compared with the first
+LAST = 3  # epochs whose mean is compared with the first epoch
 
 
 @dataclass(frozen=True)
 class Course:
-    """The means of a reward over the epochs, and its standard deviation in the first, NaN where it is not known.
+    """A reward's mean in each epoch, and its standard deviation in the first, NaN if unknown.
 
-    The last epochs are the last three, or as many as there are after the first. After a single epoch there are none,
-    and what they would tell is NaN.
+    The last epochs are the last three, or fewer if fewer follow the first. After a single epoch there are none, and
+    `last` and the changes are NaN.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Course:
 
     @property
     def direction(self) -> int:
-        """1 where the reward rose, -1 where it fell, 0 where it changed by less than twice the standard error.
+        """1 if the reward rose, -1 if it fell, 0 if it changed by less than twice the standard error.
 
-        The variance of an epoch's mean is read off neighbouring epochs, E[d^2] / 2, which a trend hardly enters; the
-        change has that of the first epoch and that of the mean of the last ones.
+        The variance of an epoch's mean is estimated from consecutive epochs, E[d^2] / 2, which a trend barely affects.
+        The variance of the change is that of the first epoch plus that of the mean of the last ones.
         """
         if not self._latest:
             return 0
@@ -56,7 +56,7 @@ class Course:
     def _noise(self, epochs: int) -> float:
         """Twice the standard error of the change from the first epoch to the mean of `epochs`."""
         variance = fmean((after - before) ** 2 for before, after in pairwise(self.means)) / 2
-        rounding = 1e-9 * abs(self.means[0])  # where nothing changed
+        rounding = 1e-9 * abs(self.means[0])  # if nothing changed
         return max(2 * math.sqrt(variance * (1 + 1 / epochs)), rounding)
 
     @property
@@ -65,15 +65,15 @@ class Course:
 
 
 def summary(run: RunFolder) -> str:
-    """What came of the run: a table, a verdict, and where things lie; at most 100 columns but for paths."""
+    """The summary of a run: a table, a verdict and its files; at most 100 columns wide except for paths."""
     metrics = run.metrics()
     if not metrics:
         return f"No epoch has finished yet in {run.path}."
-    (training,), watching = _courses(metrics, "reward"), _courses(metrics, "eval")
-    roles = {course.name: role(course.name, run.config) for course in watching}
-    held_out = [course for course in watching if roles[course.name] == "held out"]
-    verdict = textwrap.fill(_verdict(training, held_out, run), COLUMNS)
-    return "\n\n".join([_table(training, watching, roles), verdict, _facts(run, metrics)])
+    (training,), tracked = _courses(metrics, "reward"), _courses(metrics, "eval")
+    roles = {course.name: role(course.name, run.config) for course in tracked}
+    held_out = [course for course in tracked if roles[course.name] == "held out"]
+    verdict = textwrap.fill(_verdict(training, held_out, run), COLUMNS, break_on_hyphens=False)
+    return "\n\n".join([_table(training, tracked, roles), verdict, _facts(run, metrics)])
 
 
 def _courses(metrics: list[EpochMetrics], kind: str) -> list[Course]:
@@ -87,11 +87,11 @@ def _courses(metrics: list[EpochMetrics], kind: str) -> list[Course]:
     ]
 
 
-def _table(training: Course, watching: list[Course], roles: dict[str, str]) -> str:
+def _table(training: Course, tracked: list[Course], roles: dict[str, str]) -> str:
     rows: list[tuple[str, ...]] = [
         ("reward", "epoch 1", _last_epochs(len(training.means)), "change", "in std of epoch 1")
     ]
-    rows += [_row(training, "trained on"), *(_row(course, roles[course.name]) for course in watching)]
+    rows += [_row(training, "trained on"), *(_row(course, roles[course.name]) for course in tracked)]
     width = max(columns_of(row[0]) for row in rows)
     return "\n".join(f"{padded(name, width)}  {a:>9}  {b:>15}  {c:>9}  {d:>17}" for name, a, b, c, d in rows)
 
@@ -116,20 +116,20 @@ def _row(course: Course, role: str) -> tuple[str, ...]:
 
 def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
     if len(training.means) == 1:
-        return "One epoch has finished: there is no change to tell yet."
+        return "Only one epoch has finished, so there is no change to report yet."
     fallen = [course for course in held_out if course.direction < 0]
     fell = [course.name for course in fallen]
     if training.direction > 0 and fallen:
         return (
-            f"Overoptimisation: {training.name} rose while the held-out {_listed(fell)} fell: later images suit the "
-            f"training reward at the cost of the others. Use an earlier LoRA of this run{_earlier(run, fallen)}, train "
-            "for fewer epochs, or add a KL penalty (--kl.coefficient)."
+            f"Overoptimisation: {training.name} rose while the held-out {_listed(fell)} fell. Later images score well "
+            "on the training reward at the expense of the others. Use an earlier LoRA of this run"
+            f"{_earlier(run, fallen)}, train for fewer epochs, or add a KL penalty (--kl.coefficient)."
         )
     return f"{_training_sentence(training)} {_held_out_sentence(held_out, fell)}"
 
 
 def _earlier(run: RunFolder, fallen: list[Course]) -> str:
-    """The last LoRA that was kept before one of `fallen` fell."""
+    """The last LoRA saved before any of `fallen` fell, as an example; empty if there is none."""
     epochs = range(1, len(fallen[0].means))
     kept = [e for e in epochs if run.lora(e).exists() and not any(course.had_fallen(e) for course in fallen)]
     return f", such as {'/'.join(run.lora(kept[-1]).parts[-2:])}" if kept else ""
@@ -144,7 +144,7 @@ def _training_sentence(training: Course) -> str:
 
 def _held_out_sentence(held_out: list[Course], fell: list[str]) -> str:
     if not held_out:
-        return "No held-out reward watched; --eval-reward adds one, and shows overoptimisation."
+        return "No held-out reward was tracked; add one with --eval-reward to detect overoptimisation."
     if fell:
         return f"The held-out {_listed(fell)} fell."
     rose = [course.name for course in held_out if course.direction > 0]
