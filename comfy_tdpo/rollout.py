@@ -180,7 +180,7 @@ def draw_images(
     batch: int,
     check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The images alone, (B, 3, H, W) in [0, 1], sampled `batch` at a time."""
+    """Only the images, (B, 3, H, W) in [0, 1], sampled `batch` at a time."""
     policy, images = decoder.policy, []
     for begin in range(0, len(prompts), batch):
         rows = slice(begin, begin + batch)

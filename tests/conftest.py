@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made from a seed: everything a policy needs, in a fraction of a second."""
+"""Tiny models with random weights, made from a seed: everything a policy needs, built in a fraction of a second."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A training that trains nothing: it leaves in the run's folder what a real one leaves, at the pace a test gives."""
+"""A fake training: it writes what a real one writes to the run's folder, at a pace set by the test."""
 
 import threading
 from collections.abc import Iterator

@@ -206,7 +206,7 @@ WRONG = {
         ["--prompts", "simple-animals"],
         "shapes-gold can only judge prompts of Shapes",
     ),
-    "more steps than the schedule has": (["--steps", "1000"], "start beyond the 1000"),
+    "more steps than the schedule has": (["--steps", "1000"], "start beyond the 1000 timesteps"),
     "a critic without an encoder": (["--reward", "shapes-gold"], "has no image encoder"),
 }
 

@@ -1,4 +1,4 @@
-"""Layers of the configuration, Table 1's values, and what is said of wrong ones."""
+"""The configuration's layers, the values of Table 1, and the messages about wrong settings."""
 
 import pytest
 

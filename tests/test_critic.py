@@ -1,4 +1,4 @@
-"""The critic: its shape and draw, and that it learns what there is to learn."""
+"""The critic: its shape, its initial weights, and that it can learn."""
 
 import math
 

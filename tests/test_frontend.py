@@ -1,5 +1,5 @@
-"""The live node: what it knows without a page, under Node or Chromium, and what is seen of it, in a real browser with
-ComfyUI's real frontend and server.
+"""The live node: its logic without a page, under Node or Chromium, and what it shows in a real browser with ComfyUI's
+real frontend and server.
 """
 
 import base64

@@ -1,5 +1,5 @@
-"""When memory runs out the micro-batch shrinks and the update stays the same. The error is torch's own, raised by hand:
-what is tested is what the training makes of it.
+"""When memory runs out the micro-batch shrinks and the update stays the same. The error is torch's own but raised
+by the test, which checks how the training reacts.
 """
 
 import pytest

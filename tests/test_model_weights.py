@@ -1,4 +1,4 @@
-"""Weights are loaded as the numbers that they stand for, or the model is refused by the name of what is wrong."""
+"""Weights are loaded with the values they represent, or the model is rejected with a message that names the fault."""
 
 import json
 import shutil

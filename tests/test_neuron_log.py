@@ -1,4 +1,4 @@
-"""Each neuron's record in the run's folder, and what is drawn and told of it."""
+"""Each neuron's record in the run's folder, and the plots and texts made from it."""
 
 import numpy as np
 import pytest

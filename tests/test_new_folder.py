@@ -1,4 +1,4 @@
-"""Where a new run may go and where not, whatever links, file managers and mounts have made of the place."""
+"""Which folders a new run may use, despite links, hidden files of file managers, and missing mounts."""
 
 import os
 from pathlib import Path

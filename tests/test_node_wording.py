@@ -1,4 +1,4 @@
-"""What users of the nodes read of the trainer's messages: the words of widgets and wires, and no command line's."""
+"""The trainer's messages as users of the nodes read them: in words of widgets and wires, not of the command line."""
 
 import ast
 import re

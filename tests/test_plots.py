@@ -1,4 +1,4 @@
-"""What is drawn, from metrics made up here; how it looks is for eyes."""
+"""What the plots show, given made-up metrics; how they look is checked by eye."""
 
 import subprocess
 import sys

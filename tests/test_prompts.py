@@ -1,4 +1,4 @@
-"""Prompts from other systems and programs: read as their author meant them, or refused with what to do."""
+"""Prompts from other systems and programs: read as their author meant them, or rejected with advice."""
 
 import codecs
 import os

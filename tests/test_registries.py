@@ -1,4 +1,4 @@
-"""A process, a family, a reward and a method are added from outside, a line in a registry each, and trained with."""
+"""A process, family, reward and method can each be added from outside with one registry line, and used in training."""
 
 import threading
 from pathlib import Path

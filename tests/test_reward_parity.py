@@ -1,4 +1,4 @@
-"""The learned rewards against upstream's own code, on random weights of a small architecture, and what they promise."""
+"""The learned rewards against upstream's own code, on a small architecture with random weights, and their interface."""
 
 import os
 from pathlib import Path

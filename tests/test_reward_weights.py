@@ -1,4 +1,4 @@
-"""Where published weights are looked for, what is said where they are not there, and that nothing else is loaded."""
+"""Where published weights are searched for, the message if they are missing, and that nothing else is loaded."""
 
 import re
 from pathlib import Path

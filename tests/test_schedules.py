@@ -1,4 +1,4 @@
-"""The schedules of published folders: read as diffusers reads them, and every step of theirs can be trained."""
+"""The schedules of published folders: read as diffusers reads them, and every step can be trained."""
 
 import json
 from pathlib import Path

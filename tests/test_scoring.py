@@ -1,4 +1,4 @@
-"""What a reward thinks of images, as the Score Images node tells it."""
+"""The scores and messages of the Score Images node."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which LoRA of a run is meant, and files that are none."""
+"""Which LoRA of a run is chosen, and files that are not LoRAs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What people read survives the streams it is written to: few characters, few columns, nobody at the other end."""
+"""Text for people survives its output stream: limited encodings, few columns, no reader at the other end."""
 
 import io
 import os

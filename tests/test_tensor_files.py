@@ -1,4 +1,4 @@
-"""Safetensors files against the library's own reader, and headers that lie."""
+"""Safetensors files against the library's own reader, and invalid headers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A training small enough for a test: a tiny random policy and a reward that has something to find."""
+"""A training small enough for a test: a tiny random policy and a simple reward."""
 
 from pathlib import Path
 
