@@ -91,6 +91,24 @@ def test_a_configuration_that_cannot_be():
     assert said.startswith("learning_rate (policy.lr in settings): got 1000.0; input should be")
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        (
+            "micro_batch = 4\nprecision = “bf16”",
+            "line 2, .*: typographic quotes are no quotes in TOML",
+        ),
+        ("micro_batch: 4", "line 1, 'micro_batch: 4': this looks like YAML"),
+        ('{"micro_batch": 4}', "it is JSON; .*: the config.toml of any run in output/tdpo shows one"),
+        ("a = " + "[" * 5000, "its brackets are nested too deeply"),
+    ],
+    ids=["quotes", "YAML", "JSON", "brackets"],
+)
+def test_settings_that_are_no_toml_are_told_what_to_do(text, advice):
+    said = raised(wanted(settings=text).config)
+    assert re.fullmatch(rf"got settings that are no TOML \({advice}.*\); expected lines such as .*", said)
+
+
 def test_a_run_that_would_be_another(tmp_path):
     runs = runs_in(tmp_path)
     begin(runs).wait(30)

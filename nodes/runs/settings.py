@@ -1,11 +1,11 @@
 """From what a Train node is given to a configuration."""
 
-import tomllib
 from dataclasses import dataclass, field
 
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 
 from ...trainer.config import Fields, TrainConfig, make_config, override
+from ...trainer.toml_files import parse_toml
 from .combos import AUTO, check_choice
 from .reward_choice import RewardChoice, joined
 
@@ -77,8 +77,8 @@ class Wanted:
 
     def _more(self) -> Fields:
         try:
-            more = tomllib.loads(self.settings)
-        except (ValueError, RecursionError) as error:  # of TOML, or an endless number or nesting
+            more = parse_toml(self.settings)
+        except ValueError as error:
             raise ValueError(
                 f"got settings that are no TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8.0"
             ) from error
