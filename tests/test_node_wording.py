@@ -18,7 +18,7 @@ from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.start import prepare, start, wait_for
 from comfy_tdpo.nodes.runs.wording import in_words_of_nodes, words_of_nodes
 from comfy_tdpo.rewards import weights
-from comfy_tdpo.trainer.config import TrainConfig, leaf_fields
+from comfy_tdpo.trainer.config import leaf_fields
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 IMAGE = torch.zeros(1, 64, 64, 3)
@@ -79,8 +79,8 @@ def raised(ask) -> str:
 
 
 def test_a_configuration_that_cannot_be():
-    said = raised(wanted(settings="what = 1").config)
-    assert said == "unknown setting 'what'; the config.toml of any run in output/tdpo lists them all"
+    said = raised(wanted(settings="xyzzy = 1").config)
+    assert said == "unknown setting 'xyzzy'; the config.toml of any run in output/tdpo lists them all"
     said = raised(wanted(held_out=RewardChoice({"shapes-aesthetic": 1.0})).config)
     assert said.startswith("held_out lists 'shapes-aesthetic', which is trained on")
     said = raised(wanted(settings="critic.encoder = 'nice'").config)
@@ -88,7 +88,7 @@ def test_a_configuration_that_cannot_be():
     said = raised(wanted(reward=RewardChoice({"shapes-gold": float("nan")})).config)
     assert said.startswith("weight of shapes-gold: got nan")
     said = raised(wanted(numbers={"learning_rate": 1000.0}).config)
-    assert said.startswith("learning_rate (policy.lr in settings): got 1000.0; input should be")
+    assert said.startswith("learning_rate (policy.lr in settings): got 1000.0; expected a number above 0")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,9 @@ def test_a_folder_that_is_no_runs(tmp_path):
     run.path.mkdir(parents=True)
     (run.path / "notes.txt").touch()
     said = raised(lambda: prepare(runs, run, want.config(), want.prompts()))
-    assert (
-        said == f"got a run_name whose folder is {str(run.path)!r}; expected a new or an empty one: choose another name"
+    assert said == (
+        f"got a run_name whose folder is {str(run.path)!r}, which holds 'notes.txt'; expected a new or an empty one: "
+        "choose another name"
     )
 
 
@@ -187,7 +188,7 @@ def test_the_names_are_those_of_settings_and_of_widgets(monkeypatch):
         {socket.id for socket in getattr(import_module(f"comfy_tdpo.nodes.{module}"), name).define_schema().inputs}
         for module, name in (("temporal_critic", "TemporalCritic"), ("train", "Train"))
     )
-    assert {*wording.WIRES, *wording.WIDGETS} <= {name for name, _ in leaf_fields(TrainConfig)}
+    assert {*wording.WIRES, *wording.WIDGETS} <= {name for name, _ in leaf_fields()}
     for widget in wording.WIDGETS.values():
         name, _, where = widget.partition(" of ")
         assert name in (critic if where else train)
