@@ -1,6 +1,6 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals, or ... CHECKOUT lora FILE
+python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals|damaged, or ... CHECKOUT lora FILE
 """
 
 import json
@@ -29,8 +29,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from comfy_tdpo.models.components import load_components  # noqa: E402
 from comfy_tdpo.models.shipped import CONFIGS  # noqa: E402
+from comfy_tdpo.models.stable_diffusion import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
-from comfy_tdpo.policy import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares on a green background"]
@@ -50,12 +50,12 @@ def shapes() -> dict[str, float]:
     ours = load_components(str(WORLD / "pipeline"))
     model, clip, vae = shapes_out.shapes_native()
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
-    embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS)
+    embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS).parts["states"]
     expected = ours.unet(latents, timesteps, embeds).sample
     decoder = models_in.ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {
-        "text": difference(models_in.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS), embeds),
+        "text": difference(models_in.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS).parts["states"], embeds),
         "native unet": difference(model.model.diffusion_model(latents, timesteps, context=embeds), expected),
         "unet from native": difference(models_in.diffusers_unet(model)(latents, timesteps, embeds).sample, expected),
         "decoder": difference(decoder(latents), images),
@@ -153,7 +153,7 @@ def lora(file: str) -> dict[str, float]:
     model, _, _ = shapes_out.shapes_native()
     parts = load_components(str(WORLD / "pipeline"))
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
-    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS)
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
 
     def by_comfyui(patched) -> Tensor:
         patched.patch_model(device_to=CPU)
@@ -232,6 +232,55 @@ def refusals() -> dict[str, str]:
     return {name: refusal(ask) for name, ask in (others | wires).items()}
 
 
+def broken(network: nn.Module, name: str) -> None:
+    """One value of a weight becomes NaN."""
+    with torch.no_grad():
+        network.get_parameter(name).view(-1)[1] = torch.nan
+
+
+class Coded(Tensor):
+    """As a later ComfyUI's QuantizedTensor, as far as it is asked before it is refused."""
+
+    _layout_cls = "TensorCoreFP8Layout"
+
+
+def damaged() -> dict[str, str]:
+    """What a user reads who wires in weights that are NaN, or no numbers."""
+    from comfy_tdpo.trainer.config import make_config
+
+    def refused(wire: str = "", name: str = "", change: Callable = lambda *wires: None) -> str:
+        model, clip, vae = shapes_out.shapes_native()
+        networks = {"MODEL": model.model.diffusion_model, "CLIP": clip.cond_stage_model, "VAE": vae.first_stage_model}
+        if name:
+            broken(networks[wire], name)
+        change(model, networks["MODEL"])
+        wires = models_in.Wires(model, clip, vae)
+        return refusal(lambda: (wires.wanted(reward=None), wires.factory(make_config("shapes"), PROMPTS, CPU)))
+
+    def lora(model, network) -> None:
+        change = torch.full_like(network.input_blocks[0][0].weight, torch.nan)
+        model.add_patches({"diffusion_model.input_blocks.0.0.weight": ("diff", (change,))})
+
+    def coded(model, network) -> None:
+        layer = network.out[2]
+        del layer.weight
+        layer.weight = nn.Parameter(Coded(torch.zeros(4, 4)), requires_grad=False)
+
+    def bytes_(model, network) -> None:
+        network.out[2].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+    return {
+        "as it is": refused(),
+        "NaN in the MODEL": refused("MODEL", "input_blocks.0.0.weight"),
+        "NaN in a LoRA": refused(change=lora),
+        "NaN in the CLIP": refused("CLIP", "clip_l.transformer.text_model.final_layer_norm.weight"),
+        "NaN in the VAE": refused("VAE", "decoder.conv_in.weight"),
+        "NaN in the VAE's encoder": refused("VAE", "encoder.conv_in.weight"),
+        "quantised": refused(change=coded),
+        "integers": refused(change=bytes_),
+    }
+
+
 def refusal(ask: Callable[[], object]) -> str:
     try:
         ask()
@@ -242,6 +291,6 @@ def refusal(ask: Callable[[], object]) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals}
+    questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))
