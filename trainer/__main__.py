@@ -110,24 +110,22 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
         from .assemble import assemble  # seconds, so not before something is said
         from .console import Console
 
-        console = Console(config, first_epoch=len(run.metrics()) + 1)
         try:
-            training = assemble(config, run, stop, console.watch)
-            if stop.is_set():
-                return _complain("stopped while it was loading; nothing is changed", STOPPED)
-            if not training.accelerator.is_main_process:
-                deque(training.epochs(), maxlen=0)  # the main process tells of them
-                return STOPPED if training.stopped else FINISHED
-            console.begin(training.policy.device)
-            if new:
-                run.create(config)  # only now, that everything it needs is loaded
-            for metrics in training.epochs():
-                console.epoch(metrics)
-            return _conclude(run, training.stopped)
+            with Console(config, first_epoch=len(run.metrics()) + 1) as console:
+                training = assemble(config, run, stop, console.watch)
+                if stop.is_set():
+                    return _complain("stopped while it was loading; nothing is changed", STOPPED)
+                if not training.accelerator.is_main_process:
+                    deque(training.epochs(), maxlen=0)  # the main process tells of them
+                    return STOPPED if training.stopped else FINISHED
+                console.begin(training.policy.device)
+                if new:
+                    run.create(config)  # only now, that everything it needs is loaded
+                for metrics in training.epochs():
+                    console.epoch(metrics)
+                return _conclude(run, training.stopped)
         except (OSError, RewardError) as error:
             raise TrainingError(f"{error}; {_what_is_left(run)}") from error
-        finally:
-            console.close()
 
 
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:
