@@ -6,7 +6,7 @@ from .comfy.sockets import CATEGORY, Critic
 
 ACTIVATIONS = ["identity", "relu", "leaky_relu"]
 RESETS = ["active", "dormant", "all", "none"]
-DATA = ["epoch", "first-step"]
+DATA = ["epoch", "first-step", "batch"]
 
 
 class TemporalCritic(io.ComfyNode):
@@ -66,7 +66,8 @@ class TemporalCritic(io.ComfyNode):
                     "activation_data",
                     DATA,
                     default="epoch",
-                    tooltip="What the neurons are measured on: every step of the epoch's images, or the noisiest step.",
+                    tooltip="What the neurons are measured on: every step of the epoch's images, the noisiest step, or "
+                    "a batch of them, as in the authors' code.",
                 ),
             ],
             outputs=[

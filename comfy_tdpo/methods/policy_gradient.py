@@ -119,17 +119,22 @@ class PolicyGradient:
 
     def groups(self, epoch: int) -> list[Pairs]:
         """The epoch's gradient updates, kept on the CPU, so that looking up prompts does not wait for the GPU."""
-        generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
-        samples = self.context.samples
-        rows = torch.randperm(samples, generator=generator)
-        (trained,) = self.policy.process.stochastic.nonzero(as_tuple=True)
-        steps = trained.repeat(samples, 1)  # (N, T), less the steps without noise
-        if self.config.policy.timestep_order == "shuffled":
-            steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
+        rows, steps = self._order(epoch)
         parts = rows.split(self.context.samples_per_update)
         if self.config.updates == "trajectory":
             return [(part.repeat_interleave(steps.shape[1]), steps[part].flatten()) for part in parts]
         return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
+
+    def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The order of the epoch's updates: of samples, int64 (N,), and of each one's steps, (N, T) by its row."""
+        generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
+        samples = self.context.samples
+        rows = torch.randperm(samples, generator=generator)
+        (trained,) = self.policy.process.stochastic.nonzero(as_tuple=True)
+        steps = trained.repeat(samples, 1)  # less the steps without noise
+        if self.config.policy.timestep_order == "shuffled":
+            steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
+        return rows, steps
 
     def update(self, group: Pairs) -> None:
         """Eq. 8-10: one gradient update of policy and critic on the pairs of `group`."""
@@ -210,7 +215,10 @@ class PolicyGradient:
 
     def finish(self, batch: Trajectories) -> Metrics:
         """Eq. 11-12: measure every epoch, reset every F epochs."""
-        metrics = self.neurons.of_critic(batch.image_embeds) if batch.image_embeds is not None else Metrics()
+        metrics = Metrics()
+        if batch.image_embeds is not None:
+            rows, steps = self._order(self.context.epoch + 1)
+            metrics |= self.neurons.of_critic(batch.image_embeds, (rows, steps[rows, -1]))
         if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
             metrics |= self.neurons.of_policy(batch)
         return metrics

@@ -61,9 +61,10 @@ class NeuronSettings(Section):
     activation: NeuronActivation = Field(
         default="relu", description="what is taken of a layer's output to score its neurons"
     )
-    data: Literal["epoch", "first-step"] = Field(
+    data: Literal["epoch", "first-step", "batch"] = Field(
         default="epoch",
-        description="embeddings the critic's neurons are scored on: all of the epoch's, or the noisiest step's",
+        description="embeddings the critic's neurons are scored on: all of the epoch's, the noisiest step's, or those "
+        "of a batch: a quarter of the samples, each at the step it was trained on last (the authors' code)",
     )
 
 
