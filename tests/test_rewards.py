@@ -392,7 +392,7 @@ def test_a_failing_reward_ends_the_run_with_everything_before_it_saved(tmp_path,
     whole = toy_training(new_run(tmp_path / "whole", epochs=2), make_policy)
     list(whole.epochs())
     training = toy_training(new_run(tmp_path / "run", epochs=2), make_policy)
-    training.reward = Failing(raising, good=4 + 1)  # four micro-batches an epoch
+    training.context.reward = Failing(raising, good=4 + 1)  # four micro-batches an epoch
     with pytest.raises(RewardError, match="'brightness' failed"):
         list(training.epochs())
     run = RunFolder.open(tmp_path / "run")
