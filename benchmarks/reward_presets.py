@@ -24,7 +24,7 @@ from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.trainer.run import RunFolder
 
 HERE = Path(__file__).parent
-REFERENCE = runpy.run_path(str(HERE / "reward_reference.py"))
+REFERENCE = runpy.run_path(str(HERE / "reward_inputs.py"))
 MODELS = runpy.run_path(str(HERE / "full_architecture.py"))
 PRESETS = ("aesthetic", "pickscore", "hpsv2")
 FILES = {

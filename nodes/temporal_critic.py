@@ -6,7 +6,7 @@ from .comfy.sockets import CATEGORY, Critic
 
 ACTIVATIONS = ["identity", "relu", "leaky_relu"]
 RESETS = ["active", "dormant", "all", "none"]
-DATA = ["epoch", "first-step"]
+DATA = ["epoch", "first-step", "batch"]
 
 
 class TemporalCritic(io.ComfyNode):
@@ -66,8 +66,8 @@ class TemporalCritic(io.ComfyNode):
                     "activation_data",
                     DATA,
                     default="epoch",
-                    tooltip="Steps on which neurons are measured: all steps of the epoch's images, or only the "
-                    "noisiest.",
+                    tooltip="Steps on which neurons are measured: all steps of the epoch's images, only the noisiest, "
+                    "or those of one batch of images, as in the authors' code.",
                 ),
             ],
             outputs=[

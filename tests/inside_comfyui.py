@@ -1,6 +1,6 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals, or ... CHECKOUT lora FILE
+python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals|damaged, or ... CHECKOUT lora FILE
 """
 
 import json
@@ -232,6 +232,55 @@ def refusals() -> dict[str, str]:
     return {name: refusal(ask) for name, ask in (others | wires).items()}
 
 
+def broken(network: nn.Module, name: str) -> None:
+    """One value of a weight becomes NaN."""
+    with torch.no_grad():
+        network.get_parameter(name).view(-1)[1] = torch.nan
+
+
+class Coded(Tensor):
+    """As a later ComfyUI's QuantizedTensor, as far as it is asked before it is refused."""
+
+    _layout_cls = "TensorCoreFP8Layout"
+
+
+def damaged() -> dict[str, str]:
+    """What a user reads who wires in weights that are NaN, or no numbers."""
+    from comfy_tdpo.trainer.config import make_config
+
+    def refused(wire: str = "", name: str = "", change: Callable = lambda *wires: None) -> str:
+        model, clip, vae = shapes_out.shapes_native()
+        networks = {"MODEL": model.model.diffusion_model, "CLIP": clip.cond_stage_model, "VAE": vae.first_stage_model}
+        if name:
+            broken(networks[wire], name)
+        change(model, networks["MODEL"])
+        wires = models_in.Wires(model, clip, vae)
+        return refusal(lambda: (wires.wanted(reward=None), wires.factory(make_config("shapes"), PROMPTS, CPU)))
+
+    def lora(model, network) -> None:
+        change = torch.full_like(network.input_blocks[0][0].weight, torch.nan)
+        model.add_patches({"diffusion_model.input_blocks.0.0.weight": ("diff", (change,))})
+
+    def coded(model, network) -> None:
+        layer = network.out[2]
+        del layer.weight
+        layer.weight = nn.Parameter(Coded(torch.zeros(4, 4)), requires_grad=False)
+
+    def bytes_(model, network) -> None:
+        network.out[2].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+    return {
+        "as it is": refused(),
+        "NaN in the MODEL": refused("MODEL", "input_blocks.0.0.weight"),
+        "NaN in a LoRA": refused(change=lora),
+        "NaN in the CLIP": refused("CLIP", "clip_l.transformer.text_model.final_layer_norm.weight"),
+        "NaN in the VAE": refused("VAE", "decoder.conv_in.weight"),
+        "NaN in the VAE's encoder": refused("VAE", "encoder.conv_in.weight"),
+        "quantised": refused(change=coded),
+        "integers": refused(change=bytes_),
+    }
+
+
 def refusal(ask: Callable[[], object]) -> str:
     try:
         ask()
@@ -242,6 +291,6 @@ def refusal(ask: Callable[[], object]) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals}
+    questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))

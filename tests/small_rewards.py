@@ -20,7 +20,7 @@ from comfy_tdpo.rewards import aesthetic, clipscore, hpsv2, imagereward, picksco
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 CPU = torch.device("cpu")
-REFERENCE = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "reward_reference.py")))
+REFERENCE = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "reward_inputs.py")))
 LEARNED = (*REFERENCE.REWARDS, "hpsv2.1")
 WITH_ENCODER = tuple(name for name in LEARNED if name != "imagereward")
 

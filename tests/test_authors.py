@@ -13,6 +13,7 @@ Theirs: float32 on a CPU; normalised rewards in float32, returns in float64.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from comfy_tdpo.methods.neurons import (
     reset_neurons,
 )
 from comfy_tdpo.methods.objectives import approximate_kl, clip_fraction, critic_loss, policy_loss
+from comfy_tdpo.process.ddim import make_ddim
+from comfy_tdpo.process.gaussian import log_prob
 from comfy_tdpo.randomness import generator_at
 
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-6}  # short sums in another order
@@ -43,7 +46,7 @@ def golden(name: str) -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "golden" / f"tdpo_{name}.json").read_text())
 
 
-NEURONS, LOSSES, REWARDS, CRITIC = (golden(name) for name in ("neurons", "losses", "rewards", "critic"))
+NEURONS, LOSSES, REWARDS, CRITIC, STEP = (golden(name) for name in ("neurons", "losses", "rewards", "critic", "step"))
 
 
 # --- neurons
@@ -214,6 +217,29 @@ def test_the_critic_is_theirs(reward):
         active = active_masks(recorder.scores(), threshold)
         assert sum(map(len, active.values())) == case["neurons"]
         assert sum(int((~mask).sum()) for mask in active.values()) == count
+
+
+# --- the denoising step
+
+
+@pytest.mark.parametrize("case", STEP["cases"], ids=["50 steps", "20 steps"])
+def test_the_step_and_its_log_probability_are_theirs(case, make_scheduler):
+    """Epsilon prediction and eta 1, at the first step, in the middle, and at the last."""
+    shape = STEP["shape"]
+    count, positions = math.prod(shape), torch.tensor(case["positions"])
+    output, latents = ((1.5 * chirp(count, r, p)).reshape(shape).float() for r, p in ((0.7, 1.1), (0.9, 1.3)))
+    process = make_ddim(make_scheduler(), case["steps"])
+    assert process.times[positions].tolist() == case["timesteps"]
+    step = process.step(output, latents, positions)
+    torch.testing.assert_close(step.mean.flatten(), torch.tensor(case["mean"]), **FLOAT32)
+    torch.testing.assert_close(step.std.flatten(), torch.tensor(case["std"]), **FLOAT32)
+    following = torch.tensor(case["next_latents"]).reshape(shape)
+    expected = torch.tensor(case["log_prob"])
+    # z = (x - mean) / sigma carries the mean's rounding, of 2e-7, over a sigma of 0.02 at the last step
+    torch.testing.assert_close(log_prob(following, step.mean, step.std), expected, rtol=0, atol=1e-5)
+    other = process.step(output + 0.1 * chirp(count, 0.5, 1.4).reshape(shape).float(), latents, positions)
+    expected = torch.tensor(case["log_prob_of_other_output"])
+    torch.testing.assert_close(log_prob(following, other.mean, other.std), expected, rtol=0, atol=1e-5)
 
 
 # --- losses

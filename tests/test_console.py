@@ -1,6 +1,7 @@
 """What the terminal shows of a run, from metrics made up here, against figures worked out by hand."""
 
 import io
+import logging
 import math
 
 import pytest
@@ -134,6 +135,15 @@ def test_drift_within_its_tolerance_is_no_warning():
     assert len(lines_of(metrics_of(1, **{"policy/ratio_drift": 1e-5}))) == 1
 
 
+def test_what_is_logged_as_a_warning_is_told_in_one_line():
+    stream, logger = io.StringIO(), logging.getLogger("comfy_tdpo.models.single_file")
+    with make_console(stream):
+        logger.info("no warning")
+        logger.warning("%s\nis odd", "it")
+    logger.warning("after its end")
+    assert stream.getvalue() == "warning: it is odd\n"
+
+
 # --- the bar
 
 
@@ -173,6 +183,14 @@ def test_a_terminal_gets_the_warning_on_a_line_of_its_own():
     console.epoch(metrics_of(1, **{"policy/ratio_drift": 1e-3}))
     console.close()
     assert "\rwarning: ratio drift 1e-3" in stream.getvalue() and ".\n" in stream.getvalue()
+
+
+def test_a_logged_warning_leaves_the_bar_whole():
+    stream = Terminal()
+    with make_console(stream):
+        logging.getLogger("comfy_tdpo.trainer.training").warning("a prompt is too long")
+    before, _, after = stream.getvalue().partition("\rwarning: a prompt is too long\n")
+    assert before.startswith("\repochs 0/40 |") and after.startswith("\repochs 0/40 |")
 
 
 # --- the summary

@@ -73,3 +73,23 @@ def test_a_models_name_tells_it_from_others(lora_file):
 )
 def test_what_cannot_be_trained_is_refused_in_one_sentence(what, message):
     assert message in ask("refusals")[what] and "\n" not in ask("refusals")[what]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("NaN in the MODEL", "got a MODEL whose weight input_blocks.0.0.weight holds NaN or infinity (1 of"),
+        ("NaN in a LoRA", "got a LoRA on the MODEL that makes input_blocks.0.0.weight NaN or infinite"),
+        (
+            "NaN in the CLIP",
+            "got a CLIP whose weight clip_l.transformer.text_model.final_layer_norm.weight holds",
+        ),
+        ("NaN in the VAE", "got a VAE whose weight decoder.conv_in.weight holds NaN or infinity (1 of"),
+        ("quantised", "got a MODEL that is quantised: out.2.weight is stored as TensorCoreFP8Layout; expected weights"),
+        ("integers", "got a MODEL that is quantised: out.2.weight is stored as uint8; expected weights in fp32"),
+        ("as it is", "was not refused"),
+        ("NaN in the VAE's encoder", "was not refused"),  # it only decodes
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(what, message):
+    assert message in ask("damaged")[what] and "\n" not in ask("damaged")[what]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy import new_run, toy_training
 
 from comfy_tdpo.methods.critic import TemporalCritic
 from comfy_tdpo.methods.neurons import (
@@ -232,6 +233,52 @@ def test_the_mean_of_several_processes_is_taken_before_scores_are_relative(gener
     got = parts[0].scores(reduce=lambda mean: (mean + next(others)) / 2)
     for name, score in whole.scores().items():
         torch.testing.assert_close(got[name], score, rtol=1e-5, atol=1e-6)  # float32 sums of 30 and 60 rows
+
+
+# --- the data they are scored on
+
+
+def scored(path, make_policy, **overrides) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """A training of one epoch: the scores of the first layer, its weighted sums, (N, T, H), and the updates' pairs."""
+    training = toy_training(new_run(path, epochs=1, **overrides), make_policy)
+    method, pairs, found = training.method, [], {}
+    update, finish = method.update, method.finish
+    method.update = lambda group: pairs.append(group) or update(group)
+
+    def keep(batch):
+        found["outputs"] = method.critic.layers[0](batch.image_embeds)
+        return finish(batch)
+
+    method.finish = keep
+    training.context.record = lambda epoch, scores, reset: found.update(scores=scores["layers.0"])
+    list(training.epochs())
+    return found["scores"], found["outputs"], pairs
+
+
+@pytest.mark.parametrize("order", ["shuffled", "denoising"])
+@pytest.mark.parametrize("data", ["epoch", "first-step", "batch"])
+def test_the_critics_neurons_are_scored_on_the_data_that_is_asked_for(data, order, make_policy, tmp_path):
+    settings = {"policy": {"timestep_order": order}, "neurons": {"data": data}}
+    scores, outputs, pairs = scored(tmp_path / "run", make_policy, **settings)
+    (first_rows, first_steps), _ = pairs[-2:]  # two updates at each of three positions; these are at the last one
+    assert len(pairs) == 6 and len(first_rows) == 4
+    if order == "denoising":
+        assert first_steps.tolist() == [2] * 4
+    chosen = {
+        "epoch": outputs,
+        "first-step": outputs[:, 0],
+        "batch": torch.stack([outputs[row, step] for row, step in zip(first_rows[:2], first_steps[:2], strict=True)]),
+    }[data]
+    # float32 means of two to 24 rows
+    np.testing.assert_allclose(scores.numpy(), brute_force_scores([chosen.numpy()], 0.0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_is_the_same_whatever_the_micro_batch(make_policy, tmp_path):
+    settings = {"neurons": {"data": "batch"}}
+    runs = [scored(tmp_path / f"{size}", make_policy, micro_batch=size, **settings) for size in (1, 4)]
+    (scores, _, _), (others, _, _) = runs
+    torch.testing.assert_close(scores, others, rtol=1e-3, atol=1e-3)  # after six updates on sums in another order
+    assert scores.unique().numel() > 100
 
 
 # --- masks and their overlap

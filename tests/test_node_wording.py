@@ -88,7 +88,25 @@ def test_a_configuration_that_cannot_be():
     said = raised(wanted(reward=RewardChoice({"shapes-gold": float("nan")})).config)
     assert said.startswith("weight of shapes-gold: got nan")
     said = raised(wanted(numbers={"learning_rate": 1000.0}).config)
-    assert said.startswith("learning_rate (policy.lr in settings): got 1000.0; expected a number")
+    assert said.startswith("learning_rate (policy.lr in settings): got 1000.0; expected a number above 0")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        (
+            "micro_batch = 4\nprecision = “bf16”",
+            "line 2, .*: typographic quotes are no quotes in TOML",
+        ),
+        ("micro_batch: 4", "line 1, 'micro_batch: 4': this looks like YAML"),
+        ('{"micro_batch": 4}', "it is JSON; .*: the config.toml of any run in output/tdpo shows one"),
+        ("a = " + "[" * 5000, "its brackets are nested too deeply"),
+    ],
+    ids=["quotes", "YAML", "JSON", "brackets"],
+)
+def test_settings_that_are_no_toml_are_told_what_to_do(text, advice):
+    said = raised(wanted(settings=text).config)
+    assert re.fullmatch(rf"got settings that are not TOML \({advice}.*\); expected lines such as .*", said)
 
 
 def test_a_run_that_would_be_another(tmp_path):

@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from toy import new_run, toy_training
 
 import comfy_tdpo.prompts
+from comfy_tdpo.models import describe_unread
 from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 from comfy_tdpo.prompts.length import describe_cut, too_long
@@ -186,4 +188,32 @@ def test_prompts_longer_than_clip_reads_are_found(family):
     assert (found.prompt, found.tokens, found.limit, found.read) == (cut, 78, 77, fits.strip())
     assert [found.read for found in too_long(tokenizer, ["a red fox"], limit=4)] == ["a red"]
     message = describe_cut(too_long(tokenizer, [cut, cut + " cat"]))
-    assert "2 prompts are longer" in message and "has 79 tokens, the limit is 77" in message
+    assert "2 prompts are longer" in message and "has 79 tokens of at most 77" in message
+    message = describe_cut(too_long(tokenizer, ["a red fox"], limit=4))
+    assert message == (
+        "a prompt is longer than the text encoder reads: 'a red fox' has 5 tokens of at most 4 and is read up to "
+        "'a red'; shorten it: the model never sees the rest"
+    )
+
+
+LONG = "a red circle " * 5  # of words that are a token each; the tiny encoder reads 16, with those of start and end
+
+
+def ours(records):
+    return [record for record in records if record.name.startswith("comfy_tdpo")]
+
+
+def test_a_training_warns_once_of_prompts_that_its_model_does_not_read_to_their_end(make_policy, tmp_path, caplog):
+    run = new_run(tmp_path / "run", prompts=str(written(tmp_path, f"a blue square\n{LONG}")))
+    training = toy_training(run, make_policy)
+    (record,) = ours(caplog.records)
+    assert record.levelname == "WARNING"
+    assert record.message.startswith("a prompt is longer than the text encoder reads: ")
+    assert "has 17 tokens of at most 16 and is read up to" in record.message
+    training.policy.model.encode = lambda prompts: None  # of no known limit, as for prompts that came encoded
+    assert describe_unread(training.policy.model, [LONG]) == ""
+
+
+def test_prompts_that_are_read_whole_are_no_warning(make_policy, tmp_path, caplog):
+    toy_training(new_run(tmp_path / "run"), make_policy)
+    assert not ours(caplog.records)

@@ -18,7 +18,7 @@ VARIANTS = {
     "tdpo-r": {},
     "tdpo-r with kl and resets of the policy": {
         "kl": {"coefficient": 0.1, "target": 1.0, "horizon": 50},
-        "neurons": {"every": 2, "policy_reset": "dormant"},
+        "neurons": {"every": 2, "policy_reset": "dormant", "data": "batch"},
     },
     "ddpo-2": {"algorithm": "ddpo-2"},
     "ddpo-100": {"algorithm": "ddpo-100"},

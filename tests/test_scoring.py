@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from comfy_tdpo.nodes.comfy import scoring
-from comfy_tdpo.nodes.comfy.scoring import captioned, described, prompt_of_each, score
+from comfy_tdpo.nodes.comfy.scoring import captioned, described, opaque, prompt_of_each, score
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.rewards import RewardError, load_reward
+from comfy_tdpo.trainer.image_files import read_image
 
 CPU = torch.device("cpu")
 
@@ -55,11 +57,29 @@ def test_a_reward_is_loaded_from_its_file():
         score(images(1), [""], choice, CPU)
 
 
-def test_transparency_is_passed_over():
+def test_transparent_images_are_flattened_on_white():
     choice = RewardChoice({"shapes-aesthetic": 1.0})
     batch = images(2, channels=4)
-    assert score(batch, ["", ""], choice, CPU) == score(batch[..., :3], ["", ""], choice, CPU)
-    assert captioned(batch, [1.0, 2.0]).shape[-1] == 3
+    colours, alpha = batch[..., :3], batch[..., 3:]
+    on_white = colours * alpha + (1 - alpha)
+    assert score(batch, ["", ""], choice, CPU) == score(on_white, ["", ""], choice, CPU)
+    assert score(batch, ["", ""], choice, CPU) != score(colours, ["", ""], choice, CPU)
+    shown = captioned(batch, [1.0, 2.0])
+    assert shown.shape[-1] == 3
+    torch.testing.assert_close(shown[:, :64], on_white, rtol=0, atol=0.5 / 255 + 1e-6)  # of eight bits
+
+
+def test_a_node_and_the_command_line_see_the_same_image(tmp_path):
+    levels = (images(1, channels=4)[0] * 255).round().byte()
+    Image.fromarray(levels.numpy()).save(tmp_path / "a.png")
+    from_file = read_image(tmp_path / "a.png").movedim(1, -1)
+    torch.testing.assert_close(opaque(levels[None] / 255), from_file, rtol=0, atol=1.01 / 255)  # Pillow rounds
+
+
+def test_flattening_leaves_the_images_that_came_in_as_they_are():
+    batch = images(2)
+    opaque(batch).zero_()
+    assert batch.max() > 0
 
 
 def test_a_small_scale_is_not_rounded_away():
@@ -72,9 +92,10 @@ def test_a_small_scale_is_not_rounded_away():
     [
         (images(1), 0.0, "the weights of jpeg-compressibility are all 0; give at least one reward another weight"),
         (images(1, channels=1), 1.0, "got images with 1 channels; expected 3"),
+        (images(1, channels=5), 1.0, "got images with 5 channels; expected 3"),
         (images(1) * torch.nan, 1.0, "got images that are not finite for reward 'jpeg-compressibility'"),
     ],
-    ids=["no weight", "grey", "NaN"],
+    ids=["no weight", "grey", "five channels", "NaN"],
 )
 def test_what_cannot_be_scored_is_one_sentence(batch, weight, message):
     with pytest.raises((ValueError, RewardError), match=message):

@@ -236,7 +236,7 @@ from comfy_tdpo.models.shipped import CONFIGS
 save_file(to_ldm(random_pipeline(CONFIGS / "sd1")), {path!r})
 """
 
-# The files of the rewards that they name, as benchmarks/reward_reference.py makes them -> where they are put.
+# The files of the rewards that they name, as benchmarks/reward_inputs.py makes them -> where they are put.
 REWARD_FILES = {
     "aesthetic/aesthetic-model.pth": "aesthetic-model.pth",
     "aesthetic/model.safetensors": "clip-vit-large-patch14/model.safetensors",
@@ -246,7 +246,7 @@ REWARD_FILES = {
 
 def make_reward_files(folder: Path) -> None:
     """The true architectures with random weights."""
-    make = runpy.run_path(str(ROOT / "benchmarks" / "reward_reference.py"))
+    make = runpy.run_path(str(ROOT / "benchmarks" / "reward_inputs.py"))
     for file, place in REWARD_FILES.items():
         make["save"](folder / place, make["published"](file))
     words = make["bert_vocabulary"](make["BLIPS"]["full"][1][3] - 2)

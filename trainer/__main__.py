@@ -110,24 +110,22 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
         from .assemble import assemble  # takes seconds to import, so after the first message
         from .terminal.console import Console
 
-        console = Console(config, first_epoch=len(run.metrics()) + 1)
         try:
-            training = assemble(config, run, stop, console.watch)
-            if stop.is_set():
-                return _complain("stopped while loading; nothing was changed", STOPPED)
-            if not training.accelerator.is_main_process:
-                deque(training.epochs(), maxlen=0)  # only the main process reports them
-                return STOPPED if training.stopped else FINISHED
-            console.begin(training.policy.device)
-            if new:
-                run.create(config)  # only once everything has been loaded
-            for metrics in training.epochs():
-                console.epoch(metrics)
-            return _conclude(run, training.stopped)
+            with Console(config, first_epoch=len(run.metrics()) + 1) as console:
+                training = assemble(config, run, stop, console.watch)
+                if stop.is_set():
+                    return _complain("stopped while loading; nothing was changed", STOPPED)
+                if not training.accelerator.is_main_process:
+                    deque(training.epochs(), maxlen=0)  # only the main process reports them
+                    return STOPPED if training.stopped else FINISHED
+                console.begin(training.policy.device)
+                if new:
+                    run.create(config)  # only once everything has been loaded
+                for metrics in training.epochs():
+                    console.epoch(metrics)
+                return _conclude(run, training.stopped)
         except (OSError, RewardError) as error:
             raise TrainingError(f"{error}; {_what_is_left(run)}") from error
-        finally:
-            console.close()
 
 
 def _resumed_config(args: argparse.Namespace, run: RunFolder) -> TrainConfig:

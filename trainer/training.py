@@ -5,6 +5,7 @@ What an algorithm itself samples, aims at and updates is up to its Method; see c
 Shapes: N samples of an epoch in this process, T denoising steps.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from comfy_tdpo.memory import (
 )
 from comfy_tdpo.methods import make_method
 from comfy_tdpo.methods.context import Context, Progress
+from comfy_tdpo.models import describe_unread
 from comfy_tdpo.optimizers import adamw
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
@@ -36,6 +38,8 @@ from .run import EpochMetrics, RunFolder
 from .run.identity import identity
 from .run.neuron_log import append_neurons
 from .state import TrainState, Watch
+
+logger = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-5  # the largest |ratio - 1| expected before the first update of an epoch
 
@@ -75,7 +79,12 @@ class Training:
         self.method = make_method(config.algorithm, self.context)
         self.state = TrainState(self.context, self.method, identity(config, policy, self.prompts))
         grid_prompts = run.grid_prompts(config)
+        self._warn_of_long_prompts([*self.prompts, *grid_prompts])
         self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, grid_prompts, self.watch)
+
+    def _warn_of_long_prompts(self, prompts: list[str]) -> None:
+        if self.accelerator.is_main_process and (unread := describe_unread(self.policy.model, prompts)):
+            logger.warning("%s", unread)
 
     def _context(self, reward: RewardModel, eval_rewards: dict[str, RewardModel]) -> Context:
         config, policy = self.config, self.policy

@@ -13,6 +13,8 @@ from . import Metrics, TensorGroup, neurons
 from .context import Context
 from .critic import TemporalCritic
 
+BATCHES = 4  # in which the authors draw an epoch's samples, 4 times 8 in each process
+
 
 class NeuronStates:
     """Measures the neurons after the updates of an epoch, and resets them every F epochs.
@@ -25,20 +27,34 @@ class NeuronStates:
         self.critic, self.critic_optimizer = critic, critic_optimizer
         self.active: dict[str, TensorGroup] = {}
 
-    def of_critic(self, image_embeds: Tensor) -> Metrics:
-        """Measure and reset the critic's neurons, on the embeddings of the epoch, (N, T, D)."""
+    def of_critic(self, image_embeds: Tensor, last: tuple[Tensor, Tensor]) -> Metrics:
+        """Measure and reset the critic's neurons, on the embeddings of the epoch, (N, T, D).
+
+        last: the rows in the order of the epoch's updates, and the step on which each was last trained, both int64 (N,).
+        """
         assert self.critic is not None and self.critic_optimizer is not None, (
             "there are embeddings only if there is a critic"
         )
-        embeds = image_embeds[:, :1] if self.config.data == "first-step" else image_embeds
         layers = neurons.critic_layers(self.critic)
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
-            self.critic(embeds.flatten(0, 1))
+            self.critic(self._data(image_embeds, *last))
         scores = self._scores(recorder)
         metrics = self._measure("neurons", scores, self.config.threshold)
         masks = self._to_reset("neurons", self.config.reset)
         self.context.record(self.context.epoch + 1, scores, masks)
         return metrics | self._reset("neurons", masks, layers, self.critic_optimizer)
+
+    def _data(self, image_embeds: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+        """The embeddings, (M, D), on which the critic's neurons are scored.
+
+        "batch" is the authors' choice: the first of an epoch's four sampling batches, after its samples and the steps
+        of each were shuffled for the updates, at the last position. That is a quarter of each process's samples; if
+        steps are shuffled, each sample has a step of its own. The micro-batch, which depends on memory, plays no part.
+        """
+        if self.config.data == "batch":
+            size = max(1, len(rows) // BATCHES)
+            return image_embeds[rows[:size], steps[:size]]
+        return (image_embeds[:, :1] if self.config.data == "first-step" else image_embeds).flatten(0, 1)
 
     def of_policy(self, batch: Trajectories) -> Metrics:
         """Measure and reset the LoRA's neurons, on the first micro-batch of the epoch, at every step."""

@@ -120,6 +120,14 @@ class PolicyGradient:
 
     def groups(self, epoch: int) -> list[Pairs]:
         """The epoch's gradient updates, kept on the CPU so that looking up prompts does not wait for the GPU."""
+        rows, steps = self._order(epoch)
+        parts = rows.split(self.context.samples_per_update)
+        if self.config.updates == "trajectory":
+            return [(part.repeat_interleave(steps.shape[1]), steps[part].flatten()) for part in parts]
+        return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
+
+    def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The order of the epoch's updates: of the samples, int64 (N,), and of the steps of each row, (N, T)."""
         generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
         samples = self.context.samples
         rows = torch.randperm(samples, generator=generator)
@@ -127,10 +135,7 @@ class PolicyGradient:
         steps = trained.repeat(samples, 1)  # (N, T), without the steps that have no noise
         if self.config.policy.timestep_order == "shuffled":
             steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
-        parts = rows.split(self.context.samples_per_update)
-        if self.config.updates == "trajectory":
-            return [(part.repeat_interleave(steps.shape[1]), steps[part].flatten()) for part in parts]
-        return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
+        return rows, steps
 
     def update(self, group: Pairs) -> None:
         """Eq. 8-10: one gradient update of the policy and the critic on the pairs in `group`."""
@@ -211,7 +216,10 @@ class PolicyGradient:
 
     def finish(self, batch: Trajectories) -> Metrics:
         """Eq. 11-12: measure the neurons every epoch and reset them every F epochs."""
-        metrics = self.neurons.of_critic(batch.image_embeds) if batch.image_embeds is not None else Metrics()
+        metrics = Metrics()
+        if batch.image_embeds is not None:
+            rows, steps = self._order(self.context.epoch + 1)
+            metrics |= self.neurons.of_critic(batch.image_embeds, (rows, steps[rows, -1]))
         if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
             metrics |= self.neurons.of_policy(batch)
         return metrics

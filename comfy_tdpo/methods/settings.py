@@ -65,10 +65,11 @@ class NeuronSettings(Section):
     activation: NeuronActivation = Field(
         default="relu", description="function applied to a layer's output before its neurons are scored"
     )
-    data: Literal["epoch", "first-step"] = Field(
+    data: Literal["epoch", "first-step", "batch"] = Field(
         default="epoch",
-        description="embeddings on which the critic's neurons are scored, either all of an epoch's or only those of "
-        "its noisiest step",
+        description="embeddings on which the critic's neurons are scored: all of an epoch's, only those of its "
+        "noisiest step, or those of one batch, a quarter of the samples, each at the step it was last trained on (the "
+        "authors' code)",
     )
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from .conditioning import Conditioning
 
-PromptEncoder = Callable[[list[str]], "Conditioning"]  # on the model's device
+# On the model's device. One that reads only so much of a prompt has a method `cut`, see `describe_unread`.
+PromptEncoder = Callable[[list[str]], "Conditioning"]
 
 
 class LatentDecoder(Protocol):
@@ -108,6 +109,12 @@ class Family(Protocol):
 # name -> "module:attribute", where the attribute is a Family. The first that recognizes a source loads it. The last one
 # accepts every source and raises an error that says what is expected if it cannot load it.
 FAMILIES = {"stable-diffusion": "comfy_tdpo.models.stable_diffusion:FAMILY"}
+
+
+def describe_unread(model: DiffusionModel, prompts: list[str]) -> str:
+    """One line for a user about those of `prompts` that the model would not read to their end; empty where it does."""
+    cut: Callable[[list[str]], str] | None = getattr(model.encode, "cut", None)
+    return cut(prompts) if cut else ""
 
 
 def load_model(source: str, dtype: torch.dtype, prediction_type: str | None = None) -> DiffusionModel:

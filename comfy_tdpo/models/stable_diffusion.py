@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..prompts.length import describe_cut, too_long
 from . import LatentDecoder, PromptEncoder
 from .conditioning import Conditioning, TensorConditioning
 from .lora import UNetLora
@@ -38,6 +39,11 @@ class ClipText:
         return TensorConditioning(
             states=self.network(input_ids=tokens.input_ids.to(self.network.device)).last_hidden_state
         )
+
+    def cut(self, prompts: list[str]) -> str:
+        """One line about those of `prompts` that are longer than it reads; empty where none is."""
+        found = too_long(self.tokenizer, prompts, self.length)
+        return describe_cut(found) if found else ""
 
 
 class Autoencoder:

@@ -31,6 +31,7 @@ from ...trainer.config import TrainConfig
 from ...trainer.job import TrainingFactory
 from ..runs.settings import Wanted
 from .shapes_out import is_shapes
+from .weights_in import check_baked, check_decoder, check_embeds, check_plain
 
 SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
 
@@ -55,13 +56,14 @@ class Wires:
                     f"got no {name}, as the checkpoint has none; expected one: load it from a separate file"
                 )
         diffusers_config(self.model)
+        check_plain(self.model.model.diffusion_model)
         return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
 
     def factory(self, config: TrainConfig, prompts: list[str], device: torch.device) -> TrainingFactory:
         """A factory of the Training, with copies of the three models.
 
         Raises:
-            ValueError: the three do not belong together.
+            ValueError: the three do not belong together, or weights are not finite.
         """
         encode, decode = EncodedPrompts(self.clip, prompts, device), ComfyDecoder(self.vae, self.model)
         expected = diffusers_config(self.model)["cross_attention_dim"]
@@ -126,14 +128,19 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
 
 
 def baked_weights(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies of the U-Net's weights, patched in float32 as ComfyUI would patch them, in `dtype` on the CPU."""
+    """Copies of the U-Net's weights, patched in float32 as ComfyUI would patch them, in `dtype` on the CPU.
+
+    Raises:
+        ValueError: one is not finite.
+    """
     prefix, weights = "diffusion_model.", {}
     for key, ((weight, convert), *patches) in model.get_key_patches(prefix).items():
         weight = weight.to("cpu", torch.float32, copy=True)
         if convert is not None:
             weight = convert(weight, inplace=True)
-        weight = comfy.lora.calculate_weight(patches, weight, key) if patches else weight
-        weights[key.removeprefix(prefix)] = weight.to(dtype)
+        baked = comfy.lora.calculate_weight(patches, weight.clone(), key) if patches else weight
+        check_baked(weight, baked, dtype, key.removeprefix(prefix))
+        weights[key.removeprefix(prefix)] = baked.to(dtype)
     return weights
 
 
@@ -186,11 +193,16 @@ class EncodedPrompts:
     Args:
         clip: the CLIP; prompts: all that will ever be needed; the empty one is always included.
         device: where to return the embeddings, which are kept in main memory.
+
+    Raises:
+        ValueError: an embedding is not finite.
     """
 
     def __init__(self, clip: comfy.sd.CLIP, prompts: list[str], device: torch.device):
         self._device = device
         embeds = {prompt: clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in dict.fromkeys([*prompts, ""])}
+        for prompt, embed in embeds.items():
+            check_embeds(prompt, embed, clip.cond_stage_model)
         # long prompts have longer embeddings; repeating a whole embedding does not change cross-attention
         length = math.lcm(*(embed.shape[1] for embed in embeds.values()))
         with torch.inference_mode(False), torch.no_grad():
@@ -214,7 +226,7 @@ class ComfyDecoder:
         vae: the VAE; model: the MODEL, which defines how latents are scaled.
 
     Raises:
-        ValueError: the two do not belong together.
+        ValueError: the two do not belong together, or a weight is not finite.
     """
 
     def __init__(self, vae: comfy.sd.VAE, model: comfy.model_patcher.ModelPatcher):
@@ -224,6 +236,7 @@ class ComfyDecoder:
             raise ValueError(
                 f"got a VAE with {got} latent channels; expected {expected}: use the VAE of the MODEL's checkpoint"
             )
+        check_decoder(vae.first_stage_model)
         self.factor, self._dtype = vae.downscale_ratio, vae.vae_dtype
         self._process_output, self._process_latents = vae.process_output, model.model.latent_format.process_out
         with torch.inference_mode(False):

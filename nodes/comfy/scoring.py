@@ -1,6 +1,7 @@
 """Scores images with a reward: as numbers, as text, and as captions below the images.
 
-Shapes: B images, H W pixels; ComfyUI's images are float (B, H, W, 3) in [0, 1].
+Shapes: B images, H W pixels; ComfyUI's images are float (B, H, W, 3) in [0, 1], and some nodes add alpha as a fourth
+channel.
 """
 
 import statistics
@@ -43,14 +44,30 @@ def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torc
     The model is loaded outside of inference mode: a training on another thread may share the instance, and could not
     use tensors that were made in inference mode.
     """
-    if images.shape[-1] < 3:
-        raise ValueError(f"got images with {images.shape[-1]} channels; expected 3: red, green and blue")
     with torch.inference_mode(False), torch.no_grad():
         model = load_rewards(reward.weights, device, weights=reward.files)
         model.check_prompts(prompts)
-        pixels = images[..., :3].clone().float().movedim(-1, 1)  # (B, 3, H, W)
+        pixels = opaque(images).movedim(-1, 1)  # (B, 3, H, W)
         parts = zip(pixels.split(SCORED_AT_ONCE), _split(prompts), strict=True)
         return [value for part, lines in parts for value in score_images(model, part.to(device), lines).tolist()]
+
+
+def opaque(images: Tensor) -> Tensor:
+    """A copy in float32 without alpha, (B, H, W, 3); transparent images are flattened on white, as image files are.
+
+    Raises:
+        ValueError: they have neither 3 nor 4 channels.
+    """
+    channels = images.shape[-1]
+    if channels not in (3, 4):
+        raise ValueError(
+            f"got images of {channels} channels; expected 3 (red, green and blue), or 4 with alpha: convert them to RGB"
+        )
+    colours = images[..., :3].to(torch.float32, copy=True)
+    if channels == 3:
+        return colours
+    alpha = images[..., 3:].float()
+    return colours * alpha + (1 - alpha)
 
 
 def _split(prompts: list[str]) -> list[list[str]]:
@@ -69,7 +86,7 @@ def captioned(images: Tensor, scores: list[float]) -> Tensor:
     strip = max(12, width // 6)
     font = ImageFont.load_default(size=0.7 * strip)
     rows = []
-    for pixels, value in zip((images[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy(), scores, strict=True):
+    for pixels, value in zip((opaque(images).clamp(0, 1) * 255).round().byte().cpu().numpy(), scores, strict=True):
         canvas = Image.new("RGB", (width, height + strip), "white")
         canvas.paste(Image.fromarray(pixels))
         place = (width / 2, height + strip / 2)

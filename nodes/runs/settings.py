@@ -1,11 +1,11 @@
 """Builds a configuration from a Train node's inputs."""
 
-import tomllib
 from dataclasses import dataclass, field
 
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 
 from ...trainer.config import Fields, TrainConfig, make_config, override
+from ...trainer.toml_files import parse_toml
 from .combos import AUTO, check_choice
 from .reward_choice import RewardChoice, joined
 
@@ -79,8 +79,8 @@ class Wanted:
 
     def _more(self) -> Fields:
         try:
-            more = tomllib.loads(self.settings)
-        except (ValueError, RecursionError) as error:  # invalid TOML, or too long a number or nesting
+            more = parse_toml(self.settings)
+        except ValueError as error:
             raise ValueError(
                 f"got settings that are not TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8"
             ) from error

@@ -1,11 +1,13 @@
 """What the terminal shows while a run trains: a progress bar, or one line per epoch."""
 
+import logging
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from statistics import fmean
-from typing import TextIO
+from typing import Self, TextIO
 
 from tqdm import tqdm
 
@@ -17,12 +19,14 @@ from .streams import SafeStream, encodable
 
 PACE = 5  # latest epochs whose mean duration gives the ETA
 NARROW = 50  # columns; on narrower terminals, a bar would leave no room for text
+LOGGER = logging.getLogger("comfy_tdpo")  # the library's, the trainer's and the nodes'
 
 
 class Console:
     """One progress bar for the whole run on a terminal; one plain line per epoch elsewhere, or if TERM is dumb.
 
-    A stream that fails, or cannot encode a character, does not end the training.
+    Inside `with`, it also prints the warnings that the program logs, each on a line of its own beside the bar, and it
+    is closed at the end. A stream that fails, or cannot encode a character, does not end the training.
 
     Args:
         config: the run's configuration; first_epoch: the first epoch to run, above 1 in a resumed run.
@@ -36,6 +40,15 @@ class Console:
         self._results, self._held_out, self._warned = "", "", False
         has_bar = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self._bar = self._make_bar(first_epoch - 1) if has_bar else None
+
+    def __enter__(self) -> Self:
+        self._handler = _Telling(self._print)
+        LOGGER.addHandler(self._handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        LOGGER.removeHandler(self._handler)
+        self.close()
 
     def _make_bar(self, done: int) -> tqdm:
         columns, bar_format = self._layout()
@@ -113,6 +126,17 @@ class Console:
             print(line, file=self.stream, flush=True)
         else:
             self._bar.write(line, file=self.stream)
+
+
+class _Telling(logging.Handler):
+    """Tells warnings, and what is worse, in one line each."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
 
 
 def _epoch_line(metrics: EpochMetrics, epochs: int, eta: str) -> str:
