@@ -1,12 +1,12 @@
 """The temporal critic's settings; the defaults are the paper's."""
 
+from typing import get_args
+
 from comfy_api.latest import io
 
-from .comfy.sockets import CATEGORY, Critic
+from comfy_tdpo.methods.settings import CriticActivation, NeuronData, Neurons
 
-ACTIVATIONS = ["identity", "relu", "leaky_relu"]
-RESETS = ["active", "dormant", "all", "none"]
-DATA = ["epoch", "first-step"]
+from .comfy.sockets import CATEGORY, Critic
 
 
 class TemporalCritic(io.ComfyNode):
@@ -21,7 +21,7 @@ class TemporalCritic(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "activation",
-                    ACTIVATIONS,
+                    list(get_args(CriticActivation)),
                     default="identity",
                     tooltip="Between the critic's layers. Identity is what the authors' code does; the paper speaks of "
                     "the other two.",
@@ -46,7 +46,7 @@ class TemporalCritic(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reset",
-                    RESETS,
+                    list(get_args(Neurons)),
                     default="active",
                     tooltip="Which neurons are drawn anew: the active (TDPO-R), the dormant, all, or none (TDPO).",
                 ),
@@ -64,7 +64,7 @@ class TemporalCritic(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "activation_data",
-                    DATA,
+                    list(get_args(NeuronData)),
                     default="epoch",
                     tooltip="What the neurons are measured on: every step of the epoch's images, or the noisiest step.",
                 ),

@@ -6,8 +6,10 @@ from pydantic import Field, model_validator
 
 from ..settings import Count, MethodSettings, OptimizerSettings, PolicySettings, Positive, Rate, Section, Unset
 
+CriticActivation = Literal["identity", "relu", "leaky_relu"]
 NeuronActivation = Literal["relu", "leaky_relu"]
-Neurons = Literal["none", "active", "dormant", "all"]
+NeuronData = Literal["epoch", "first-step"]
+Neurons = Literal["active", "dormant", "all", "none"]
 
 
 class ClippedPolicySettings(PolicySettings):
@@ -27,7 +29,7 @@ class CriticSettings(OptimizerSettings):
     """The temporal critic and its update (Eq. 9-10)."""
 
     enabled: bool = Field(default=True, description="whether there is a critic at all; without one it is DDPO")
-    activation: Literal["identity", "relu", "leaky_relu"] = Field(
+    activation: CriticActivation = Field(
         default="identity",
         description="between the layers; identity is the authors' code, the others are the paper's words",
     )
@@ -61,7 +63,7 @@ class NeuronSettings(Section):
     activation: NeuronActivation = Field(
         default="relu", description="what is taken of a layer's output to score its neurons"
     )
-    data: Literal["epoch", "first-step"] = Field(
+    data: NeuronData = Field(
         default="epoch",
         description="embeddings the critic's neurons are scored on: all of the epoch's, or the noisiest step's",
     )
