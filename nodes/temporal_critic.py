@@ -1,12 +1,12 @@
 """The temporal critic's settings; the defaults are the paper's."""
 
+from typing import get_args
+
 from comfy_api.latest import io
 
-from .comfy.sockets import CATEGORY, Critic
+from comfy_tdpo.methods.settings import CriticActivation, NeuronData, Neurons
 
-ACTIVATIONS = ["identity", "relu", "leaky_relu"]
-RESETS = ["active", "dormant", "all", "none"]
-DATA = ["epoch", "first-step", "batch"]
+from .comfy.sockets import CATEGORY, Critic
 
 
 class TemporalCritic(io.ComfyNode):
@@ -21,7 +21,7 @@ class TemporalCritic(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "activation",
-                    ACTIVATIONS,
+                    list(get_args(CriticActivation)),
                     default="identity",
                     tooltip="Activation between the critic's layers. The authors' code uses identity; the paper "
                     "describes the other two.",
@@ -47,7 +47,7 @@ class TemporalCritic(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reset",
-                    RESETS,
+                    list(get_args(Neurons)),
                     default="active",
                     tooltip="Which neurons are reset: active (TDPO-R), dormant, all, or none (TDPO).",
                 ),
@@ -64,7 +64,7 @@ class TemporalCritic(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "activation_data",
-                    DATA,
+                    list(get_args(NeuronData)),
                     default="epoch",
                     tooltip="Steps on which neurons are measured: all steps of the epoch's images, only the noisiest, "
                     "or those of one batch of images, as in the authors' code.",

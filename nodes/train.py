@@ -4,13 +4,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.prompts import prompt_sets
 
 from .comfy.sockets import CATEGORY, Critic, Reward, Run
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.wording import words_of_nodes
 
-ALGORITHMS = ["tdpo-r", "tdpo", "ddpo-100", "ddpo-2"]
 AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and the paper's for any other model."
 
 
@@ -56,10 +56,9 @@ class Train(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "algorithm",
-                    ALGORITHMS,
+                    list(ALGORITHMS),
                     default="tdpo-r",
-                    tooltip="tdpo-r: with a critic and neuron resets. tdpo: without resets. ddpo-100, ddpo-2: without "
-                    "a critic, and with one update per step or one for all steps.",
+                    tooltip=" ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
                 ),
                 io.Int.Input(
                     "epochs", default=0, min=0, max=9999, tooltip="Rounds of sampling and updating." + AS_PRESET

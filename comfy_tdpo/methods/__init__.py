@@ -103,6 +103,12 @@ ALGORITHMS = {
         "a critic's temporal rewards, one update per timestep",
         {"neurons": {"reset": "none"}},
     ),
+    "ddpo-100": Algorithm(
+        _POLICY_GRADIENT,
+        _SETTINGS,
+        "no critic, one update per timestep",
+        {"advantage_clip": 5.0, "critic": {"enabled": False}, "neurons": {"reset": "none"}},
+    ),
     "ddpo-2": Algorithm(
         _POLICY_GRADIENT,
         _SETTINGS,
@@ -114,12 +120,6 @@ ALGORITHMS = {
             "critic": {"enabled": False},
             "neurons": {"reset": "none"},
         },
-    ),
-    "ddpo-100": Algorithm(
-        _POLICY_GRADIENT,
-        _SETTINGS,
-        "no critic, one update per timestep",
-        {"advantage_clip": 5.0, "critic": {"enabled": False}, "neurons": {"reset": "none"}},
     ),
 }
 

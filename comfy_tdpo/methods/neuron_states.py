@@ -30,7 +30,7 @@ class NeuronStates:
     def of_critic(self, image_embeds: Tensor, last: tuple[Tensor, Tensor]) -> Metrics:
         """Measure and reset the critic's neurons, on the embeddings of the epoch, (N, T, D).
 
-        last: the rows in the order of the epoch's updates, and the step on which each was last trained, both int64 (N,).
+        last: the rows in the order of the epoch's updates, and the step on which each was last trained, int64 (N,).
         """
         assert self.critic is not None and self.critic_optimizer is not None, (
             "there are embeddings only if there is a critic"

@@ -6,8 +6,10 @@ from pydantic import Field, model_validator
 
 from ..settings import Count, MethodSettings, OptimizerSettings, PolicySettings, Positive, Rate, Section, Unset
 
+CriticActivation = Literal["identity", "relu", "leaky_relu"]
 NeuronActivation = Literal["relu", "leaky_relu"]
-Neurons = Literal["none", "active", "dormant", "all"]
+NeuronData = Literal["epoch", "first-step", "batch"]
+Neurons = Literal["active", "dormant", "all", "none"]
 
 
 class ClippedPolicySettings(PolicySettings):
@@ -28,7 +30,7 @@ class CriticSettings(OptimizerSettings):
     """The temporal critic and its update (Eq. 9-10)."""
 
     enabled: bool = Field(default=True, description="train a temporal critic; without one, the method is DDPO")
-    activation: Literal["identity", "relu", "leaky_relu"] = Field(
+    activation: CriticActivation = Field(
         default="identity",
         description="activation between the critic's layers; identity is in the authors' code, the others in the paper",
     )
@@ -65,7 +67,7 @@ class NeuronSettings(Section):
     activation: NeuronActivation = Field(
         default="relu", description="function applied to a layer's output before its neurons are scored"
     )
-    data: Literal["epoch", "first-step", "batch"] = Field(
+    data: NeuronData = Field(
         default="epoch",
         description="embeddings on which the critic's neurons are scored: all of an epoch's, only those of its "
         "noisiest step, or those of one batch, a quarter of the samples, each at the step it was last trained on (the "
