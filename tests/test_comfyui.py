@@ -141,7 +141,10 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
         ({"resolution": 20}, "got resolution 20; expected a positive multiple of 8"),
         ({"settings": "prompts = 'x'"}, "got 'prompts' among the settings; the node has an input"),
         ({"settings": "micro_batch 4"}, "got settings that are not TOML"),
-        ({"settings": "what = 1"}, "unknown setting 'what'; the config.toml of any run in output/tdpo lists them all"),
+        (
+            {"settings": "xyzzy = 1"},
+            "unknown setting 'xyzzy'; the config.toml of any run in output/tdpo lists them all",
+        ),
         ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto"),
         ({"mode": "later"}, "got mode 'later'; expected one of wait, background"),
         ({"resume": 5}, "got resume '5'; expected one of continue, new"),
