@@ -94,14 +94,16 @@ def without(values: dict, name: str) -> None:
     """Take the setting of a dotted name, where it is there, out of nested values."""
     *sections, last = name.split(".")
     for section in sections:
-        values = values[section]
+        values = values.get(section, {})
     values.pop(last, None)
 
 
 def value_of(values: dict, name: str):
-    for part in name.split("."):
-        values = values[part]
-    return values
+    """The setting of a dotted name in nested values, None where it is not there."""
+    *sections, last = name.split(".")
+    for section in sections:
+        values = values[section]
+    return values.get(last)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
