@@ -3,13 +3,11 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.loaders import PeftAdapterMixin
-from torch import Tensor, nn
+from tint import TintModel
+from torch import Tensor
 from toy import Brightness, new_run
-from toy_plugins import BlobModel
 
 from comfy_tdpo.methods import ALGORITHMS
-from comfy_tdpo.models.lora import UNetLora
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rollout import draw_images
 from comfy_tdpo.trainer.training import Training
@@ -35,31 +33,6 @@ SETTINGS = {
 #   ddpo-100     3.6     -6.8     -4.0     0.0
 # Seeds 1 to 3 give 3.6 to 5.1, 3.6 to 5.1, 0.6 to 1.6 and 2.4 to 4.1.
 MARGIN = 0.5
-
-
-class Tint(nn.Module, PeftAdapterMixin):
-    """Predicts noise pixel by pixel, by one frozen layer on a pixel's three colours and a constant."""
-
-    def __init__(self):
-        super().__init__()
-        self.to_q = nn.Linear(4, 3, bias=False).requires_grad_(False)  # a name that adapters go to
-        self.to_q.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-
-    def forward(self, latents: Tensor, colours: Tensor) -> Tensor:
-        inputs = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1)
-        return latents - self.to_q(inputs.movedim(1, -1)).movedim(-1, 1)
-
-
-class TintModel(BlobModel):
-    """A DiffusionModel whose one layer gets the adapters that a U-Net gets."""
-
-    def __init__(self):
-        super().__init__("blobs:0")
-        self.network = Tint()
-        self.networks = {"tint": self.network}
-
-    def adapt(self, rank, alpha, targets, seed):
-        return UNetLora(self.network, rank, alpha, targets, seed)
 
 
 def scores(training: Training) -> Tensor:
