@@ -192,6 +192,8 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
     """`model`'s scores, float32 (B,), on the images' device; RewardError names it where it does not give that."""
     import torch
 
+    from ..memory import out_of_memory
+
     if not torch.isfinite(images).all():
         raise RewardError(
             f"got images that are not finite for reward {model.name!r}; the model that drew them overflows: use "
@@ -199,7 +201,9 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
         )
     try:
         return checked(model.name, model.score(images, prompts), images)
-    except (torch.cuda.OutOfMemoryError, RewardError):
-        raise  # the former is the caller's to mend, the latter names the part of a sum that failed
+    except RewardError:
+        raise  # names the part of a sum that failed
     except (Exception, SystemExit) as error:  # it may be anybody's code, and the user must learn whose
+        if out_of_memory(error):
+            raise  # the caller's to mend
         raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error
