@@ -11,7 +11,14 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 CPU_MICRO_BATCH = 16  # default on a CPU: larger is no faster, and running out of RAM raises no error to catch
 
-_FURTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # not recognised by accelerate
+_FURTHER_WORDS = (  # not recognised by accelerate
+    "error: out of memory",  # CUDA and HIP, outside torch's allocator
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, hipBLAS, cuSOLVER, cuDNN 8
+    "_ALLOCATION_FAILED",  # cuDNN 9, on the device or the host
+    "miopenStatusAllocFailed",
+    "DefaultCPUAllocator: not enough memory",  # Windows
+    "Invalid buffer size",  # MPS, for a single tensor
+)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from .memory import out_of_memory
 from .policy import DiffusionPolicy
 from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
@@ -78,7 +79,9 @@ class Decoder:
             try:
                 parts.append(read(self.policy.decode(latents[rows], image_size)))
                 begin += self.batch
-            except torch.cuda.OutOfMemoryError as error:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 if self.batch == 1:
                     raise ValueError(
                         "got out of memory decoding one image at a time; expected room for one: lower resolution, "

@@ -130,9 +130,16 @@ def test_an_ended_subscription_hears_nothing(make_job):
     assert events == []
 
 
-def test_out_of_memory_names_the_settings_that_help(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.56 GB)"),
+    ],
+)
+def test_out_of_memory_names_the_settings_that_help(error, tmp_path):
     def fail(run, stop, watch):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error
 
     job = Job(new_run(tmp_path / "run"), fail)
     job.start()

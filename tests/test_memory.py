@@ -1,10 +1,16 @@
-"""When memory runs out the micro-batch shrinks and the update stays the same. The error is torch's own but raised
-by the test, which checks how the training reacts.
+"""What running out of memory looks like, and that the micro-batch then shrinks while the update stays the same.
+
+The errors are torch's own but raised by the tests, which check how the training reacts.
 """
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from toy import lora_of, new_run, same, timeless, toy_training
+
+from comfy_tdpo.memory import out_of_memory, peak_memory, reset_peak_memory
 
 
 class ShortOfMemory:
@@ -58,7 +64,7 @@ class ShortOfMemoryToDecode:
 
     def __call__(self, latents, image_size=None):
         if len(latents) > self.rows:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
         return self.decode(latents, image_size)
 
 
@@ -78,3 +84,78 @@ def test_no_room_to_decode_one_image_says_what_to_lower(tmp_path, make_policy):
     training.policy.decode = ShortOfMemoryToDecode(training.policy, rows=0)
     with pytest.raises(ValueError, match="lower resolution"):
         list(training.epochs())
+
+
+# --- what it looks like: as users have reported it
+
+OUT_OF_MEMORY = {
+    "CUDA": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of ..."
+    ),
+    "CUDA before it had a class": RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 7.79 GiB ...)"),
+    "CUDA's driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    "HIP": RuntimeError("HIP out of memory. Tried to allocate 2.00 MiB. GPU 7 has a total capacity of 287.98 GiB ..."),
+    "HIP's driver": RuntimeError("HIP error: out of memory\nHIP kernel errors might be asynchronously reported"),
+    "XPU": RuntimeError("XPU out of memory. Tried to allocate 12.00 GiB (GPU 0; 11.33 GiB total capacity; ..."),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 5.56 GB, other allocations: 1.10 GB, max"),
+    "MPS, one tensor": RuntimeError("Invalid buffer size: 58.07 GB"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "hipBLAS": RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+    "cuDNN 8": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuDNN 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "MIOpen": RuntimeError("miopenStatusAllocFailed"),
+    "RAM": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:73] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+        "116813856768 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "RAM on Windows": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to allocate "
+        "1073741824 bytes."
+    ),
+}
+SOMETHING_ELSE = {
+    "an illegal access": RuntimeError("CUDA error: an illegal memory access was encountered"),
+    "no kernel": RuntimeError("HIP error: no kernel image is available for execution on the device"),
+    "a call that failed": RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"),
+    "shapes": RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+    "no text": RuntimeError(),
+    "no text but a number": RuntimeError(12),
+    "a user's words": ValueError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    "a disk": OSError(28, "No space left on device"),
+    "a stop": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_MEMORY)
+def test_running_out_of_memory_is_recognised_everywhere(case):
+    assert out_of_memory(OUT_OF_MEMORY[case])
+
+
+@pytest.mark.parametrize("case", SOMETHING_ELSE)
+def test_other_errors_are_not_taken_for_it(case):
+    assert not out_of_memory(SOMETHING_ELSE[case])
+
+
+# --- the peak
+
+CPU, BIG = torch.device("cpu"), 300 * 2**20
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_the_peak_is_an_epochs_own(tmp_path, make_policy):
+    def watch(phase, done, total):
+        if (phase, done, training.context.epoch) == ("updating", 0, 0):
+            torch.ones(BIG, dtype=torch.uint8)  # and freed at once
+
+    training = toy_training(new_run(tmp_path / "run"), make_policy, watch=watch)
+    first, second, _ = (metrics["memory/peak_bytes"] for metrics in training.epochs())
+    # an epoch of the toy itself takes a few MB
+    assert first - second > 0.8 * BIG
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="as Linux counts it")
+def test_the_peak_is_what_was_held():
+    reset_peak_memory(CPU)
+    before = peak_memory(CPU)
+    torch.ones(BIG, dtype=torch.uint8)
+    assert peak_memory(CPU) - before == pytest.approx(BIG, rel=0.1)

@@ -270,6 +270,39 @@ def test_a_run_does_not_go_on_with_another_model_or_other_prompts(finished, make
         list(toy_training(run, make_policy).epochs())
 
 
+@pytest.mark.parametrize(("factor", "same_schedule"), [(1 + 1e-6, True), (1 - 1e-6, True), (1.001, False)])
+def test_a_schedule_may_differ_in_its_last_bits(factor, same_schedule, finished, make_policy):
+    """As it does between releases of torch, and between a CPU and a GPU."""
+
+    def nearly(**settings):
+        policy = make_policy(**settings)
+        policy.model.scheduler.alphas_cumprod *= factor
+        return policy
+
+    training = toy_training(finished, nearly)
+    if same_schedule:
+        assert list(training.epochs()) == []
+    else:
+        with pytest.raises(ValueError, match="another model"):
+            list(training.epochs())
+
+
+def test_a_model_may_have_a_number_for_a_weight(tmp_path, make_policy):
+    """A scale, say: a tensor of no dimensions."""
+
+    def with_number(value, **settings):
+        policy = make_policy(**settings)
+        scale = torch.nn.Parameter(torch.tensor(value), requires_grad=False)
+        policy.model.decode.network.register_parameter("scale", scale)
+        return policy
+
+    run = new_run(tmp_path / "run", epochs=1)
+    list(toy_training(run, lambda **settings: with_number(0.5, **settings)).epochs())
+    assert list(toy_training(run, lambda **settings: with_number(0.5, **settings)).epochs()) == []
+    with pytest.raises(ValueError, match="another model"):
+        list(toy_training(run, lambda **settings: with_number(0.25, **settings)).epochs())
+
+
 def test_more_epochs_give_the_run_that_was_long_from_the_start(tmp_path, make_policy):
     whole, reference = whole_run(tmp_path / "whole", make_policy)
     run, _ = whole_run(tmp_path / "run", make_policy, epochs=2)

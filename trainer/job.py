@@ -150,7 +150,9 @@ def _numbered(device: torch.device | str) -> torch.device:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    from comfy_tdpo.memory import out_of_memory  # loads accelerate
+
+    if out_of_memory(error):
         return (
             "out of memory: lower resolution, micro_batch or decode_batch, set policy.gradient_checkpointing to true, "
             "set precision to bf16, or close other programs that use the device; everything saved so far is intact"

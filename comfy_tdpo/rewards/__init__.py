@@ -198,6 +198,8 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
     """`model`'s scores, float32 (B,), on the images' device. Raises RewardError, which names it, if it fails."""
     import torch
 
+    from ..memory import out_of_memory
+
     if not torch.isfinite(images).all():
         raise RewardError(
             f"got images that are not finite for reward {model.name!r}; the model that generated them overflows: use "
@@ -205,7 +207,9 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
         )
     try:
         return checked(model.name, model.score(images, prompts), images)
-    except (torch.cuda.OutOfMemoryError, RewardError):
-        raise  # the caller handles out of memory; a RewardError already names the part of a sum that failed
+    except RewardError:
+        raise  # it already names the part of a sum that failed
     except (Exception, SystemExit) as error:  # it may be user code, and the user must learn whose code failed
+        if out_of_memory(error):
+            raise  # the caller handles that
         raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error
