@@ -39,7 +39,7 @@ def scores(training: Training) -> Tensor:
     """Of the images of 256 fixed noises, so that two policies' differ by what was learned alone."""
     prompts, seeds = training.prompts[:1] * 256, [("fixed", i) for i in range(256)]
     with torch.no_grad():
-        return training.reward.score(draw_images(training.context.decoder, prompts, seeds, 256), prompts)
+        return training.context.reward.score(draw_images(training.context.decoder, prompts, seeds, 256), prompts)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
