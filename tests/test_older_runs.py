@@ -13,10 +13,10 @@ from toy import timeless, toy_config
 
 from comfy_tdpo.methods import ALGORITHMS, critic
 from comfy_tdpo.trainer.assemble import assemble
-from comfy_tdpo.trainer.changes import differences
 from comfy_tdpo.trainer.config import config_class, leaf_fields, plain_values, validate
+from comfy_tdpo.trainer.config.changes import differences
+from comfy_tdpo.trainer.config.toml_files import read_toml
 from comfy_tdpo.trainer.run import RunFolder
-from comfy_tdpo.trainer.toml_files import read_toml
 
 OLD = Path(__file__).parent / "golden" / "run-0.1.0"  # see its make.py
 NARROW = (8, 8, 4, 4, 1)  # the critic's widths there

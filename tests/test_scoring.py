@@ -8,7 +8,7 @@ from comfy_tdpo.nodes.comfy import scoring
 from comfy_tdpo.nodes.comfy.scoring import captioned, described, opaque, prompt_of_each, score
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.rewards import RewardError, load_reward
-from comfy_tdpo.trainer.image_files import read_image
+from comfy_tdpo.trainer.terminal.image_files import read_image
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 
 from ...trainer.config import Fields, TrainConfig, make_config, override
-from ...trainer.toml_files import parse_toml
+from ...trainer.config.toml_files import parse_toml
 from .combos import AUTO, check_choice
 from .reward_choice import RewardChoice, joined
 
