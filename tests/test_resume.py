@@ -165,16 +165,18 @@ def test_what_a_killed_process_left_half_done_is_in_nobodys_way(tmp_path, make_p
     assert all((path / "state.json").is_file() for path in run.checkpoints.iterdir())
 
 
-def test_what_has_diverged_is_not_kept(tmp_path, make_policy):
+@pytest.mark.parametrize("what", ["LoRA", "critic"])
+def test_what_has_diverged_is_not_kept(tmp_path, make_policy, what):
     run = new_run(tmp_path / "run")
     training = toy_training(run, make_policy)
     epochs = training.epochs()
     next(epochs)
     before = files_in(run.path)
     with torch.no_grad():
-        training.policy.parameters[0][0, 0] = torch.nan
+        weights = training.policy.parameters if what == "LoRA" else list(training.method.critic.parameters())
+        weights[0][0, 0] = torch.nan
     training.stop.set()
-    with pytest.raises(TrainingError, match="diverged"):
+    with pytest.raises(TrainingError, match=f"diverged, its {what} is"):
         list(epochs)
     assert before == files_in(run.path)
     list(toy_training(run, make_policy).epochs())

@@ -25,6 +25,14 @@ def test_the_latest_and_those_of_epochs(run):
         find_snapshot(run, "epoch", 9)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lora_that_is_not_finite_is_refused(tmp_path, value):
+    path = tmp_path / "broken.safetensors"
+    save_file({"lora_unet_x.lora_up.weight": torch.tensor([[1.0, value]])}, path)
+    with pytest.raises(ValueError, match=r"'broken.safetensors', whose lora_unet_x.lora_up.weight contains NaN"):
+        read_lora(path)
+
+
 def test_a_run_without_a_lora(run):
     for path in (run.path / "lora").iterdir():
         path.unlink()

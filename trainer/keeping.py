@@ -98,12 +98,16 @@ class Keeper:
         save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
     def _check_finite(self) -> None:
-        """Raise TrainingError if the LoRA has diverged: no run could resume from it, so it is never saved."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.context.policy.parameters):
-            raise TrainingError(
-                "the training has diverged, its LoRA is no longer finite: start a new run with a lower policy.lr; the "
-                "last checkpoint and LoRA of this run are from before it diverged"
-            )
+        """Raise TrainingError if the LoRA or what the method learns has diverged: no run could resume from that."""
+        groups, _ = self.state.method.state()
+        learned = {"critic": [weight for group in groups.values() for weight in group.values()]}
+        for what, weights in {"LoRA": self.context.policy.parameters, **learned}.items():
+            if not all(torch.isfinite(weight).all() for weight in weights):
+                raise TrainingError(
+                    f"the training has diverged, its {what} is no longer finite: start a new run with a lower "
+                    f"{'policy' if what == 'LoRA' else 'critic'}.lr; the last checkpoint and LoRA of this run are from "
+                    "before it diverged"
+                )
 
     def _keep_lora(self, path: Path) -> None:
         metadata = {

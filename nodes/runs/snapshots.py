@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,15 +17,22 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     """The weights in a LoRA file.
 
     Raises:
-        ValueError: it is not a complete safetensors file.
+        ValueError: it is not a complete safetensors file, or a weight is not finite.
     """
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"got LoRA file {path.name!r}, which cannot be read ({error}); expected a complete .safetensors file: "
             "download or save it again, and never use a .pt or .ckpt from somebody you do not trust"
         ) from error
+    for name, weight in weights.items():
+        if not torch.isfinite(weight.float()).all():
+            raise ValueError(
+                f"got LoRA file {path.name!r}, whose {name} contains NaN or infinity and would turn images black; "
+                "expected finite weights: choose an earlier snapshot or another file"
+            )
+    return weights
 
 
 def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
