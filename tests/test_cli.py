@@ -70,8 +70,7 @@ def test_it_prints_lines_and_a_summary_and_nothing_else(finished):
 def test_resuming_a_finished_run_changes_nothing(finished):
     path, _ = finished
     before = (path / "metrics.jsonl").read_bytes(), (path / "lora" / "latest.safetensors").read_bytes()
-    process = train("--resume", str(path))
-    assert process.returncode == 0
+    assert main(["--resume", str(path)]) == 0
     assert before == ((path / "metrics.jsonl").read_bytes(), (path / "lora" / "latest.safetensors").read_bytes())
 
 
@@ -147,7 +146,7 @@ def test_a_resume_that_is_refused_changes_no_file(flags, message, finished, capf
 
 def test_equal_runs_leave_equal_files_that_others_can_read(finished, tmp_path):
     path = tmp_path / "again"
-    assert train("--run-dir", str(path), *QUICK).returncode == 0
+    assert main(["--run-dir", str(path), *QUICK]) == 0
     for name in ("lora/latest.safetensors", "checkpoints/epoch-0002/policy.safetensors"):
         assert (path / name).read_bytes() == (finished[0] / name).read_bytes(), name
         assert (path / name).stat().st_mode == (path / "metrics.jsonl").stat().st_mode
@@ -364,16 +363,14 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_one_line_and_damages_nothing(
     assert "Traceback" not in process.stderr
     assert [line for line in process.stderr.splitlines() if "File too large" in line and str(path) in line]
     assert not list(path.rglob("*.partial*"))
-    again = train("--resume", str(path))
-    assert again.returncode == 0, again.stderr
+    assert main(["--resume", str(path)]) == 0
 
 
-def test_two_processes_do_not_write_to_one_run(finished):
+def test_two_processes_do_not_write_to_one_run(finished, capsys):
     path, _ = finished
     with RunFolder.open(path).lock():
-        process = train("--resume", str(path))
-    assert process.returncode == 2
-    assert "in use by another process" in process.stderr
+        assert main(["--resume", str(path)]) == 2
+    assert "in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.slow
