@@ -91,8 +91,8 @@ def test_a_small_scale_is_not_rounded_away():
     ("batch", "weight", "message"),
     [
         (images(1), 0.0, "the weights of jpeg-compressibility are all 0; give at least one reward another weight"),
-        (images(1, channels=1), 1.0, "got images with 1 channels; expected 3"),
-        (images(1, channels=5), 1.0, "got images with 5 channels; expected 3"),
+        (images(1, channels=1), 1.0, "got images of 1 channels; expected 3"),
+        (images(1, channels=5), 1.0, "got images of 5 channels; expected 3"),
         (images(1) * torch.nan, 1.0, "got images that are not finite for reward 'jpeg-compressibility'"),
     ],
     ids=["no weight", "grey", "five channels", "NaN"],
