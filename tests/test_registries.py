@@ -112,6 +112,17 @@ def test_a_methods_settings_are_its_own(tmp_path):
         make_config("shapes", overrides=SETTINGS | {"through": {"weight": 2.0}})
 
 
+def test_a_graphs_critic_is_for_methods_that_have_one():
+    """Whatever their names are."""
+    from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+    from comfy_tdpo.nodes.runs.settings import Wanted
+
+    critic = {"critic": {"lr": 1e-3}, "neurons": {"every": 2}}
+    reward = RewardChoice({"darkness": 1.0})
+    with pytest.raises(ValueError, match="got a critic for through, which has none; disconnect"):
+        Wanted("blobs:1", True, reward, algorithm="through", critic=critic).config()
+
+
 def test_help_lists_what_was_added(capsys):
     from comfy_tdpo.trainer.__main__ import main
 
