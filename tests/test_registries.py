@@ -91,6 +91,23 @@ def test_a_method_that_samples_in_its_updates_resumes_to_the_last_bit(tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_an_update_that_runs_out_of_memory_keeps_no_sample_twice(tmp_path, monkeypatch):
+    from toy_plugins import Darkness
+
+    score, calls = Darkness.score, 0
+
+    def scarce(self, images, prompts):
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the second micro-batch of the first update
+            raise torch.OutOfMemoryError
+        return score(self, images, prompts)
+
+    monkeypatch.setattr(Darkness, "score", scarce)
+    (metrics,) = train(tmp_path / "run", algorithm="through", epochs=1)
+    assert metrics["through/samples"] == SETTINGS["samples_per_epoch"]
+
+
 def test_steps_without_noise_are_sampled_and_not_trained(tmp_path):
     from comfy_tdpo.models import load_model
 
