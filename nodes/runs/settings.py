@@ -72,11 +72,11 @@ class Wanted:
         """The settings of the critic on the wire, for the algorithm's own `config`."""
         if self.critic is None:
             return {}
-        if "critic" not in type(config).model_fields or not config.critic.enabled:  # type: ignore[attr-defined]
+        if "critic" not in type(config).model_fields or not config.critic.enabled:
             raise ValueError(
                 f"got a critic for {self.algorithm}, which has none; disconnect the critic, or choose tdpo-r or tdpo"
             )
-        resets = config.neurons.reset != "none"  # type: ignore[attr-defined]  # TDPO is TDPO-R without resets
+        resets = config.neurons.reset != "none"  # TDPO is TDPO-R without resets
         return self.critic | {"neurons": self.critic["neurons"] if resets else {}}
 
     def _more(self) -> Fields:
