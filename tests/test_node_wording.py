@@ -96,10 +96,10 @@ def test_a_configuration_that_cannot_be():
     [
         (
             "micro_batch = 4\nprecision = “bf16”",
-            "line 2, .*: typographic quotes are no quotes in TOML",
+            "line 2, .*: TOML does not accept typographic quotes",
         ),
         ("micro_batch: 4", "line 1, 'micro_batch: 4': this looks like YAML"),
-        ('{"micro_batch": 4}', "it is JSON; .*: the config.toml of any run in output/tdpo shows one"),
+        ('{"micro_batch": 4}', "it is JSON; .*: the config.toml of any run in output/tdpo shows an example"),
         ("a = " + "[" * 5000, "its brackets are nested too deeply"),
     ],
     ids=["quotes", "YAML", "JSON", "brackets"],

@@ -13,7 +13,7 @@ class RewardMoments:
     """Normalises rewards by the mean and standard deviation of each prompt's recent rewards.
 
     Until a prompt has `min_count` rewards in its buffer of `buffer_size`, the batch's moments are used. The new rewards
-    are added before the moments are computed. (As in DDPO, arXiv 2305.13301, and the authors' stat_tracking.py.)
+    are added before the moments are computed. (As in DDPO, arXiv 2305.13301, and the authors' running_moments.py.)
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16):
