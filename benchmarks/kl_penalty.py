@@ -1,4 +1,4 @@
-"""Shows whether a KL penalty restrains: `.venv/bin/python benchmarks/kl_penalty.py RUN`.
+"""Shows whether a KL penalty restrains the policy: `.venv/bin/python benchmarks/kl_penalty.py RUN`.
 
 Takes the LoRA of a finished run on Shapes, which has drifted from the base model, and trains it further on a reward
 that gives every image the same score, with a penalty of coefficient 1. A penalty that restrains brings the KL down; one

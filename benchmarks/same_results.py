@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 ALGORITHMS = ("tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
-UNLIKE = ("time/", "memory/")  # metrics that two runs of the same code need not share
+UNLIKE = ("time/", "memory/")  # metrics in which runs of the same code may differ
 
 
 def main() -> int:
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace, before: str, algorithm: str) -> list[str]:
-    """How the two runs of `algorithm` differ; empty where they do not."""
+    """How the two runs of `algorithm` differ; empty if they do not."""
     label = "-".join([algorithm, str(args.epochs), *args.settings]).replace("/", "_")
     old, new = args.work / before / label, args.work / "here" / label
     if not (old / "lora" / "latest.safetensors").exists():
@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace, before: str, algorithm: str) -> list[str]:
 
 
 def train(code: Path, run: Path, algorithm: str, args: argparse.Namespace) -> None:
-    """A run into the folder `run`, by the package as it lies in `code`."""
+    """Train with the package in the folder `code`; the run's folder is `run`."""
     subprocess.run(["rm", "-rf", str(run)], check=True)
     flags = [f"--{setting}" for setting in args.settings]
     command = [sys.executable, "-m", "comfy_tdpo.trainer", "--run-dir", str(run.absolute())]
@@ -80,7 +80,7 @@ def lora_differences(old: Path, new: Path) -> list[str]:
 
 
 class Checkout:
-    """A commit's code in a worktree of its own, inside the block."""
+    """Inside the block, a commit's code in a worktree of its own."""
 
     def __init__(self, commit: str, path: Path):
         self.commit, self.path = commit, path.absolute()

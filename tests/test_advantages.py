@@ -112,6 +112,15 @@ def test_temporal_rewards_are_normalised_over_all_samples_and_steps(generator):
     assert got.mean(0).abs().max() > 0.5, "normalised per step, this would be 0"
 
 
+def test_steps_that_are_not_trained_change_no_temporal_reward(generator):
+    targets, residuals = torch.randn(2, 6, 5, generator=generator)
+    trained = torch.tensor([True, False, True, True, False])
+    expected, expected_std = temporal_rewards(targets[:, trained], residuals[:, trained])
+    residuals[:, ~trained] += 100
+    got, std = temporal_rewards(targets, residuals, trained)
+    assert torch.equal(got[:, trained], expected) and torch.equal(std, expected_std)
+
+
 def test_a_perfect_critic_leaves_no_temporal_reward():
     assert torch.equal(temporal_rewards(torch.ones(2, 3), torch.ones(2, 3))[0], torch.zeros(2, 3))
 

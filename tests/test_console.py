@@ -135,6 +135,12 @@ def test_drift_within_its_tolerance_is_no_warning():
     assert len(lines_of(metrics_of(1, **{"policy/ratio_drift": 1e-5}))) == 1
 
 
+def test_a_method_without_a_ratio_has_epochs_to_report_too():
+    metrics = {key: value for key, value in metrics_of(1).items() if key != "policy/ratio_drift"}
+    (line,) = lines_of(metrics)
+    assert line.startswith("epoch 1/40  reward 6.31 ± 1.20") and "drift" not in line
+
+
 def test_what_is_logged_as_a_warning_is_told_in_one_line():
     stream, logger = io.StringIO(), logging.getLogger("comfy_tdpo.models.single_file")
     with make_console(stream):

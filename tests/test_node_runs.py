@@ -11,8 +11,9 @@ from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
 from comfy_tdpo.nodes.runs.snapshots import snapshots
-from comfy_tdpo.nodes.runs.start import check_device_free, job_under_way, prepare, wait_for
+from comfy_tdpo.nodes.runs.start import job_under_way, prepare, wait_for
 from comfy_tdpo.trainer.config import override
+from comfy_tdpo.trainer.job import check_device_free
 
 KEYS = (
     "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
@@ -253,10 +254,10 @@ def test_one_run_at_a_time_on_a_device(runs):
     go = threading.Semaphore(0)
     job = begin(runs, "one", go)
     with pytest.raises(ValueError, match="run 'one' is training on cpu; stop it or wait for it before starting 'two'"):
-        check_device_free(runs.folder("two"), torch.device("cpu"))
+        check_device_free(torch.device("cpu"), "two")
     job.stop()
     job.wait(30)
-    check_device_free(runs.folder("two"), torch.device("cpu"))
+    check_device_free(torch.device("cpu"), "two")
 
 
 def test_a_run_that_is_stopping_is_waited_for(runs):

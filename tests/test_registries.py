@@ -91,6 +91,23 @@ def test_a_method_that_samples_in_its_updates_resumes_to_the_last_bit(tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_an_update_that_runs_out_of_memory_keeps_no_sample_twice(tmp_path, monkeypatch):
+    from toy_plugins import Darkness
+
+    score, calls = Darkness.score, 0
+
+    def scarce(self, images, prompts):
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the second micro-batch of the first update
+            raise torch.OutOfMemoryError
+        return score(self, images, prompts)
+
+    monkeypatch.setattr(Darkness, "score", scarce)
+    (metrics,) = train(tmp_path / "run", algorithm="through", epochs=1)
+    assert metrics["through/samples"] == SETTINGS["samples_per_epoch"]
+
+
 def test_steps_without_noise_are_sampled_and_not_trained(tmp_path):
     from comfy_tdpo.models import load_model
 
@@ -110,6 +127,17 @@ def test_a_methods_settings_are_its_own(tmp_path):
         make_config("shapes", overrides=SETTINGS | {"algorithm": "through", "critic": {"lr": 1e-3}})
     with pytest.raises(ValueError, match="through"):
         make_config("shapes", overrides=SETTINGS | {"through": {"weight": 2.0}})
+
+
+def test_a_graphs_critic_is_for_methods_that_have_one():
+    """Whatever their names are."""
+    from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+    from comfy_tdpo.nodes.runs.settings import Wanted
+
+    critic = {"critic": {"lr": 1e-3}, "neurons": {"every": 2}}
+    reward = RewardChoice({"darkness": 1.0})
+    with pytest.raises(ValueError, match="got a critic for through, which has none; disconnect"):
+        Wanted("blobs:1", True, reward, algorithm="through", critic=critic).config()
 
 
 def test_help_lists_what_was_added(capsys):

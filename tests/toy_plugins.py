@@ -169,19 +169,18 @@ class ThroughSampling:
         return [range(begin, begin + size) for begin in range(0, self.context.samples, size)]
 
     def update(self, group: range) -> None:
-        context, drawn = self.context, []
+        context = self.context
 
-        def accumulate(part: slice) -> None:
+        def accumulate(part: slice) -> Trajectories:
             prompts, seeds = context.draws(group[part])
             latents, log_probs, kl = denoise(context.policy, prompts, draw_noise(context.policy, seeds))
             scores = context.reward.score(context.policy.decode(latents[:, -1]), prompts)
             loss = -context.config.through.weight * scores.sum() / len(group)
             loss.backward()
             context.add("policy/loss", loss)
-            drawn.append(Trajectories(prompts, latents.detach(), log_probs.detach(), kl, scores.detach()))
+            return Trajectories(prompts, latents.detach(), log_probs.detach(), kl, scores.detach())
 
-        context.update_policy(len(group), accumulate)
-        context.progress.parts += drawn
+        context.progress.parts += context.update_policy(len(group), accumulate)
 
     def metrics(self, batch):
         return {"through/samples": float(len(batch))}

@@ -22,10 +22,10 @@ from .config.changes import changeable, may_change
 from .run import RunFolder, TrainingError
 from .run.new_folder import RUNS, new_folder
 from .run.paths import CONFIG
-from .terminal.arguments import WRONG_INPUT, flags_of, given, overrides, parse
+from .terminal import FAILED, FINISHED, STOPPED, WRONG_INPUT
+from .terminal.arguments import flags_of, given, overrides, parse
 from .terminal.streams import forgiving_streams, hush, say, unheard_stdout
 
-FINISHED, FAILED, STOPPED = 0, 1, 130
 LONGEST = 900  # characters of an error message, which may quote long input
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by multi-process launchers
 

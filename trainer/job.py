@@ -178,6 +178,13 @@ def job_on(device: torch.device | str) -> Job | None:
     return _training_on.get(_numbered(device))
 
 
+def check_device_free(device: torch.device | str, job_id: str) -> None:
+    """Raise ValueError if a job is training on the device, where `job_id` is to train."""
+    other = job_on(device)
+    if other is not None:
+        raise ValueError(f"run {other.id!r} is training on {device}; stop it or wait for it before starting {job_id!r}")
+
+
 def stop_all(timeout: float) -> None:
     """Before the process ends, ask every job to stop, and wait at most `timeout` seconds in total for them to save."""
     jobs, end = list(_training_on.values()), time.monotonic() + timeout
@@ -189,11 +196,7 @@ def stop_all(timeout: float) -> None:
 
 def _register(job: Job) -> None:
     with _registry_lock:
-        other = _training_on.get(job.device)
-        if other is not None:
-            raise ValueError(
-                f"run {other.id!r} is training on {job.device}; stop it or wait for it before starting {job.id!r}"
-            )
+        check_device_free(job.device, job.id)
         same_name = _jobs.get(job.id)
         if same_name in _training_on.values():
             raise ValueError(f"another run named {job.id!r} is training; stop it or wait for it")

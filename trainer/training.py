@@ -41,8 +41,6 @@ from .state import TrainState, Watch
 
 logger = logging.getLogger(__name__)
 
-RATIO_TOLERANCE = 1e-5  # the largest |ratio - 1| expected before the first update of an epoch
-
 
 class Stopped(Exception):
     """The stop event was set; raised between micro-batches or, with several processes, between epochs."""

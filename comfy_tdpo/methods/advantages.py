@@ -13,7 +13,7 @@ class RewardMoments:
     """Normalises rewards by the mean and standard deviation of each prompt's recent rewards.
 
     Until a prompt has `min_count` rewards in its buffer of `buffer_size`, the batch's moments are used. The new rewards
-    are added before the moments are computed. (As in DDPO, arXiv 2305.13301, and the authors' stat_tracking.py.)
+    are added before the moments are computed. (As in DDPO, arXiv 2305.13301, and the authors' running_moments.py.)
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16):
@@ -68,11 +68,18 @@ def returns_with_later_kl(rewards: Tensor, penalties: Tensor, gamma: float = 1.0
     return returns(rewards, torch.zeros_like(penalties), gamma) + later - later.mean(0)
 
 
-def temporal_rewards(returns: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-    """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and steps, (B, T), and the std divided by."""
+def temporal_rewards(
+    returns: Tensor, residuals: Tensor, trained: Tensor | slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and `trained` steps, (B, T), and the std divided
+    by.
+
+    trained: which steps are trained, bool (T,). The critic never learns the residuals of the others.
+    """
     raw = returns - residuals
-    std = raw.std(correction=0) + 1e-8
-    return (raw - raw.mean()) / std, std
+    counting = raw[:, trained].contiguous()  # indexing may transpose it, and sums depend on the order
+    std = counting.std(correction=0) + 1e-8
+    return (raw - counting.mean()) / std, std
 
 
 class KLCoefficient:

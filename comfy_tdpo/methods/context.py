@@ -5,7 +5,7 @@ Shapes: N samples of an epoch in this process, M rows of one gradient update.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,8 @@ from ..randomness import Coordinates
 from ..rewards import RewardModel
 from ..rollout import Decoder, Trajectories
 from . import TensorGroup
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -109,20 +111,22 @@ class Context:
 
     # --- updates
 
-    def update_policy(self, rows: int, accumulate: Callable[[slice], None]) -> None:
+    def update_policy(self, rows: int, accumulate: Callable[[slice], Result]) -> list[Result]:
         """One gradient update of the policy on `rows` rows, one micro-batch at a time.
 
         `accumulate` backpropagates the contribution of a slice of the rows to the loss, and adds its metrics. If memory
-        runs out, the update starts over with a smaller micro-batch.
+        runs out, the update starts over with a smaller micro-batch. Returns what `accumulate` returned for each
+        micro-batch, without those of attempts that ran out of memory.
         """
         progress = self.progress
         before = dict(progress.sums), dict(progress.maxima)
         while True:
             self.optimizer.zero_grad()
+            results: list[Result] = []
             try:
                 for begin in range(0, rows, self.micro_batch):
                     self.check()
-                    accumulate(slice(begin, min(begin + self.micro_batch, rows)))
+                    results.append(accumulate(slice(begin, min(begin + self.micro_batch, rows))))
                 break
             except BaseException as error:  # after a stop, too, the metrics must not hold half an update
                 progress.sums, progress.maxima = dict(before[0]), dict(before[1])
@@ -130,6 +134,7 @@ class Context:
                     raise
             self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
         self.step(self.optimizer, self.config.policy.max_grad_norm)
+        return results
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Apply the gradients, averaged over processes and clipped to the given norm."""

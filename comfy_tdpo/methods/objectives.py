@@ -17,7 +17,10 @@ def critic_loss(residuals: Tensor, old_residuals: Tensor, returns: Tensor, clip_
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """An estimate of KL(old || new) in nats from the samples' log-ratios (k2: half the mean square)."""
+    """An estimate of KL(old || new) in nats from the samples' log-ratios (k2: half the mean square).
+
+    It is far too large unless the KL is well below 1 nat.
+    """
     return 0.5 * (log_ratio**2).mean()
 
 

@@ -105,7 +105,8 @@ class PolicyGradient:
             targets["temporal_rewards"] = own(returns).clamp(-clip, clip)
         else:
             targets["residuals"] = self.critic(batch.image_embeds)
-            temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]))
+            trained = self.policy.process.stochastic
+            temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained)
             targets["temporal_rewards"] = own(temporal)
         if self._kl_in_loss:
             targets["kl_weight"] = self.kl.value / (self.policy.latent_size * scale)
@@ -208,7 +209,9 @@ class PolicyGradient:
         gather, targets, metrics = self.context.gather, self.context.progress.targets, Metrics()
         if self.critic is not None:
             assert targets is not None
-            explained = objectives.explained_variance(gather(targets["residuals"]), gather(targets["returns"]))
+            trained = self.policy.process.stochastic
+            residuals, returns = (gather(targets[name][:, trained].contiguous()) for name in ("residuals", "returns"))
+            explained = objectives.explained_variance(residuals, returns)
             metrics["critic/explained_variance"] = explained.item()
         if self.config.kl.coefficient > 0:
             metrics |= {"kl/nats": gather(batch.kl).sum(1).mean().item(), "kl/coefficient": self.kl.value}

@@ -83,7 +83,8 @@ class KLSettings(Section):
         ge=0,
         le=1e6,
         description="weight of the KL penalty, in normalised reward per nat of a trajectory; 0 turns it off. (The "
-        "authors' kl_coef is per nat and per element of a step's latent; multiply it by C * H * W to get this value)",
+        "authors' weight, kl_penalty_coef * init_kl_coef, is for a log-ratio averaged over the C * H * W elements of a "
+        "latent; divide it by C * H * W to get this value)",
     )
     form: Literal["exact", "sampled"] = Field(
         default="exact",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .conditioning import Conditioning
 
-# On the model's device. One that reads only so much of a prompt has a method `cut`, see `describe_unread`.
+# Encodes prompts on the model's device. If it truncates long prompts, it has a method `cut`, see `describe_unread`.
 PromptEncoder = Callable[[list[str]], "Conditioning"]
 
 
@@ -62,7 +62,8 @@ class Trainable(Protocol):
 class DiffusionModel(Protocol):
     """A loaded model of one family, frozen and in evaluation mode.
 
-    source: its name in messages; network: the denoiser; networks: all its networks, by name.
+    source: its name in messages; network: the denoiser, which needs diffusers' `enable_gradient_checkpointing` if that
+    setting is on; networks: all its networks, by name.
     channels: C; prediction_type: what the network predicts.
     scheduler: its noise schedule, for a process; schedule: (S,) numbers that distinguish that schedule from others.
     process: name of the default process for sampling.
@@ -112,7 +113,7 @@ FAMILIES = {"stable-diffusion": "comfy_tdpo.models.stable_diffusion:FAMILY"}
 
 
 def describe_unread(model: DiffusionModel, prompts: list[str]) -> str:
-    """One line for a user about those of `prompts` that the model would not read to their end; empty where it does."""
+    """One line for a user about those of `prompts` that the model would truncate; empty if there are none."""
     cut: Callable[[list[str]], str] | None = getattr(model.encode, "cut", None)
     return cut(prompts) if cut else ""
 

@@ -41,7 +41,7 @@ class ClipText:
         )
 
     def cut(self, prompts: list[str]) -> str:
-        """One line about those of `prompts` that are longer than it reads; empty where none is."""
+        """One line about those of `prompts` that it truncates; empty if there are none."""
         found = too_long(self.tokenizer, prompts, self.length)
         return describe_cut(found) if found else ""
 

@@ -7,10 +7,10 @@ a reward is loaded, so that names can be checked quickly.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from ..registry import look_up
 from .answers import RewardError, checked
 from .function import check_function, is_function
 from .options import Options
@@ -94,9 +94,7 @@ def check_reward(name: str) -> None:
 def reward_class(name: str) -> RewardClass:
     """The class of the reward `name`."""
     check_reward(name)
-    place = "comfy_tdpo.rewards.function:UserFunction" if is_function(name) else REWARDS[name]
-    module, _, attribute = place.partition(":")
-    return getattr(import_module(module), attribute)
+    return look_up("comfy_tdpo.rewards.function:UserFunction" if is_function(name) else REWARDS[name])
 
 
 def load_reward(

@@ -7,11 +7,12 @@ import comfy.model_management
 import comfy.utils
 from server import PromptServer
 
+from ...trainer.job import check_device_free
 from ...trainer.run import RunFolder
 from ..runs.combos import AS_IT_IS
 from ..runs.select import choose, is_done
 from ..runs.settings import Wanted
-from ..runs.start import check_device_free, job_under_way, prepare, start, wait_for
+from ..runs.start import job_under_way, prepare, start, wait_for
 from .folders import all_runs
 from .models_in import Wires
 
@@ -25,7 +26,7 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node
         return run
     job = job_under_way(runs, run)
     if job is None:
-        check_device_free(run, device)
+        check_device_free(device, run.path.name)
         factory = wires.factory(config, prompts, device)  # in main memory until the device has been cleared
         prepare(runs, run, config, prompts)
         comfy.model_management.unload_all_models()

@@ -1,17 +1,17 @@
-"""Whether the weights that come along a wire are numbers that can be trained on."""
+"""Checks the weights of a MODEL, CLIP or VAE: they must be finite numbers, and not quantised."""
 
 import torch
 from torch import Tensor, nn
 
 from comfy_tdpo.models.weights import is_finite
 
-ENCODER = ("encoder.", "taesd_encoder.", "quant_conv.")  # of a VAE; files without one leave these weights undefined
+ENCODER = ("encoder.", "taesd_encoder.", "quant_conv.")  # of a VAE; undefined if its file has no encoder
 
 
 def check_plain(network: nn.Module) -> None:
-    """Raise ValueError, naming the weight, where one of a MODEL's network is stored as codes that ComfyUI alone reads.
+    """Raise ValueError, which names the weight, if a MODEL's network is quantised in a way that only ComfyUI can undo.
 
-    float8 is no such code: it holds numbers, and where it has scales ComfyUI multiplies them in.
+    float8 is accepted: its values are ordinary numbers, and ComfyUI multiplies them by their scales, if there are any.
     """
     for name, weight in [*network.named_parameters(), *network.named_buffers()]:
         if how := _quantised(name, weight):
@@ -32,29 +32,34 @@ def _quantised(name: str, weight: Tensor) -> str:
 
 
 def check_baked(wire_weight: Tensor, baked: Tensor, dtype: torch.dtype, name: str) -> None:
-    """Raise ValueError where a MODEL's weight, float32, is not finite by itself, with its LoRAs, or in `dtype`."""
+    """Raise ValueError if a weight of a MODEL, float32, is not finite.
+
+    wire_weight: as it is in the MODEL; baked: the same with the MODEL's LoRAs applied, which must be finite in `dtype`
+    too.
+    """
     if not is_finite(wire_weight):
         raise not_finite("MODEL", name, wire_weight)
     if not is_finite(baked):
         raise ValueError(
-            f"got a LoRA on the MODEL that makes {name} NaN or infinite; expected finite weights: take that LoRA away, "
-            "or fetch its file again"
+            f"got a LoRA on the MODEL that makes {name} NaN or infinite; expected finite weights: remove that LoRA, "
+            "or download its file again"
         )
     if not is_finite(baked.to(dtype)):
         raise ValueError(f"got a MODEL whose {name} is too large for {dtype}; set precision to fp32")
 
 
 def check_decoder(network: nn.Module) -> None:
-    """Raise ValueError where the decoder of a VAE has a weight that is not finite."""
+    """Raise ValueError if the decoder of a VAE has a weight that is not finite."""
     for name, weight in network.state_dict().items():
         if not name.startswith(ENCODER) and not is_finite(weight):
             raise not_finite("VAE", name, weight)
 
 
 def check_embeds(prompt: str, embeds: Tensor, network: nn.Module) -> None:
-    """Raise ValueError where a CLIP encodes a prompt as what is not finite.
+    """Raise ValueError if the embedding of a prompt is not finite; the message names a weight of the CLIP if it can.
 
-    Its `network` is searched only then: files may lack layers whose output nobody uses, and leave them undefined.
+    The weights of its `network` are checked only then, because a file may lack layers whose output is never used, and
+    these are left undefined.
     """
     if is_finite(embeds):
         return
@@ -63,7 +68,7 @@ def check_embeds(prompt: str, embeds: Tensor, network: nn.Module) -> None:
             raise not_finite("CLIP", name, weight)
     raise ValueError(
         f"got a CLIP that encodes the prompt {prompt[:60]!r} as NaN or infinity, though its weights are finite; "
-        "take away LoRAs that are applied to it, or load it in fp32"
+        "remove LoRAs that are applied to it, or load it in fp32"
     )
 
 
@@ -71,5 +76,5 @@ def not_finite(wire: str, name: str, weight: Tensor) -> ValueError:
     count = int((~weight.float().isfinite()).sum())
     return ValueError(
         f"got a {wire} whose weight {name} holds NaN or infinity ({count} of {weight.numel()} values); expected finite "
-        "weights; the file is damaged or comes from a merge that went wrong: fetch it again, or load another version"
+        "weights; the file is damaged or comes from a failed merge: download it again, or load another version"
     )

@@ -14,7 +14,7 @@ def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: lis
     """The run the node refers to, which need not exist yet.
 
     Raises:
-        ValueError: a run of that name was started with other settings, or none exists where one must.
+        ValueError: a run of that name was started with other settings, or is needed and does not exist.
     """
     check_run_name(name)
     if resume == AS_IT_IS:

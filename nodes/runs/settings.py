@@ -60,22 +60,24 @@ class Wanted:
         values["policy"] = {name: value for name, value in lora.items() if value}
         if self.prompt_set != AUTO:
             values["prompts"] = self.prompt_set
-        return override(override(make_config(preset, None, values), self._critic()), self._more())
+        config = make_config(preset, None, values)
+        return override(override(config, self._critic(config)), self._more())
 
     def prompts(self) -> list[str]:
         """The training prompts: the lines of the text, or the set if there are none."""
         lines = [line.strip() for line in self.text.splitlines() if line.strip()]
         return lines or load_prompts(self.config().prompts)
 
-    def _critic(self) -> Fields:
+    def _critic(self, config: TrainConfig) -> Fields:
+        """The settings of the critic on the wire, for the algorithm's own `config`."""
         if self.critic is None:
             return {}
-        if self.algorithm.startswith("ddpo"):
+        if "critic" not in type(config).model_fields or not config.critic.enabled:
             raise ValueError(
                 f"got a critic for {self.algorithm}, which has none; disconnect the critic, or choose tdpo-r or tdpo"
             )
-        neurons = {} if self.algorithm == "tdpo" else self.critic["neurons"]  # TDPO is TDPO-R without resets
-        return self.critic | {"neurons": neurons}
+        resets = config.neurons.reset != "none"  # TDPO is TDPO-R without resets
+        return self.critic | {"neurons": self.critic["neurons"] if resets else {}}
 
     def _more(self) -> Fields:
         try:

@@ -22,15 +22,6 @@ SECONDS_BETWEEN_EVENTS = 0.2
 Tell = Callable[[Fields], None]
 
 
-def check_device_free(run: RunFolder, device: torch.device) -> None:
-    """Raise ValueError if another run is training on the device."""
-    other = jobs.job_on(device)
-    if other is not None:
-        raise ValueError(
-            f"run {other.id!r} is training on {device}; stop it or wait for it before starting {run.path.name!r}"
-        )
-
-
 def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
     """The job that trains the run; a job that is stopping is waited for and does not count."""
     job = runs.job(run)

@@ -1,4 +1,4 @@
-"""A run is a folder of plain files, and everything about the run is stored there. See run_paths.py for its files."""
+"""A run is a folder of plain files, and everything about the run is stored there. See paths.py for its files."""
 
 import json
 import os

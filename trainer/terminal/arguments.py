@@ -17,8 +17,7 @@ from ..config import TrainConfig, leaf_fields, presets
 from ..config.changes import changeable
 from ..config.messages import nearest
 from ..config.parsing import weighted
-
-WRONG_INPUT = 2  # exit status
+from . import WRONG_INPUT
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from ..config import TrainConfig
 from ..metrics import duration, readable, reward_names
 from ..run import EpochMetrics
-from ..training import RATIO_TOLERANCE
 from .streams import SafeStream, encodable
 
 PACE = 5  # latest epochs whose mean duration gives the ETA
+RATIO_TOLERANCE = 1e-5  # the largest |ratio - 1| expected before the first update of an epoch
 NARROW = 50  # columns; on narrower terminals, a bar would leave no room for text
 LOGGER = logging.getLogger("comfy_tdpo")  # the library's, the trainer's and the nodes'
 
@@ -92,7 +92,8 @@ class Console:
             self._bar.n = metrics["epoch"]
             self._describe("epoch done")
             self._bar.refresh()
-        self._check_drift(metrics["policy/ratio_drift"])
+        if "policy/ratio_drift" in metrics:
+            self._check_drift(metrics["policy/ratio_drift"])
 
     def close(self) -> None:
         """Leave the bar as it is and move the cursor to a new line."""
@@ -141,9 +142,10 @@ class _Telling(logging.Handler):
 
 def _epoch_line(metrics: EpochMetrics, epochs: int, eta: str) -> str:
     reward, *critic = _results(metrics, "critic EV")
-    drift, seconds = f"ratio drift {_tiny(metrics['policy/ratio_drift'])}", f"{metrics['time/epoch_s']:.1f} s"
+    drift = [f"ratio drift {_tiny(metrics['policy/ratio_drift'])}"] if "policy/ratio_drift" in metrics else []
+    seconds = f"{metrics['time/epoch_s']:.1f} s"
     return "  ".join(
-        [f"epoch {metrics['epoch']:.0f}/{epochs}", reward, *_held_out(metrics), drift, *critic, seconds, eta]
+        [f"epoch {metrics['epoch']:.0f}/{epochs}", reward, *_held_out(metrics), *drift, *critic, seconds, eta]
     )
 
 

@@ -25,9 +25,9 @@ from comfy_tdpo.rewards import (
 from comfy_tdpo.rewards.function import allow_functions
 
 from ..config.parsing import named_values
+from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
 from .image_files import check_image, read_image
 
-FINISHED, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 130
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
