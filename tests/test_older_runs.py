@@ -63,7 +63,7 @@ def test_the_updates_since_count(old_run):
 def test_another_model_is_refused_for_a_run_of_0_1_0_too(old_run):
     training = assemble(old_run.config, old_run, cpu=True)
     next(weight for _, weight in training.policy.frozen_weights()).flatten()[0] += 1
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match="got .* model "):
         list(training.epochs())
 
 
@@ -147,10 +147,10 @@ def test_a_setting_of_a_newer_version_is_named(name, old_run):
         values[last] = 1.0
 
     edit_saved(old_run, lambda state: add(state["identity"]["settings"]) or state["identity"].update(version="9.8.7"))
-    with pytest.raises(ValueError, match=f"{name} .*9.8.7"):
+    with pytest.raises(ValueError, match=f"{name}.*9.8.7"):
         train_on(old_run)
     edit(old_run, add)
     config = old_run.path / "config.toml"
     config.write_text("# comfy_tdpo 9.8.7\n" + config.read_text())
-    with pytest.raises(ValueError, match=f"{name}.*newer.*9.8.7"):
+    with pytest.raises(ValueError, match=f"{name}.*9.8.7"):
         train_on(old_run)
