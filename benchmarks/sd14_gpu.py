@@ -61,7 +61,6 @@ def make_policy(steps: int, resolution: int, device: str) -> DiffusionPolicy:
         steps=steps,
         guidance=5.0,
         resolution=resolution,
-        rank=4,
         device=device,
         autocast=torch.bfloat16,
     )

@@ -16,6 +16,7 @@ from .models import DiffusionModel
 from .models.conditioning import Conditioning
 from .process import Step, make_process
 from .process.gaussian import guide
+from .settings import PolicySettings
 
 
 class DiffusionPolicy:
@@ -24,12 +25,12 @@ class DiffusionPolicy:
     Sampling and training call the same `step`, so the ratio of a fresh sample is 1.
 
     Args:
-        model: modified in place: moved to `device` and given the LoRA.
+        model: modified in place: moved to `device`, and made to train what `settings` say.
         steps: denoising steps T.
         guidance: classifier-free guidance scale; 1 turns guidance off.
         resolution: side of the images in pixels.
         process: a key of PROCESSES, or None for the model's own.
-        rank, alpha, targets, seed: of the LoRA, see `DiffusionModel.adapt`; alpha None means the rank.
+        settings, seed: of what is trained, see `DiffusionModel.adapt`.
         autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
     """
 
@@ -40,22 +41,17 @@ class DiffusionPolicy:
         steps: int,
         guidance: float,
         resolution: int,
-        rank: int,
-        alpha: float | None = None,
-        targets: str = "attention",
+        settings: PolicySettings | None = None,
         seed: int = 42,
         process: str | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
-        gradient_checkpointing: bool = False,
     ):
         self.device, self.guidance, self.autocast = torch.device(device), guidance, autocast
         self.process = make_process(process or model.process, model.scheduler, steps, self.device)
         self.model = model.to(self.device)
         self.latent_shape = self._latent_shape(resolution)
-        self.trainable = model.adapt(rank, float(rank if alpha is None else alpha), targets, seed)
-        if gradient_checkpointing:
-            model.network.enable_gradient_checkpointing()
+        self.trainable = model.adapt(settings or PolicySettings(), seed)
         self._encoded: dict[str, Conditioning] = {}
 
     def _latent_shape(self, resolution: int) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from comfy_tdpo.models.components import Components
 from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.settings import PolicySettings
 from comfy_tdpo.shapes.encoders import MAX_TOKENS
 from comfy_tdpo.shapes.tokenizer import build_tokenizer
 
@@ -73,9 +74,12 @@ def make_policy(make_components) -> Callable[..., DiffusionPolicy]:
         schedule: dict | None = None,
         **settings,
     ) -> DiffusionPolicy:
-        defaults = {"steps": 4, "guidance": 3.0, "resolution": RESOLUTION, "rank": 4}
+        defaults = {"steps": 4, "guidance": 3.0, "resolution": RESOLUTION}
+        trains = PolicySettings(
+            **{name: settings.pop(name) for name in PolicySettings.model_fields if name in settings}
+        )
         model = StableDiffusion.from_components(make_components(seed, dtype, **(schedule or {})))
-        policy = DiffusionPolicy(model, **(defaults | settings))
+        policy = DiffusionPolicy(model, settings=trains, **(defaults | settings))
         if trained:
             generator = torch.Generator().manual_seed(seed)
             for name, parameter in policy.model.network.named_parameters():

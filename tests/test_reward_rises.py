@@ -48,7 +48,7 @@ def test_the_reward_rises(algorithm, tmp_path):
     run = new_run(tmp_path / "run", algorithm=algorithm, **SETTINGS)
     config = run.config
     how = {name: getattr(config, name) for name in ("steps", "guidance", "resolution", "seed")}
-    policy = DiffusionPolicy(TintModel(), rank=config.policy.rank, **how)
+    policy = DiffusionPolicy(TintModel(), settings=config.policy, **how)
     training = Training(config, policy, Brightness(), {}, run, Accelerator(cpu=True))
     before = scores(training)
     list(training.epochs())

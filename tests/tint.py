@@ -29,5 +29,5 @@ class TintModel(BlobModel):
         self.network = Tint()
         self.networks = {"tint": self.network}
 
-    def adapt(self, rank, alpha, targets, seed):
-        return UNetLora(self.network, rank, alpha, targets, seed)
+    def adapt(self, settings, seed):
+        return UNetLora(self.network, settings.rank, settings.rank, settings.targets, seed)

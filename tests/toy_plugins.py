@@ -92,7 +92,7 @@ class BlobModel:
     def denoise(self, latents, times, conditioning):
         return self.network(latents, conditioning.parts["colours"])
 
-    def adapt(self, rank, alpha, targets, seed):
+    def adapt(self, settings, seed):
         return AllWeights(self.network)
 
     def to(self, device):

@@ -22,7 +22,7 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
     """Of policy and critic, as the optimizers get them, in the first update of a policy that has drifted."""
     accelerator, kept = Accelerator(cpu=True), {}
     run = new_run(folder / f"{algorithm}-{accelerator.process_index}", algorithm=algorithm, **SETTINGS)
-    policy = DiffusionPolicy(TintModel(), steps=run.config.steps, guidance=1.0, resolution=8, rank=4)
+    policy = DiffusionPolicy(TintModel(), steps=run.config.steps, guidance=1.0, resolution=8)
     for parameter in policy.parameters:
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(parameter)))
     training = Training(run.config, policy, Brightness(), {}, run, accelerator)

@@ -87,12 +87,9 @@ def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]
         "steps": config.steps,
         "guidance": config.guidance,
         "resolution": config.resolution,
-        "rank": config.policy.rank,
-        "alpha": config.policy.alpha,
-        "targets": config.policy.targets,
+        "settings": config.policy,
         "seed": config.seed,
         "process": config.process,
         "device": device,
         "autocast": None if dtype == torch.float32 else dtype,
-        "gradient_checkpointing": config.policy.gradient_checkpointing,
     }

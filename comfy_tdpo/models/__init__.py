@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ..settings import PolicySettings
     from .conditioning import Conditioning
 
 # Encodes prompts on the model's device. If it truncates long prompts, it has a method `cut`, see `describe_unread`.
@@ -62,8 +63,7 @@ class Trainable(Protocol):
 class DiffusionModel(Protocol):
     """A loaded model of one family, frozen and in evaluation mode.
 
-    source: its name in messages; network: the denoiser, which needs diffusers' `enable_gradient_checkpointing` if that
-    setting is on; networks: all its networks, by name.
+    source: its name in messages; network: the denoiser; networks: all its networks, by name.
     channels: C; prediction_type: what the network predicts.
     scheduler: its noise schedule, for a process; schedule: (S,) numbers that distinguish that schedule from others.
     process: name of the default process for sampling.
@@ -86,8 +86,8 @@ class DiffusionModel(Protocol):
         """The network's output, (B, C, H, W), without guidance, for latents x_k at the process's times, (B,)."""
         ...
 
-    def adapt(self, rank: int, alpha: float, targets: str, seed: int) -> Trainable:
-        """Add a LoRA to the network; the family defines the names of `targets`."""
+    def adapt(self, settings: PolicySettings, seed: int) -> Trainable:
+        """Have the network train what `settings` say, such as a LoRA drawn from `seed`."""
         ...
 
     def to(self, device: torch.device) -> Self:

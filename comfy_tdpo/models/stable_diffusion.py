@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..prompts.length import describe_cut, too_long
+from ..settings import PolicySettings
 from . import LatentDecoder, PromptEncoder
 from .conditioning import Conditioning, TensorConditioning
 from .lora import UNetLora
@@ -103,8 +104,11 @@ class StableDiffusion:
         states = conditioning.parts["states"]
         return self.network(latents.to(self.network.dtype), times, states, return_dict=False)[0]
 
-    def adapt(self, rank: int, alpha: float, targets: str, seed: int) -> UNetLora:
-        return UNetLora(self.network, rank, alpha, targets, seed)
+    def adapt(self, settings: PolicySettings, seed: int) -> UNetLora:
+        if settings.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        alpha = float(settings.rank if settings.alpha is None else settings.alpha)
+        return UNetLora(self.network, settings.rank, alpha, settings.targets, seed)
 
     def to(self, device: torch.device) -> StableDiffusion:
         for network in self.networks.values():

@@ -81,7 +81,7 @@ def write_report(world: Path) -> None:
 @torch.no_grad()
 def _draw(world: Path, prompts: list[str]) -> Tensor:
     model = load_model(str(world / "pipeline"), torch.float32)
-    policy = DiffusionPolicy(model, steps=STEPS, guidance=GUIDANCE, resolution=64, rank=1)
+    policy = DiffusionPolicy(model, steps=STEPS, guidance=GUIDANCE, resolution=64)
     return draw_images(Decoder(policy, batch=30), prompts, [("report", i) for i in range(len(prompts))], batch=30)
 
 
