@@ -84,7 +84,8 @@ def _check_numbers(settings: dict[str, Any], path: Path) -> None:
     count = settings.get("num_train_timesteps", 1000)
     if type(count) is not int or not 1 < count <= MOST_TIMESTEPS:
         raise ValueError(
-            f"{path} has num_train_timesteps {count!r:.60}; expected a whole number from 2 to {MOST_TIMESTEPS}, such as 1000"
+            f"{path} has num_train_timesteps {count!r:.60}; expected a whole number from 2 to "
+            f"{MOST_TIMESTEPS}, such as 1000"
         )
     start, end = ends = [settings.get(key, default) for key, default in (("beta_start", 0.0001), ("beta_end", 0.02))]
     for key, beta in zip(("beta_start", "beta_end"), ends, strict=True):
