@@ -194,6 +194,14 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         user_path("")
 
 
+def test_a_path_that_only_this_locale_cannot_write_is_told_from_one_that_is_not_utf8(monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii", "surrogateescape"))  # under LC_ALL=C
+    with pytest.raises(ValueError, match="the encoding of this system, .*, does not have; set PYTHONUTF8=1"):
+        user_path("caf\udcc3\udca9")
+    with pytest.raises(ValueError, match="is not UTF-8; rename"):
+        user_path("caf\udce9")
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_prompts_longer_than_clip_reads_are_found(family):
     tokenizer = clip_tokenizer(CONFIGS / family)
