@@ -24,6 +24,16 @@ _DTYPES = {
     if hasattr(torch, dtype)
 }
 
+# How files of other formats begin that are often found in the place of a .safetensors file.
+_OTHER_FORMATS = (
+    (b"version https://git-lfs", "it is a Git LFS pointer to the file; fetch the file itself with `git lfs pull`"),
+    (b"PK\x03\x04", "it is a ZIP archive, as PyTorch's pickled weights are"),
+    (b"\x80", "it is a pickle"),
+    (b"GGUF", "it is a GGUF file"),
+    (b"<", "it is a web page"),
+    (b"{", "it is JSON"),
+)
+
 
 class TensorFile:
     """The tensors of a .safetensors file, memory-mapped and read one at a time.
@@ -42,7 +52,7 @@ class TensorFile:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > _LARGEST_HEADER:
-                raise ValueError("it does not begin with the length of a header")
+                raise ValueError(_kind(start + file.read(64)))
             header = file.read(length)
         size = path.stat().st_size - 8 - length
         if size < 0:
@@ -62,6 +72,12 @@ class TensorFile:
         count, begin = math.prod(shape), self._start + begin
         octets = torch.tensor([], dtype=torch.uint8).set_(self._data, begin, (count * dtype.itemsize,))
         return (octets.clone() if begin % dtype.itemsize else octets).view(dtype).view(shape)
+
+
+def _kind(start: bytes) -> str:
+    """What a file is that begins with `start` and not with the length of a header."""
+    found = (kind for sign, kind in _OTHER_FORMATS if start.startswith(sign))
+    return next(found, "it does not begin with the length of a header")
 
 
 def _parse(header: bytes) -> tuple[dict[str, Any], dict[str, str]]:

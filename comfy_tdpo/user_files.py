@@ -6,8 +6,10 @@ because guessing between one-byte encodings could silently change letters.
 """
 
 import codecs
+import os
 import re
 import stat
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -65,7 +67,15 @@ def user_path(text: str | Path) -> Path:
 def check_name(path: str | Path) -> None:
     """Raise ValueError if a path is not UTF-8: neither TOML nor the safetensors library can represent it."""
     if _SURROGATE.search(str(path)):
-        raise ValueError(f"got the path {str(path)!r}, which is not UTF-8; rename the file or folder")
+        raise ValueError(f"got the path {str(path)!r}, which {_why_not_utf8(str(path))}")
+
+
+def _why_not_utf8(path: str) -> str:
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError:
+        return "is not UTF-8; rename the file or folder"
+    return f"the encoding of this system, {sys.getfilesystemencoding()}, does not have; set PYTHONUTF8=1"
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:

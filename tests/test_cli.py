@@ -184,6 +184,8 @@ WRONG = {
         ["--preset", "sd14-pickscore", "--reward-weights", "pickscore=/no/such/file"],
         "got '/no/such/file' as the weights of reward 'pickscore', but nothing is there",
     ),
+    "a reward's weights without their name": (["--reward-weights", "a.pth"], "got 'a.pth'; expected NAME=VALUE"),
+    "a scale without its number": (["--reward-scales", "shapes-judge"], "got 'shapes-judge'; expected NAME=VALUE"),
     "a function that is nowhere": (["--reward", "python:no_such_module:f"], "cannot be imported"),
     "an unknown prompt set": (["--prompts", "no-such-set"], "got prompts 'no-such-set'"),
     "prompts that need a copy": (["--prompts", "hpd-photo"], "does not ship"),

@@ -49,6 +49,10 @@ READ = {
         "((a fox)), [red], {blue}, (v: 2, 16:9) 3:16 - b__c",
         ["((a fox)), [red], {blue}, (v: 2, 16:9) 3:16 - b__c"],
     ),
+    "odd words": (
+        "C++; (18+) 1.5\n\U0001f98a\na negative prompt",
+        ["C++; (18+) 1.5", "\U0001f98a", "a negative prompt"],
+    ),
 }
 
 
@@ -111,6 +115,17 @@ REFUSED = {
     "weights": ("x.txt", "a (red:1.2) fox", "a weight of a user interface in line 1, '(red:1.2)'"),
     "a LoRA": ("x.txt", "a fox <lora:more:0.8>", "a tag of a user interface"),
     "editing": ("x.txt", "a [fox:bear:0.5]", "prompt editing"),
+    "a style": ("x.csv", "name,prompt\nold,a {prompt} in oil\n", "a placeholder of a style in line 2, '{prompt}'"),
+    "escaped brackets": ("x.txt", r"a fox \(film\)", "an escaped bracket of a user interface in line 1"),
+    "Compel's weights": ("x.txt", "a (red)1.3 fox", "a weight of Compel in line 1, ')1.3'"),
+    "Compel's blends": ("x.txt", '("a fox", "a bear").blend(0.5, 0.5)', "a blend of Compel in line 1"),
+    "a chat command": ("x.txt", "/imagine prompt: a fox", "a chat command in line 1, '/imagine prompt:'"),
+    "A1111's metadata": ("x.txt", "a fox\nNegative prompt: bad\nSteps: 20, Seed: 1", "a negative prompt in line 2"),
+    "settings of an image": ("x.txt", "a fox\nSteps: 20, Seed: 1", "settings of an image's metadata in line 2"),
+    "comments of other languages": ("x.txt", "// mine\na fox\n; b", "a comment in line 1 and 1 more, '//'"),
+    "a fence": ("x.txt", "```\na fox\n```\n", "has no word in line 1, only '```'"),
+    "a space that is not seen": ("x.txt", "a fox\n\u200b\n", "has no word in line 2, only '\\u200b'"),
+    "a tab": ("x.txt", "a fox\t1.0\n", "control characters or halves of characters in line 1, '\\t'"),
     "YAML": ("x.yaml", "- a fox", "got YAML as prompts"),
     "half a character": ("x.json", r'["a \ud83e fox"]', "halves of characters in item 1"),
     "unknown columns": ("x.csv", "id,words\n1,a fox\n", "begins with 'id,words'; expected the names of its columns"),
@@ -177,6 +192,14 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
         user_path("~nobody-of-that-name/x")
     with pytest.raises(ValueError, match="got '' as a path"):
         user_path("")
+
+
+def test_a_path_that_only_this_locale_cannot_write_is_told_from_one_that_is_not_utf8(monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii", "surrogateescape"))  # under LC_ALL=C
+    with pytest.raises(ValueError, match="the encoding of this system, .*, does not have; set PYTHONUTF8=1"):
+        user_path("caf\udcc3\udca9")
+    with pytest.raises(ValueError, match="is not UTF-8; rename"):
+        user_path("caf\udce9")
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])

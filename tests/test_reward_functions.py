@@ -275,3 +275,17 @@ def test_a_coroutine_can_be_run_as_the_message_says(reward):
         score_images(reward(lambda images, prompts: asyncio.run(soon(images, prompts))), IMAGES, PROMPTS),
         MEANS + LENGTHS,
     )
+
+
+def pictures(images, prompts):
+    return [image.convert("L").getextrema()[1] for image in images]
+
+
+def sizes(images, prompts):
+    return [image.size[0] for image in images]
+
+
+@pytest.mark.parametrize("function", [pictures, sizes])
+def test_a_function_for_other_images_is_told_what_it_was_given(reward, function):
+    with pytest.raises(RewardError, match=r"failed: (Attribute|Type)Error.*; its images were a float tensor \(2, 3, 8"):
+        score_images(reward(function), IMAGES, PROMPTS)

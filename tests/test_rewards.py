@@ -182,7 +182,15 @@ def test_a_function_may_change_what_it_is_given(mine):
 
 
 @pytest.mark.parametrize(
-    "name", ["python:my_rewards", "python:my_rewards:", "python::red", "python:my/rewards:red", "python:.my:red"]
+    "name",
+    [
+        "python:my_rewards",
+        "python:my_rewards:",
+        "python:my_rewards.py:red",
+        "python::red",
+        "python:my/rewards:red",
+        "python:.my:red",
+    ],
 )
 def test_a_malformed_function_is_refused(mine, name):
     with pytest.raises(ValueError, match="expected python:module:function"):

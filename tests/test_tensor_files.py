@@ -74,6 +74,23 @@ def test_a_type_that_torch_lacks_is_an_error_only_when_it_is_read(tmp_path):
         file["y"]
 
 
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS pointer.*`git lfs pull`"),
+        (b"PK\x03\x04\0\0\x08\x08\0\0\0", "ZIP archive, as PyTorch"),
+        (b"\x80\x02}q\0cnumpy", "a pickle"),
+        (b"GGUF\x03\0\0\0\x10\0", "a GGUF file"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b'{"error": "gated"}', "JSON"),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path, start, kind):
+    (tmp_path / "file").write_bytes(start)
+    with pytest.raises(ValueError, match=kind):
+        TensorFile(tmp_path / "file")
+
+
 def test_a_header_of_an_absurd_length_is_an_error(tmp_path):
     (tmp_path / "file").write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match="does not begin with the length"):

@@ -58,8 +58,15 @@ def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -
         required(folder, "tokenizer/vocab.json")
         required(folder, "tokenizer/merges.txt")
     networks = {name: _empty(folder / name, _CLASSES[name]) for name in ("unet", "vae", "text_encoder")}
+    tokenizer = _tokenizer(folder / "tokenizer")
+    known = networks["text_encoder"].config.vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens and a text encoder of {known}; expected both "
+            "of the same model; download or save the whole folder again"
+        )
     return {name: _load(network, folder / name, dtype) for name, network in networks.items()} | {
-        "tokenizer": _tokenizer(folder / "tokenizer"),
+        "tokenizer": tokenizer,
         "scheduler": load_scheduler(scheduler, prediction_type),
     }
 
@@ -90,7 +97,7 @@ def _empty(folder: Path, cls: Any) -> nn.Module:
     """The network configured in `folder`, without memory for its weights."""
     config = read_json(required(folder.parent, f"{folder.name}/config.json"))
     with quiet_loading(), naming(folder), init_empty_weights():
-        network = cls(CLIPTextConfig.from_pretrained(folder)) if cls is CLIPTextModel else cls.from_config(config)
+        network = cls(CLIPTextConfig.from_dict(config)) if cls is CLIPTextModel else cls.from_config(config)
     factor = getattr(network.config, "scaling_factor", 1)
     if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ValueError(
@@ -117,6 +124,11 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
             return [path]
         if index.is_file():
             return [required(folder, shard) for shard in _shards(index)]
+    if shards := sorted(path.name for path in folder.glob(f"{name}*-of-*.safetensors")):
+        raise ValueError(
+            f"{folder} has shards of weights ({shards[0]}) without {name}.safetensors.index.json, which lists them; "
+            "download or save the whole folder again"
+        )
     found = ", ".join(path.name for path in sorted(folder.glob("*"))) or "nothing"
     raise ValueError(
         f"{folder} has no weights as .safetensors or .fp16.safetensors (got {found}); "

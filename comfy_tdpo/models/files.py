@@ -18,7 +18,7 @@ def required(folder: Path, name: str) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows add a mark
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}; download or save the whole folder again") from error
     if not isinstance(values, dict):

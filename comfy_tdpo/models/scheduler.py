@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 from .files import EXPECTED, naming, read_json
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+MOST_TIMESTEPS = 100_000
 SPACINGS = ("leading", "trailing", "linspace")
 
 # Samplers of models trained on discrete noise levels -> diffusers' defaults for them that differ from DDIM's.
@@ -44,6 +45,7 @@ def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
     if kind not in PREDICTION_TYPES:
         raise ValueError(f"{path} has prediction_type {kind!r}; expected one of {', '.join(PREDICTION_TYPES)}")
     settings = _SAMPLERS[sampler] | {key: config[key] for key in _READ if key in config}
+    _check_numbers(settings, path)
     settings |= {"timestep_spacing": _spacing(config, sampler), "clip_sample": False}
     with naming(path):
         scheduler = DDIMScheduler(**settings)
@@ -77,6 +79,29 @@ def _spacing(config: dict, sampler: str) -> str:
     return config.get("timestep_spacing") or silent
 
 
+def _check_numbers(settings: dict[str, Any], path: Path) -> None:
+    """Check before diffusers computes with the numbers: it would fail obscurely, or allocate any amount of memory."""
+    count = settings.get("num_train_timesteps", 1000)
+    if type(count) is not int or not 1 < count <= MOST_TIMESTEPS:
+        raise ValueError(
+            f"{path} has num_train_timesteps {count!r:.60}; expected a whole number from 2 to "
+            f"{MOST_TIMESTEPS}, such as 1000"
+        )
+    start, end = ends = [settings.get(key, default) for key, default in (("beta_start", 0.0001), ("beta_end", 0.02))]
+    for key, beta in zip(("beta_start", "beta_end"), ends, strict=True):
+        if type(beta) not in (int, float):
+            raise ValueError(f"{path} has {key} {beta!r:.60}; expected a number, such as 0.00085 or 0.012")
+    trained = settings.get("trained_betas")
+    if trained is not None and not (isinstance(trained, list) and all(type(beta) in (int, float) for beta in trained)):
+        raise ValueError(f"{path} has trained_betas {trained!r:.60}; expected null, or a list of numbers")
+    if start < 0 or end < 0:
+        raise _no_schedule(path, start, end)
+    if start > end and trained is None:
+        raise ValueError(
+            f"{path} has beta_start {start} above beta_end {end}; expected noise that grows with time: swap them"
+        )
+
+
 def _check(scheduler: DDIMScheduler, path: Path) -> None:
     config, betas = scheduler.config, scheduler.betas
     if config.timestep_spacing not in SPACINGS:
@@ -91,8 +116,11 @@ def _check(scheduler: DDIMScheduler, path: Path) -> None:
             "same number; download or save the folder again"
         )
     if not ((betas > 0) & (betas <= 1)).all():  # the last beta is 1 with zero terminal SNR
-        raise ValueError(
-            f"{path} has betas that make no noise schedule (beta_start {config.beta_start}, beta_end "
-            f"{config.beta_end}); expected betas between 0 and 1, such as 0.00085 and 0.012; "
-            "download or save the folder again"
-        )
+        raise _no_schedule(path, config.beta_start, config.beta_end)
+
+
+def _no_schedule(path: Path, start: float, end: float) -> ValueError:
+    return ValueError(
+        f"{path} has betas that make no noise schedule (beta_start {start}, beta_end {end}); expected betas between 0 "
+        "and 1, such as 0.00085 and 0.012; download or save the folder again"
+    )

@@ -5,6 +5,7 @@ Signs that an encoder can read as they are, such as ((brackets)) and commas, are
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 
 # pattern, what it is, what to do
@@ -18,6 +19,14 @@ _MARKUP = tuple(
         (r"\([^()]*[^\d\s():]\s*:\s*\d*\.?\d+\s*\)", "a weight of a user interface", "keep only the words"),
         (r"\[[^\[\]]*:[^\[\]]*:\s*\d*\.?\d+\s*\]", "prompt editing of a user interface", "keep only the words"),
         (r"\bembedding:\w", "an embedding of a user interface", "keep only the words"),
+        (r"\{prompts?\}", "a placeholder of a style", "write the whole prompt"),
+        (r"\\[()\[\]]", "an escaped bracket of a user interface", "remove the backslash"),
+        (r"\)(?:\d*\.\d+|\++)(?=[\s,]|$)", "a weight of Compel", "keep only the words"),
+        (r"\)\.(?:blend|and)\(", "a blend of Compel", "write each prompt on a line of its own"),
+        (r"^/\w+ prompt:", "a chat command", "keep only the words"),
+        (r"(?i)^negative[ _]prompts?:", "a negative prompt", "remove it; training uses none"),
+        (r"^Steps: \d+, ", "settings of an image's metadata", "keep only its prompt"),
+        (r"^(?://|;)\s", "a comment", "begin comments with #"),
         ("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "control characters or halves of characters", "remove them"),
     )
 )
@@ -27,16 +36,19 @@ _HEADER = re.compile(r"(?:[\w ]+[,;\t])*(?:prompts?|captions?)(?:[,;\t][\w ]+)*"
 
 
 def check_words(prompts: Sequence[tuple[str, str]]) -> None:
-    """Raise ValueError if any of the (place, prompt) pairs contains markup of another program."""
+    """Raise ValueError if any of the (place, prompt) pairs contains markup of another program, or nothing to draw."""
     for sign, what, remedy in _MARKUP:
         found = [(place, match[0]) for place, prompt in prompts if (match := sign.search(prompt))]
         if found:
             (place, example), others = found[0], len(found) - 1
             also = f" and {others} more" if others else ""
             raise ValueError(
-                f"has {what} in {place}{also}, {example.strip()!r:.60}; expected plain words, read as they are: "
+                f"has {what} in {place}{also}, {example.strip(' ')!r:.60}; expected plain words, read as they are: "
                 f"{remedy}"
             )
+    for place, prompt in prompts:
+        if not any(unicodedata.category(sign)[0] in "LN" or unicodedata.category(sign) == "So" for sign in prompt):
+            raise ValueError(f"has no word in {place}, only {prompt!r:.60}; expected a prompt: remove the line")
 
 
 def foreign_text(lines: list[str], text: str) -> str:

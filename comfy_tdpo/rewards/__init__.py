@@ -210,4 +210,6 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
     except (Exception, SystemExit) as error:  # it may be user code, and the user must learn whose code failed
         if out_of_memory(error):
             raise  # the caller handles that
-        raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error
+        unlike = is_function(model.name) and isinstance(error, (TypeError, AttributeError))  # it may expect PIL images
+        given = f"; its images were a float tensor {tuple(images.shape)} in [0, 1]" if unlike else ""
+        raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}{given}") from error

@@ -35,9 +35,11 @@ def check_function(name: str) -> None:
     """Raise ValueError if `name` is malformed or functions are not allowed here. Nothing is imported."""
     if not _allowed:
         raise ValueError(f"got reward {name!r}, which runs code; expected that only on the command line")
-    if not all(part.isidentifier() for part in _module(name).split(".")) or not _function(name).isidentifier():
+    parts = _module(name).split(".")
+    if not all(part.isidentifier() for part in parts) or parts[-1] == "py" or not _function(name).isidentifier():
         raise ValueError(
-            f"got reward {name!r}; expected python:module:function, such as python:mine.rewards:brightness"
+            f"got reward {name!r}; expected python:module:function, such as python:mine.rewards:brightness for the "
+            "function brightness in mine/rewards.py"
         )
 
 

@@ -38,7 +38,11 @@ DEFAULT_ALGORITHM = "tdpo-r"
 
 
 def _pairs(value: Any) -> Any:
-    return named_values(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if any("=" not in part for part in value.split(",") if part.strip()):
+        raise ValueError("expected NAME=VALUE, or several with commas between them")
+    return named_values(value)
 
 
 def _absolute(paths: dict[str, str]) -> dict[str, str]:
