@@ -94,9 +94,12 @@ class TrainConfig(MethodSettings):
         dict[str, Annotated[str, Field(min_length=1)]], Pairs, AfterValidator(_absolute), MAY_CHANGE
     ] = Field(default={}, description="files or folders to load rewards from instead of the hub; NAME=PATH,...")
     reward_precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of the rewards' encoders")
-    prompts: str = Field(default="shapes", description="prompt set, or a text file with one prompt a line")
+    prompts: str = Field(
+        default="shapes",
+        description="prompt set, or a file: text with one prompt a line (# starts a comment), CSV, JSON or JSON lines",
+    )
     grid_prompts: Annotated[str | None, Unset] = Field(
-        default=None, description="prompts of the sample grids; none: the training prompts"
+        default=None, description="prompts of the sample grids; none means the training prompts"
     )
     seed: int = Field(default=42, ge=0, lt=2**63, description="all random numbers derive from it")
     epochs: Annotated[int, MAY_CHANGE] = Field(
@@ -108,14 +111,16 @@ class TrainConfig(MethodSettings):
     )
     micro_batch: Annotated[Count | None, Unset] = Field(
         default=None,
-        description="most samples per forward pass; a divisor of samples_per_update is used. none: as many as fit",
+        description="most samples per forward pass, rounded down to a divisor of samples_per_update; none means as many "
+        "as fit",
     )
     decode_batch: Count = Field(default=16, description="images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
     guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1 turns it off")
     resolution: int = Field(default=512, ge=8, le=8192, description="width and height of the images in pixels")
     process: Annotated[str | None, Unset] = Field(
-        default=None, description="how a denoising step draws its noise; none: as usual for the model"
+        default=None,
+        description="process that turns the model's output into a denoising step; none means the model's own",
     )
     output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
 
