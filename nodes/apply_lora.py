@@ -28,14 +28,14 @@ class ApplyLoRA(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     round=0.001,
-                    tooltip="How strongly the LoRA is applied. 1: as trained.",
+                    tooltip="How strongly the LoRA is applied. 1 applies it as trained.",
                 ),
                 io.Combo.Input(
                     "snapshot",
                     SNAPSHOTS,
                     default=LATEST,
                     tooltip="Which snapshot of the run: the latest, the one whose images scored best on the training "
-                    "reward or on the first held-out reward, or the one of the epoch below.",
+                    "reward or on the first held-out reward, or the one of the epoch given below.",
                 ),
                 io.Int.Input(
                     "epoch", default=1, min=1, max=9999, tooltip="Used if snapshot is 'epoch'. Not every epoch is kept."

@@ -17,7 +17,8 @@ class RewardModel(io.ComfyNode):
             node_id="TDPORewardModel",
             display_name="TDPO Reward Model",
             category=CATEGORY,
-            description="A reward: it scores images. Chain several through 'also' to train on their weighted sum.",
+            description="Chooses a reward, which scores images. Chain several through 'also' to train on their "
+            "weighted sum.",
             inputs=[
                 io.Combo.Input(
                     "reward", reward_names(), default="shapes-aesthetic", tooltip="The reward that scores the images."
@@ -39,13 +40,13 @@ class RewardModel(io.ComfyNode):
                     tooltip="The reward's file in models/tdpo_rewards. auto: looks for its published name there and in "
                     "the Hugging Face cache, then downloads it. Shapes and JPEG rewards have no file.",
                 ),
-                Reward.Input("also", optional=True, tooltip="Another Reward Model; its weighted reward is added."),
+                Reward.Input("also", optional=True, tooltip="Another TDPO Reward Model; its weighted reward is added."),
             ],
             outputs=[
                 Reward.Output(
                     "rewards",
                     display_name="reward",
-                    tooltip="For TDPO-R Train, TDPO Score Images, or the 'also' of another Reward Model.",
+                    tooltip="For TDPO-R Train, TDPO Score Images, or the 'also' of another TDPO Reward Model.",
                 )
             ],
         )

@@ -21,8 +21,8 @@ class Train(io.ComfyNode):
             node_id="TDPOTrain",
             display_name="TDPO-R Train",
             category=CATEGORY,
-            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA towards the ones "
-            "that scored well. Runs are kept in output/tdpo, and resume where they were stopped.",
+            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA to make images "
+            "like the best ones more likely. Runs are kept in output/tdpo, and resume where they were stopped.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -33,7 +33,7 @@ class Train(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),
-                Reward.Input("reward", tooltip="The training reward: a Reward Model, or several in a chain."),
+                Reward.Input("reward", tooltip="The training reward: a TDPO Reward Model, or several in a chain."),
                 io.String.Input(
                     "run_name",
                     default="my run",
@@ -51,7 +51,8 @@ class Train(io.ComfyNode):
                     "mode",
                     MODES,
                     default=WAIT,
-                    tooltip="wait: the graph continues when the training ends; Cancel saves and stops it. background: "
+                    tooltip="wait: the graph continues when the training ends; Cancel saves and stops the run. "
+                    "background: "
                     "the graph continues at once with what the run has so far; queue it again for newer results.",
                 ),
                 io.Combo.Input(

@@ -21,7 +21,7 @@ class ClippedPolicySettings(PolicySettings):
     )
     timestep_order: Literal["shuffled", "denoising"] = Field(
         default="shuffled",
-        description="order of the timesteps in an epoch's updates, either shuffled for each sample (the authors' code) "
+        description="order of the steps in an epoch's updates, either shuffled for each sample (the authors' code) "
         "or from noisy to clean (Algorithm 1)",
     )
 
@@ -29,7 +29,7 @@ class ClippedPolicySettings(PolicySettings):
 class CriticSettings(OptimizerSettings):
     """The temporal critic and its update (Eq. 9-10)."""
 
-    enabled: bool = Field(default=True, description="train a temporal critic; without one, the method is DDPO")
+    enabled: bool = Field(default=True, description="train a temporal critic; without one, the algorithm is DDPO")
     activation: CriticActivation = Field(
         default="identity",
         description="activation between the critic's layers; identity is in the authors' code, the others in the paper",
@@ -54,22 +54,30 @@ class NeuronSettings(Section):
 
     reset: Neurons = Field(default="active", description="which of the critic's neurons are reset")
     threshold: float = Field(
-        default=0.0, ge=0, le=1e3, description="activation score above which a neuron of the critic counts as active"
+        default=0.0,
+        ge=0,
+        le=1e3,
+        description="a neuron of the critic counts as active if its mean activation, relative to its layer's mean, is "
+        "above this",
     )
     policy_reset: Neurons = Field(default="none", description="which of the LoRA's neurons are reset")
     policy_measure: bool = Field(
         default=False, description="measure the LoRA's neurons every epoch, even if none of them are reset"
     )
     policy_threshold: float = Field(
-        default=0.1, ge=0, le=1e3, description="activation score above which a neuron of the LoRA counts as active"
+        default=0.1,
+        ge=0,
+        le=1e3,
+        description="a neuron of the LoRA counts as active if its mean activation, relative to its layer's mean, is "
+        "above this",
     )
     every: Count = Field(default=10, description="epochs between resets of neurons")
     activation: NeuronActivation = Field(
-        default="relu", description="function applied to a layer's output before its neurons are scored"
+        default="relu", description="function applied to a layer's output before its neurons are measured"
     )
     data: NeuronData = Field(
         default="epoch",
-        description="embeddings on which the critic's neurons are scored: all of an epoch's, only those of its "
+        description="embeddings on which the critic's neurons are measured: all of an epoch's, only those of its "
         "noisiest step, or those of one batch, a quarter of the samples, each at the step it was last trained on (the "
         "authors' code)",
     )
@@ -94,7 +102,8 @@ class KLSettings(Section):
     )
     target: Annotated[Positive | None, Unset] = Field(
         default=None,
-        description="KL in nats per trajectory that kl.coefficient is adapted to hold; none keeps it fixed",
+        description="KL to aim for, in nats per trajectory, by adapting kl.coefficient; none keeps the coefficient "
+        "fixed",
     )
     horizon: Count = Field(
         default=10_000,
@@ -105,9 +114,12 @@ class KLSettings(Section):
 class MomentsSettings(Section):
     """Per-prompt normalisation of rewards."""
 
-    buffer_size: Count = Field(default=32, description="how many of a prompt's latest rewards are kept to normalise by")
+    buffer_size: Count = Field(
+        default=32, description="how many of a prompt's latest rewards are used to normalise its rewards"
+    )
     min_count: Count = Field(
-        default=16, description="rewards a prompt needs before its own mean and std replace the batch's"
+        default=16,
+        description="rewards a prompt needs before they are normalised by its own mean and std instead of the batch's",
     )
 
 
@@ -116,7 +128,7 @@ class PolicyGradientSettings(MethodSettings):
 
     updates: Literal["timestep", "trajectory"] = Field(
         default="timestep",
-        description="one gradient update per timestep (TDPO), or one for all steps of a trajectory (DDPO)",
+        description="one update per step (timestep, as in TDPO), or one for all steps of a trajectory (DDPO)",
     )
     gamma: Rate = Field(default=1.0, description="discount factor of the returns")
     advantage_clip: Annotated[Positive | None, Unset] = Field(

@@ -52,7 +52,7 @@ images of one prompt.
 | shapes-judge (encoder B) | own caption ranked first among 16 | {judge:.1%} |
 
 The preference gives up to 5 points for size (the shapes' mean side divided by 48 pixels, at most 1) and up to 5 for a
-dark ground (1 minus its luminance). It was learned from ratings with a noise of one point.
+dark background (1 minus its luminance). It was learned from ratings with a noise of one point.
 """
 
 

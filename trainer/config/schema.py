@@ -68,7 +68,8 @@ class TrainConfig(MethodSettings):
     """All settings of a run except its algorithm's own; see `config_class`."""
 
     algorithm: str = Field(
-        default=DEFAULT_ALGORITHM, description="training algorithm; sets its values in the paper's Table 1"
+        default=DEFAULT_ALGORITHM,
+        description="training algorithm; applies the values that the paper's Table 1 gives for it",
     )
     model: Annotated[str, MAY_CHANGE] = Field(
         default="shapes",
@@ -84,7 +85,9 @@ class TrainConfig(MethodSettings):
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"
     )
-    eval_rewards: Names = Field(default=[], description="rewards to track but not train on, or parts of the sum")
+    eval_rewards: Names = Field(
+        default=[], description="rewards to measure every epoch: held-out rewards, or parts of the training sum"
+    )
     reward_scales: Annotated[dict[str, Positive], Pairs] = Field(
         default={},
         description="divisors of the training rewards, applied before they are weighted and summed, such as the "
@@ -111,8 +114,8 @@ class TrainConfig(MethodSettings):
     )
     micro_batch: Annotated[Count | None, Unset] = Field(
         default=None,
-        description="most samples per forward pass, rounded down to a divisor of samples_per_update; none means as "
-        "many as fit",
+        description="largest number of samples per forward pass, rounded down to a divisor of samples_per_update; none "
+        "means as many as fit",
     )
     decode_batch: Count = Field(default=16, description="images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")

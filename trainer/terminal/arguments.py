@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [--preset NAME] [--config FILE] [--run-dir DIR] [--reward NAME] [--SETTING VALUE ...]\n"
         "       %(prog)s --resume DIR [--epochs N]",
         description="Align a diffusion model with a reward using TDPO-R (arXiv 2402.08552). "
-        "Without arguments, it trains on Shapes, the embedded toy world, in a few minutes.",
+        "Without arguments, it trains on Shapes, the toy world that ships with the package, in a few minutes.",
         epilog="To score image files with rewards, see `score --help`.",
         allow_abbrev=False,
     )
@@ -55,10 +55,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help=f"training reward, may be repeated: {', '.join(reward_names())}",
+        help=f"training reward; may be repeated: {', '.join(reward_names())}",
     )
     where.add_argument(
-        "--eval-reward", action="append", metavar="NAME", help="reward to track but not train on, may be repeated"
+        "--eval-reward",
+        action="append",
+        metavar="NAME",
+        help="reward to measure every epoch: a held-out reward, or part of the training sum; may be repeated",
     )
     settings = parser.add_argument_group(
         "settings",

@@ -48,9 +48,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m comfy_tdpo.trainer score", description="Score image files with reward models."
+        prog="python -m comfy_tdpo.trainer score", description="Score image files with one or more rewards."
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files to score")
     parser.add_argument(
         "--reward",
         action="append",
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"one of {', '.join(reward_names())}, or python:module:function; may be repeated",
     )
-    parser.add_argument("--prompt", default="", help="the prompt of the images; some rewards need none")
+    parser.add_argument("--prompt", default="", help="prompt the images were made from; some rewards need none")
     parser.add_argument(
         "--reward-weights", default="", metavar="NAME=PATH,...", help="files or folders to load rewards from"
     )
