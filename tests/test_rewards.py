@@ -112,9 +112,9 @@ def test_scales_equal_what_weights_of_their_inverse_do():
     [
         ({"reward_scales": {"shapes-judge": 2}}, "reward_scales names shapes-judge, which is not trained on"),
         ({"reward_scales": "shapes-aesthetic=0"}, "reward_scales.shapes-aesthetic: got '0'"),
-        ({"reward_scales": "shapes-aesthetic"}, "reward_scales.shapes-aesthetic: got ''"),
+        ({"reward_scales": "shapes-aesthetic"}, "reward_scales: got 'shapes-aesthetic'; expected NAME=VALUE"),
         ({"reward_weights": {"pickscore": "/x"}}, "reward_weights names pickscore, which is not used"),
-        ({"reward_weights": "shapes-gold"}, "reward_weights.shapes-gold: got ''"),
+        ({"reward_weights": "shapes-gold"}, "reward_weights: got 'shapes-gold'; expected NAME=VALUE"),
         ({"reward_precision": "fp8"}, "reward_precision: got 'fp8'"),
     ],
 )

@@ -44,9 +44,11 @@ class Keeper:
             settings = {name: _setting(self.config, name) for name, _ in leaf_fields(self.config.algorithm)}
             self.context.accelerator.init_trackers("comfy_tdpo", config=settings)
 
-    def close_trackers(self) -> None:
-        if self.config.output.trackers:
-            self.context.accelerator.end_training()
+    def end(self) -> None:
+        """Close trackers, and the connection between processes: one that exits with it open may abort."""
+        accelerator = self.context.accelerator
+        if self.config.output.trackers or accelerator.num_processes > 1:
+            accelerator.end_training()
 
     def keep_epoch(self, metrics: EpochMetrics) -> None:
         """Save a finished epoch; the checkpoint comes after everything that it vouches for."""

@@ -143,7 +143,7 @@ class Training:
             self.stopped = True
             self._save_unfinished()
         finally:
-            self.keeper.close_trackers()
+            self.keeper.end()
 
     def _begin(self) -> None:
         """Before the first epoch, find the micro-batch that fits, and draw samples with the untrained model."""
