@@ -96,7 +96,7 @@ def measure(
     reset_peak_memory(policy.device)
     with torch.no_grad():
         noise = draw_noise(policy, [("benchmark", row) for row in range(size)])
-        latents, log_probs, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
+        latents, log_probs, _, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
         decode, count = Decoder(policy, DECODE_BATCH), size * len(policy.process)
         _, decoding = timed(lambda: decode(latents[:, :-1].flatten(0, 1), read=lambda images: images[:, :, 0, 0]))
         images = decode(latents[:1, -1]).expand(DECODE_BATCH, -1, -1, -1)

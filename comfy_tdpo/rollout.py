@@ -7,6 +7,7 @@ Shapes: B samples, T denoising steps, C H W latent, D embedding width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class Trajectories:
     log_probs (B, T): under the policy that sampled.
     kl (B, T): nats against the base model, see `denoise`.
     rewards (B,); eval_rewards: name -> (B,).
-    image_embeds (B, T, D): of the decoded x_k; None without a critic.
+    image_embeds (B, T, D): what the critic reads at each step, see `Sampler`; None without a critic.
+    final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
     """
 
     prompts: list[str]
@@ -35,6 +37,7 @@ class Trajectories:
     kl: Tensor
     rewards: Tensor
     image_embeds: Tensor | None = None
+    final_embeds: Tensor | None = None
     eval_rewards: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -99,6 +102,7 @@ class Sampler:
     Args:
         embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
         embed_image_size: pixels at which intermediate latents are decoded for the critic, or None for full size.
+        embed_clean: whether the critic reads, at each step, the predicted clean latent instead of the noisy x_k.
         kl: what Trajectories.kl holds, see `denoise`.
         check: called between model calls; may raise an exception to stop.
     """
@@ -108,26 +112,28 @@ class Sampler:
     eval_rewards: dict[str, RewardModel]
     embed: Callable[[Tensor], Tensor] | None = None
     embed_image_size: int | None = None
+    embed_clean: bool = False
     kl: str = "none"
     check: Callable[[], None] = lambda: None
 
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
         """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`."""
         policy = self.decoder.policy
-        latents, log_probs, kl = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
-        images = self.decoder(latents[:, -1], check=self.check)
+        path = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
+        images = self.decoder(path.latents[:, -1], check=self.check)
         return Trajectories(
             prompts=prompts,
-            latents=latents,
-            log_probs=log_probs,
-            kl=kl,
+            latents=path.latents,
+            log_probs=path.log_probs,
+            kl=path.kl,
             rewards=score_images(self.reward, images, prompts),
-            image_embeds=self._embed(latents[:, :-1]),
+            image_embeds=self._embed(path.clean if self.embed_clean else path.latents[:, :-1]),
+            final_embeds=None if self.reward.embed_dim is None else self.reward.embed(images).float(),
             eval_rewards={name: score_images(model, images, prompts) for name, model in self.eval_rewards.items()},
         )
 
     def _embed(self, latents: Tensor) -> Tensor | None:
-        """Unit embeddings (B, T, D) of the decoded noisy latents x_k, (B, T, C, H, W)."""
+        """Unit embeddings (B, T, D) of the decoded latents, (B, T, C, H, W)."""
         if self.embed is None:
             return None
         embeds = self.decoder(latents.flatten(0, 1), self.embed_image_size, self.embed, self.check)
@@ -141,26 +147,37 @@ def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:
     return noise.to(policy.device, non_blocking=True)
 
 
+class Path(NamedTuple):
+    """The steps of B trajectories: latents (B, T + 1, C, H, W); log_probs and kl (B, T); clean (B, T, C, H, W), the
+    clean latent predicted at each step."""
+
+    latents: Tensor
+    log_probs: Tensor
+    kl: Tensor
+    clean: Tensor
+
+
 def denoise(
     policy: DiffusionPolicy,
     prompts: list[str],
     noise: Tensor,
     kl: str = "none",
     check: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, T + 1, C, H, W), log-probabilities (B, T) and KL (B, T) of the trajectories driven by `noise`.
+) -> Path:
+    """The trajectories driven by `noise`, (B, T + 1, C, H, W).
 
     kl: "exact" for the KL in nats of each step against the base model's; "sampled" for the log-ratio of each sample,
     whose expectation is the exact KL; "none" for zeros. Steps that are not stochastic have zeros in both tensors.
     """
     conditioning = policy.encode_prompts(prompts)
     latents = [policy.process.initial(noise[:, 0])]
-    log_probs, divergences = [], []
+    log_probs, divergences, cleans = [], [], []
     zero = noise.new_zeros(len(noise))
     for k, stochastic in enumerate(policy.process.stochastic.tolist()):
         check()
         positions = torch.full((len(noise),), k, device=policy.device)
-        mean, sigma, _ = policy.step(latents[k], positions, conditioning)
+        mean, sigma, clean = policy.step(latents[k], positions, conditioning)
+        cleans.append(clean)
         latents.append(mean + sigma * noise[:, k + 1])
         log_probs.append(log_prob(latents[-1], mean, sigma) if stochastic else zero)
         divergence = zero
@@ -173,7 +190,7 @@ def denoise(
                 log_ratio = log_probs[-1] - log_prob(latents[-1], reference_mean, sigma)
                 divergence = log_ratio * policy.latent_size
         divergences.append(divergence)
-    return torch.stack(latents, dim=1), torch.stack(log_probs, dim=1), torch.stack(divergences, dim=1)
+    return Path(*(torch.stack(parts, dim=1) for parts in (latents, log_probs, divergences, cleans)))
 
 
 def draw_images(
@@ -187,6 +204,6 @@ def draw_images(
     policy, images = decoder.policy, []
     for begin in range(0, len(prompts), batch):
         rows = slice(begin, begin + batch)
-        latents, _, _ = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]), check=check)
+        latents = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]), check=check).latents
         images.append(decoder(latents[:, -1], check=check))
     return torch.cat(images)

@@ -246,7 +246,7 @@ def scored(path, make_policy, **overrides) -> tuple[torch.Tensor, torch.Tensor, 
     method.update = lambda group: pairs.append(group) or update(group)
 
     def keep(batch):
-        found["outputs"] = method.critic.layers[0](batch.image_embeds)
+        found["outputs"] = method.critic.network.layers[0](batch.image_embeds)
         return finish(batch)
 
     method.finish = keep

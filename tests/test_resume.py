@@ -176,7 +176,7 @@ def test_what_has_diverged_is_not_kept(tmp_path, make_policy, what):
     next(epochs)
     before = files_in(run.path)
     with torch.no_grad():
-        weights = training.policy.parameters if what == "LoRA" else list(training.method.critic.parameters())
+        weights = training.policy.parameters if what == "LoRA" else list(training.method.critic.network.parameters())
         weights[0][0, 0] = torch.nan
     training.stop.set()
     with pytest.raises(TrainingError, match=f"diverged, its {what} is"):

@@ -173,7 +173,7 @@ class ThroughSampling:
 
         def accumulate(part: slice) -> Trajectories:
             prompts, seeds = context.draws(group[part])
-            latents, log_probs, kl = denoise(context.policy, prompts, draw_noise(context.policy, seeds))
+            latents, log_probs, kl, _ = denoise(context.policy, prompts, draw_noise(context.policy, seeds))
             scores = context.reward.score(context.policy.decode(latents[:, -1]), prompts)
             loss = -context.config.through.weight * scores.sum() / len(group)
             loss.backward()

@@ -28,7 +28,7 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
     training = Training(run.config, policy, Brightness(), {}, run, accelerator)
     optimizers = {"policy": training.context.optimizer}
     if training.method.critic is not None:
-        optimizers["critic"] = training.method.critic_optimizer
+        optimizers["critic"] = training.method.critic.optimizer
     for name, optimizer in optimizers.items():
         parameters = optimizer.param_groups[0]["params"]
         optimizer.register_step_pre_hook(

@@ -11,7 +11,7 @@ from ..randomness import generator_at
 from ..rollout import Trajectories
 from . import Metrics, TensorGroup, neurons
 from .context import Context
-from .critic import TemporalCritic
+from .critic_training import CriticTraining
 
 BATCHES = 4  # in which the authors draw an epoch's samples, 4 times 8 in each process
 
@@ -22,9 +22,8 @@ class NeuronStates:
     active: the previous epoch's masks, (H,) per layer, of the critic ("neurons") and the policy ("policy_neurons").
     """
 
-    def __init__(self, context: Context, critic: TemporalCritic | None, critic_optimizer: torch.optim.Optimizer | None):
-        self.context, self.config = context, context.config.neurons
-        self.critic, self.critic_optimizer = critic, critic_optimizer
+    def __init__(self, context: Context, critic: CriticTraining | None):
+        self.context, self.config, self.critic = context, context.config.neurons, critic
         self.active: dict[str, TensorGroup] = {}
 
     def of_critic(self, image_embeds: Tensor, last: tuple[Tensor, Tensor]) -> Metrics:
@@ -32,17 +31,15 @@ class NeuronStates:
 
         last: the rows in the order of the epoch's updates, and the step on which each was last trained, int64 (N,).
         """
-        assert self.critic is not None and self.critic_optimizer is not None, (
-            "there are embeddings only if there is a critic"
-        )
-        layers = neurons.critic_layers(self.critic)
+        assert self.critic is not None, "there are embeddings only if there is a critic"
+        layers = neurons.critic_layers(self.critic.network)
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
-            self.critic(self._data(image_embeds, *last))
+            self.critic.network(self._data(image_embeds, *last))
         scores = self._scores(recorder)
         metrics = self._measure("neurons", scores, self.config.threshold)
         masks = self._to_reset("neurons", self.config.reset)
         self.context.record(self.context.epoch + 1, scores, masks)
-        return metrics | self._reset("neurons", masks, layers, self.critic_optimizer)
+        return metrics | self._reset("neurons", masks, layers, self.critic.optimizer)
 
     def _data(self, image_embeds: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
         """The embeddings, (M, D), on which the critic's neurons are scored.

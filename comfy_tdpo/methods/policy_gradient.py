@@ -7,7 +7,6 @@ Shapes: N samples of an epoch in this process, T denoising steps, M (sample, ste
 of a micro-batch, D embedding width.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +14,15 @@ import torch
 from torch import Tensor
 
 from ..models.conditioning import Conditioning
-from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
 from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
-from ..rewards import RewardModel, encoder_name, load_reward
 from ..rollout import Sampler, Trajectories
 from . import Metrics, TensorGroup, advantages, objectives
 from .advantages import KLCoefficient, RewardMoments
 from .context import Context
-from .critic import TemporalCritic
+from .critic_training import CriticTraining
 from .neuron_states import NeuronStates
-
-logger = logging.getLogger(__name__)
 
 Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
 
@@ -40,30 +35,10 @@ class PolicyGradient:
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config, context.policy
         config = self.config
-        self.encoder = self._critic_encoder() if config.critic.enabled else None
-        self.critic: TemporalCritic | None = None
-        if self.encoder is not None:
-            draw = generator_at(config.seed, "critic")
-            logger.info("the critic uses the image encoder of %s", encoder_name(self.encoder))
-            embed_dim = self.encoder.embed_dim
-            assert embed_dim is not None, "checked by _critic_encoder"
-            self.critic = TemporalCritic(embed_dim, config.critic.activation, draw).to(self.policy.device)
-            self.critic_optimizer = adamw(list(self.critic.parameters()), config.critic)
+        self.critic = CriticTraining(context) if config.critic.enabled else None
         self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
         self.kl = KLCoefficient(config.kl.coefficient, config.kl.target, config.kl.horizon)
-        self.neurons = NeuronStates(context, self.critic, self.critic_optimizer if self.critic else None)
-
-    def _critic_encoder(self) -> RewardModel:
-        """The reward whose image encoder the critic uses."""
-        config, name = self.config, self.config.critic.encoder
-        how = (self.policy.device, config.reward_precision, config.reward_weights)
-        model = load_reward(name, *how) if name else self.context.reward
-        if model.embed_dim is None:
-            raise ValueError(
-                f"reward {model.name!r} has no image encoder for the critic; set critic.encoder to a reward that "
-                "has one, or choose an algorithm without a critic (ddpo-2, ddpo-100)"
-            )
-        return model
+        self.neurons = NeuronStates(context, self.critic)
 
     @property
     def clip_range(self) -> float:
@@ -77,7 +52,7 @@ class PolicyGradient:
             context.decoder,
             context.reward,
             context.eval_rewards,
-            embed=self.encoder.embed if self.encoder else None,
+            embed=self.critic.encoder.embed if self.critic else None,
             embed_image_size=config.critic.image_size,
             kl=config.kl.form if config.kl.coefficient else "none",
             check=context.check,
@@ -104,7 +79,7 @@ class PolicyGradient:
             clip, scale = self.config.advantage_clip or torch.inf, torch.ones_like(returns[0, 0])
             targets["temporal_rewards"] = own(returns).clamp(-clip, clip)
         else:
-            targets["residuals"] = self.critic(batch.image_embeds)
+            targets["residuals"] = self.critic.predict(batch)
             trained = self.policy.process.stochastic
             temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained)
             targets["temporal_rewards"] = own(temporal)
@@ -145,7 +120,7 @@ class PolicyGradient:
         assert targets is not None, "targets are computed before the updates"
         self.update_policy(batch, targets, *group)
         if self.critic is not None:
-            self._update_critic(batch, targets, *group)
+            self.critic.update(batch, targets, *group)
 
     def update_policy(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
         """Eq. 8, averaged over the M pairs."""
@@ -190,29 +165,13 @@ class PolicyGradient:
         conditioning = self.policy.encode_prompts([batch.prompts[row] for row in rows.tolist()])
         return batch.latents[rows, steps], steps.to(self.policy.device), conditioning
 
-    def _update_critic(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
-        """Eq. 9-10 on all M pairs at once: the critic is small, and dropout then does not depend on the micro-batch."""
-        context, config = self.context, self.config
-        assert self.critic is not None and batch.image_embeds is not None
-        self.critic_optimizer.zero_grad()
-        seed = (config.seed, "dropout", context.epoch + 1, context.progress.updates, context.accelerator.process_index)
-        residuals = self.critic(batch.image_embeds[rows, steps], dropout=generator_at(*seed))
-        old, returns = targets["residuals"][rows, steps], targets["returns"][rows, steps]
-        loss = objectives.critic_loss(residuals, old, returns, config.critic.clip_range).mean()
-        loss.backward()
-        context.add("critic/loss", loss)
-        context.step(self.critic_optimizer, config.critic.max_grad_norm)
-
     # --- after the updates
 
     def metrics(self, batch: Trajectories) -> Metrics:
         gather, targets, metrics = self.context.gather, self.context.progress.targets, Metrics()
         if self.critic is not None:
             assert targets is not None
-            trained = self.policy.process.stochastic
-            residuals, returns = (gather(targets[name][:, trained].contiguous()) for name in ("residuals", "returns"))
-            explained = objectives.explained_variance(residuals, returns)
-            metrics["critic/explained_variance"] = explained.item()
+            metrics |= self.critic.metrics(targets)
         if self.config.kl.coefficient > 0:
             metrics |= {"kl/nats": gather(batch.kl).sum(1).mean().item(), "kl/coefficient": self.kl.value}
         return metrics
@@ -230,18 +189,13 @@ class PolicyGradient:
     # --- saved state
 
     def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
-        tensors: dict[str, TensorGroup] = {}
-        if self.critic is not None:
-            tensors["critic"] = self.critic.state_dict()
-            tensors["critic_optimizer"] = optimizer_tensors(self.critic_optimizer, dict(self.critic.named_parameters()))
+        tensors = self.critic.state() if self.critic is not None else {}
         tensors |= {f"active_{group}": masks for group, masks in self.neurons.active.items()}
         return tensors, {"kl_coefficient": self.kl.value, "moments": self.moments.state_dict()}
 
     def load_state(self, tensors: dict[str, TensorGroup], plain: dict[str, Any]) -> None:
         if self.critic is not None:
-            self.critic.load_state_dict(tensors["critic"])
-            named = dict(self.critic.named_parameters())
-            load_optimizer_tensors(self.critic_optimizer, named, tensors["critic_optimizer"])
+            self.critic.load_state(tensors)
         prefix = "active_"
         self.neurons.active = {
             name.removeprefix(prefix): masks for name, masks in tensors.items() if name.startswith(prefix)
