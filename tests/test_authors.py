@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from comfy_tdpo.methods.advantages import KLCoefficient, RewardMoments, returns, temporal_rewards
-from comfy_tdpo.methods.critic import DROPOUT, TemporalCritic
+from comfy_tdpo.methods.critic import TemporalCritic
 from comfy_tdpo.methods.neurons import (
     ActivationRecorder,
     HiddenLayer,
@@ -198,10 +198,10 @@ def test_the_critic_is_theirs(reward):
     case = CRITIC[reward]
     width = case["embed_dim"]
     critic = TemporalCritic(width)
-    assert critic.init_std == pytest.approx(case["init_std"][0], rel=0.004)  # of 800 thousand draws
-    assert critic.init_std == pytest.approx(case["init_std"][1], rel=0.01)  # of 131 thousand
+    assert critic.stds[0] == pytest.approx(case["init_std"][0], rel=0.004)  # of 800 thousand draws
+    assert critic.stds[0] == pytest.approx(case["init_std"][1], rel=0.01)  # of 131 thousand
     assert case["largest_initial_bias"] == 0 == max(layer.bias.abs().max() for layer in critic.layers)
-    assert [share for share in DROPOUT if share] == case["dropout"]
+    assert [share for share in critic.dropout if share] == case["dropout"]
     with torch.no_grad():
         for i, parameter in enumerate(critic.parameters()):
             fan_in = critic.layers[i // 2].in_features

@@ -143,7 +143,7 @@ WRONG = [
     ({"epoch": 1}, "unknown setting 'epoch'; did you mean epochs?"),
     ({"policy": {"resolution": 64}}, "unknown setting 'policy.resolution'; did you mean resolution?"),
     ({"critic": {"activaton": "relu"}}, "unknown setting 'critic.activaton'; did you mean critic.activation?"),
-    ({"kl": {"b": 1}}, "unknown setting 'kl.b'; [kl] has coefficient, form, target, horizon"),
+    ({"kl": {"b": 1}}, "unknown setting 'kl.b'; [kl] has coefficient, form, weighting, target, horizon"),
     ({"polcy": {"lr": 1}}, "unknown setting 'polcy'; did you mean [policy]?"),
     ({"preset": "shapes"}, "unknown setting 'preset'; it is a command-line option, --preset"),
     ({"zz": 1, "yy": 1, "xx": 1, "ww": 1, "vv": 1}, "and 2 more like these"),

@@ -10,7 +10,6 @@ from tint import TintModel
 from torch import Tensor
 from toy import Brightness, new_run
 
-from comfy_tdpo.methods import critic
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.trainer.training import Training
 
@@ -28,6 +27,7 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
     training = Training(run.config, policy, Brightness(), {}, run, accelerator)
     optimizers = {"policy": training.context.optimizer}
     if training.method.critic is not None:
+        training.method.critic.network.dropout = (0.0,) * 4  # its masks are drawn for a process's own rows
         optimizers["critic"] = training.method.critic.optimizer
     for name, optimizer in optimizers.items():
         parameters = optimizer.param_groups[0]["params"]
@@ -41,13 +41,7 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
     return kept
 
 
-def without_dropout() -> tuple[float, ...]:
-    """What to put for critic.DROPOUT: its masks are drawn for a process's own rows."""
-    return (0.0,) * len(critic.DROPOUT)
-
-
 if __name__ == "__main__":
-    critic.DROPOUT = without_dropout()
     place, rank = Path(sys.argv[1]), Accelerator(cpu=True).process_index
     for algorithm in ALGORITHMS:
         save_file(gradients(place, algorithm), place / f"{algorithm}-{rank}.safetensors")

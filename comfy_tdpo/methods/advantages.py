@@ -69,17 +69,38 @@ def returns_with_later_kl(rewards: Tensor, penalties: Tensor, gamma: float = 1.0
 
 
 def temporal_rewards(
-    returns: Tensor, residuals: Tensor, trained: Tensor | slice = slice(None)
+    returns: Tensor,
+    residuals: Tensor,
+    trained: Tensor | slice = slice(None),
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and `trained` steps, (B, T), and the std divided
     by.
 
     trained: which steps are trained, bool (T,). The critic never learns the residuals of the others.
+    gae_lambda: 1 for T_k as in the paper, less for generalised advantage estimation.
     """
     raw = returns - residuals
+    if gae_lambda < 1:
+        raw[:, trained] = generalised_advantages(raw[:, trained], gamma, gae_lambda)
     counting = raw[:, trained].contiguous()  # indexing may transpose it, and sums depend on the order
     std = counting.std(correction=0) + 1e-8
     return (raw - counting.mean()) / std, std
+
+
+def generalised_advantages(errors: Tensor, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438), (B, T), from a critic's errors e_k = G_k - V_k, (B, T).
+
+    With rewards r_k = G_k - gamma G_{k+1}, the temporal difference r_k + gamma V_{k+1} - V_k is e_k - gamma e_{k+1};
+    the advantage is the sum of those from k on, with weights (gamma lambda)^j.
+    """
+    result, following = torch.empty_like(errors), torch.zeros_like(errors[:, 0])
+    for k in reversed(range(errors.shape[1])):
+        difference = errors[:, k] - (gamma * errors[:, k + 1] if k + 1 < errors.shape[1] else 0)
+        following = difference + gamma * gae_lambda * following
+        result[:, k] = following
+    return result
 
 
 class KLCoefficient:

@@ -1,18 +1,16 @@
-"""The temporal critic R_phi (arXiv 2402.08552, Eq. 7), which predicts the reward from a noisy latent.
+"""The temporal critic R_phi (arXiv 2402.08552, Eq. 7), which predicts the reward of an unfinished image.
 
-Its input is the reward encoder's embedding of the decoded latent, so that critic and reward share one encoder. By
-default there is no activation between the layers, as in the authors' code; the paper mentions ReLU and leaky ReLU.
+It reads the reward encoder's embedding of a decoded latent, so that critic and reward share one encoder. The authors'
+network has no activation between its layers; the paper mentions ReLU and leaky ReLU.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-WIDTHS = (1024, 128, 64, 16, 1)
-DROPOUT = (0.2, 0.2, 0.1, 0.0)  # after each layer except the last
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -21,35 +19,76 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """Widths of the hidden layers, the share that dropout takes after each, and how weights are drawn.
+
+    he: draw hidden layers by He's rule (arXiv 1502.01852) and start the last at zero. Otherwise all weights have std
+    1/(D+1), with D the width of the input, as in the authors' code.
+    standardised: subtract the mean of the inputs seen first, divide by their standard deviation, and clip at 10.
+    """
+
+    widths: tuple[int, ...]
+    dropout: tuple[float, ...]
+    he: bool
+    standardised: bool
+
+
+ARCHITECTURES = {
+    "authors": Architecture((1024, 128, 64, 16), (0.2, 0.2, 0.1, 0.0), he=False, standardised=False),
+    "standardised": Architecture((256, 256), (0.2, 0.2), he=True, standardised=True),
+}
+
+
 class TemporalCritic(nn.Module):
-    """An MLP from unit embeddings, (..., D), to the residual in units of the normalised reward, (...).
+    """An MLP from inputs, (..., D), to the residual in units of the normalised reward, (...).
 
     All random numbers come from generators that the caller passes. Torch's global generator is not used, because other
     threads may be using it.
 
     Args:
-        embed_dim: D; activation: a key of ACTIVATIONS; generator: a CPU generator that draws the initial weights.
+        width: D; activation: a key of ACTIVATIONS; generator: a CPU generator that draws the initial weights;
+        architecture: a key of ARCHITECTURES.
     """
 
-    def __init__(self, embed_dim: int, activation: str = "identity", generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        width: int,
+        activation: str = "identity",
+        generator: torch.Generator | None = None,
+        architecture: str = "authors",
+    ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"got activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-        self.activation = activation
-        self.init_std = 1 / (embed_dim + 1)
-        sizes = (embed_dim, *WIDTHS)
+        chosen = ARCHITECTURES[architecture]
+        self.activation, self.dropout = activation, chosen.dropout
+        sizes = (width, *chosen.widths, 1)
         self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, a, b) for a, b in pairwise(sizes))
-        for layer in self.layers:
-            nn.init.normal_(layer.weight, std=self.init_std, generator=generator)
+        self.stds = [(2 / a) ** 0.5 for a in sizes[:-2]] + [0.0] if chosen.he else [1 / (width + 1)] * len(self.layers)
+        for layer, std in zip(self.layers, self.stds, strict=True):
+            nn.init.normal_(layer.weight, std=std, generator=generator)
             nn.init.zeros_(layer.bias)
+        self.standardised = chosen.standardised
+        if self.standardised:
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("std", torch.zeros(width))  # zero until inputs have been seen
 
-    def forward(self, embeds: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+    @torch.no_grad()
+    def see(self, inputs: Tensor) -> None:
+        """Take the moments for standardising from `inputs`, (M, D), unless earlier inputs have set them."""
+        if self.standardised and not self.std.any():
+            self.mean.copy_(inputs.mean(0))
+            self.std.copy_(inputs.std(0, correction=0).clamp(min=1e-3))
+
+    def forward(self, inputs: Tensor, dropout: torch.Generator | None = None) -> Tensor:
         """`dropout` is a CPU generator that draws the dropout masks; None turns dropout off."""
-        for layer, share in zip(self.layers[:-1], DROPOUT, strict=True):
-            embeds = ACTIVATIONS[self.activation](layer(embeds))
+        x = ((inputs - self.mean) / self.std).clamp(-10, 10) if self.standardised else inputs
+        for layer, share in zip(self.layers[:-1], self.dropout, strict=True):
+            x = ACTIVATIONS[self.activation](layer(x))
             if dropout is not None and share:
-                embeds = _drop(embeds, share, dropout)
-        return self.layers[-1](embeds)[..., 0]
+                x = _drop(x, share, dropout)
+        return self.layers[-1](x)[..., 0]
 
 
 def _drop(x: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,13 @@
-"""The temporal critic in a run: the encoder it reads images with, its predictions and its updates.
+"""The temporal critic in a run: what it reads, its predictions and its updates.
 
-Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, D
-embedding width.
+Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, E
+embedding width, P width of a prompt's summary, D width of the critic's input.
 """
 
 import logging
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
@@ -18,26 +20,33 @@ from .critic import TemporalCritic
 
 logger = logging.getLogger(__name__)
 
+HISTORY = ("image_embeds", "summaries", "returns")  # what is kept of an epoch: (N, T, E), (N, P) and (N, T)
+THIRDS = ("first", "middle", "last")
+
 
 class CriticTraining:
-    """R_phi of arXiv 2402.08552 (Eq. 7) and its training (Eq. 9-10).
+    """R_phi of arXiv 2402.08552 (Eq. 7) and its training: by Eq. 9-10, or by regression on the latest epochs.
 
     encoder: the reward whose image encoder the critic uses; network, optimizer: the critic itself.
+    history: HISTORY of the latest epochs, of all processes, oldest first; empty if the critic is trained by Eq. 9-10.
     """
 
     def __init__(self, context: Context):
-        self.context, self.config = context, context.config.critic
+        self.context, self.config, self.policy = context, context.config.critic, context.policy
         self.encoder = self._encoder()
         logger.info("the critic uses the image encoder of %s", encoder_name(self.encoder))
-        embed_dim = self.encoder.embed_dim
-        assert embed_dim is not None, "checked by _encoder"
-        draw = generator_at(context.config.seed, "critic")
-        self.network = TemporalCritic(embed_dim, self.config.activation, draw).to(context.policy.device)
+        self.network = TemporalCritic(
+            self._width(),
+            self.config.activation,
+            generator_at(context.config.seed, "critic"),
+            self.config.architecture,
+        ).to(self.policy.device)
         self.optimizer = adamw(list(self.network.parameters()), self.config)
+        self.history: list[TensorGroup] = []
 
     def _encoder(self) -> RewardModel:
         config, name = self.context.config, self.config.encoder
-        how = (self.context.policy.device, config.reward_precision, config.reward_weights)
+        how = (self.policy.device, config.reward_precision, config.reward_weights)
         model = load_reward(name, *how) if name else self.context.reward
         if model.embed_dim is None:
             raise ValueError(
@@ -46,34 +55,105 @@ class CriticTraining:
             )
         return model
 
+    # --- what it reads
+
+    def _width(self) -> int:
+        width = self.encoder.embed_dim
+        assert width is not None, "checked by _encoder"
+        if self.config.prompt:
+            width += self.policy.encode_prompts([""]).summary().shape[1]
+        return width + len(self.policy.process) * self.config.step
+
+    def inputs(self, batch: Trajectories) -> Tensor:
+        """What the critic reads of each sample at each step, (N, T, D)."""
+        assert batch.image_embeds is not None
+        return self._inputs(batch.image_embeds, self._summaries(batch))
+
+    def _summaries(self, batch: Trajectories) -> Tensor:
+        """(N, P), with P = 0 for a critic that does not know the prompt."""
+        if not self.config.prompt:
+            return batch.rewards.new_zeros(len(batch), 0)
+        return self.policy.encode_prompts(batch.prompts).summary()
+
+    def _inputs(self, image_embeds: Tensor, summaries: Tensor) -> Tensor:
+        if not (self.config.prompt or self.config.step):
+            return image_embeds
+        count, steps, _ = image_embeds.shape
+        parts = [image_embeds, summaries[:, None].expand(-1, steps, -1)]
+        if self.config.step:
+            parts.append(torch.eye(steps, device=image_embeds.device).expand(count, -1, -1))
+        return torch.cat(parts, dim=-1)
+
     def predict(self, batch: Trajectories) -> Tensor:
         """The residuals, (N, T), in units of the normalised reward."""
-        assert batch.image_embeds is not None
-        return self.network(batch.image_embeds)
+        inputs = self.inputs(batch)
+        self.network.see(self.context.gather(inputs.contiguous()).flatten(0, 1))
+        return self.network(inputs)
+
+    # --- its updates
 
     def update(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
         """Eq. 9-10 on all M pairs at once: the critic is small, and dropout then does not depend on the micro-batch."""
-        context, seed = self.context, self.context.config.seed
-        assert batch.image_embeds is not None
+        if self.config.history:
+            return
         self.optimizer.zero_grad()
-        place = (context.epoch + 1, context.progress.updates, context.accelerator.process_index)
-        residuals = self.network(batch.image_embeds[rows, steps], dropout=generator_at(seed, "dropout", *place))
+        place = (self.context.epoch + 1, self.context.progress.updates, self.context.accelerator.process_index)
+        draw = generator_at(self.context.config.seed, "dropout", *place)
+        residuals = self.network(self.inputs(batch)[rows, steps], dropout=draw)
         old, returns = targets["residuals"][rows, steps], targets["returns"][rows, steps]
         loss = objectives.critic_loss(residuals, old, returns, self.config.clip_range).mean()
         loss.backward()
-        context.add("critic/loss", loss)
-        context.step(self.optimizer, self.config.max_grad_norm)
+        self.context.add("critic/loss", loss)
+        self.context.step(self.optimizer, self.config.max_grad_norm)
+
+    def finish(self, batch: Trajectories, targets: TensorGroup) -> None:
+        """Without Eq. 9-10: regress on the returns of the latest epochs, after the policy's updates of this one.
+
+        Not before: a critic that has seen a sample's return is no baseline for it, but a bias. All processes do the
+        same work on the same rows.
+        """
+        if not self.config.history:
+            return
+        assert batch.image_embeds is not None
+        kept = (batch.image_embeds, self._summaries(batch), targets["returns"])
+        gathered = [self.context.gather(tensor.contiguous()) for tensor in kept]
+        self.history = [*self.history, dict(zip(HISTORY, gathered, strict=True))][-self.config.history :]
+        trained = self.policy.process.stochastic
+        inputs = torch.cat([self._of(epoch)[:, trained].flatten(0, 1) for epoch in self.history])
+        returns = torch.cat([epoch["returns"][:, trained].flatten() for epoch in self.history])
+        draw = generator_at(self.context.config.seed, "regression", self.context.epoch + 1)
+        with torch.enable_grad():
+            for _ in range(self.config.passes):
+                for rows in torch.randperm(len(inputs), generator=draw).split(self.config.batch):
+                    self.optimizer.zero_grad()
+                    F.mse_loss(self.network(inputs[rows], dropout=draw), returns[rows]).backward()
+                    self.context.step(self.optimizer, self.config.max_grad_norm)
+
+    def _of(self, epoch: TensorGroup) -> Tensor:
+        return self._inputs(epoch["image_embeds"], epoch["summaries"])
+
+    # --- metrics and saved state
 
     def metrics(self, targets: TensorGroup) -> Metrics:
-        trained, gather = self.context.policy.process.stochastic, self.context.gather
+        """The variance of the returns that the residuals explain, over all trained steps and over thirds of them."""
+        trained, gather = self.policy.process.stochastic, self.context.gather
         residuals, returns = (gather(targets[name][:, trained].contiguous()) for name in ("residuals", "returns"))
-        return {"critic/explained_variance": objectives.explained_variance(residuals, returns).item()}
+        metrics = {"critic/explained_variance": objectives.explained_variance(residuals, returns).item()}
+        thirds = zip(THIRDS, residuals.tensor_split(3, dim=1), returns.tensor_split(3, dim=1), strict=True)
+        for third, ours, theirs in thirds:
+            if ours.numel():
+                metrics[f"critic/explained_variance_{third}"] = objectives.explained_variance(ours, theirs).item()
+        return metrics
 
     def state(self) -> dict[str, TensorGroup]:
         named = dict(self.network.named_parameters())
-        return {"critic": self.network.state_dict(), "critic_optimizer": optimizer_tensors(self.optimizer, named)}
+        history = {f"{name}.{i}": epoch[name] for i, epoch in enumerate(self.history) for name in HISTORY}
+        groups = {"critic": self.network.state_dict(), "critic_optimizer": optimizer_tensors(self.optimizer, named)}
+        return groups | ({"critic_history": history} if history else {})
 
     def load_state(self, tensors: dict[str, TensorGroup]) -> None:
         self.network.load_state_dict(tensors["critic"])
         named = dict(self.network.named_parameters())
         load_optimizer_tensors(self.optimizer, named, tensors["critic_optimizer"])
+        kept = tensors.get("critic_history", {})
+        self.history = [{name: kept[f"{name}.{i}"] for name in HISTORY} for i in range(len(kept) // len(HISTORY))]

@@ -1,7 +1,7 @@
 """The neurons of the critic and the policy, epoch by epoch: how many are dormant, how many stay dormant, and resets.
 
-arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples, T denoising steps, D embedding width, H neurons of a
-layer.
+arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples, T denoising steps, D width of the critic's input, H
+neurons of a layer.
 """
 
 import torch
@@ -26,23 +26,23 @@ class NeuronStates:
         self.context, self.config, self.critic = context, context.config.neurons, critic
         self.active: dict[str, TensorGroup] = {}
 
-    def of_critic(self, image_embeds: Tensor, last: tuple[Tensor, Tensor]) -> Metrics:
-        """Measure and reset the critic's neurons, on the embeddings of the epoch, (N, T, D).
+    def of_critic(self, inputs: Tensor, last: tuple[Tensor, Tensor]) -> Metrics:
+        """Measure and reset the critic's neurons, on the epoch's inputs, (N, T, D).
 
         last: the rows in the order of the epoch's updates, and the step on which each was last trained, int64 (N,).
         """
         assert self.critic is not None, "there are embeddings only if there is a critic"
         layers = neurons.critic_layers(self.critic.network)
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
-            self.critic.network(self._data(image_embeds, *last))
+            self.critic.network(self._data(inputs, *last))
         scores = self._scores(recorder)
         metrics = self._measure("neurons", scores, self.config.threshold)
         masks = self._to_reset("neurons", self.config.reset)
         self.context.record(self.context.epoch + 1, scores, masks)
         return metrics | self._reset("neurons", masks, layers, self.critic.optimizer)
 
-    def _data(self, image_embeds: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
-        """The embeddings, (M, D), on which the critic's neurons are scored.
+    def _data(self, inputs: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+        """The inputs, (M, D), on which the critic's neurons are scored.
 
         "batch" is the authors' choice: the first of an epoch's four sampling batches, after its samples and the steps
         of each were shuffled for the updates, at the last position. That is a quarter of each process's samples; if
@@ -50,8 +50,8 @@ class NeuronStates:
         """
         if self.config.data == "batch":
             size = max(1, len(rows) // BATCHES)
-            return image_embeds[rows[:size], steps[:size]]
-        return (image_embeds[:, :1] if self.config.data == "first-step" else image_embeds).flatten(0, 1)
+            return inputs[rows[:size], steps[:size]]
+        return (inputs[:, :1] if self.config.data == "first-step" else inputs).flatten(0, 1)
 
     def of_policy(self, batch: Trajectories) -> Metrics:
         """Measure and reset the LoRA's neurons, on the first micro-batch of the epoch, at every step."""

@@ -11,6 +11,7 @@ up by parameter (theirs by position).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,9 @@ class HiddenLayer:
 
 
 def critic_layers(critic: TemporalCritic) -> dict[str, HiddenLayer]:
-    """The critic's hidden layers; a reset repeats its initialisation, normal with std 1/(D+1)."""
-    std = critic.init_std
-    pairs = zip(critic.layers[:-1], critic.layers[1:], strict=True)
-    return {f"layers.{i}": HiddenLayer(a, b, std, std) for i, (a, b) in enumerate(pairs)}
+    """The critic's hidden layers; a reset repeats its initialisation."""
+    pairs = pairwise(zip(critic.layers, critic.stds, strict=True))
+    return {f"layers.{i}": HiddenLayer(a, b, a_std, b_std) for i, ((a, a_std), (b, b_std)) in enumerate(pairs)}
 
 
 def lora_layers(network: nn.Module, adapter: str = "default") -> dict[str, HiddenLayer]:

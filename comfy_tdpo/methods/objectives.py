@@ -1,4 +1,10 @@
-"""The clipped objectives of the policy and the critic (arXiv 2402.08552, Eq. 8-10), as pure functions of tensors."""
+"""The objectives of the policy and the critic, as pure functions of tensors.
+
+Those of arXiv 2402.08552 (Eq. 8-10), and two other ways to keep an update close to the policy that sampled: a ratio
+normalised by step (GRPO-Guard, arXiv 2510.22319) and a trust-region mask (Flow-DPPO, arXiv 2606.11025).
+
+Shapes: B pairs of a sample and a step, C H W latent.
+"""
 
 import torch
 from torch import Tensor
@@ -8,6 +14,25 @@ def policy_loss(ratio: Tensor, temporal_rewards: Tensor, clip_range: float) -> T
     """Eq. 8, negated because it is minimised: the clipped surrogate of each sample, (B,)."""
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-temporal_rewards * ratio, -temporal_rewards * clipped)
+
+
+def step_normalised_log_ratio(mean: Tensor, old_mean: Tensor, noise: Tensor) -> Tensor:
+    """GRPO-Guard's ratio for steps N(mean, sigma^2) that were sampled as old_mean + sigma * noise, as its log, (B,).
+
+    The log-ratio of Eq. 8 is -KL on average and spreads in inverse proportion to sigma. Adding the KL and multiplying
+    by sigma leaves the mean over elements of noise * (mean - old_mean): zero on average, whatever the step's sigma.
+    """
+    return (noise * (mean - old_mean)).mean(dim=(1, 2, 3))
+
+
+def trust_region_loss(ratio: Tensor, temporal_rewards: Tensor, kl: Tensor, limit: float) -> Tensor:
+    """Flow-DPPO's loss (Eq. 14 and 18), (B,): unclipped, but zero for steps that are to move on beyond the limit.
+
+    kl: of the step from the one that sampled, in nats, (B,); limit: in nats. A step that may move back still counts.
+    """
+    onward = torch.where(temporal_rewards > 0, ratio > 1, ratio < 1)
+    keep = (kl.detach() < limit) | ~onward | (temporal_rewards == 0)
+    return torch.where(keep, -temporal_rewards * ratio, 0.0)
 
 
 def critic_loss(residuals: Tensor, old_residuals: Tensor, returns: Tensor, clip_range: float) -> Tensor:

@@ -8,6 +8,7 @@ of a micro-batch, D embedding width.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..models.conditioning import Conditioning
 from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
-from ..rollout import Sampler, Trajectories
+from ..rollout import Sampler, Trajectories, draw_noise
 from . import Metrics, TensorGroup, advantages, objectives
 from .advantages import KLCoefficient, RewardMoments
 from .context import Context
@@ -54,6 +55,7 @@ class PolicyGradient:
             context.eval_rewards,
             embed=self.critic.encoder.embed if self.critic else None,
             embed_image_size=config.critic.image_size,
+            embed_clean=config.critic.reads == "clean",
             kl=config.kl.form if config.kl.coefficient else "none",
             check=context.check,
         )
@@ -70,7 +72,7 @@ class PolicyGradient:
         """
         gather, own = self.context.gather, self.context.own
         kl = gather(batch.kl)
-        penalties = self.kl.value * kl
+        penalties = self.kl.value * self._kl_step_weights * kl
         normalized = self.moments.normalize(prompts, gather(batch.rewards))
         returns_of = advantages.returns_with_later_kl if self._kl_in_loss else advantages.returns
         returns = returns_of(normalized, penalties, self.config.gamma)
@@ -81,16 +83,24 @@ class PolicyGradient:
         else:
             targets["residuals"] = self.critic.predict(batch)
             trained = self.policy.process.stochastic
-            temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained)
+            decay = self.config.gamma, self.config.critic.gae_lambda
+            temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained, *decay)
             targets["temporal_rewards"] = own(temporal)
         if self._kl_in_loss:
-            targets["kl_weight"] = self.kl.value / (self.policy.latent_size * scale)
+            weight = self.kl.value / (self.policy.latent_size * scale)
+            targets["kl_weight"] = (weight * self._kl_step_weights).expand_as(targets["returns"]).contiguous()
         self.kl.update(kl.sum(1).mean().item(), len(kl))
         return targets
 
     @property
     def _kl_in_loss(self) -> bool:
         return self.config.kl.coefficient > 0 and self.config.kl.form == "exact"
+
+    @property
+    def _kl_step_weights(self) -> Tensor:
+        """What each step's KL counts for, (T,)."""
+        sigma = self.policy.process.sigma
+        return sigma if self.config.kl.weighting == "sigma" else torch.ones_like(sigma)
 
     # --- updates
 
@@ -134,20 +144,49 @@ class PolicyGradient:
         """Add the gradients and metrics of B of the update's M = `total` pairs."""
         context, share = self.context, len(rows) / total
         step, log_ratio = self._step_now(batch, rows, steps)
-        ratio = log_ratio.exp()
-        losses = objectives.policy_loss(ratio, targets["temporal_rewards"][rows, steps], self.clip_range)
+        losses, clipped = self._policy_losses(batch, rows, steps, step, log_ratio, targets["temporal_rewards"])
         loss = losses.sum() / total
         context.add("policy/loss", loss)
         if self._kl_in_loss:
-            penalty = targets["kl_weight"] * self._kl_now(batch, rows, steps, step).sum() / total
-            context.add("kl/loss", penalty)
-            loss = loss + penalty
+            penalties = targets["kl_weight"][rows, steps] * self._kl_now(batch, rows, steps, step)
+            context.add("kl/loss", penalties.sum() / total)
+            loss = loss + penalties.sum() / total
         loss.backward()
-        ratio, log_ratio = ratio.detach(), log_ratio.detach()
+        log_ratio = log_ratio.detach()
         context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
-        context.add("policy/clip_fraction", share * objectives.clip_fraction(ratio, self.clip_range))
+        context.add("policy/clip_fraction", share * clipped)
         if context.progress.updates == 0:  # first update: the policy is still the one that sampled
-            context.raise_to("policy/ratio_drift", (ratio - 1).abs().max())
+            context.raise_to("policy/ratio_drift", (log_ratio.exp() - 1).abs().max())
+
+    def _policy_losses(
+        self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step, log_ratio: Tensor, temporal_rewards: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The policy's loss of B pairs, (B,), and the fraction of them outside the range that the objective allows."""
+        temporal, objective = temporal_rewards[rows, steps], self.config.policy.objective
+        if objective == "clip":
+            return self._clipped(log_ratio.exp(), temporal, self.clip_range)
+        noise = self._noise(rows, steps)
+        old_mean = batch.latents[rows, steps + 1] - step.std * noise
+        if objective == "step-normalised":
+            ratio = objectives.step_normalised_log_ratio(step.mean, old_mean, noise).exp()
+            return self._clipped(ratio, temporal, self.clip_range * self._median_std)
+        kl, limit = gaussian_kl(step.mean.detach(), old_mean, step.std), self.config.policy.trust_region
+        return objectives.trust_region_loss(log_ratio.exp(), temporal, kl, limit), (kl >= limit).float().mean()
+
+    @staticmethod
+    def _clipped(ratio: Tensor, temporal: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
+        return objectives.policy_loss(ratio, temporal, clip_range), objectives.clip_fraction(ratio, clip_range)
+
+    def _noise(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """The noise with which B steps were sampled, (B, C, H, W), drawn again."""
+        _, seeds = self.context.draws(range(self.context.samples))
+        noise = draw_noise(self.policy, [seeds[row] for row in rows.tolist()])
+        return noise[torch.arange(len(rows)), steps + 1]
+
+    @cached_property
+    def _median_std(self) -> float:
+        """The median std of the trained steps: what turns a clip range for ratios into one for normalised ratios."""
+        return self.policy.process.sigma[self.policy.process.stochastic].median().item()
 
     def _step_now(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Step, Tensor]:
         """The step under the current policy, and log rho of Eq. 8, (B,), for B pairs."""
@@ -179,9 +218,11 @@ class PolicyGradient:
     def finish(self, batch: Trajectories) -> Metrics:
         """Eq. 11-12: measure the neurons every epoch and reset them every F epochs."""
         metrics = Metrics()
-        if batch.image_embeds is not None:
+        if self.critic is not None:
+            assert self.context.progress.targets is not None
+            self.critic.finish(batch, self.context.progress.targets)
             rows, steps = self._order(self.context.epoch + 1)
-            metrics |= self.neurons.of_critic(batch.image_embeds, (rows, steps[rows, -1]))
+            metrics |= self.neurons.of_critic(self.critic.inputs(batch), (rows, steps[rows, -1]))
         if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
             metrics |= self.neurons.of_policy(batch)
         return metrics

@@ -6,7 +6,9 @@ from pydantic import Field, model_validator
 
 from ..settings import Count, MethodSettings, OptimizerSettings, PolicySettings, Positive, Rate, Section, Unset
 
+CriticArchitecture = Literal["authors", "standardised"]
 CriticActivation = Literal["identity", "relu", "leaky_relu"]
+PolicyObjective = Literal["clip", "step-normalised", "trust-region"]
 NeuronActivation = Literal["relu", "leaky_relu"]
 NeuronData = Literal["epoch", "first-step", "batch"]
 Neurons = Literal["active", "dormant", "all", "none"]
@@ -15,6 +17,16 @@ Neurons = Literal["active", "dormant", "all", "none"]
 class ClippedPolicySettings(PolicySettings):
     """The LoRA and its update (Eq. 8)."""
 
+    objective: PolicyObjective = Field(
+        default="clip",
+        description="what keeps an update close to the policy that sampled: clipping the probability ratio (clip, the "
+        "paper); clipping a ratio in which every step counts alike whatever its noise (step-normalised); or ignoring "
+        "steps that have moved further than policy.trust_region (trust-region)",
+    )
+    trust_region: Positive = Field(
+        default=0.16,
+        description="with objective trust-region, the KL in nats by which a step may move from the policy that sampled",
+    )
     clip_range: Positive = Field(
         default=1e-4,
         description="clip range of the policy ratio for a latent of 4 x 64 x 64, scaled to the actual latent size",
@@ -30,6 +42,18 @@ class CriticSettings(OptimizerSettings):
     """The temporal critic and its update (Eq. 9-10)."""
 
     enabled: bool = Field(default=True, description="train a temporal critic; without one, the algorithm is DDPO")
+    reads: Literal["noisy", "clean"] = Field(
+        default="noisy",
+        description="what the critic sees at each step: the decoded noisy latent (the paper), or the decoded clean "
+        "latent that the model predicts from it",
+    )
+    prompt: bool = Field(default=False, description="whether the critic also knows the prompt")
+    step: bool = Field(default=False, description="whether the critic also knows the step")
+    architecture: CriticArchitecture = Field(
+        default="authors",
+        description="five layers that start near zero (the authors' code), or two layers of 256 neurons on "
+        "standardised inputs, with larger initial weights (standardised), which learn from fewer samples",
+    )
     activation: CriticActivation = Field(
         default="identity",
         description="activation between the critic's layers; identity is in the authors' code, the others in the paper",
@@ -45,7 +69,23 @@ class CriticSettings(OptimizerSettings):
         default=None,
         ge=8,
         le=4096,
-        description="side in pixels at which noisy latents are decoded for the critic; none means full size",
+        description="side in pixels at which latents are decoded for the critic; none means full size",
+    )
+    history: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="latest epochs to train the critic on, at the end of each epoch; 0 trains it along with the policy "
+        "on the same samples (the paper)",
+    )
+    passes: Count = Field(default=2, description="times that critic.history is gone through at the end of an epoch")
+    batch: Count = Field(default=96, description="pairs of a sample and a step in each update on critic.history")
+    gae_lambda: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="lambda of generalised advantage estimation: 1 compares the reward with the critic's prediction "
+        "(the paper), 0 each prediction with the next; lower values have less variance and more bias",
     )
 
 
@@ -99,6 +139,11 @@ class KLSettings(Section):
         description="how the KL penalty is applied. With exact, each step's KL is added to the loss, and the KL of "
         "later steps lowers the returns. With sampled, as in the paper, the log-ratio of each sample to the base model "
         "lowers the reward of its step, which is noisier. Choices",
+    )
+    weighting: Literal["uniform", "sigma"] = Field(
+        default="uniform",
+        description="what the KL of a step counts for: the same at all steps (uniform), or in proportion to the step's "
+        "noise (sigma), which goes with policy.objective step-normalised",
     )
     target: Annotated[Positive | None, Unset] = Field(
         default=None,

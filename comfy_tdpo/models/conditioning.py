@@ -37,6 +37,10 @@ class Conditioning(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self: ...
 
+    @abstractmethod
+    def summary(self) -> Tensor:
+        """One vector for each prompt, float32 (B, P), for networks that need to know roughly what the prompt says."""
+
 
 class TensorConditioning(Conditioning):
     """A Conditioning made of named tensors, (B, ...) each; the denoiser knows the names."""
@@ -59,6 +63,11 @@ class TensorConditioning(Conditioning):
 
     def to(self, device: torch.device | str) -> TensorConditioning:
         return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def summary(self) -> Tensor:
+        """All parts side by side, averaged over tokens."""
+        flat = [part.float().flatten(1, -2).mean(1) if part.ndim > 2 else part.float() for part in self.parts.values()]
+        return torch.cat([part.reshape(len(self), -1) for part in flat], dim=1)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TensorConditioning:
         return type(self)(**{name: change(part) for name, part in self.parts.items()})

@@ -30,10 +30,12 @@ class Process(Protocol):
     """The T steps from noise to a clean latent.
 
     times: (T,) on the policy's device; the denoiser's time input at each step.
+    sigma: (T,) on the policy's device; the std of each step.
     stochastic: (T,) bool on the CPU; True for steps that have a density. The others are sampled but not trained.
     """
 
     times: Tensor
+    sigma: Tensor
     stochastic: Tensor
 
     def __len__(self) -> int: ...
