@@ -22,6 +22,19 @@ VARIANTS = {
     },
     # two epochs, as nothing but what neurons were reset reaches further
     "tdpo-r": {"epochs": 2},
+    "a critic trained on earlier epochs": {
+        "critic": {
+            "reads": "clean",
+            "prompt": True,
+            "step": True,
+            "architecture": "standardised",
+            "activation": "relu",
+            "history": 2,
+            "gae_lambda": 0.9,
+        },
+        "policy": {"objective": "step-normalised"},
+    },
+    "a trust region": {"policy": {"objective": "trust-region"}, "epochs": 2},
     "ddpo-2": {"algorithm": "ddpo-2", "epochs": 2},
     "ddpo-100": {"algorithm": "ddpo-100", "epochs": 2},
     "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None, "epochs": 2},

@@ -25,13 +25,14 @@ def step_normalised_log_ratio(mean: Tensor, old_mean: Tensor, noise: Tensor) -> 
     return (noise * (mean - old_mean)).mean(dim=(1, 2, 3))
 
 
-def trust_region_loss(ratio: Tensor, temporal_rewards: Tensor, kl: Tensor, limit: float) -> Tensor:
+def trust_region_loss(log_ratio: Tensor, temporal_rewards: Tensor, kl: Tensor, limit: float) -> Tensor:
     """Flow-DPPO's loss (Eq. 14 and 18), (B,): unclipped, but zero for steps that are to move on beyond the limit.
 
     kl: of the step from the one that sampled, in nats, (B,); limit: in nats. A step that may move back still counts.
     """
-    onward = torch.where(temporal_rewards > 0, ratio > 1, ratio < 1)
-    keep = (kl.detach() < limit) | ~onward | (temporal_rewards == 0)
+    onward = temporal_rewards * log_ratio.detach() > 0
+    keep = (kl.detach() < limit) | ~onward
+    ratio = torch.where(keep, log_ratio, 0.0).exp()  # masked before exp: infinity times 0 would be NaN
     return torch.where(keep, -temporal_rewards * ratio, 0.0)
 
 

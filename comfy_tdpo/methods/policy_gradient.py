@@ -171,7 +171,7 @@ class PolicyGradient:
             ratio = objectives.step_normalised_log_ratio(step.mean, old_mean, noise).exp()
             return self._clipped(ratio, temporal, self.clip_range * self._median_std)
         kl, limit = gaussian_kl(step.mean.detach(), old_mean, step.std), self.config.policy.trust_region
-        return objectives.trust_region_loss(log_ratio.exp(), temporal, kl, limit), (kl >= limit).float().mean()
+        return objectives.trust_region_loss(log_ratio, temporal, kl, limit), (kl >= limit).float().mean()
 
     @staticmethod
     def _clipped(ratio: Tensor, temporal: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:

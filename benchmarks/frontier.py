@@ -1,0 +1,297 @@
+"""What keeps alignment honest, side by side: `python benchmarks/frontier.py`.
+
+Trains every variant below on Shapes over paired seeds (the same prompts and noise), and compares what is left of
+shapes-gold and shapes-judge *at equal training reward*, and the reward queries needed to reach it. Writes
+frontier.jsonl (one line per run: the series of each epoch), frontier.md and frontier.png beside this file.
+
+A run that frontier.jsonl holds already is not repeated, and a stopped one is resumed, so the work can be spread over
+days: `--variants`, `--seeds` and `--jobs` choose what is done now, and the page shows what there is.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from scipy.stats import t as student
+
+from comfy_tdpo.trainer.config import TrainConfig, make_config
+from comfy_tdpo.trainer.run import RunFolder
+
+HERE = Path(__file__).parent
+REWARD, GOLD, JUDGE = "shapes-aesthetic", "shapes-gold", "shapes-judge"
+WATCHED = ["shapes-alignment", JUDGE, GOLD]
+SMOOTHING = 3  # epochs that a point of a curve is the mean of
+LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
+AT = 1.0  # the level at which the page compares
+BASELINE = "ddpo-100"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained: an algorithm and the settings that differ from the preset's."""
+
+    about: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+SEEING = {"reads": "clean", "prompt": True, "step": True, "architecture": "standardised", "activation": "relu"}
+SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
+PAPER = {"algorithm": "tdpo-r"}
+
+
+def seeing(**more: Any) -> dict[str, Any]:
+    return PAPER | {"critic": SEEING} | more
+
+
+VARIANTS = {
+    "ddpo-2": Variant("no critic, one update for all steps", {"algorithm": "ddpo-2"}),
+    "ddpo-100": Variant("no critic, one update per step", {"algorithm": "ddpo-100"}),
+    "tdpo": Variant("the paper's critic", {"algorithm": "tdpo"}),
+    "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER),
+    "seeing": Variant("TDPO-R whose critic sees", seeing()),
+    "seeing, no reset": Variant("TDPO whose critic sees", seeing(algorithm="tdpo")),
+    "seeing, dormant reset": Variant("the same, dormant neurons reset", seeing(neurons={"reset": "dormant"})),
+    "seeing, all reset": Variant("the same, all neurons reset", seeing(neurons={"reset": "all"})),
+    "gae 0.9": Variant("TDPO-R whose critic sees, lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9})),
+    "step-normalised": Variant("TDPO-R, step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
+    "trust-region": Variant("TDPO-R, trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
+    "kl": Variant("TDPO-R, KL in the loss, coefficient 0.03", PAPER | {"kl": {"coefficient": 0.03}}),
+}
+
+
+# --- runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--runs", type=Path, default=Path("runs/frontier"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this for every variant")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="what to train now")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=HERE / "frontier.jsonl", help="the results; .md and .png beside it")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.variants) - VARIANTS.keys()):
+        parser.error(f"got variant {unknown[0]!r}; expected some of {', '.join(VARIANTS)}")
+    wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: run(job[0], job[1], args.runs, args.out), wanted))
+    write_page(args.out)
+
+
+def run(name: str, seed: int, runs: Path, out: Path) -> None:
+    """Train one variant with one seed, unless `out` holds it, and add its series to `out`."""
+    values = VARIANTS[name].settings | {"seed": seed, "eval_rewards": WATCHED}
+    config = make_config("shapes", overrides=values)
+    mark = fingerprint(config)
+    if any(result["settings"] == mark for result in results(out)):
+        return
+    path = runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}-{mark[:8]}"
+    if not (path / "config.toml").exists():
+        RunFolder(path).create(config)
+    print(f"--- {name}, seed {seed}", flush=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "comfy_tdpo.trainer", "--resume", str(path)]
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    line = {"variant": name, "seed": seed, "settings": mark, "date": str(date.today()), "machine": machine()}
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line | {"epochs": series(RunFolder.open(path))}) + "\n")
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """A digest of the settings that decide a run's results and are not at their defaults, which never change."""
+    values = config.model_dump(mode="json", exclude_defaults=True, exclude={"eval_rewards", "output"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python {platform.python_version()}"
+
+
+def series(run: RunFolder) -> dict[str, list[float]]:
+    """What the page needs of each epoch."""
+    names = {"queries": "reward_queries", "reward": f"reward/{REWARD}/mean", "std": f"reward/{REWARD}/std"}
+    names |= {name: f"eval/{name}/mean" for name in WATCHED}
+    names |= {"explained": "critic/explained_variance", "explained_last": "critic/explained_variance_last"}
+    names |= {"kl": "kl/nats", "diversity": "diversity", "seconds": "time/epoch_s"}
+    metrics = run.metrics()
+    return {
+        ours: [round(line[key], 5) for line in metrics]
+        for ours, key in names.items()
+        if all(key in line for line in metrics)
+    }
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+
+
+# --- curves and their comparison
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Each epoch's value as the mean of the SMOOTHING latest; the first stays as it is."""
+    return [statistics.fmean(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
+
+
+def gains(epochs: dict[str, list[float]]) -> list[float]:
+    """The training reward gained, in standard deviations of the first epoch's rewards."""
+    reward = smooth(epochs["reward"])
+    return [(value - reward[0]) / epochs["std"][0] for value in reward]
+
+
+def lost(epochs: dict[str, list[float]], name: str) -> list[float]:
+    """How far a held-out reward is below the first epoch's."""
+    values = smooth(epochs[name])
+    return [values[0] - value for value in values]
+
+
+def at(level: float, over: list[float], values: list[float]) -> float | None:
+    """`values` where `over` first reaches `level`, on the line between the two epochs; None if it never does."""
+    for i, reached in enumerate(over):
+        if reached >= level:
+            if i == 0:
+                return values[0]
+            share = (level - over[i - 1]) / (reached - over[i - 1])
+            return values[i - 1] + share * (values[i] - values[i - 1])
+    return None
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean and half the width of its confidence interval by Student's t: a percentile bootstrap of five values
+    would cover far less than it says."""
+    if len(values) < 2:
+        return statistics.fmean(values), float("inf")
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error
+
+
+Runs = dict[str, dict[int, dict[str, list[float]]]]  # variant -> seed -> series
+
+
+def by_variant(found: list[dict[str, Any]]) -> Runs:
+    runs: Runs = {}
+    for result in found:
+        if result["variant"] in VARIANTS:
+            runs.setdefault(result["variant"], {})[result["seed"]] = result["epochs"]
+    return {name: runs[name] for name in VARIANTS if name in runs}
+
+
+def at_level(runs: Runs, name: str, of: str, level: float = AT) -> dict[int, float]:
+    """By seed, what a variant has lost of `of`, or its "queries", where its training reward reaches `level`."""
+    found = {}
+    for seed, epochs in runs[name].items():
+        values = epochs["queries"] if of == "queries" else lost(epochs, of)
+        if (value := at(level, gains(epochs), values)) is not None:
+            found[seed] = value
+    return found
+
+
+def kept_more(runs: Runs, name: str, than: str, of: str) -> list[float]:
+    """By common seed, how much more of `of` is left at equal training reward than with `than`."""
+    ours, theirs = at_level(runs, name, of), at_level(runs, than, of)
+    return [theirs[seed] - ours[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+# --- the page
+
+
+def write_page(out: Path) -> None:
+    found = results(out)
+    runs = by_variant(found)
+    draw(runs, out.with_suffix(".png"))
+    out.with_suffix(".md").write_text(page(runs, found), encoding="utf-8")
+
+
+def page(runs: Runs, found: list[dict[str, Any]]) -> str:
+    days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
+    lines = [
+        "# What keeps alignment honest",
+        "",
+        "`python benchmarks/frontier.py`",
+        "",
+        f"{days[0]} to {days[-1]}, {'; '.join(machines)}. Preset `shapes`, training reward {REWARD}. Each variant "
+        "changes one thing; runs of one seed share prompts and noise. Curves are means of the last "
+        f"{SMOOTHING} epochs. Gains are in standard deviations of the first epoch's rewards; what is lost is below the "
+        f"first epoch's mean. Intervals hold {CONFIDENCE:.0%} (Student's t over seeds).",
+        "",
+        "![Gold lost over training reward gained](frontier.png)",
+        "",
+        f"At a gain of {AT:+.1f}:",
+        "",
+        "| variant | | seeds that reach it | reward queries | gold lost | judge lost | "
+        f"more gold left than {BASELINE} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in runs:
+        queries, gold, judge = (at_level(runs, name, of) for of in ("queries", GOLD, JUDGE))
+        more = kept_more(runs, name, BASELINE, GOLD) if name != BASELINE and BASELINE in runs else []
+        cells = [name, VARIANTS[name].about, f"{len(queries)} of {len(runs[name])}", mean(queries, ".0f")]
+        cells += [mean(gold, ".3f"), mean(judge, ".3f"), with_interval(more)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Gold lost at each gain, and at the end of the run:", ""]
+    lines += [
+        "| variant | " + " | ".join(f"{level:+.2f}" for level in LEVELS) + " | end: gain | gold lost | judge lost |"
+    ]
+    lines += ["|---" * (len(LEVELS) + 4) + "|"]
+    for name, seeds in runs.items():
+        cells = [mean(at_level(runs, name, GOLD, level), ".3f") for level in LEVELS]
+        for form, curve in (("+.2f", gains), (".3f", partial(lost, name=GOLD)), (".3f", partial(lost, name=JUDGE))):
+            cells.append(f"{statistics.fmean(curve(epochs)[-1] for epochs in seeds.values()):{form}}")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines += ["", "The critic, mean of epochs 3 to the last:", ""]
+    lines += ["| variant | explained variance | in the last third of the steps |", "|---|---|---|"]
+    for name, seeds in runs.items():
+        if all("explained" in epochs for epochs in seeds.values()):
+            both = [[statistics.fmean(e[key][2:]) for e in seeds.values()] for key in ("explained", "explained_last")]
+            lines.append(f"| {name} | " + " | ".join(f"{statistics.fmean(values):.2f}" for values in both) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def mean(values: dict[int, float], form: str) -> str:
+    """The mean over seeds as text; a dash if no seed reached the level."""
+    return f"{statistics.fmean(values.values()):{form}}" if values else "-"
+
+
+def with_interval(values: list[float]) -> str:
+    if len(values) < 2:
+        return "-"
+    middle, half = interval(values)
+    return f"{middle:+.3f} ± {half:.3f}"
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Gold lost over gain, the mean over seeds at each level that all of them reach."""
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    for index, (name, seeds) in enumerate(runs.items()):
+        levels = [0.1 * i for i in range(20)]
+        points = [(level, at_level(runs, name, GOLD, level)) for level in levels]
+        full = [(level, statistics.fmean(found.values())) for level, found in points if len(found) == len(seeds)]
+        style = ("-", "--", ":")[index // 10 % 3]
+        axes.plot(*zip(*full, strict=True), style, label=name, color=f"C{index % 10}")
+    axes.set_xlabel(f"{REWARD} gained, in standard deviations of the first epoch's")
+    axes.set_ylabel(f"{GOLD} lost")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The statistics of benchmarks/frontier.py, on curves and noise whose truth is known."""
+
+import importlib.util
+import math
+import random
+import statistics
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent.parent / "benchmarks" / "frontier.py"
+
+
+@pytest.fixture(scope="module")
+def frontier():
+    spec = importlib.util.spec_from_file_location("frontier", HERE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def curves(count: int) -> dict[str, list[float]]:
+    """A reward that gains d and a gold score that loses as Gao et al.'s d (alpha - beta log d), at d = 0, 0.1, ..."""
+    d = [0.1 * i for i in range(count)]
+    gold = [0.7 + x * (0.2 - 0.3 * math.log(x)) if x else 0.7 for x in d]
+    return {
+        "reward": [5 + 2 * x for x in d],
+        "std": [2.0] * count,
+        "gold": gold,
+        "queries": [96.0 * i for i in range(count)],
+    }
+
+
+def test_a_curve_is_read_where_the_training_reward_reaches_a_level(frontier, monkeypatch):
+    monkeypatch.setattr(frontier, "SMOOTHING", 1)
+    epochs = curves(30)
+    gained, lost = frontier.gains(epochs), frontier.lost(epochs, "gold")
+    assert gained == pytest.approx([0.1 * i for i in range(30)])
+    expected = -2.05 * (0.2 - 0.3 * math.log(2.05))
+    assert frontier.at(2.05, gained, lost) == pytest.approx(expected, abs=5e-4)  # on a line between two points
+    assert frontier.at(2.05, gained, epochs["queries"]) == pytest.approx(96 * 20.5)
+    assert frontier.at(3.1, gained, lost) is None
+
+
+def test_it_is_the_first_time(frontier):
+    assert frontier.at(1.0, [0.0, 2.0, 0.5, 2.0], [10.0, 20.0, 30.0, 40.0]) == 15.0
+    assert frontier.at(0.0, [0.0, 1.0], [3.0, 4.0]) == 3.0
+
+
+def test_epochs_are_smoothed_backwards(frontier):
+    assert frontier.smooth([1.0, 2.0, 6.0, 1.0]) == [1.0, 1.5, 3.0, 3.0]
+
+
+def test_the_intervals_of_one_method_against_itself_miss_zero_in_5_percent(frontier):
+    draw = random.Random(0)
+    missed = 0
+    for _ in range(4000):
+        middle, half = frontier.interval([draw.gauss(0, 1) for _ in range(5)])
+        missed += abs(middle) > half
+    assert missed / 4000 == pytest.approx(0.05, abs=5 * (0.05 * 0.95 / 4000) ** 0.5)  # five standard errors
+
+
+def test_runs_are_compared_seed_by_seed(frontier):
+    """What a seed does to both runs alike is no difference between them."""
+    base, offsets = curves(30), {1: 0.0, 2: 0.3, 3: -0.2}
+
+    def shifted(by: float, less: float) -> dict[str, list[float]]:
+        return base | {frontier.GOLD: [value + by - less * i for i, value in enumerate(base["gold"])]}
+
+    runs = {
+        "kl": {seed: shifted(by, 0.01) for seed, by in offsets.items()},
+        "ddpo-100": {seed: shifted(by, 0.02) for seed, by in offsets.items()},
+    }
+    differences = frontier.kept_more(runs, "kl", "ddpo-100", frontier.GOLD)
+    assert len(differences) == 3
+    assert statistics.pstdev(differences) == pytest.approx(0, abs=1e-9)
+    # a gain of 1 is reached after 11 epochs, as a mean of the last three
+    assert differences[0] == pytest.approx(0.01 * 10, abs=0.01)
+
+
+def test_settings_at_their_defaults_do_not_make_another_run(frontier):
+    from comfy_tdpo.trainer.config import make_config
+
+    mark = frontier.fingerprint(make_config("shapes"))
+    assert mark == frontier.fingerprint(make_config("shapes", overrides={"eval_rewards": ["shapes-gold"]}))
+    assert mark != frontier.fingerprint(make_config("shapes", overrides={"kl": {"coefficient": 0.1}}))
+    assert mark != frontier.fingerprint(make_config("shapes", overrides={"seed": 1}))
