@@ -12,7 +12,7 @@ from comfy_tdpo.rewards import REWARDS, RewardModel, function, load_reward, load
 from comfy_tdpo.rewards.options import Options
 from comfy_tdpo.rewards.pixels import CLIP_STD, pillow_pixels, torchvision_pixels
 
-SHAPES = ("shapes-aesthetic", "shapes-alignment", "shapes-judge")
+SHAPES = ("shapes-aesthetic", "shapes-alignment", "shapes-judge", "shapes-match")
 DIFFERENTIABLE = (*LEARNED, *SHAPES)
 STEP = 1e-8
 PROMPTS = ["Two dogs & a cat, playing chess!"] * 2  # clipscore is flat where a caption fits not at all

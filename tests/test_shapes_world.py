@@ -36,7 +36,7 @@ def pipeline():
 
 
 def test_it_fits_into_the_package():
-    assert sum(path.stat().st_size for path in WORLD.rglob("*.safetensors")) <= 15e6
+    assert sum(path.stat().st_size for path in WORLD.rglob("*.safetensors")) <= 16e6
 
 
 def test_every_word_of_the_grammar_is_one_token(scenes):
@@ -110,7 +110,7 @@ def test_the_aesthetic_reward_has_learned_the_preference_and_not_perfectly(scene
     assert 0.9 < correlation < 0.99
 
 
-@pytest.mark.parametrize("name", ["shapes-alignment", "shapes-judge"])
+@pytest.mark.parametrize("name", ["shapes-alignment", "shapes-judge", "shapes-match"])
 def test_a_picture_agrees_with_its_own_caption_more_than_with_the_next(name, scenes):
     captions, _, images = scenes
     reward = load_reward(name, CPU)
@@ -119,7 +119,7 @@ def test_a_picture_agrees_with_its_own_caption_more_than_with_the_next(name, sce
     assert (own > other).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("name", ["shapes-aesthetic", "shapes-alignment", "shapes-judge"])
+@pytest.mark.parametrize("name", ["shapes-aesthetic", "shapes-alignment", "shapes-judge", "shapes-match"])
 def test_a_learned_reward_keeps_the_contract(name, scenes):
     captions, _, images = scenes
     reward, images, captions = load_reward(name, CPU), images[:8], captions[:8]
@@ -137,3 +137,4 @@ def test_the_critic_can_share_the_encoder_of_both_training_rewards():
     aesthetic, alignment = load_reward("shapes-aesthetic", CPU), load_reward("shapes-alignment", CPU)
     assert aesthetic.encoder is alignment.encoder
     assert load_reward("shapes-judge", CPU).encoder is not aesthetic.encoder
+    assert load_reward("shapes-match", CPU).encoder is not aesthetic.encoder

@@ -72,6 +72,7 @@ REWARDS = {
     "shapes-aesthetic": "comfy_tdpo.rewards.shapes:ShapesAesthetic",
     "shapes-alignment": "comfy_tdpo.rewards.shapes:ShapesAlignment",
     "shapes-judge": "comfy_tdpo.rewards.shapes:ShapesJudge",
+    "shapes-match": "comfy_tdpo.rewards.shapes:ShapesMatch",
     "shapes-gold": "comfy_tdpo.rewards.shapes:ShapesGold",
 }
 

@@ -1,4 +1,4 @@
-"""The rewards of Shapes: three learned, imperfect ones, and a program that measures what they stand for."""
+"""The rewards of Shapes: four learned, imperfect ones, and a program that measures what they stand for."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,10 @@ from ..shapes import WORLD
 from ..shapes.encoders import (
     ClipEncoder,
     JudgeEncoder,
+    MatchEncoder,
     load_clip_encoder,
     load_judge_encoder,
+    load_match_encoder,
     load_preference_head,
     load_tokenizer,
     tokenize,
@@ -54,7 +56,7 @@ class _Agreement:
     embed_dim = 64
     differentiable = True
 
-    def __init__(self, name: str, encoder: ClipEncoder | JudgeEncoder):
+    def __init__(self, name: str, encoder: ClipEncoder | JudgeEncoder | MatchEncoder):
         self.name, self.encoder = name, encoder
         self.tokenizer = load_tokenizer(WORLD)
 
@@ -81,6 +83,13 @@ class ShapesJudge(_Agreement):
 
     def __init__(self, name: str, options: Options):
         super().__init__(name, load_judge_encoder(WORLD).to(options.device))
+
+
+class ShapesMatch(_Agreement):
+    """Uses an encoder of its own, trained on spoilt scenes: the reward to watch during training."""
+
+    def __init__(self, name: str, options: Options):
+        super().__init__(name, load_match_encoder(WORLD).to(options.device))
 
 
 class ShapesGold:

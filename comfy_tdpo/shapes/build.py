@@ -1,8 +1,9 @@
 """Build the world of Shapes from scratch: `python -m comfy_tdpo.shapes.build`.
 
-The build renders captioned scenes, trains an autoencoder, two encoders with their rewards and a U-Net on them, and
+The build renders captioned scenes, trains an autoencoder, three encoders with their rewards and a U-Net on them, and
 writes the world's folder: a diffusers pipeline, the encoders, and a README with measurements. Every batch is drawn from
 (seed, stage, step), and each stage saves its state regularly, so a stopped build continues where it left off.
+`--only STAGE` trains one encoder anew in a world that is complete otherwise, and leaves everything else as it is.
 """
 
 import argparse
@@ -14,28 +15,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPModel, CLIPTokenizerFast
 
 from . import WORLD
 from .dataset import make_scenes, preference
-from .encoders import ClipEncoder, JudgeEncoder, PreferenceHead, clip_config, tokenize
+from .encoders import ClipEncoder, JudgeEncoder, MatchEncoder, PreferenceHead, clip_config, load_tokenizer, tokenize
+from .matching import Matching
+from .networks import NORM_GROUPS, new_scheduler, new_text_encoder, new_unet
 from .report import write_report
 from .scenes import IMAGE_SIZE
 from .tokenizer import build_tokenizer
 
 TRAINING_SCENES = 32_000
 
-# Groups of every GroupNorm. With the usual 32, the groups of narrow layers have one or two channels, and normalising
-# removes their mean just before the last convolution, so the network can hardly set the level of a flat background.
-NORM_GROUPS = 8
-
 # Stage -> (steps, batch size).
-STAGES = {"vae": (6000, 16), "clip": (1800, 128), "unet": (3400, 64), "judge": (1500, 128)}
+STAGES = {"vae": (6000, 16), "clip": (1800, 128), "unet": (3400, 64), "judge": (1500, 128), "match": (1200, 128)}
+ENCODERS = ("clip", "judge", "match")  # stages that need nothing from other stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="train each stage for only 3 steps, to test that the build runs"
     )
+    parser.add_argument(
+        "--only", choices=ENCODERS, help="train only this encoder, for the complete world in --out, and measure it"
+    )
     args = parser.parse_args(argv)
     try:
-        build(args.out, args.work, args.seed, steps=3 if args.quick else None)
+        build(args.out, args.work, args.seed, steps=3 if args.quick else None, only=args.only)
     except KeyboardInterrupt:
         print(f"\nStopped. Run the same command again to continue from the state in {args.work}.", file=sys.stderr)
         return 130
@@ -61,19 +64,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(out: Path, work: Path, seed: int, steps: int | None = None) -> None:
-    """Train every stage that is not finished in `work`, and write the world to `out`.
+def build(out: Path, work: Path, seed: int, steps: int | None = None, only: str | None = None) -> None:
+    """Train every stage that is not finished in `work`, or the encoder `only`, and write the world to `out`.
 
     Raises:
-        ValueError: `work` belongs to a build with other settings.
+        ValueError: `work` belongs to a build with other settings, or `out` has no world for the encoder `only`.
     """
+    if only and not (out / "pipeline" / "model_index.json").exists():
+        raise ValueError(
+            f"{out} holds no world; --only {only} adds to one: give its folder as --out, or build it first"
+        )
     _claim(work, {"seed": seed, "steps": steps})
     world = Builder(out, work, seed, steps)
-    tokenizer = build_tokenizer(out / "pipeline" / "tokenizer")
-    vae = world.vae()
-    world.clip(tokenizer)
-    world.unet(tokenizer, vae)
-    world.judge(tokenizer)
+    if only:
+        getattr(world, only)(load_tokenizer(out))
+    else:
+        tokenizer = build_tokenizer(out / "pipeline" / "tokenizer")
+        vae = world.vae()
+        world.clip(tokenizer)
+        world.unet(tokenizer, vae)
+        world.judge(tokenizer)
+        world.match(tokenizer)
     write_report(out)
 
 
@@ -166,13 +177,24 @@ class Builder:
         (self.out / "judge").mkdir(parents=True, exist_ok=True)
         save_file(judge.state_dict(), self.out / "judge" / "model.safetensors")
 
+    def match(self, tokenizer: CLIPTokenizerFast) -> None:
+        """The encoder of shapes-match, trained on scenes of its own (matching.py) and saved in float16."""
+        torch.manual_seed(self.seed + 4)
+        matching = Matching(self.seed + 2_000_003, len(self.images), tokenizer)
+        match = MatchEncoder(len(tokenizer)).to(memory_format=torch.channels_last)
+        # The loss still falls when the schedule ends, so the average, which is 500 steps long, lags behind.
+        match = self._train("match", match, matching.loss, lr=1e-3, averaged=False)
+        (self.out / "match").mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.half().contiguous() for name, weight in match.state_dict().items()}
+        save_file(weights, self.out / "match" / "model.safetensors")
+
     def unet(self, tokenizer: CLIPTokenizerFast, vae: AutoencoderKL) -> None:
         """A latent U-Net and its text encoder, which predict noise; 10 % of captions are dropped for guidance."""
         torch.manual_seed(self.seed + 3)
-        network = nn.ModuleDict({"unet": _new_unet(), "text": _new_text_encoder(tokenizer)})
+        network = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer)})
         latents = self._encode(vae, torch.arange(len(self.images))) * vae.config.scaling_factor
         tokens, empty = tokenize(tokenizer, self.captions), tokenize(tokenizer, [""])[0]
-        scheduler = _new_scheduler()
+        scheduler = new_scheduler()
 
         def loss(network: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
             clean, ids = latents[rows], tokens[rows].clone()
@@ -209,8 +231,11 @@ class Builder:
         batches = tqdm(rows.split(64), desc="latents", leave=False)
         return torch.cat([vae.encode(self.images[b].float() / 127.5 - 1).latent_dist.mean for b in batches])
 
-    def _train(self, stage: str, network: nn.Module, loss: Callable, lr: float) -> nn.Module:
-        """Fit `network`, continuing from the state in the work folder, and return the moving average of its weights."""
+    def _train(self, stage: str, network: nn.Module, loss: Callable, lr: float, averaged: bool = True) -> nn.Module:
+        """Fit `network`, continuing from the state in the work folder.
+
+        Returns it with the moving average of its weights, or with the last ones if not `averaged`.
+        """
         steps, batch = STAGES[stage]
         steps = self.steps or steps
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -238,7 +263,7 @@ class Builder:
                 state = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
                 torch.save(state, path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").replace(path)
-        return average.module.eval().requires_grad_(False)
+        return (average.module if averaged else network).eval().requires_grad_(False)
 
 
 def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
@@ -246,36 +271,6 @@ def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) 
     logits = logit_scale.exp().clamp(max=100) * image_embeds @ text_embeds.T
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def _new_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=IMAGE_SIZE // 8,
-        layers_per_block=1,
-        block_out_channels=(64, 96),
-        norm_num_groups=NORM_GROUPS,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=4,  # diffusers' name for the number of heads
-    )
-
-
-def _new_text_encoder(tokenizer: CLIPTokenizerFast) -> CLIPTextModel:
-    config = clip_config(len(tokenizer), tokenizer.eos_token_id).text_config
-    return CLIPTextModel(CLIPTextConfig(**config.to_dict()))
-
-
-def _new_scheduler() -> DDIMScheduler:
-    """The schedule of Stable Diffusion 1.x."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 def _add_noise(images: Tensor, most: float, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
-"""The image-text encoders of Shapes: a tiny CLIP for the training rewards, and a different architecture for the judge.
+"""The image-text encoders of Shapes: a tiny CLIP for the training rewards, and two other architectures for
+`shapes-judge` and `shapes-match`.
 
-Both map images in [0, 1], (B, 3, H, W), and captions to unit vectors, whose cosine measures how well they match.
+All map images in [0, 1], (B, 3, H, W), and captions to unit vectors, whose cosine measures how well they match.
 """
 
 from itertools import pairwise
@@ -92,6 +93,40 @@ class JudgeEncoder(nn.Module):
         return F.normalize(self.text(last[0]), dim=-1)
 
 
+class MatchEncoder(nn.Module):
+    """The encoder of shapes-match: a ConvNeXt (Liu et al., 2022) in miniature with attention pooling for images, and
+    convolutions with max pooling (Kim, 2014) for captions.
+    """
+
+    def __init__(self, vocab_size: int, widths: tuple[int, int] = (64, 128), heads: int = 8, dim: int = 64):
+        super().__init__()
+        narrow, wide = widths
+        self.image = nn.Sequential(
+            nn.Conv2d(3, narrow, 4, stride=4),
+            _NextBlock(narrow),
+            _NextBlock(narrow),
+            nn.Conv2d(narrow, wide, 2, stride=2),
+            *[_NextBlock(wide) for _ in range(3)],
+        )
+        self.place = nn.Parameter(0.02 * torch.randn((ENCODER_IMAGE_SIZE // 8) ** 2, wide))
+        self.pool = _AttentionPool(wide, heads)
+        self.image_projection = nn.Linear(wide, dim)
+        self.token = nn.Embedding(vocab_size, 48)
+        self.reader = nn.Sequential(
+            nn.Conv1d(48, wide, 3, padding=1), nn.GELU(), nn.Conv1d(wide, wide, 3, padding=1), nn.GELU()
+        )
+        self.text_projection = nn.Linear(wide, dim)
+        self.logit_scale = nn.Parameter(torch.tensor(2.3026))  # SigLIP's initial value, ln 10
+        self.logit_bias = nn.Parameter(torch.tensor(-6.0))  # about ln of the share of captions that are true
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        features = self.image(_preprocess(images)).flatten(2).mT + self.place
+        return F.normalize(self.image_projection(self.pool(features)), dim=-1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        return F.normalize(self.text_projection(self.reader(self.token(tokens).mT).amax(-1)), dim=-1)
+
+
 class PreferenceHead(nn.Module):
     """Predicts the preference, 0 to 10 points, from encoder A's unit embedding, (B, D) -> (B,)."""
 
@@ -104,7 +139,7 @@ class PreferenceHead(nn.Module):
 
 
 def load_tokenizer(world: Path) -> CLIPTokenizerFast:
-    """The tokenizer in the folder `world`, which both encoders and the pipeline share."""
+    """The tokenizer in the folder `world`, which the encoders and the pipeline share."""
     return CLIPTokenizerFast.from_pretrained(world / "clip", local_files_only=True)
 
 
@@ -123,6 +158,14 @@ def load_judge_encoder(world: Path) -> JudgeEncoder:
     return judge.eval().requires_grad_(False)
 
 
+def load_match_encoder(world: Path) -> MatchEncoder:
+    """The encoder of shapes-match from the folder `world`, frozen; its file is in float16."""
+    weights = load_file(world / "match" / "model.safetensors")
+    match = MatchEncoder(vocab_size=len(weights["token.weight"]))
+    match.load_state_dict(weights)
+    return match.eval().requires_grad_(False)
+
+
 def load_preference_head(world: Path) -> PreferenceHead:
     """The head of `shapes-aesthetic` from the folder `world`, frozen."""
     head = PreferenceHead()
@@ -139,6 +182,37 @@ def _down_block(channels_in: int, channels_out: int) -> nn.Module:
         nn.GroupNorm(8, channels_out),
         nn.SiLU(),
     )
+
+
+class _NextBlock(nn.Module):
+    """A residual block: a depthwise convolution, then two layers at each position, (B, C, H, W) -> the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.spread = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + self.layers(self.spread(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _AttentionPool(nn.Module):
+    """Each head's own mean over positions, weighted by what it looks for, (B, N, C) -> (B, C)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.weight = nn.Linear(width, heads)
+        self.value = nn.Linear(width, width)
+        self.heads = heads
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.norm(features)
+        weights = self.weight(features).softmax(1)  # (B, N, heads)
+        values = self.value(features).unflatten(-1, (self.heads, -1))
+        return torch.einsum("bnh,bnhc->bhc", weights, values).flatten(1)
 
 
 def _preprocess(images: Tensor) -> Tensor:
