@@ -108,7 +108,7 @@ class DiffusionPolicy:
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside the block, the policy is what the KL is measured against: the frozen base model, or a frozen policy of
-        an earlier epoch, see `Reference`."""
+        an earlier epoch; see `Reference`. Call it with gradients disabled."""
         return self.kl_reference.swapped_in()
 
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:

@@ -26,8 +26,11 @@ class Reference:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside the block, the network is the reference and trains nothing; afterwards, the trained weights are back,
-        to the last bit."""
+        """Inside the block, the network is the reference; afterwards, the trained weights are back, to the last bit.
+
+        Call the network with gradients disabled, since the parameters that hold the copy are those that are trained.
+        (They keep requires_grad: torch chooses kernels by it, and the KL would not be exactly 0 right after a reset.)
+        """
         if not self.weights:
             with self.trainable.reference():
                 yield
@@ -37,9 +40,7 @@ class Reference:
         try:
             for name, parameter in parameters.items():
                 parameter.data = self.weights[name]
-                parameter.requires_grad_(False)  # or the KL would have a gradient through the reference as well
             yield
         finally:
             for name, parameter in parameters.items():
                 parameter.data = live[name]
-                parameter.requires_grad_(True)

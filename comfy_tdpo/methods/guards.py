@@ -73,7 +73,11 @@ class Gate:
 
 @dataclass
 class Level:
-    """A guard's scores in the first epoch: mean and standard deviation, and the mean of each prompt drawn in it."""
+    """A guard's scores in the first epoch: their mean and standard deviation, and the level of each prompt drawn in it.
+
+    A prompt's level is the mean of its scores and of two more at the overall mean, so that one lucky or unlucky image
+    does not set it.
+    """
 
     mean: float
     std: float
@@ -81,14 +85,14 @@ class Level:
 
     @classmethod
     def of(cls, prompts: list[str], scores: Tensor) -> "Level":
+        mean, std = scores.double().mean().item(), scores.double().std(correction=0).item()
         values: dict[str, list[float]] = {}
         for prompt, score in zip(prompts, scores.tolist(), strict=True):
-            values.setdefault(prompt, []).append(score)
-        of_prompts = {prompt: fmean(found) for prompt, found in values.items()}
-        return cls(scores.double().mean().item(), scores.double().std(correction=0).item(), of_prompts)
+            values.setdefault(prompt, [mean, mean]).append(score)
+        return cls(mean, std, {prompt: fmean(found) for prompt, found in values.items()})
 
     def fall(self, prompts: list[str], scores: Tensor) -> Tensor:
-        """How far each score is below its prompt's mean, or below the overall mean for a prompt that was not drawn,
+        """How far each score is below its prompt's level, or below the overall mean for a prompt that was not drawn,
         (B,) float64 in standard deviations; 0 for scores above it."""
         levels = [self.prompts.get(prompt, self.mean) for prompt in prompts]
         below = torch.tensor(levels, dtype=torch.float64, device=scores.device) - scores.double()

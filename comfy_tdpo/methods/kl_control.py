@@ -51,19 +51,19 @@ class KLCoefficient:
 
 
 class ProportionalIntegral:
-    """A coefficient adapted in every epoch by e, the logarithm of the KL over its target, bounded to +-1:
+    """A coefficient adapted in every epoch by e, the logarithm of the KL over its target, bounded to +-BOUND:
 
         log value += PROPORTIONAL (e - e of the epoch before) + INTEGRAL e.
 
-    It does not lower the coefficient while the KL is below the target and still rising, as it is at first, because that
-    says nothing about where the KL would settle (no windup).
+    While the KL is below the target and has risen by more than a fifth since the epoch before, the coefficient is not
+    lowered: a KL that still rises, as at first, says little about where it would settle (no windup).
 
-    A penalty with twice the coefficient lets the KL settle at about a quarter, so that the logarithm of the KL answers
-    with -2 times the change, after a few epochs. PROPORTIONAL / INTEGRAL is that delay, in epochs. (Stooke et al.,
-    arXiv 2007.03964, control a constraint's multiplier in this way; here it is its logarithm.)
+    A penalty with twice the coefficient lets the KL settle at about a quarter. So the logarithm of the KL answers with
+    -2 times the change of the coefficient's, a few epochs later; the constants fit a delay of one to four epochs.
+    (Stooke et al., arXiv 2007.03964, control a constraint's multiplier in this way; here it is its logarithm.)
     """
 
-    PROPORTIONAL, INTEGRAL = 0.6, 0.2
+    PROPORTIONAL, INTEGRAL, BOUND, RISING = 0.3, 0.3, 2.5, 1.2
 
     def __init__(self, value: float, target: float):
         self.value, self.target = value, target
@@ -72,13 +72,13 @@ class ProportionalIntegral:
     def update(self, kl: float, samples: int) -> None:
         error, before = self._error(kl), self._error(self.before or 0.0)
         change = self.PROPORTIONAL * (error - before) + self.INTEGRAL * error
-        if kl < self.target and (self.before is None or kl > self.before):
+        if kl < self.target and (self.before is None or kl > self.RISING * self.before):
             change = max(change, 0.0)
         self.value *= math.exp(change)
         self.before = kl
 
     def _error(self, kl: float) -> float:
-        return min(max(math.log(kl / self.target), -1.0), 1.0) if kl > 0 else -1.0
+        return min(max(math.log(kl / self.target), -self.BOUND), self.BOUND) if kl > 0 else -self.BOUND
 
     def restart(self) -> None:
         self.before = None

@@ -84,7 +84,7 @@ class KLPenalty:
 
     def now(self, step: Step, inputs: Any) -> Tensor:
         """KL of the policy's `step` from the reference's at the same `inputs` of policy.step, in nats, (B,)."""
-        with self.policy.reference():
+        with torch.no_grad(), self.policy.reference():
             reference = self.policy.step(*inputs)
         return gaussian_kl(step.mean, reference.mean, step.std)
 

@@ -228,7 +228,8 @@ class PolicyGradientSettings(MethodSettings):
         ge=0,
         le=1e3,
         description="what a sample loses, in normalised reward, for each standard deviation by which a guard scores it "
-        "below the first epoch's mean of its prompt, or of all samples if its prompt was not drawn in the first epoch",
+        "below the level that its prompt had in the first epoch; for a prompt that was not drawn then, below that "
+        "epoch's mean",
     )
     policy: ClippedPolicySettings = ClippedPolicySettings()
     critic: CriticSettings = CriticSettings()
