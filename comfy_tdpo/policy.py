@@ -16,6 +16,7 @@ from .models import DiffusionModel
 from .models.conditioning import Conditioning
 from .process import Step, make_process
 from .process.gaussian import guide
+from .reference import Reference
 from .settings import PolicySettings
 
 
@@ -52,6 +53,7 @@ class DiffusionPolicy:
         self.model = model.to(self.device)
         self.latent_shape = self._latent_shape(resolution)
         self.trainable = model.adapt(settings or PolicySettings(), seed)
+        self.kl_reference = Reference(self.trainable)
         self._encoded: dict[str, Conditioning] = {}
 
     def _latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -105,8 +107,9 @@ class DiffusionPolicy:
             return self.model.denoise(latents, times, conditioning)
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside the block, the policy is the frozen base model."""
-        return self.trainable.reference()
+        """Inside the block, the policy is what the KL is measured against: the frozen base model, or a frozen policy of
+        an earlier epoch; see `Reference`. Call it with gradients disabled."""
+        return self.kl_reference.swapped_in()
 
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.

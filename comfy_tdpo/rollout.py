@@ -25,8 +25,8 @@ class Trajectories:
 
     latents (B, T + 1, C, H, W): x_0 ... x_T in sampling order, so step k's sample is `latents[:, k + 1]`.
     log_probs (B, T): under the policy that sampled.
-    kl (B, T): nats against the base model, see `denoise`.
-    rewards (B,); eval_rewards: name -> (B,).
+    kl (B, T): nats against the reference, see `denoise`.
+    rewards (B,); eval_rewards, guard_rewards: name -> (B,).
     image_embeds (B, T, D): what the critic reads at each step, see `Sampler`; None without a critic.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
     """
@@ -39,6 +39,7 @@ class Trajectories:
     image_embeds: Tensor | None = None
     final_embeds: Tensor | None = None
     eval_rewards: dict[str, Tensor] = field(default_factory=dict)
+    guard_rewards: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -54,7 +55,8 @@ class Trajectories:
         }
         prompts = [prompt for part in parts for prompt in part.prompts]
         evals = {name: torch.cat([part.eval_rewards[name] for part in parts]) for name in first.eval_rewards}
-        return cls(prompts=prompts, eval_rewards=evals, **tensors)
+        guards = {name: torch.cat([part.guard_rewards[name] for part in parts]) for name in first.guard_rewards}
+        return cls(prompts=prompts, eval_rewards=evals, guard_rewards=guards, **tensors)
 
 
 @dataclass
@@ -115,6 +117,7 @@ class Sampler:
     embed_clean: bool = False
     kl: str = "none"
     check: Callable[[], None] = lambda: None
+    guards: dict[str, RewardModel] = field(default_factory=dict)
 
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
         """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`."""
@@ -130,6 +133,7 @@ class Sampler:
             image_embeds=self._embed(path.clean if self.embed_clean else path.latents[:, :-1]),
             final_embeds=None if self.reward.embed_dim is None else self.reward.embed(images).float(),
             eval_rewards={name: score_images(model, images, prompts) for name, model in self.eval_rewards.items()},
+            guard_rewards={name: score_images(model, images, prompts) for name, model in self.guards.items()},
         )
 
     def _embed(self, latents: Tensor) -> Tensor | None:
@@ -166,7 +170,7 @@ def denoise(
 ) -> Path:
     """The trajectories driven by `noise`, (B, T + 1, C, H, W).
 
-    kl: "exact" for the KL in nats of each step against the base model's; "sampled" for the log-ratio of each sample,
+    kl: "exact" for the KL in nats of each step against the reference's; "sampled" for the log-ratio of each sample,
     whose expectation is the exact KL; "none" for zeros. Steps that are not stochastic have zeros in both tensors.
     """
     conditioning = policy.encode_prompts(prompts)

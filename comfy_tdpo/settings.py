@@ -86,6 +86,17 @@ class MethodSettings(Section):
     def check_samples(self, samples_per_epoch: int) -> None:
         """Raise ValueError if the method cannot work with that many samples per epoch."""
 
+    def check_groups(self, samples_per_prompt: int) -> None:
+        """Raise ValueError if the method cannot work with that many samples of each prompt."""
+
+    def check_guards(self, guards: list[str]) -> None:
+        """Raise ValueError if the method cannot work with these guards; most methods know none."""
+        if guards:
+            raise ValueError(
+                f"guards lists {', '.join(guards)}, but this algorithm uses no guards; list them in eval_rewards to "
+                "measure them, or choose another algorithm"
+            )
+
     @property
     def further_rewards(self) -> list[str]:
         """Names of rewards that the method needs in addition to the training and held-out rewards."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from comfy_tdpo.methods.advantages import KLCoefficient, RewardMoments, returns, temporal_rewards
+from comfy_tdpo.methods.advantages import RewardMoments, returns, temporal_rewards
+from comfy_tdpo.methods.kl_control import KLCoefficient
 
 PROMPTS = ["a cat", "a dog", "a fox", "Four wolves, and a café"]
 

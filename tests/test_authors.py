@@ -21,8 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comfy_tdpo.methods.advantages import KLCoefficient, RewardMoments, returns, temporal_rewards
+from comfy_tdpo.methods.advantages import RewardMoments, returns, temporal_rewards
 from comfy_tdpo.methods.critic import TemporalCritic
+from comfy_tdpo.methods.kl_control import KLCoefficient
 from comfy_tdpo.methods.neurons import (
     ActivationRecorder,
     HiddenLayer,

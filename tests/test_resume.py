@@ -20,6 +20,21 @@ VARIANTS = {
         "neurons": {"every": 2, "policy_reset": "dormant", "data": "batch"},
         "samples_per_epoch": 4,  # one update per timestep
     },
+    "guards, groups, a reference that moves and a controller": {
+        "kl": {
+            "coefficient": 0.1,
+            "target": 1.0,
+            "controller": "proportional-integral",
+            "reset_every": 1,
+            "gate": True,
+            "gate_share": 0.5,
+            "gate_window": 1,
+        },
+        "guards": ["shapes-alignment"],
+        "samples_per_prompt": 2,
+        "moments": {"baseline": "group"},
+        "favour_diversity": True,
+    },
     # two epochs, as nothing but what neurons were reset reaches further
     "tdpo-r": {"epochs": 2},
     "a critic trained on earlier epochs": {

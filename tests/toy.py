@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from tint import TintModel
 from torch import Tensor
 
+from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 from comfy_tdpo.trainer.training import Training
@@ -41,6 +43,15 @@ class Brightness:
         pass
 
 
+class Contrast(Brightness):
+    """The deviation of an image's pixels; a guard."""
+
+    name = "contrast"
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images.std(dim=(1, 2, 3))
+
+
 def toy_config(**overrides) -> TrainConfig:
     """The preset `shapes` at toy size; `overrides` are nested values."""
     merged = dict(SETTINGS)
@@ -57,7 +68,19 @@ def toy_training(run: RunFolder, make_policy, stop=None, watch=lambda phase, don
     config = run.config
     policy = make_policy(steps=config.steps, guidance=config.guidance, seed=config.seed)
     reward = Brightness()
-    return Training(config, policy, reward, {"again": reward}, run, Accelerator(cpu=True), stop, watch)
+    guards = {"contrast": Contrast()} if config.guards else {}
+    return Training(config, policy, reward, {"again": reward}, run, Accelerator(cpu=True), stop, watch, guards)
+
+
+def fast_training(
+    run: RunFolder, reward=None, *, guards=None, trained=False, stop=None, watch=lambda phase, done, total: None
+) -> Training:
+    """A training whose model has one layer; `trained` gives it a LoRA that is not zero."""
+    policy = DiffusionPolicy(TintModel(), steps=run.config.steps, guidance=1.0, resolution=8)
+    if trained:
+        for i, parameter in enumerate(policy.parameters):
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
+    return Training(run.config, policy, reward or Brightness(), {}, run, Accelerator(cpu=True), stop, watch, guards)
 
 
 def timeless(metrics: list[EpochMetrics]) -> list[EpochMetrics]:

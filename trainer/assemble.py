@@ -45,8 +45,9 @@ def assemble(
     how = (accelerator.device, config.reward_precision, config.reward_weights)
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.eval_rewards}
+    guards = {name: load_reward(name, *how) for name in config.guards}
     policy = (make_policy or load_policy)(config, accelerator.device)
-    return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch)
+    return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch, guards)
 
 
 def _check_processes(found: int) -> None:

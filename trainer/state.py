@@ -84,7 +84,8 @@ def _tensors_of_progress(progress: Progress) -> dict[str, TensorGroup]:
         return {}
     batch = Trajectories.concatenate(progress.parts)
     samples = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
-    groups = {"samples": samples, "eval_rewards": batch.eval_rewards, "sums": progress.sums, "maxima": progress.maxima}
+    groups = {"samples": samples, "eval_rewards": batch.eval_rewards, "guard_rewards": batch.guard_rewards}
+    groups |= {"sums": progress.sums, "maxima": progress.maxima}
     return groups if progress.targets is None else groups | {"targets": progress.targets}
 
 
@@ -93,7 +94,12 @@ def _progress_from(groups: dict[str, TensorGroup], updates: int, prompts: list[s
     if "samples" not in groups:
         return Progress()
     samples = groups["samples"]
-    part = Trajectories(prompts=prompts[: len(samples["rewards"])], eval_rewards=groups["eval_rewards"], **samples)
+    part = Trajectories(
+        prompts=prompts[: len(samples["rewards"])],
+        eval_rewards=groups["eval_rewards"],
+        guard_rewards=groups.get("guard_rewards", {}),  # older versions have none
+        **samples,
+    )
     return Progress([part], groups.get("targets"), updates, groups["sums"], groups["maxima"])
 
 

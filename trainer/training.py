@@ -51,7 +51,7 @@ class Training:
 
     Args:
         config: the run's configuration; policy: what is trained; reward: the training reward, by name and weight;
-            eval_rewards: rewards that are only tracked, by name.
+            eval_rewards: rewards that are only tracked, by name; guards: rewards that restrain the training, by name.
         run: the folder where everything is saved; accelerator: device and processes.
         stop: checked between micro-batches; once set, the state is saved, even in mid-epoch, and `epochs` ends.
     """
@@ -66,14 +66,16 @@ class Training:
         accelerator: Accelerator,
         stop: threading.Event | None = None,
         watch: Watch = lambda phase, done, total: None,
+        guards: dict[str, RewardModel] | None = None,
     ):
         self.config, self.policy, self.run, self.accelerator = config, policy, run, accelerator
         self.stop, self.watch = stop or threading.Event(), watch
         self.prompts = run.prompts(config)
-        for model in (reward, *eval_rewards.values()):
+        guards = guards or {}
+        for model in (reward, *eval_rewards.values(), *guards.values()):
             model.check_prompts(self.prompts)
         self.stopped = False
-        self.context = self._context(reward, eval_rewards)
+        self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
         self.state = TrainState(self.context, self.method, identity(config, policy, self.prompts))
         grid_prompts = run.grid_prompts(config)
@@ -84,7 +86,9 @@ class Training:
         if self.accelerator.is_main_process and (unread := describe_unread(self.policy.model, prompts)):
             logger.warning("%s", unread)
 
-    def _context(self, reward: RewardModel, eval_rewards: dict[str, RewardModel]) -> Context:
+    def _context(
+        self, reward: RewardModel, eval_rewards: dict[str, RewardModel], guards: dict[str, RewardModel]
+    ) -> Context:
         config, policy = self.config, self.policy
         samples, samples_per_update = map(self._own_share, (config.samples_per_epoch, config.samples_per_update))
         return Context(
@@ -94,6 +98,7 @@ class Training:
             decoder=Decoder(policy, config.decode_batch),
             reward=reward,
             eval_rewards=eval_rewards,
+            guards=guards,
             accelerator=self.accelerator,
             samples=samples,
             samples_per_update=samples_per_update,
@@ -209,10 +214,10 @@ class Training:
             progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(context.epoch + 1))
 
     def _epoch_prompts(self, epoch: int) -> list[str]:
-        """The prompt of each sample of the epoch, across all processes."""
-        generator = generator_at(self.config.seed, "prompts", epoch)
-        chosen = torch.randint(len(self.prompts), (self.config.samples_per_epoch,), generator=generator)
-        return [self.prompts[i] for i in chosen.tolist()]
+        """The prompt of each sample of the epoch, across all processes, in groups of samples_per_prompt."""
+        generator, size = generator_at(self.config.seed, "prompts", epoch), self.config.samples_per_prompt
+        chosen = torch.randint(len(self.prompts), (self.config.samples_per_epoch // size,), generator=generator)
+        return [self.prompts[i] for i in chosen.repeat_interleave(size).tolist()]
 
     def _update(self) -> None:
         """Run the remaining gradient updates of the epoch."""
@@ -238,6 +243,8 @@ class Training:
         }
         for name, scores in batch.eval_rewards.items():
             metrics[f"eval/{name}/mean"] = context.gather(scores).mean().item()
+        for name, scores in batch.guard_rewards.items():
+            metrics[f"guard/{name}/mean"] = context.gather(scores).mean().item()
         metrics |= self._metrics_of_updates() | self.method.metrics(batch)
         metrics |= {f"time/{name}_s": seconds for name, seconds in context.progress.times.items()}
         metrics["memory/peak_bytes"] = peak_memory(self.policy.device)

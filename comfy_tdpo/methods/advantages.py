@@ -101,22 +101,3 @@ def generalised_advantages(errors: Tensor, gamma: float, gae_lambda: float) -> T
         following = difference + gamma * gae_lambda * following
         result[:, k] = following
     return result
-
-
-class KLCoefficient:
-    """The weight of the KL penalty: fixed, or adapted to hold a target KL (Ziegler et al., arXiv 1909.08593, Sec. 2.2).
-
-    Args:
-        value: normalised reward per nat.
-        target: KL to hold, in nats per trajectory, or None for a fixed coefficient.
-        horizon: samples over which the coefficient may change by a factor of about 1.2.
-    """
-
-    def __init__(self, value: float, target: float | None = None, horizon: int = 10_000):
-        self.value, self.target, self.horizon = value, target, horizon
-
-    def update(self, kl: float, samples: int) -> None:
-        """Adapt to the mean `kl`, in nats per trajectory, of `samples` trajectories."""
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * samples / self.horizon

@@ -54,7 +54,7 @@ class Context:
     config: all settings, including the method's own.
     policy: the model in training; optimizer: that of its parameters.
     decoder: decodes latents to images, a few at a time.
-    reward, eval_rewards: the training reward and the held-out rewards.
+    reward, eval_rewards, guards: the training reward, the held-out rewards and the guards.
     samples, samples_per_update: N and M, in this process.
     micro_batch: rows in each forward pass, reduced when memory runs out.
     prompts: for a given epoch, one prompt per sample of all processes.
@@ -78,6 +78,7 @@ class Context:
     record: Callable[[int, TensorGroup, TensorGroup], None]
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
+    guards: dict[str, RewardModel] = field(default_factory=dict)
 
     # --- samples
 

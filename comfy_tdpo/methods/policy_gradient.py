@@ -19,10 +19,12 @@ from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
 from ..rollout import Sampler, Trajectories, draw_noise
-from . import Metrics, TensorGroup, advantages, objectives
-from .advantages import KLCoefficient, RewardMoments
+from . import Metrics, TensorGroup, advantages, groups, objectives
+from .advantages import RewardMoments
 from .context import Context
 from .critic_training import CriticTraining
+from .guards import GuardLevels, Scores
+from .kl_penalty import KLPenalty
 from .neuron_states import NeuronStates
 
 Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
@@ -38,8 +40,14 @@ class PolicyGradient:
         config = self.config
         self.critic = CriticTraining(context) if config.critic.enabled else None
         self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
-        self.kl = KLCoefficient(config.kl.coefficient, config.kl.target, config.kl.horizon)
+        self.guards = GuardLevels()
+        self.kl = KLPenalty(context)
         self.neurons = NeuronStates(context, self.critic)
+        if config.favour_diversity and context.reward.embed_dim is None:
+            raise ValueError(
+                f"got favour_diversity with reward {context.reward.name!r}, which has no image encoder; expected a "
+                "training reward that has one: choose another, or set favour_diversity to false"
+            )
 
     @property
     def clip_range(self) -> float:
@@ -56,51 +64,56 @@ class PolicyGradient:
             embed=self.critic.encoder.embed if self.critic else None,
             embed_image_size=config.critic.image_size,
             embed_clean=config.critic.reads == "clean",
-            kl=config.kl.form if config.kl.coefficient else "none",
+            kl=self.kl.form,
             check=context.check,
+            guards=context.guards,
         )
         return sampler.sample(prompts, seeds)
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
-        """Eq. 5-7: temporal_rewards, returns and, with a critic, residuals, (N, T) each; and kl_weight, a number.
+        """Eq. 5-7: temporal_rewards, returns and, with a critic, residuals; kl_weight with the KL in the loss; (N, T)
+        each.
 
-        Moments are computed over all processes; each process keeps its own rows. A step's exact KL depends only on the
-        state, so it would have no gradient as that step's reward. It is therefore a term of the loss, and the return
-        contains only the KL of later steps. kl_weight gives the KL the scale of the policy loss, whose log-probability
-        is a mean over C * H * W elements and not their sum, and whose temporal rewards are divided by their standard
-        deviation.
+        Moments are computed over all processes; each process keeps its own rows.
         """
         gather, own = self.context.gather, self.context.own
-        kl = gather(batch.kl)
-        penalties = self.kl.value * self._kl_step_weights * kl
-        normalized = self.moments.normalize(prompts, gather(batch.rewards))
-        returns_of = advantages.returns_with_later_kl if self._kl_in_loss else advantages.returns
-        returns = returns_of(normalized, penalties, self.config.gamma)
+        kl, rewards = gather(batch.kl), gather(batch.rewards)
+        guards = {name: gather(scores) for name, scores in batch.guard_rewards.items()}
+        self.kl.begin(kl, rewards, guards)
+        normalized = self._normalized(prompts, rewards, guards)
+        returns = self.kl.returns(normalized, kl, self.config.gamma)
         targets = {"returns": own(returns)}
         if self.critic is None:
-            clip, scale = self.config.advantage_clip or torch.inf, torch.ones_like(returns[0, 0])
-            targets["temporal_rewards"] = own(returns).clamp(-clip, clip)
+            temporal, scale = returns, torch.ones_like(returns[0, 0])
         else:
             targets["residuals"] = self.critic.predict(batch)
             trained = self.policy.process.stochastic
             decay = self.config.gamma, self.config.critic.gae_lambda
             temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained, *decay)
-            targets["temporal_rewards"] = own(temporal)
-        if self._kl_in_loss:
-            weight = self.kl.value / (self.policy.latent_size * scale)
-            targets["kl_weight"] = (weight * self._kl_step_weights).expand_as(targets["returns"]).contiguous()
-        self.kl.update(kl.sum(1).mean().item(), len(kl))
+        if self.config.favour_diversity:
+            assert batch.final_embeds is not None, "checked at the start"
+            factors = groups.diversity_factors(gather(batch.final_embeds), self.config.samples_per_prompt)
+            temporal = groups.favour_diversity(temporal, factors)
+        if self.critic is None:
+            clip = self.config.advantage_clip or torch.inf
+            temporal = temporal.clamp(-clip, clip)
+        targets["temporal_rewards"] = own(temporal)
+        if self.kl.in_loss:
+            targets["kl_weight"] = own(self.kl.loss_weights(scale).expand_as(returns)).contiguous()
         return targets
 
-    @property
-    def _kl_in_loss(self) -> bool:
-        return self.config.kl.coefficient > 0 and self.config.kl.form == "exact"
-
-    @property
-    def _kl_step_weights(self) -> Tensor:
-        """What each step's KL counts for, (T,)."""
-        sigma = self.policy.process.sigma
-        return sigma if self.config.kl.weighting == "sigma" else torch.ones_like(sigma)
+    def _normalized(self, prompts: list[str], rewards: Tensor, guards: Scores) -> Tensor:
+        """The normalised rewards, less the guards' penalty without its mean, (B,) for all processes."""
+        config, size = self.config.moments, self.config.samples_per_prompt
+        in_groups = config.baseline == "group"
+        normalized = (
+            groups.normalize(rewards, size, config.group_std) if in_groups else self.moments.normalize(prompts, rewards)
+        )
+        if guards and self.config.guard_penalty:
+            falls = self.guards.fall(prompts, guards)
+            centred = groups.leave_one_out(falls, size) if in_groups else falls - falls.mean()
+            normalized = normalized - (self.config.guard_penalty * centred).float()
+        return normalized
 
     # --- updates
 
@@ -147,8 +160,8 @@ class PolicyGradient:
         losses, clipped = self._policy_losses(batch, rows, steps, step, log_ratio, targets["temporal_rewards"])
         loss = losses.sum() / total
         context.add("policy/loss", loss)
-        if self._kl_in_loss:
-            penalties = targets["kl_weight"][rows, steps] * self._kl_now(batch, rows, steps, step)
+        if self.kl.in_loss:
+            penalties = targets["kl_weight"][rows, steps] * self.kl.now(step, self._inputs(batch, rows, steps))
             context.add("kl/loss", penalties.sum() / total)
             loss = loss + penalties.sum() / total
         loss.backward()
@@ -194,12 +207,6 @@ class PolicyGradient:
         log_probs = log_prob(batch.latents[rows, steps + 1], step.mean, step.std)
         return step, log_probs - batch.log_probs[rows, steps]
 
-    def _kl_now(self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step) -> Tensor:
-        """KL of the policy's `step` from the base model's, (B,), for the same pairs."""
-        with self.policy.reference():
-            reference = self.policy.step(*self._inputs(batch, rows, steps))
-        return gaussian_kl(step.mean, reference.mean, step.std)
-
     def _inputs(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         conditioning = self.policy.encode_prompts([batch.prompts[row] for row in rows.tolist()])
         return batch.latents[rows, steps], steps.to(self.policy.device), conditioning
@@ -207,12 +214,10 @@ class PolicyGradient:
     # --- after the updates
 
     def metrics(self, batch: Trajectories) -> Metrics:
-        gather, targets, metrics = self.context.gather, self.context.progress.targets, Metrics()
+        metrics = self.kl.metrics(batch)
         if self.critic is not None:
-            assert targets is not None
-            metrics |= self.critic.metrics(targets)
-        if self.config.kl.coefficient > 0:
-            metrics |= {"kl/nats": gather(batch.kl).sum(1).mean().item(), "kl/coefficient": self.kl.value}
+            assert self.context.progress.targets is not None
+            metrics |= self.critic.metrics(self.context.progress.targets)
         return metrics
 
     def finish(self, batch: Trajectories) -> Metrics:
@@ -225,14 +230,16 @@ class PolicyGradient:
             metrics |= self.neurons.of_critic(self.critic.inputs(batch), (rows, steps[rows, -1]))
         if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
             metrics |= self.neurons.of_policy(batch)
+        self.kl.finish(batch)  # last, so that a new reference is the policy that samples next
         return metrics
 
     # --- saved state
 
     def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
-        tensors = self.critic.state() if self.critic is not None else {}
+        tensors, plain = self.kl.state()
+        tensors |= self.critic.state() if self.critic is not None else {}
         tensors |= {f"active_{group}": masks for group, masks in self.neurons.active.items()}
-        return tensors, {"kl_coefficient": self.kl.value, "moments": self.moments.state_dict()}
+        return tensors, plain | {"moments": self.moments.state_dict(), "guards": self.guards.state()}
 
     def load_state(self, tensors: dict[str, TensorGroup], plain: dict[str, Any]) -> None:
         if self.critic is not None:
@@ -241,5 +248,6 @@ class PolicyGradient:
         self.neurons.active = {
             name.removeprefix(prefix): masks for name, masks in tensors.items() if name.startswith(prefix)
         }
-        self.kl.value = plain["kl_coefficient"]
+        self.kl.load_state(tensors, plain)
         self.moments.load_state_dict(plain["moments"])
+        self.guards.load(plain.get("guards", {}))  # older versions have none

@@ -1,5 +1,6 @@
 """The settings of the policy-gradient methods; the defaults are those of the paper's TDPO-R (arXiv 2402.08552)."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -124,15 +125,15 @@ class NeuronSettings(Section):
 
 
 class KLSettings(Section):
-    """The KL penalty, which keeps the policy near the base model (Section 5)."""
+    """The KL penalty, which keeps the policy near a reference, at first the base model (Section 5)."""
 
     coefficient: float = Field(
         default=0.0,
         ge=0,
         le=1e6,
-        description="weight of the KL penalty, in normalised reward per nat of a trajectory; 0 turns it off. (The "
-        "authors' weight, kl_penalty_coef * init_kl_coef, is for a log-ratio averaged over the C * H * W elements of a "
-        "latent; divide it by C * H * W to get this value)",
+        description="weight of the KL penalty, in normalised reward per nat of a trajectory; 0 turns it off. (Per nat "
+        "averaged over the C * H * W elements of a latent, it is C * H * W times as large: so divide a weight for such "
+        "an average, such as the authors' kl_penalty_coef * init_kl_coef, by C * H * W)",
     )
     form: Literal["exact", "sampled"] = Field(
         default="exact",
@@ -152,13 +153,50 @@ class KLSettings(Section):
     )
     horizon: Count = Field(
         default=10_000,
-        description="samples over which kl.coefficient may change by a factor of about 1.2 when kl.target is set",
+        description="with kl.controller ziegler, samples over which kl.coefficient may change by a factor of about 1.2",
+    )
+    controller: Literal["ziegler", "proportional-integral"] = Field(
+        default="ziegler",
+        description="how kl.coefficient adapts to kl.target: slowly, over kl.horizon samples (ziegler), or within "
+        "about ten epochs, whatever their samples (proportional-integral)",
+    )
+    reset_above: Annotated[Positive | None, Unset] = Field(
+        default=None,
+        description="KL, in nats per trajectory, above which the policy of that epoch becomes the reference, so that "
+        "the KL starts again at 0; none means never. (A threshold for a KL averaged over elements and steps, as in "
+        "GARDO, is C * H * W * steps times smaller)",
+    )
+    reset_every: Annotated[Count | None, Unset] = Field(
+        default=None, description="epochs after which the policy becomes the reference; none means never"
+    )
+    gate: bool = Field(
+        default=False,
+        description="restrain only the samples that the training reward ranks furthest above the guards' ranking "
+        "(GARDO); needs guards",
+    )
+    gate_share: Rate = Field(
+        default=0.1, description="largest share of an epoch's samples that kl.gate restrains, at first; it adapts"
+    )
+    gate_window: Count = Field(
+        default=20,
+        description="epochs with which kl.gate compares the disagreement of reward and guards: above all of them, its "
+        "share grows by a tenth, and below all of them it shrinks by a tenth",
     )
 
 
 class MomentsSettings(Section):
     """Per-prompt normalisation of rewards."""
 
+    baseline: Literal["history", "group"] = Field(
+        default="history",
+        description="what a reward is compared with: the latest rewards of its prompt (history), or the mean of the "
+        "other images of its prompt in the same epoch (group), which needs samples_per_prompt above 1",
+    )
+    group_std: Literal["batch", "group", "none"] = Field(
+        default="batch",
+        description="with moments.baseline group, the standard deviation that rewards are divided by: that of all the "
+        "epoch's rewards (batch), of the prompt's images alone (group), or none",
+    )
     buffer_size: Count = Field(
         default=32, description="how many of a prompt's latest rewards are used to normalise its rewards"
     )
@@ -180,6 +218,19 @@ class PolicyGradientSettings(MethodSettings):
         default=None,
         description="clip advantages to plus or minus this value (only without a critic); none turns clipping off",
     )
+    favour_diversity: bool = Field(
+        default=False,
+        description="multiply positive advantages by how different an image is from the others of its prompt in the "
+        "epoch (GARDO); needs samples_per_prompt above 1 and a training reward with an image encoder",
+    )
+    guard_penalty: float = Field(
+        default=1.0,
+        ge=0,
+        le=1e3,
+        description="what a sample loses, in normalised reward, for each standard deviation by which a guard scores it "
+        "below the level that its prompt had in the first epoch; for a prompt that was not drawn then, below that "
+        "epoch's mean",
+    )
     policy: ClippedPolicySettings = ClippedPolicySettings()
     critic: CriticSettings = CriticSettings()
     neurons: NeuronSettings = NeuronSettings()
@@ -198,14 +249,45 @@ class PolicyGradientSettings(MethodSettings):
             raise ValueError(
                 "kl.target adapts kl.coefficient, which is 0; set kl.coefficient to a starting value above 0"
             )
+        for name in ("target", "reset_above", "reset_every"):
+            if getattr(self.kl, name) is not None and not self.kl.coefficient:
+                raise ValueError(f"kl.{name} needs a KL penalty, but kl.coefficient is 0; set kl.coefficient above 0")
+        if self.kl.gate and not self.kl.coefficient:
+            raise ValueError("kl.gate needs a KL penalty, but kl.coefficient is 0; set kl.coefficient above 0")
+        if self.kl.target is not None and (self.kl.reset_above or math.inf) <= self.kl.target:
+            raise ValueError(
+                f"kl.reset_above {self.kl.reset_above:g} is not above kl.target {self.kl.target:g}, so the target "
+                "would never be held; raise it, or set one of them to none"
+            )
         if self.advantage_clip is not None and self.critic.enabled:
             raise ValueError("advantage_clip is for algorithms without a critic; set it to none")
         return self
 
+    def check_groups(self, samples_per_prompt: int) -> None:
+        wanting = {
+            "moments.baseline group": self.moments.baseline == "group",
+            "favour_diversity": self.favour_diversity,
+        }
+        for name, on in wanting.items():
+            if on and samples_per_prompt < 2:
+                raise ValueError(
+                    f"{name} compares the images of one prompt, but samples_per_prompt is 1; set it to 2 or more"
+                )
+
+    def check_guards(self, guards: list[str]) -> None:
+        if guards and not self.guard_penalty and not self.kl.gate:
+            raise ValueError(
+                f"guards lists {', '.join(guards)}, but nothing uses them: set guard_penalty above 0 or kl.gate to "
+                "true, or list them in eval_rewards to measure them only"
+            )
+        if self.kl.gate and not guards:
+            raise ValueError("kl.gate compares the training reward with guards, but guards is empty; add a guard")
+
     def check_samples(self, samples_per_epoch: int) -> None:
         if samples_per_epoch < 2:
             raise ValueError("samples_per_epoch is 1; at least 2 are needed to normalise rewards")
-        if self.kl.target is not None and self.kl.horizon < samples_per_epoch:
+        by_samples = self.kl.target is not None and self.kl.controller == "ziegler"
+        if by_samples and self.kl.horizon < samples_per_epoch:
             raise ValueError(
                 f"kl.horizon {self.kl.horizon} is less than the {samples_per_epoch} samples of an epoch, so the "
                 "coefficient would jump; set it to several times as many"

@@ -76,7 +76,7 @@ def _remedy_for_unknown(name: str, value: Any, fields: Mapping[str, FieldInfo]) 
     section, _, _ = name.rpartition(".")
     if name.replace("-", "_") in ON_COMMAND_LINE:
         return f"it is a command-line option, --{name.replace('_', '-')}: remove it from the file"
-    if name in ("reward", "eval_reward"):
+    if name in ("reward", "eval_reward", "guard"):
         return f"did you mean {name}s?"
     if isinstance(value, dict):
         meant = [f"[{one}]" for one in nearest(name, {known.partition(".")[0]: "" for known in fields if "." in known})]

@@ -88,6 +88,10 @@ class TrainConfig(MethodSettings):
     eval_rewards: Names = Field(
         default=[], description="rewards to measure every epoch: held-out rewards, or parts of the training sum"
     )
+    guards: Names = Field(
+        default=[],
+        description="rewards that are not trained on and restrain the training, as guard_penalty and kl.gate say",
+    )
     reward_scales: Annotated[dict[str, Positive], Pairs] = Field(
         default={},
         description="divisors of the training rewards, applied before they are weighted and summed, such as the "
@@ -109,6 +113,10 @@ class TrainConfig(MethodSettings):
         default=100, ge=1, le=9999, description="rounds of sampling and updating"
     )
     samples_per_epoch: Count = Field(default=256, description="images sampled and scored per epoch")
+    samples_per_prompt: Count = Field(
+        default=1,
+        description="images of each prompt that is drawn in an epoch; must divide samples_per_epoch",
+    )
     samples_per_update: Count = Field(
         default=128, description="samples per gradient update; must divide samples_per_epoch"
     )
@@ -139,7 +147,15 @@ class TrainConfig(MethodSettings):
                 f"samples_per_epoch {self.samples_per_epoch} is not a multiple of samples_per_update "
                 f"{self.samples_per_update}; choose a divisor"
             )
+        if self.samples_per_epoch % self.samples_per_prompt:
+            raise ValueError(
+                f"samples_per_epoch {self.samples_per_epoch} is not a multiple of samples_per_prompt "
+                f"{self.samples_per_prompt}; choose a divisor"
+            )
         self.check_samples(self.samples_per_epoch)
+        self.check_groups(self.samples_per_prompt)
+        self.check_guards(self.guards)
+        self._check_guard_names()
         if self.process is not None:
             entry(PROCESSES, "process", self.process)
         if len(set(self.eval_rewards)) < len(self.eval_rewards):
@@ -150,7 +166,7 @@ class TrainConfig(MethodSettings):
             )
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one a different weight")
-        used = [*self.rewards, *self.eval_rewards, *self.further_rewards]
+        used = [*self.rewards, *self.eval_rewards, *self.guards, *self.further_rewards]
         for name in used:
             check_reward(name)
         for name in self.reward_scales.keys() - set(self.rewards):
@@ -158,6 +174,15 @@ class TrainConfig(MethodSettings):
         for name in self.reward_weights.keys() - set(used):
             raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
+
+    def _check_guard_names(self) -> None:
+        """Raise ValueError for a guard that has another role too: it would not be independent of what it guards."""
+        if len(set(self.guards)) < len(self.guards):
+            raise ValueError(f"guards lists a reward twice: {', '.join(self.guards)}; remove one")
+        roles = {"rewards": self.trained_on, "eval_rewards": self.eval_rewards}
+        for role, names in roles.items():
+            for name in set(self.guards) & set(names):
+                raise ValueError(f"guards lists {name!r}, which is in {role} too; remove it from one of them")
 
 
 Fields = dict[str, Any]
@@ -171,8 +196,9 @@ def presets() -> list[str]:
 def make_config(preset: str | None = None, file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
     """The configuration of `preset`, overridden by a TOML `file` and then by nested `overrides`.
 
-    Without a preset, the model decides: `shapes` for the embedded world, the paper's for any other. Held-out rewards of
-    the preset that the file or the overrides train on are left out.
+    Without a preset, the model decides: `shapes` for the embedded world, the paper's for any other. Held-out rewards
+    and guards of the preset that the file or the overrides train on are left out, and so are held-out rewards that they
+    make guards.
 
     Raises:
         ValueError: a value is invalid; the message is one line that names the setting.
@@ -188,7 +214,10 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     base = _known(base, config_class(algorithm))
     trained_on = _topmost(above, "rewards", {})
     if isinstance(trained_on, dict):  # any other value is rejected below
-        base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in trained_on]
+        guards = split_names(_topmost(above, "guards", []))
+        others = {*trained_on, *guards} if isinstance(guards, list) else trained_on
+        base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in others]
+        base["guards"] = [name for name in base.get("guards", []) if name not in trained_on]
     merged: Fields = {}
     for layer in (find_algorithm(algorithm).values, base, for_algorithm.get(algorithm, {}), *above):
         merged = _merge(merged, layer)

@@ -63,13 +63,19 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="reward to measure every epoch: a held-out reward, or part of the training sum; may be repeated",
     )
+    where.add_argument(
+        "--guard",
+        action="append",
+        metavar="NAME",
+        help="reward that restrains the training, as guard_penalty and kl.gate say; may be repeated",
+    )
     settings = parser.add_argument_group(
         "settings",
         "the defaults are the paper's; the algorithm, the preset, --config and these options override them, in that "
         "order",
     )
     for name, info in leaf_fields():
-        if name not in ("rewards", "eval_rewards"):
+        if name not in ("rewards", "eval_rewards", "guards"):
             settings.add_argument(
                 "--" + name.replace("_", "-"),
                 dest=f"set:{name}",
@@ -140,7 +146,8 @@ def with_dashes(text: str) -> str:
 
 def given(args: argparse.Namespace) -> list[str]:
     """The names of the given options that say what to train and where; settings by their dotted names."""
-    names = [name for name in ("preset", "config", "run_dir", "reward", "eval_reward") if getattr(args, name)]
+    options = ("preset", "config", "run_dir", "reward", "eval_reward", "guard")
+    names = [name for name in options if getattr(args, name)]
     return names + [key.removeprefix("set:") for key in vars(args) if key.startswith("set:")]
 
 
@@ -158,4 +165,6 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         values["rewards"] = weighted(args.reward)
     if args.eval_reward:
         values["eval_rewards"] = args.eval_reward
+    if args.guard:
+        values["guards"] = args.guard
     return values

@@ -1,0 +1,148 @@
+"""The KL penalty, which keeps the policy near a reference: in the loss, in the returns, on which samples, how strong.
+
+A step's exact KL depends only on the state, so it would have no gradient as that step's reward. It is therefore a term
+of the loss, and the return contains only the KL of later steps.
+
+The coefficient is in normalised reward per nat of a trajectory. The policy's surrogate loss has log-probabilities that
+are means over the C * H * W elements of a latent, so the same penalty per nat averaged over the elements is C * H * W
+times as large.
+
+Shapes: N samples of an epoch in this process, B of all processes, T denoising steps.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..process import Step
+from ..process.gaussian import gaussian_kl
+from ..rollout import Trajectories
+from . import Metrics, TensorGroup, advantages
+from .context import Context
+from .guards import Gate, Scores
+from .kl_control import Controller, KLCoefficient, ProportionalIntegral
+
+
+class KLPenalty:
+    """The KL penalty of a run.
+
+    in_loss: whether each step's own KL is a term of the loss.
+    used, weights: the current epoch's coefficient, and what the KL of each step counts for, (B, T) or (T,).
+    """
+
+    def __init__(self, context: Context):
+        self.context, self.policy, self.config = context, context.policy, context.config.kl
+        config = self.config
+        self.enabled = config.coefficient > 0
+        self.in_loss = self.enabled and config.form == "exact"
+        self.controller: Controller = KLCoefficient(config.coefficient, config.target, config.horizon)
+        if config.target is not None and config.controller == "proportional-integral":
+            self.controller = ProportionalIntegral(config.coefficient, config.target)
+        self.used, self.weights = self.controller.value, self._step_weights
+        self.gate = Gate(config.gate_share, config.gate_window) if config.gate else None
+        self.resets = self.last_reset = 0  # how many, and the epoch after which the last was
+
+    @property
+    def form(self) -> str:
+        """What sampling measures, see `rollout.denoise`."""
+        return self.config.form if self.enabled else "none"
+
+    # --- targets
+
+    def begin(self, kl: Tensor, rewards: Tensor, guards: Scores) -> None:
+        """Fix the epoch's coefficient and what each step's KL counts for, then adapt both for the next epoch.
+
+        Args:
+            kl: (B, T) in nats; rewards, guards: of the same samples, (B,).
+        """
+        self.used, self.weights = self.controller.value, self._step_weights
+        if self.gate:
+            self.weights = self.gate(rewards, guards)[:, None] * self.weights
+        self.controller.update(kl.sum(1).mean().item(), len(kl))
+
+    @property
+    def _step_weights(self) -> Tensor:
+        """What each step's KL counts for, (T,)."""
+        sigma = self.policy.process.sigma
+        return sigma if self.config.weighting == "sigma" else torch.ones_like(sigma)
+
+    def returns(self, rewards: Tensor, kl: Tensor, gamma: float) -> Tensor:
+        """G_k, (B, T), of normalised rewards (B,) and the KL of each step, (B, T) in nats."""
+        returns_of = advantages.returns_with_later_kl if self.in_loss else advantages.returns
+        return returns_of(rewards, self.used * self.weights * kl, gamma)
+
+    def loss_weights(self, scale: Tensor) -> Tensor:
+        """What to multiply the KL of each step by in the loss, (B, T) or (T,).
+
+        The policy's loss has a log-probability that is a mean over C * H * W elements and not their sum, and temporal
+        rewards that are divided by `scale`.
+        """
+        return self.used / (self.policy.latent_size * scale) * self.weights
+
+    # --- updates
+
+    def now(self, step: Step, inputs: Any) -> Tensor:
+        """KL of the policy's `step` from the reference's at the same `inputs` of policy.step, in nats, (B,)."""
+        with torch.no_grad(), self.policy.reference():
+            reference = self.policy.step(*inputs)
+        return gaussian_kl(step.mean, reference.mean, step.std)
+
+    # --- after the updates
+
+    def metrics(self, batch: Trajectories) -> Metrics:
+        if not self.enabled:
+            return Metrics()
+        metrics = {
+            "kl/nats": self._nats(batch),
+            "kl/coefficient": self.used,
+            "kl/coefficient_per_element": self.used * self.policy.latent_size,
+        }
+        if self.gate:
+            metrics["kl/gate_share"] = self.gate.share
+        if self._may_reset:
+            metrics["kl/reference_resets"] = self.resets
+        return metrics
+
+    def _nats(self, batch: Trajectories) -> float:
+        return self.context.gather(batch.kl).sum(1).mean().item()
+
+    @property
+    def _may_reset(self) -> bool:
+        return self.config.reset_above is not None or self.config.reset_every is not None
+
+    def finish(self, batch: Trajectories) -> None:
+        """Make the policy the reference if the epoch's samples were too far from it, or after enough epochs (GARDO)."""
+        if not self._may_reset:
+            return
+        above, every, epoch = self.config.reset_above, self.config.reset_every, self.context.epoch + 1
+        too_far = above is not None and self._nats(batch) > above
+        if too_far or (every is not None and epoch - self.last_reset >= every):
+            self.policy.kl_reference.reset()
+            self.controller.restart()
+            self.resets, self.last_reset = self.resets + 1, epoch
+
+    # --- saved state
+
+    def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
+        weights = self.policy.kl_reference.weights
+        plain = {
+            "controller": self.controller.state(),
+            "used": self.used,
+            "gate": self.gate.state() if self.gate else None,
+            "resets": self.resets,
+            "last_reset": self.last_reset,
+        }
+        return ({"kl_reference": weights} if weights else {}), {"kl": plain}
+
+    def load_state(self, tensors: dict[str, TensorGroup], plain: dict[str, Any]) -> None:
+        if "kl" not in plain:  # versions before the reference could be reset
+            self.controller.load({"value": plain["kl_coefficient"]})
+            self.used = self.controller.value
+            return
+        state = plain["kl"]
+        self.controller.load(state["controller"])
+        self.used, self.resets, self.last_reset = state["used"], state["resets"], state["last_reset"]
+        if self.gate:
+            self.gate.load(state["gate"])
+        self.policy.kl_reference.weights = tensors.get("kl_reference", {})
