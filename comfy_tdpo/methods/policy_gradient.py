@@ -26,6 +26,7 @@ from .advantages import KLCoefficient, RewardMoments
 from .context import Context
 from .critic import TemporalCritic
 from .neuron_states import NeuronStates
+from .window import trained_steps, window
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class PolicyGradient:
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config, context.policy
         config = self.config
+        window(config.policy, self.policy.process.stochastic)  # raises ValueError if there is nothing to train
         self.encoder = self._critic_encoder() if config.critic.enabled else None
         self.critic: TemporalCritic | None = None
         if self.encoder is not None:
@@ -105,7 +107,7 @@ class PolicyGradient:
             targets["temporal_rewards"] = own(returns).clamp(-clip, clip)
         else:
             targets["residuals"] = self.critic(batch.image_embeds)
-            trained = self.policy.process.stochastic
+            trained = self._trained(self.context.epoch + 1)
             temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained)
             targets["temporal_rewards"] = own(temporal)
         if self._kl_in_loss:
@@ -128,15 +130,20 @@ class PolicyGradient:
         return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The order of the epoch's updates: of the samples, int64 (N,), and of the steps of each row, (N, T)."""
+        """The order of the epoch's updates: of the samples, int64 (N,), and of the K trained steps of each,
+        (N, K)."""
         generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
         samples = self.context.samples
         rows = torch.randperm(samples, generator=generator)
-        (trained,) = self.policy.process.stochastic.nonzero(as_tuple=True)
-        steps = trained.repeat(samples, 1)  # (N, T), without the steps that have no noise
+        (trained,) = self._trained(epoch).nonzero(as_tuple=True)
+        steps = trained.repeat(samples, 1)  # (N, K)
         if self.config.policy.timestep_order == "shuffled":
             steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
         return rows, steps
+
+    def _trained(self, epoch: int) -> Tensor:
+        """Which steps the epoch trains, bool (T,)."""
+        return trained_steps(self.config.policy, self.policy.process.stochastic, self.config.seed, epoch)
 
     def update(self, group: Pairs) -> None:
         """Eq. 8-10: one gradient update of the policy and the critic on the pairs in `group`."""
@@ -209,7 +216,7 @@ class PolicyGradient:
         gather, targets, metrics = self.context.gather, self.context.progress.targets, Metrics()
         if self.critic is not None:
             assert targets is not None
-            trained = self.policy.process.stochastic
+            trained = self._trained(self.context.epoch + 1)
             residuals, returns = (gather(targets[name][:, trained].contiguous()) for name in ("residuals", "returns"))
             explained = objectives.explained_variance(residuals, returns)
             metrics["critic/explained_variance"] = explained.item()

@@ -120,6 +120,13 @@ class TrainConfig(MethodSettings):
     decode_batch: Count = Field(default=16, description="images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
     guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1 turns it off")
+    eval_guidance: Annotated[float | None, Unset] = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="guidance scale of the sample grids; none means that of the training. With guidance 1 and a value "
+        "above it here, the model is trained without guidance and used with it",
+    )
     resolution: int = Field(default=512, ge=8, le=8192, description="width and height of the images in pixels")
     process: Annotated[str | None, Unset] = Field(
         default=None,
@@ -140,6 +147,7 @@ class TrainConfig(MethodSettings):
                 f"{self.samples_per_update}; choose a divisor"
             )
         self.check_samples(self.samples_per_epoch)
+        self.check_steps(self.steps)
         if self.process is not None:
             entry(PROCESSES, "process", self.process)
         if len(set(self.eval_rewards)) < len(self.eval_rewards):
