@@ -15,40 +15,47 @@ def weights_of(policy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in policy.trainable.parameters.items()}
 
 
-def recorded(training) -> list[dict[str, torch.Tensor]]:
-    """The LoRA before the training, and after each update of it."""
-    history = [weights_of(training.policy)]
-    training.context.optimizer.register_step_post_hook(lambda *_: history.append(weights_of(training.policy)))
-    return history
+def clones(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def average_by_hand(history, rate: float) -> dict[str, torch.Tensor]:
-    """In float64: the mean starts at the untrained weights, which count for little after a few updates."""
-    average = {name: weight.double() for name, weight in history[0].items()}
+def recorded(training):
+    """The LoRA before the training and after each update of it, and the averages after each."""
+    policy, optimizer, history, averages = training.policy, training.context.optimizer, [], []
+    history.append(weights_of(policy))
+    optimizer.register_step_post_hook(lambda *_: history.append(weights_of(policy)))
+    optimizer.register_step_pre_hook(lambda *_: averages.append(clones(policy.average.weights)))
+    return history, averages
+
+
+def averages_by_hand(history, rate: float) -> list[dict[str, torch.Tensor]]:
+    """In float64, before each update and after the last."""
+    averages = [{name: weight.double() for name, weight in history[0].items()}]
     for n, weights in enumerate(history[1:]):
         decay = min((1 + n) / (10 + n), rate)
-        average = {name: decay * old + (1 - decay) * weights[name].double() for name, old in average.items()}
-    return average
+        averages.append({name: decay * old + (1 - decay) * weights[name] for name, old in averages[-1].items()})
+    return averages
 
 
-@pytest.fixture
-def trained(make_policy, tmp_path):
-    """A training of two epochs that has ended, and its LoRA before and after each of the updates."""
-    training = toy_training(new_run(tmp_path / "run", epochs=2, policy={"ema": RATE, "lr": 0.01}), make_policy)
-    history = recorded(training)
+@pytest.fixture(scope="module")
+def trained(make_policy, tmp_path_factory):
+    """A training of two epochs that has ended, the LoRA before and after each of its updates, and the averages."""
+    run = new_run(tmp_path_factory.mktemp("trained") / "run", epochs=2, policy={"ema": RATE, "lr": 0.01})
+    training = toy_training(run, make_policy)
+    history, averages = recorded(training)
     list(training.epochs())
-    return training, history
+    return training, history, [*averages, training.policy.average.weights]
 
 
 def test_the_average_is_the_recursion(trained):
-    training, history = trained
+    training, history, averages = trained
     assert len(history) == 1 + 2 * 2 * 3, "two epochs of two updates for each of three steps"
-    expected, average = average_by_hand(history, RATE), training.policy.average.weights
-    assert average.keys() == expected.keys()
-    for name, weight in average.items():
-        assert weight.dtype == torch.float32
-        # float32 sums of two terms, whose errors shrink by 0.3 an update; weights are at most about 4
-        torch.testing.assert_close(weight.double(), expected[name], rtol=1e-6, atol=1e-7)
+    for average, expected in zip(averages, averages_by_hand(history, RATE), strict=True):
+        assert average.keys() == expected.keys()
+        for name, weight in average.items():
+            assert weight.dtype == torch.float32
+            # float32 sums of two terms, whose errors shrink by 0.3 an update; weights are at most about 4
+            torch.testing.assert_close(weight.double(), expected[name], rtol=1e-6, atol=1e-7)
     live = weights_of(training.policy)
     assert max((live[name] - average[name]).abs().max() for name in live) > 1e-3
 
@@ -66,7 +73,7 @@ def test_a_constant_is_its_own_average_and_a_jump_is_followed_at_the_rate():
 
 
 def test_inside_the_block_the_policy_is_the_one_into_which_the_average_was_loaded(trained, make_policy):
-    training, _ = trained
+    training = trained[0]
     policy = training.policy
     other = make_policy(steps=3, guidance=training.config.guidance, seed=training.config.seed)
     for name, parameter in other.trainable.parameters.items():
@@ -156,7 +163,7 @@ def test_a_reset_neuron_begins_its_average_anew(make_policy, tmp_path):
     method, of_policy = training.method, training.method.neurons.of_policy
 
     def seen(batch):
-        before.update(weights=weights_of(training.policy), average=dict(clones(training.policy.average.weights)))
+        before.update(weights=weights_of(training.policy), average=clones(training.policy.average.weights))
         return of_policy(batch)
 
     method.neurons.of_policy = seen
@@ -169,7 +176,3 @@ def test_a_reset_neuron_begins_its_average_anew(make_policy, tmp_path):
         assert torch.equal(average[name][changed], weight[changed])
         assert torch.equal(average[name][~changed & (weight != 0)], before["average"][name][~changed & (weight != 0)])
     assert reset > 0
-
-
-def clones(tensors):
-    return {name: tensor.clone() for name, tensor in tensors.items()}
