@@ -32,7 +32,7 @@ class DiffusionPolicy:
         eval_guidance: the same for evaluation, or None for `guidance`.
         resolution: side of the images in pixels.
         process: a key of PROCESSES, or None for the model's own.
-        settings, seed: of what is trained, see `DiffusionModel.adapt`.
+        settings, seed: of what is trained, see `DiffusionModel.adapt`; `settings.ema` is the rate of `average`.
         autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
     """
 

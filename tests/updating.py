@@ -1,4 +1,4 @@
-"""One update, in this process or in one of several: python updating.py FOLDER keeps its gradients and averages there."""
+"""One update, in this process or in one of several: python updating.py FOLDER keeps its gradients and averages."""
 
 import sys
 from pathlib import Path
