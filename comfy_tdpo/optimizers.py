@@ -1,9 +1,11 @@
-"""AdamW built from its settings, and its state keyed by parameter name."""
+"""AdamW built from its settings, its learning rate's schedule, and its state keyed by parameter name."""
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-from .settings import OptimizerSettings
+from .settings import OptimizerSettings, PolicySettings
 
 
 def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -14,6 +16,21 @@ def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
+
+
+def scheduled_lr(settings: PolicySettings, update: int, updates: int) -> float:
+    """The learning rate of update 0, 1, ... of the run's planned `updates`; greater than 0 for each of them."""
+    warmup = settings.warmup_updates
+    if update < warmup:
+        return settings.lr * (update + 1) / warmup
+    done = (update - warmup) / (updates - warmup)  # in [0, 1)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[settings.lr_schedule]
+    return settings.lr * factor
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

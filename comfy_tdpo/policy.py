@@ -6,12 +6,13 @@ Shapes: B batch, C H W latent.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ema import MovingAverage
 from .models import DiffusionModel
 from .models.conditioning import Conditioning
 from .process import Step, make_process
@@ -29,9 +30,10 @@ class DiffusionPolicy:
         model: modified in place: moved to `device`, and made to train what `settings` say.
         steps: denoising steps T.
         guidance: classifier-free guidance scale; 1 turns guidance off.
+        eval_guidance: the same for evaluation, or None for `guidance`.
         resolution: side of the images in pixels.
         process: a key of PROCESSES, or None for the model's own.
-        settings, seed: of what is trained, see `DiffusionModel.adapt`.
+        settings, seed: of what is trained, see `DiffusionModel.adapt`; `settings.ema` is the rate of `average`.
         autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
     """
 
@@ -41,6 +43,7 @@ class DiffusionPolicy:
         *,
         steps: int,
         guidance: float,
+        eval_guidance: float | None = None,
         resolution: int,
         settings: PolicySettings | None = None,
         seed: int = 42,
@@ -48,12 +51,15 @@ class DiffusionPolicy:
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
     ):
-        self.device, self.guidance, self.autocast = torch.device(device), guidance, autocast
+        self.device, self.autocast = torch.device(device), autocast
+        self.guidance, self.eval_guidance = guidance, guidance if eval_guidance is None else eval_guidance
         self.process = make_process(process or model.process, model.scheduler, steps, self.device)
         self.model = model.to(self.device)
         self.latent_shape = self._latent_shape(resolution)
-        self.trainable = model.adapt(settings or PolicySettings(), seed)
+        settings = settings or PolicySettings()
+        self.trainable = model.adapt(settings, seed)
         self.kl_reference = Reference(self.trainable)
+        self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None
         self._encoded: dict[str, Conditioning] = {}
 
     def _latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -110,6 +116,21 @@ class DiffusionPolicy:
         """Inside the block, the policy is what the KL is measured against: the frozen base model, or a frozen policy of
         an earlier epoch; see `Reference`. Call it with gradients disabled."""
         return self.kl_reference.swapped_in()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block, the trained weights are their moving average, if there is one."""
+        return self.average.swapped_in() if self.average else nullcontext()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside the block, the policy draws as it is meant to be used: with averaged weights and `eval_guidance`."""
+        training = self.guidance
+        with self.averaged():
+            try:
+                self.guidance = self.eval_guidance
+                yield
+            finally:
+                self.guidance = training
 
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.

@@ -73,6 +73,25 @@ class PolicySettings(OptimizerSettings):
         default=False,
         description="recompute activations in the backward pass, which saves memory and takes about a third longer",
     )
+    ema: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="decay rate of a moving average of the LoRA, updated after each gradient update, such as 0.9. "
+        "Sample grids and saved LoRAs are then of the average; training images are of the LoRA itself. 0 turns it off",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="how the learning rate changes over the run's updates after the warm-up: not at all, or falling "
+        "to almost 0 along a line or half a cosine. If epochs is raised when the run resumes, the remaining updates "
+        "follow the schedule of the longer run. Choices",
+    )
+    warmup_updates: int = Field(
+        default=0,
+        ge=0,
+        le=10_000_000,
+        description="first updates of the run, over which the learning rate rises in equal steps to policy.lr",
+    )
 
 
 class MethodSettings(Section):
@@ -85,6 +104,9 @@ class MethodSettings(Section):
 
     def check_samples(self, samples_per_epoch: int) -> None:
         """Raise ValueError if the method cannot work with that many samples per epoch."""
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError if the method cannot work with that many denoising steps."""
 
     def check_groups(self, samples_per_prompt: int) -> None:
         """Raise ValueError if the method cannot work with that many samples of each prompt."""

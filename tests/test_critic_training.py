@@ -133,7 +133,9 @@ def test_the_explained_variance_by_thirds(tmp_path, make_policy, generator):
     returns, residuals = torch.randn(2, 8, 7, generator=generator)
     residuals[:, 5:] = returns[:, 5:]  # the last third of seven steps: two of them
     residuals[:, 3:5] = 0.3
-    metrics = training.method.critic.metrics({"returns": returns, "residuals": residuals})
+    metrics = training.method.critic.metrics(
+        {"returns": returns, "residuals": residuals}, torch.ones(7, dtype=torch.bool)
+    )
     assert metrics["critic/explained_variance_last"] == pytest.approx(1)
     assert metrics["critic/explained_variance_middle"] == pytest.approx(0, abs=1e-6)
     first = 1 - (returns - residuals)[:, :3].var(correction=0) / returns[:, :3].var(correction=0)

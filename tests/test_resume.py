@@ -50,6 +50,12 @@ VARIANTS = {
         "policy": {"objective": "step-normalised"},
     },
     "a trust region": {"policy": {"objective": "trust-region"}, "epochs": 2},
+    "average, schedule and window": {
+        "policy": {"ema": 0.5, "lr_schedule": "cosine", "warmup_updates": 2, "train_until": 0.7, "train_share": 0.5},
+        "neurons": {"every": 1, "policy_reset": "dormant"},
+        "guidance": 1.0,
+        "eval_guidance": 3.0,
+    },
     "ddpo-2": {"algorithm": "ddpo-2", "epochs": 2},
     "ddpo-100": {"algorithm": "ddpo-100", "epochs": 2},
     "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None, "epochs": 2},

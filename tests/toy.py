@@ -66,7 +66,13 @@ def new_run(path: Path, **overrides) -> RunFolder:
 
 def toy_training(run: RunFolder, make_policy, stop=None, watch=lambda phase, done, total: None) -> Training:
     config = run.config
-    policy = make_policy(steps=config.steps, guidance=config.guidance, seed=config.seed)
+    policy = make_policy(
+        steps=config.steps,
+        guidance=config.guidance,
+        eval_guidance=config.eval_guidance,
+        seed=config.seed,
+        ema=config.policy.ema,
+    )
     reward = Brightness()
     guards = {"contrast": Contrast()} if config.guards else {}
     return Training(config, policy, reward, {"again": reward}, run, Accelerator(cpu=True), stop, watch, guards)

@@ -1,4 +1,4 @@
-"""The gradients of one update, in this process or in one of several: python updating.py FOLDER keeps them there."""
+"""One update, in this process or in one of several: python updating.py FOLDER keeps its gradients and averages."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 from toy import Brightness, new_run
 
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.settings import PolicySettings
 from comfy_tdpo.trainer.training import Training
 
 ALGORITHMS = ("tdpo-r", "ddpo-2")
@@ -18,10 +19,13 @@ SETTINGS = {"samples_per_epoch": 8, "samples_per_update": 8, "micro_batch": 2, "
 
 
 def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
-    """Of policy and critic, as the optimizers get them, in the first update of a policy that has drifted."""
+    """Of policy and critic, as the optimizers get them, in the first update of a policy that has drifted; and the
+    averaged weights after it."""
     accelerator, kept = Accelerator(cpu=True), {}
     run = new_run(folder / f"{algorithm}-{accelerator.process_index}", algorithm=algorithm, **SETTINGS)
-    policy = DiffusionPolicy(TintModel(), steps=run.config.steps, guidance=1.0, resolution=8)
+    policy = DiffusionPolicy(
+        TintModel(), steps=run.config.steps, guidance=1.0, resolution=8, settings=PolicySettings(ema=0.5)
+    )
     for parameter in policy.parameters:
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(parameter)))
     training = Training(run.config, policy, Brightness(), {}, run, accelerator)
@@ -38,7 +42,7 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
         )
     training._sample()
     training.method.update(training.method.groups(1)[0])
-    return kept
+    return kept | {f"average.{name}": weight for name, weight in policy.average.weights.items()}
 
 
 if __name__ == "__main__":

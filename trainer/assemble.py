@@ -87,6 +87,7 @@ def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]
     return {
         "steps": config.steps,
         "guidance": config.guidance,
+        "eval_guidance": config.eval_guidance,
         "resolution": config.resolution,
         "settings": config.policy,
         "seed": config.seed,

@@ -95,7 +95,7 @@ class Keeper:
         prompts = self.grid_prompts
         seeds = [(self.config.seed, "grid", i) for i in range(len(prompts))]
         self.watch("drawing samples", 0, len(prompts))
-        with torch.no_grad():
+        with torch.no_grad(), self.context.policy.evaluating():
             images = draw_images(self.decoder, prompts, seeds, self.context.micro_batch, check)
         save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
@@ -119,7 +119,9 @@ class Keeper:
             "epoch": str(self.context.epoch),
             "comfy_tdpo": __version__,
         }
-        write_atomically(path, lambda file: self.context.policy.trainable.export(file, metadata))
+        policy = self.context.policy
+        with policy.averaged():
+            write_atomically(path, lambda file: policy.trainable.export(file, metadata))
 
 
 def _setting(config: TrainConfig, name: str) -> int | float | str | bool:

@@ -45,6 +45,8 @@ class TrainState:
             "policy": trainable.state(),
             "policy_optimizer": optimizer_tensors(context.optimizer, trainable.parameters),
         }
+        if average := context.policy.average:
+            tensors["policy_average"] = average.state()
         state = {
             "epoch": context.epoch,
             "updates": context.progress.updates,
@@ -71,6 +73,8 @@ class TrainState:
             )
         trainable.load(tensors["policy"])
         load_optimizer_tensors(context.optimizer, trainable.parameters, tensors["policy_optimizer"])
+        if average := context.policy.average:
+            average.load(tensors["policy_average"])
         on_device = {name: _to(context.policy.device, group) for name, group in tensors.items()}
         self.method.load_state(on_device, state)
         context.epoch, context.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]

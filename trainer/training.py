@@ -26,7 +26,7 @@ from comfy_tdpo.memory import (
 from comfy_tdpo.methods import make_method
 from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
-from comfy_tdpo.optimizers import adamw
+from comfy_tdpo.optimizers import adamw, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel
@@ -77,6 +77,7 @@ class Training:
         self.stopped = False
         self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
+        self._check_warmup()
         self.state = TrainState(self.context, self.method, identity(config, policy, self.prompts))
         grid_prompts = run.grid_prompts(config)
         self._warn_of_long_prompts([*self.prompts, *grid_prompts])
@@ -113,6 +114,15 @@ class Training:
         if samples % processes:
             raise ValueError(f"got {samples} samples for {processes} processes; expected a multiple of {processes}")
         return samples // processes
+
+    def _check_warmup(self) -> None:
+        """Raise ValueError if the run ends before the learning rate has reached its full value."""
+        warmup, updates = self.config.policy.warmup_updates, self.config.epochs * len(self.method.groups(1))
+        if warmup >= updates:
+            raise ValueError(
+                f"got policy.warmup_updates {warmup} for a run of {updates} updates; expected fewer: lower "
+                "policy.warmup_updates or raise epochs"
+            )
 
     # --- the epochs -------------------------------------------------------------------------------------------------
 
@@ -225,9 +235,15 @@ class Training:
         groups = self.method.groups(self.context.epoch + 1)
         for index in range(progress.updates, len(groups)):
             self.watch("updating", index, len(groups))
+            set_lr(self.context.optimizer, self._lr(index, len(groups)))
             self.method.update(groups[index])
             progress.updates += 1
         progress.times["train"] += time.perf_counter() - start
+
+    def _lr(self, index: int, updates: int) -> float:
+        """The policy's learning rate in an update of the current epoch, which has `updates` in all."""
+        done = self.context.epoch * updates
+        return scheduled_lr(self.config.policy, done + index, self.config.epochs * updates)
 
     # --- metrics and saving -----------------------------------------------------------------------------------------
 
@@ -246,6 +262,9 @@ class Training:
         for name, scores in batch.guard_rewards.items():
             metrics[f"guard/{name}/mean"] = context.gather(scores).mean().item()
         metrics |= self._metrics_of_updates() | self.method.metrics(batch)
+        if self.config.policy.lr_schedule != "constant" or self.config.policy.warmup_updates:
+            updates = context.progress.updates
+            metrics["policy/lr"] = self._lr(updates - 1, updates)  # of the last update
         metrics |= {f"time/{name}_s": seconds for name, seconds in context.progress.times.items()}
         metrics["memory/peak_bytes"] = peak_memory(self.policy.device)
         return metrics

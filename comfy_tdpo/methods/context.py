@@ -135,6 +135,8 @@ class Context:
                     raise
             self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
         self.step(self.optimizer, self.config.policy.max_grad_norm)
+        if self.policy.average:
+            self.policy.average.update()
         return results
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:

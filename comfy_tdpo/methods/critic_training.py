@@ -17,6 +17,7 @@ from ..rollout import Trajectories
 from . import Metrics, TensorGroup, objectives
 from .context import Context
 from .critic import TemporalCritic
+from .window import window
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class CriticTraining:
         kept = (batch.image_embeds, self._summaries(batch), targets["returns"])
         gathered = [self.context.gather(tensor.contiguous()) for tensor in kept]
         self.history = [*self.history, dict(zip(HISTORY, gathered, strict=True))][-self.config.history :]
-        trained = self.policy.process.stochastic
+        trained = window(self.context.config.policy, self.policy.process.stochastic)
         inputs = torch.cat([self._of(epoch)[:, trained].flatten(0, 1) for epoch in self.history])
         returns = torch.cat([epoch["returns"][:, trained].flatten() for epoch in self.history])
         draw = generator_at(self.context.config.seed, "regression", self.context.epoch + 1)
@@ -134,9 +135,10 @@ class CriticTraining:
 
     # --- metrics and saved state
 
-    def metrics(self, targets: TensorGroup) -> Metrics:
-        """The variance of the returns that the residuals explain, over all trained steps and over thirds of them."""
-        trained, gather = self.policy.process.stochastic, self.context.gather
+    def metrics(self, targets: TensorGroup, trained: Tensor) -> Metrics:
+        """The variance of the returns that the residuals explain, over the `trained` steps, bool (T,), and thirds of
+        them."""
+        gather = self.context.gather
         residuals, returns = (gather(targets[name][:, trained].contiguous()) for name in ("residuals", "returns"))
         metrics = {"critic/explained_variance": objectives.explained_variance(residuals, returns).item()}
         thirds = zip(THIRDS, residuals.tensor_split(3, dim=1), returns.tensor_split(3, dim=1), strict=True)

@@ -63,7 +63,11 @@ class NeuronStates:
                 policy.step(batch.latents[:size, k], torch.full((size,), k, device=policy.device), conditioning)
         metrics = self._measure("policy_neurons", self._scores(recorder), self.config.policy_threshold)
         masks = self._to_reset("policy_neurons", self.config.policy_reset)
-        return metrics | self._reset("policy_neurons", masks, layers, self.context.optimizer)
+        metrics |= self._reset("policy_neurons", masks, layers, self.context.optimizer)
+        if masks and policy.average:  # a mean over the old neuron and the new one would be neither
+            for parameter, mask, _ in neurons.affected(layers, masks):
+                policy.average.restart(parameter, mask)
+        return metrics
 
     def _scores(self, recorder: neurons.ActivationRecorder) -> TensorGroup:
         return recorder.scores(reduce=lambda mean: self.context.accelerator.reduce(mean, "mean"))

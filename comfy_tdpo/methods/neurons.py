@@ -9,7 +9,7 @@ always 100 %); every reset draws new random weights (theirs draws the same numbe
 up by parameter (theirs by position).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -112,6 +112,16 @@ def overlap_percent(active: dict[str, Tensor], before: dict[str, Tensor]) -> flo
     return 100 * (now & then).sum().item() / smaller if smaller else None
 
 
+def affected(layers: dict[str, HiddenLayer], masks: dict[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
+    """The weights of the masked neurons: each parameter, which of its entries, and the std that a reset gives them."""
+    for name, layer in layers.items():
+        mask = masks[name]
+        yield layer.incoming.weight, mask[:, None], layer.incoming_std
+        if layer.incoming.bias is not None:
+            yield layer.incoming.bias, mask, 0.0
+        yield layer.outgoing.weight, mask[None, :], layer.outgoing_std
+
+
 @torch.no_grad()
 def reset_neurons(
     layers: dict[str, HiddenLayer],
@@ -124,12 +134,8 @@ def reset_neurons(
     For each masked neuron this covers its incoming weights and bias, its outgoing column, and the moments of exactly
     those entries.
     """
-    for name, layer in layers.items():
-        mask = masks[name]
-        _redraw(layer.incoming.weight, mask[:, None], layer.incoming_std, optimizer, generator)
-        if layer.incoming.bias is not None:
-            _redraw(layer.incoming.bias, mask, 0.0, optimizer, generator)
-        _redraw(layer.outgoing.weight, mask[None, :], layer.outgoing_std, optimizer, generator)
+    for parameter, mask, std in affected(layers, masks):
+        _redraw(parameter, mask, std, optimizer, generator)
     return int(sum(masks[name].sum().item() for name in layers))
 
 

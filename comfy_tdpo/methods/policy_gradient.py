@@ -26,6 +26,7 @@ from .critic_training import CriticTraining
 from .guards import GuardLevels, Scores
 from .kl_penalty import KLPenalty
 from .neuron_states import NeuronStates
+from .window import trained_steps, window
 
 Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
 
@@ -38,6 +39,7 @@ class PolicyGradient:
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config, context.policy
         config = self.config
+        window(config.policy, self.policy.process.stochastic)  # raises ValueError if there is nothing to train
         self.critic = CriticTraining(context) if config.critic.enabled else None
         self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
         self.guards = GuardLevels()
@@ -87,7 +89,7 @@ class PolicyGradient:
             temporal, scale = returns, torch.ones_like(returns[0, 0])
         else:
             targets["residuals"] = self.critic.predict(batch)
-            trained = self.policy.process.stochastic
+            trained = self._trained(self.context.epoch + 1)
             decay = self.config.gamma, self.config.critic.gae_lambda
             temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained, *decay)
         if self.config.favour_diversity:
@@ -126,15 +128,20 @@ class PolicyGradient:
         return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The order of the epoch's updates: of the samples, int64 (N,), and of the steps of each row, (N, T)."""
+        """The order of the epoch's updates: of the samples, int64 (N,), and of the K trained steps of each,
+        (N, K)."""
         generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
         samples = self.context.samples
         rows = torch.randperm(samples, generator=generator)
-        (trained,) = self.policy.process.stochastic.nonzero(as_tuple=True)
-        steps = trained.repeat(samples, 1)  # (N, T), without the steps that have no noise
+        (trained,) = self._trained(epoch).nonzero(as_tuple=True)
+        steps = trained.repeat(samples, 1)  # (N, K)
         if self.config.policy.timestep_order == "shuffled":
             steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
         return rows, steps
+
+    def _trained(self, epoch: int) -> Tensor:
+        """Which steps the epoch trains, bool (T,)."""
+        return trained_steps(self.config.policy, self.policy.process.stochastic, self.config.seed, epoch)
 
     def update(self, group: Pairs) -> None:
         """Eq. 8-10: one gradient update of the policy and the critic on the pairs in `group`."""
@@ -217,7 +224,7 @@ class PolicyGradient:
         metrics = self.kl.metrics(batch)
         if self.critic is not None:
             assert self.context.progress.targets is not None
-            metrics |= self.critic.metrics(self.context.progress.targets)
+            metrics |= self.critic.metrics(self.context.progress.targets, self._trained(self.context.epoch + 1))
         return metrics
 
     def finish(self, batch: Trajectories) -> Metrics:

@@ -37,6 +37,29 @@ class ClippedPolicySettings(PolicySettings):
         description="order of the steps in an epoch's updates, either shuffled for each sample (the authors' code) "
         "or from noisy to clean (Algorithm 1)",
     )
+    train_from: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="fraction of the denoising steps, from noisy to clean, before which none are trained; rounded to "
+        "whole steps",
+    )
+    train_until: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="fraction of the denoising steps after which none are trained; rounded to whole steps. Steps that "
+        "are not trained are sampled like the others",
+    )
+    train_share: Rate = Field(
+        default=1.0,
+        description="fraction of the steps from policy.train_from to policy.train_until, at least one, that each epoch "
+        "trains; they are drawn anew for each epoch",
+    )
+
+    def bounds(self, steps: int) -> range:
+        """The positions, out of `steps`, from train_from to train_until."""
+        return range(round(self.train_from * steps), round(self.train_until * steps))
 
 
 class CriticSettings(OptimizerSettings):
@@ -291,6 +314,14 @@ class PolicyGradientSettings(MethodSettings):
             raise ValueError(
                 f"kl.horizon {self.kl.horizon} is less than the {samples_per_epoch} samples of an epoch, so the "
                 "coefficient would jump; set it to several times as many"
+            )
+
+    def check_steps(self, steps: int) -> None:
+        policy = self.policy
+        if not policy.bounds(steps):
+            raise ValueError(
+                f"policy.train_from {policy.train_from:g} and policy.train_until {policy.train_until:g} leave none of "
+                f"the {steps} steps to train; expected at least one step between them: move them apart"
             )
 
     @property

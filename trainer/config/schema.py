@@ -128,6 +128,13 @@ class TrainConfig(MethodSettings):
     decode_batch: Count = Field(default=16, description="images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
     guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1 turns it off")
+    eval_guidance: Annotated[float | None, Unset] = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="guidance scale of the sample grids; none means that of the training. With guidance 1 and a value "
+        "above it here, the model is trained without guidance and used with it",
+    )
     resolution: int = Field(default=512, ge=8, le=8192, description="width and height of the images in pixels")
     process: Annotated[str | None, Unset] = Field(
         default=None,
@@ -153,6 +160,7 @@ class TrainConfig(MethodSettings):
                 f"{self.samples_per_prompt}; choose a divisor"
             )
         self.check_samples(self.samples_per_epoch)
+        self.check_steps(self.steps)
         self.check_groups(self.samples_per_prompt)
         self.check_guards(self.guards)
         self._check_guard_names()

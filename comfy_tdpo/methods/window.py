@@ -1,0 +1,48 @@
+"""Which denoising steps an epoch trains: a window of the steps, or a share of those in it, drawn anew for each epoch.
+
+Steps outside are sampled like the others, with noise. (MixGRPO and Flow-GRPO-Fast sample them without noise, so that
+only the noise of trained steps decides about the reward; here the sampled distribution is the same for every window.)
+
+Shapes: T denoising steps.
+"""
+
+import torch
+from torch import Tensor
+
+from ..randomness import generator_at
+from .settings import ClippedPolicySettings
+
+
+def window(settings: ClippedPolicySettings, stochastic: Tensor) -> Tensor:
+    """The steps that may be trained, bool (T,): those in the window that are `stochastic`, bool (T,).
+
+    Raises:
+        ValueError: there are none.
+    """
+    bounds = settings.bounds(len(stochastic))
+    inside = torch.zeros_like(stochastic)
+    inside[bounds.start : bounds.stop] = True
+    if not (inside & stochastic).any():
+        raise ValueError(
+            f"got policy.train_from {settings.train_from:g} and policy.train_until {settings.train_until:g}, a window "
+            f"without noise: only steps {_numbers(stochastic)} of {len(stochastic)} have any; expected a window with "
+            "at least one of them: widen it"
+        )
+    return inside & stochastic
+
+
+def trained_steps(settings: ClippedPolicySettings, stochastic: Tensor, seed: int, epoch: int) -> Tensor:
+    """The steps that `epoch` trains, bool (T,): the same for all samples and processes, equally many in each epoch."""
+    allowed = window(settings, stochastic)
+    if settings.train_share == 1:
+        return allowed
+    (steps,) = allowed.nonzero(as_tuple=True)
+    count = max(1, round(settings.train_share * len(steps)))
+    drawn = torch.randperm(len(steps), generator=generator_at(seed, "trained steps", epoch))[:count]
+    trained = torch.zeros_like(allowed)
+    trained[steps[drawn]] = True
+    return trained
+
+
+def _numbers(steps: Tensor) -> str:
+    return ", ".join(str(k + 1) for k in steps.nonzero().flatten().tolist())
