@@ -251,12 +251,20 @@ def test_a_kl_that_still_rises_does_not_lower_the_coefficient():
     stuck = controller.value
     controller.update(1.5, 96)
     assert controller.value < stuck
+    for kl in (2.0, 1.5, 1.9):  # noise, not the way up
+        before = controller.value
+        controller.update(kl, 96)
+        assert controller.value < before
+    controller.restart()
+    before = controller.value
+    controller.update(0.0, 96)
+    assert controller.value == before
 
 
 @pytest.mark.parametrize(("kl", "before", "change"), [(8.0, 8.0, 0), (16.0, 8.0, 0.6), (4.0, 8.0, -0.6)])
 def test_the_coefficient_moves_by_the_logarithm_of_the_ratio(kl, before, change):
     controller = ProportionalIntegral(0.3, target=8.0)
-    controller.before = before
+    controller.before, controller.rising = before, False
     controller.update(kl, 96)
     assert controller.value == pytest.approx(0.3 * 2**change, rel=1e-12)  # float64
 

@@ -55,8 +55,8 @@ class ProportionalIntegral:
 
         log value += PROPORTIONAL (e - e of the epoch before) + INTEGRAL e.
 
-    While the KL is below the target and has risen by more than a fifth since the epoch before, the coefficient is not
-    lowered: a KL that still rises, as at first, says little about where it would settle (no windup).
+    At first, as long as the KL is below the target and rises by more than a fifth in each epoch, the coefficient is not
+    lowered: a KL on its way up from 0 says little about where it will settle (no windup).
 
     A penalty with twice the coefficient lets the KL settle at about a quarter. So the logarithm of the KL answers with
     -2 times the change of the coefficient's, a few epochs later; the constants fit a delay of one to four epochs.
@@ -67,12 +67,17 @@ class ProportionalIntegral:
 
     def __init__(self, value: float, target: float):
         self.value, self.target = value, target
+        self.restart()
+
+    def restart(self) -> None:
         self.before: float | None = None  # the KL of the epoch before
+        self.rising = True  # whether it has risen in every epoch
 
     def update(self, kl: float, samples: int) -> None:
         error, before = self._error(kl), self._error(self.before or 0.0)
         change = self.PROPORTIONAL * (error - before) + self.INTEGRAL * error
-        if kl < self.target and (self.before is None or kl > self.RISING * self.before):
+        self.rising = self.rising and (self.before is None or kl > self.RISING * self.before)
+        if self.rising and kl < self.target:
             change = max(change, 0.0)
         self.value *= math.exp(change)
         self.before = kl
@@ -80,11 +85,8 @@ class ProportionalIntegral:
     def _error(self, kl: float) -> float:
         return min(max(math.log(kl / self.target), -self.BOUND), self.BOUND) if kl > 0 else -self.BOUND
 
-    def restart(self) -> None:
-        self.before = None
-
     def state(self) -> dict[str, Any]:
-        return {"value": self.value, "before": self.before}
+        return {"value": self.value, "before": self.before, "rising": self.rising}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.value, self.before = state["value"], state["before"]
+        self.value, self.before, self.rising = state["value"], state["before"], state["rising"]
