@@ -82,6 +82,9 @@ def test_a_fall_is_below_the_first_epochs_level_of_the_prompt():
     later = {"a": torch.tensor([0.5, 13.0, 9.0, 6.0])}  # the fox was not drawn in the first epoch
     expected = [(cat - 0.5) / std, 0, (dog - 9) / std, (7 - 6) / std]
     assert levels.fall(["cat", "dog", "dog", "fox"], later).tolist() == pytest.approx(expected, rel=1e-6)
+    levels.both_ways = True
+    expected[1] = (dog - 13) / std
+    assert levels.fall(["cat", "dog", "dog", "fox"], later).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_penalty_does_not_know_a_guards_scale(generator):

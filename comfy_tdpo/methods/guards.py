@@ -1,8 +1,8 @@
 """Guards: rewards that are not trained on and restrain the training.
 
 Two uses. The penalty subtracts, from a sample's normalised reward, how far each guard's score is below its level of the
-first epoch. The gate of GARDO (arXiv 2512.24138) chooses the samples that the KL penalty restrains: those that the
-training reward ranks higher than the guards do.
+first epoch; on request, a score above that level counts in favour of the sample. The gate of GARDO (arXiv 2512.24138)
+chooses the samples that the KL penalty restrains: those that the training reward ranks higher than the guards do.
 
 Deviations from GARDO:
 - the sign is the paper's. The published code counts ranks from the best sample, which reverses it;
@@ -91,18 +91,22 @@ class Level:
             values.setdefault(prompt, [mean, mean]).append(score)
         return cls(mean, std, {prompt: fmean(found) for prompt, found in values.items()})
 
-    def fall(self, prompts: list[str], scores: Tensor) -> Tensor:
+    def fall(self, prompts: list[str], scores: Tensor, both_ways: bool) -> Tensor:
         """How far each score is below its prompt's level, or below the overall mean for a prompt that was not drawn,
-        (B,) float64 in standard deviations; 0 for scores above it."""
+        (B,) float64 in standard deviations; for scores above it 0, or with `both_ways` a negative fall."""
         levels = [self.prompts.get(prompt, self.mean) for prompt in prompts]
         below = torch.tensor(levels, dtype=torch.float64, device=scores.device) - scores.double()
-        return below.clamp(min=0) / (self.std + 1e-6)
+        return (below if both_ways else below.clamp(min=0)) / (self.std + 1e-6)
 
 
 class GuardLevels:
-    """The guards' levels in the first epoch, and how far scores are below them."""
+    """The guards' levels in the first epoch, and how far scores are below them.
 
-    def __init__(self) -> None:
+    both_ways: whether a score above its level counts as a negative fall.
+    """
+
+    def __init__(self, both_ways: bool = False) -> None:
+        self.both_ways = both_ways
         self.levels: dict[str, Level] = {}
 
     def fall(self, prompts: list[str], guards: Scores) -> Tensor:
@@ -112,7 +116,8 @@ class GuardLevels:
         """
         if not self.levels:
             self.levels = {name: Level.of(prompts, scores) for name, scores in guards.items()}
-        return torch.stack([self.levels[name].fall(prompts, scores) for name, scores in guards.items()]).sum(0)
+        falls = [self.levels[name].fall(prompts, scores, self.both_ways) for name, scores in guards.items()]
+        return torch.stack(falls).sum(0)
 
     def state(self) -> dict[str, Any]:
         return {name: vars(level) for name, level in self.levels.items()}

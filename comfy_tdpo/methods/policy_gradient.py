@@ -42,7 +42,7 @@ class PolicyGradient:
         window(config.policy, self.policy.process.stochastic)  # raises ValueError if there is nothing to train
         self.critic = CriticTraining(context) if config.critic.enabled else None
         self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
-        self.guards = GuardLevels()
+        self.guards = GuardLevels(config.guard_credit)
         self.kl = KLPenalty(context)
         self.neurons = NeuronStates(context, self.critic)
         if config.favour_diversity and context.reward.embed_dim is None:

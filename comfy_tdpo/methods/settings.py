@@ -254,6 +254,11 @@ class PolicyGradientSettings(MethodSettings):
         "below the level that its prompt had in the first epoch; for a prompt that was not drawn then, below that "
         "epoch's mean",
     )
+    guard_credit: bool = Field(
+        default=False,
+        description="whether a guard's score above that level also counts, in favour of the sample, as much as a score "
+        "below it counts against it",
+    )
     policy: ClippedPolicySettings = ClippedPolicySettings()
     critic: CriticSettings = CriticSettings()
     neurons: NeuronSettings = NeuronSettings()
