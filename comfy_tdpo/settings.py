@@ -75,6 +75,32 @@ class PolicySettings(OptimizerSettings):
     )
 
 
+class OveroptimisationSettings(Section):
+    """The rule that says when a run overoptimises; trainer/overoptimisation.py applies it."""
+
+    reward: Annotated[str | None, Unset] = Field(
+        default=None,
+        description="held-out reward to watch, which is measured every epoch: a run overoptimises if this reward falls "
+        "while the training reward rises; none watches none",
+    )
+    window: int = Field(
+        default=2,
+        ge=1,
+        le=50,
+        description="latest epochs whose mean is compared with the mean of every earlier stretch of at least as many",
+    )
+    standard_errors: Positive = Field(
+        default=3.0,
+        description="standard errors that the held-out reward must have fallen by; lower values warn earlier",
+    )
+    fall: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1e6,
+        description="standard deviations of the first epoch that the held-out reward must have fallen by",
+    )
+
+
 class MethodSettings(Section):
     """The settings that every method has. A method subclasses this, and its fields are added to the trainer's.
 

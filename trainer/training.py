@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from comfy_tdpo.diversity import diversity
 from comfy_tdpo.memory import (
     first_micro_batch,
     fitting_micro_batch,
@@ -32,8 +33,10 @@ from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel
 from comfy_tdpo.rollout import Decoder, Trajectories
 
+from .alarm import SINCE, told
 from .config import TrainConfig
 from .keeping import Keeper
+from .overoptimisation import Overoptimisation
 from .run import EpochMetrics, RunFolder
 from .run.identity import identity
 from .run.neuron_log import append_neurons
@@ -75,7 +78,10 @@ class Training:
         self.stopped = False
         self.context = self._context(reward, eval_rewards)
         self.method = make_method(config.algorithm, self.context)
-        self.state = TrainState(self.context, self.method, identity(config, policy, self.prompts))
+        self.overoptimisation = Overoptimisation(config.overoptimisation, self.prompts)
+        self.state = TrainState(
+            self.context, self.method, self.overoptimisation, identity(config, policy, self.prompts)
+        )
         grid_prompts = run.grid_prompts(config)
         self._warn_of_long_prompts([*self.prompts, *grid_prompts])
         self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, grid_prompts, self.watch)
@@ -136,7 +142,7 @@ class Training:
         try:
             if context.epoch == 0 and not context.progress.parts:
                 self._begin()
-            while context.epoch < self.config.epochs:
+            while not self._is_over:
                 self._agree_to_stop()
                 yield self._run_epoch()
         except Stopped:
@@ -144,6 +150,12 @@ class Training:
             self._save_unfinished()
         finally:
             self.keeper.end()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all epochs have finished, or the run is to end because it overoptimises."""
+        overoptimises = self.overoptimisation.since is not None
+        return self.context.epoch >= self.config.epochs or (overoptimises and self.config.stop_on_overoptimisation)
 
     def _begin(self) -> None:
         """Before the first epoch, find the micro-batch that fits, and draw samples with the untrained model."""
@@ -229,6 +241,7 @@ class Training:
     def _metrics(self, batch: Trajectories) -> EpochMetrics:
         """The metrics that all algorithms have, and those of the method."""
         context, epoch = self.context, self.context.epoch + 1
+        prompts = self._epoch_prompts(epoch)
         rewards = context.gather(batch.rewards)
         metrics: EpochMetrics = {
             "epoch": epoch,
@@ -237,7 +250,13 @@ class Training:
             f"reward/{context.reward.name}/std": rewards.std(correction=0).item(),
         }
         for name, scores in batch.eval_rewards.items():
-            metrics[f"eval/{name}/mean"] = context.gather(scores).mean().item()
+            scores = context.gather(scores)
+            metrics |= {f"eval/{name}/mean": scores.mean().item(), f"eval/{name}/std": scores.std(correction=0).item()}
+            if name == self.config.overoptimisation.reward:
+                metrics |= self.overoptimisation.end_epoch(epoch, rewards.mean().item(), scores, prompts)
+        if batch.final_embeds is not None:
+            distance = diversity(context.gather(batch.final_embeds), prompts)
+            metrics |= {} if distance is None else {"diversity": distance}
         metrics |= self._metrics_of_updates() | self.method.metrics(batch)
         metrics |= {f"time/{name}_s": seconds for name, seconds in context.progress.times.items()}
         metrics["memory/peak_bytes"] = peak_memory(self.policy.device)
@@ -263,7 +282,10 @@ class Training:
     def _finish_epoch(self, metrics: EpochMetrics) -> None:
         self.context.epoch, self.context.progress = self.context.epoch + 1, Progress()
         if self.accelerator.is_main_process:
-            self.keeper.keep_epoch(metrics)
+            rang = any(SINCE in line for line in self.state.metrics)
+            self.keeper.keep_epoch(metrics, last=self._is_over)
+            if self.overoptimisation.since is not None and not rang:
+                logger.warning("%s", told(self.run, self.state.metrics, self.config))
 
     def _save_unfinished(self) -> None:
         """After a stop, save what there is, including an unfinished epoch."""

@@ -21,6 +21,7 @@ from comfy_tdpo.settings import (
     NONE,
     Count,
     MethodSettings,
+    OveroptimisationSettings,
     Positive,
     Section,
     Unset,
@@ -125,7 +126,17 @@ class TrainConfig(MethodSettings):
         default=None,
         description="process that turns the model's output into a denoising step; none means the model's own",
     )
+    stop_on_overoptimisation: Annotated[bool, MAY_CHANGE] = Field(
+        default=False, description="end the run, saved, once the rule in overoptimisation says that it overoptimises"
+    )
+    overoptimisation: OveroptimisationSettings = OveroptimisationSettings()
     output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
+
+    @property
+    def measured(self) -> list[str]:
+        """The rewards to measure every epoch: `eval_rewards`, and the one that is watched for overoptimisation."""
+        watched = self.overoptimisation.reward
+        return list(dict.fromkeys([*self.eval_rewards, *([watched] if watched else [])]))
 
     @property
     def trained_on(self) -> list[str]:
@@ -148,9 +159,10 @@ class TrainConfig(MethodSettings):
             raise ValueError(
                 f"eval_rewards lists {self.trained_on[0]!r}, which is trained on; choose a different held-out reward"
             )
+        self._check_watched()
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one a different weight")
-        used = [*self.rewards, *self.eval_rewards, *self.further_rewards]
+        used = [*self.rewards, *self.measured, *self.further_rewards]
         for name in used:
             check_reward(name)
         for name in self.reward_scales.keys() - set(self.rewards):
@@ -158,6 +170,19 @@ class TrainConfig(MethodSettings):
         for name in self.reward_weights.keys() - set(used):
             raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
+
+    def _check_watched(self) -> None:
+        watched = self.overoptimisation.reward
+        if watched in self.trained_on:
+            raise ValueError(
+                f"overoptimisation.reward is {watched!r}, which is trained on; choose a different held-out reward, or "
+                "none"
+            )
+        if self.stop_on_overoptimisation and watched is None:
+            raise ValueError(
+                "stop_on_overoptimisation is true, but no reward is watched; set overoptimisation.reward to a held-out "
+                "reward"
+            )
 
 
 Fields = dict[str, Any]
@@ -189,6 +214,8 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     trained_on = _topmost(above, "rewards", {})
     if isinstance(trained_on, dict):  # any other value is rejected below
         base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in trained_on]
+        if base.get("overoptimisation", {}).get("reward") in trained_on:
+            base["overoptimisation"] = base["overoptimisation"] | {"reward": NONE}
     merged: Fields = {}
     for layer in (find_algorithm(algorithm).values, base, for_algorithm.get(algorithm, {}), *above):
         merged = _merge(merged, layer)

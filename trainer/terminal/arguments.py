@@ -75,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
                 dest=f"set:{name}",
                 default=argparse.SUPPRESS,
                 metavar="VALUE",
+                **({"nargs": "?", "const": True} if info.annotation is bool else {}),  # a switch alone turns it on
                 help=_help(name, info).replace("%", "%%"),
             )
     return parser
