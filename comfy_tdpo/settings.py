@@ -87,7 +87,8 @@ class OveroptimisationSettings(Section):
         default=2,
         ge=1,
         le=50,
-        description="latest epochs whose mean is compared with the mean of every earlier stretch of at least as many",
+        description="latest epochs whose mean is compared with the mean of every earlier stretch of at least as many; "
+        "a tenth of the epochs so far, if that is more",
     )
     standard_errors: Positive = Field(
         default=3.0,
@@ -99,6 +100,19 @@ class OveroptimisationSettings(Section):
         lt=1e6,
         description="standard deviations of the first epoch that the held-out reward must have fallen by",
     )
+
+    def check(self, trained_on: list[str], stop: bool) -> None:
+        """Raise ValueError if the reward is one of `trained_on`, or missing from a run that is to `stop`."""
+        if self.reward in trained_on:
+            raise ValueError(
+                f"overoptimisation.reward is {self.reward!r}, which is trained on; choose a different held-out reward, "
+                "or none"
+            )
+        if stop and self.reward is None:
+            raise ValueError(
+                "stop_on_overoptimisation is true, but no reward is watched; set overoptimisation.reward to a held-out "
+                "reward"
+            )
 
 
 class MethodSettings(Section):

@@ -57,6 +57,6 @@ def told(run: RunFolder, metrics: list[EpochMetrics], config: TrainConfig) -> st
     size = f"{alarm.fall:.2f} standard deviations of epoch 1 ({alarm.errors:.1f} standard errors"
     return (
         f"Overoptimisation since epoch {alarm.since}: {training} rose while the held-out "
-        f"{config.overoptimisation.reward} fell by {size}, seen after epoch {alarm.epoch}). {use} a later LoRA at a lower "
-        "strength."
+        f"{config.overoptimisation.reward} fell by {size}, seen after epoch {alarm.epoch}). {use} a later LoRA "
+        "at a lower strength."
     )

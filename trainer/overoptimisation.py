@@ -21,6 +21,7 @@ from torch import Tensor
 
 from comfy_tdpo.settings import OveroptimisationSettings
 
+SHARE = 10  # the latest epochs are at least one in ten, or long runs would compare often enough to ring by chance
 HISTORY = 100  # latest epochs that are compared, so that the work of an epoch stays small in long runs
 MOST = 1e6  # largest ratio of variances; only scores without any noise reach it
 ROUNDING = 1e-6  # standard deviations; differences of less are rounding errors of float32 scores
@@ -114,6 +115,11 @@ def largest_fall(found: Levels, training: Tensor, window: int) -> Fall | None:
     return Fall(last, sizes[best].item(), (sizes[best] / errors[best]).item())
 
 
+def latest_epochs(settings: OveroptimisationSettings, epoch: int) -> int:
+    """How many epochs up to `epoch` are compared with earlier ones."""
+    return min(max(settings.window, epoch // SHARE), HISTORY // 2)
+
+
 def _stretches(epochs: int, window: int) -> Tensor:
     """Every stretch of at least `window` of the epochs before the latest `window`, as weights of its mean."""
     place = torch.arange(epochs)
@@ -155,7 +161,7 @@ class Overoptimisation:
         self._scores = [*self._scores, scores][-HISTORY:]
         self._prompts = [*self._prompts, torch.tensor([self._numbers[p] for p in prompts])][-HISTORY:]
         self._training = [*self._training, training][-HISTORY:]
-        fall = self._fall()
+        fall = self._fall(latest_epochs(self.settings, epoch))
         metrics = {}
         if fall is not None:
             metrics = {"overoptimisation/fall": fall.size, "overoptimisation/standard_errors": fall.errors}
@@ -165,12 +171,12 @@ class Overoptimisation:
                     self.since = self.best + 1
         return metrics | ({} if self.since is None else {"overoptimisation/since": self.since})
 
-    def _fall(self) -> Fall | None:
+    def _fall(self, window: int) -> Fall | None:
         """The largest fall, in standard deviations of the first epoch."""
         if not self._std:
             return None
         found = levels(torch.stack(self._scores) / self._std, torch.stack(self._prompts))
-        return largest_fall(found, torch.tensor(self._training, dtype=torch.float64), self.settings.window)
+        return largest_fall(found, torch.tensor(self._training, dtype=torch.float64), window)
 
     # --- which LoRAs are kept, so that the last one from before the fall exists when the rule is met
 
@@ -186,7 +192,7 @@ class Overoptimisation:
 
         Needed are the LoRA that drew the images of epoch `best`, and those of the latest epochs, which may become it.
         """
-        recent = epoch - self.settings.window if self.since is None else epoch + 1
+        recent = epoch - latest_epochs(self.settings, epoch + 1) if self.since is None else epoch + 1
         gone = [old for old in self._spare if old < recent and old != self.best - 1]
         self._spare = [old for old in self._spare if old not in gone]
         return gone

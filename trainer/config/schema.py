@@ -159,7 +159,7 @@ class TrainConfig(MethodSettings):
             raise ValueError(
                 f"eval_rewards lists {self.trained_on[0]!r}, which is trained on; choose a different held-out reward"
             )
-        self._check_watched()
+        self.overoptimisation.check(self.trained_on, self.stop_on_overoptimisation)
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one a different weight")
         used = [*self.rewards, *self.measured, *self.further_rewards]
@@ -170,19 +170,6 @@ class TrainConfig(MethodSettings):
         for name in self.reward_weights.keys() - set(used):
             raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
-
-    def _check_watched(self) -> None:
-        watched = self.overoptimisation.reward
-        if watched in self.trained_on:
-            raise ValueError(
-                f"overoptimisation.reward is {watched!r}, which is trained on; choose a different held-out reward, or "
-                "none"
-            )
-        if self.stop_on_overoptimisation and watched is None:
-            raise ValueError(
-                "stop_on_overoptimisation is true, but no reward is watched; set overoptimisation.reward to a held-out "
-                "reward"
-            )
 
 
 Fields = dict[str, Any]
