@@ -87,12 +87,13 @@ class OveroptimisationSettings(Section):
         default=2,
         ge=1,
         le=50,
-        description="latest epochs whose mean is compared with the mean of every earlier stretch of at least as many; "
-        "a tenth of the epochs so far, if that is more",
+        description="latest epochs whose mean is compared with the means of earlier stretches; a tenth of the epochs "
+        "so far, if that is more",
     )
     standard_errors: Positive = Field(
-        default=3.0,
-        description="standard errors that the held-out reward must have fallen by; lower values warn earlier",
+        default=3.5,
+        description="standard errors that the held-out reward must have fallen by; lower values ring earlier, and more "
+        "often by chance",
     )
     fall: float = Field(
         default=0.1,

@@ -125,9 +125,16 @@ def test_without_noise_it_never_rings_on_a_curve_that_does_not_fall():
 
 
 def test_noise_rarely_rings():
-    """What docs/overoptimisation.md states: of flat curves at most 12 % in 15 epochs, of rising ones at most 2 %."""
-    assert share(torch.zeros(15), RISING[:15], 1000) <= 0.12
-    assert share(0.05 * torch.arange(15.0), RISING[:15], 1000) <= 0.02
+    """What docs/overoptimisation.md states of 15 epochs: of 1000 flat curves at most 2 %, of rising ones none."""
+    assert share(torch.zeros(15), RISING[:15], 1000) <= 0.02
+    assert share(0.05 * torch.arange(15.0), RISING[:15], 300) == 0
+
+
+@pytest.mark.slow
+def test_noise_rarely_rings_in_long_runs():
+    """The same of 100 epochs: of flat curves at most 10 %, of rising ones none."""
+    assert share(torch.zeros(100), RISING, 200) <= 0.1
+    assert share(0.02 * torch.arange(100.0), RISING, 50) == 0
 
 
 def test_a_held_out_reward_that_falls_with_the_training_reward_is_no_overoptimisation():
@@ -139,7 +146,7 @@ def test_a_fall_must_be_large_and_certain():
     curve = torch.tensor([0.0] * 6 + [-0.3] * 4)
     assert rings(curve, RISING[:10], seed=None, noise=0.01) == (7, 6), "the latest epochs begin with 6"
     assert rings(curve, RISING[:10], seed=None, noise=0.01, fall=0.2) == (8, 6 + 1)
-    assert rings(curve, RISING[:10], seed=None, noise=0.01, fall=0.3) == (0, 0)
+    assert rings(curve, RISING[:10], seed=None, noise=0.01, fall=0.31) == (0, 0)
     assert rings(curve, RISING[:10], seed=None, noise=0.5) == (0, 0)
 
 

@@ -4,9 +4,10 @@ The prompts of an epoch are drawn at random, and some prompts score higher than 
 after an adjustment for their prompts: a score is the level of its epoch plus the effect of its prompt plus noise, where
 prompt effects are random. The best linear unbiased levels have a closed form.
 
-The rule: a run overoptimises if the held-out level, averaged over the latest epochs, is lower than its average over any
+The rule: a run overoptimises if the held-out level, averaged over the latest epochs, is lower than its average over an
 earlier stretch of epochs by more than a number of standard errors and by more than a fraction of the first epoch's
-standard deviation, while the mean training reward is higher than in that stretch. It then has overoptimised since the
+standard deviation, while the mean training reward is higher than in that stretch. Of all stretches, the one with the
+most standard errors counts. It then has overoptimised since the
 epoch after the stretch, and does so for good.
 
 Shapes: E epochs, N samples of an epoch in all processes, P prompts, R stretches.
@@ -22,6 +23,7 @@ from torch import Tensor
 from comfy_tdpo.settings import OveroptimisationSettings
 
 SHARE = 10  # the latest epochs are at least one in ten, or long runs would compare often enough to ring by chance
+PARTS = 3  # and an earlier stretch is at least a third of the epochs before, for the same reason
 HISTORY = 100  # latest epochs that are compared, so that the work of an epoch stays small in long runs
 MOST = 1e6  # largest ratio of variances; only scores without any noise reach it
 ROUNDING = 1e-6  # standard deviations; differences of less are rounding errors of float32 scores
@@ -97,8 +99,8 @@ class Fall:
 def largest_fall(found: Levels, training: Tensor, window: int) -> Fall | None:
     """The fall with the most standard errors, among earlier stretches in which the training reward was lower.
 
-    training: its mean in each epoch, (E,). None if there is no such stretch. The latest `window` epochs are compared,
-    and a stretch has at least as many.
+    training: its mean in each epoch, (E,). None if there is no such stretch. The latest `window` epochs are compared
+    with stretches of at least as many, see `_stretches`.
     """
     epochs = len(training)
     stretches = _stretches(epochs, window)  # (R, E)
@@ -121,10 +123,10 @@ def latest_epochs(settings: OveroptimisationSettings, epoch: int) -> int:
 
 
 def _stretches(epochs: int, window: int) -> Tensor:
-    """Every stretch of at least `window` of the epochs before the latest `window`, as weights of its mean."""
+    """Every long enough stretch of the epochs before the latest `window`, as weights of its mean."""
     place = torch.arange(epochs)
     first, last = torch.meshgrid(place, place, indexing="ij")
-    fits = (last - first + 1 >= window) & (last < epochs - window)
+    fits = (last - first + 1 >= max(window, (epochs - window) // PARTS)) & (last < epochs - window)
     first, last = first[fits][:, None], last[fits][:, None]
     return ((place >= first) & (place <= last)).double() / (last - first + 1)
 
