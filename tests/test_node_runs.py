@@ -168,7 +168,7 @@ RULE = 'stop_on_overoptimisation = {}\noveroptimisation.reward = "shapes-alignme
 
 def overoptimise(runs, epochs, settings):
     """A run whose metrics say, from the second of `epochs` epochs on, that it overoptimises."""
-    stop_after(runs, epochs, settings=settings, epochs=4)
+    stop_after(runs, epochs, settings=settings, numbers={"epochs": 4, "samples_per_epoch": 4})
     run = runs.find("one")
     seen = {"overoptimisation/fall": 0.3, "overoptimisation/standard_errors": 4.0, "overoptimisation/since": 3}
     run.write_metrics([line | (seen if line["epoch"] > 1 else {}) for line in run.metrics()])
