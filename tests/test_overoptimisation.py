@@ -93,7 +93,7 @@ def rings(curve: Tensor, training: Tensor, seed: int | None = 0, noise: float = 
     for epoch in range(2 * rule.window, len(curve) + 1):
         found = Levels(levels[:epoch], covariance[:epoch, :epoch])
         fall = largest_fall(found, training[:epoch], latest_epochs(rule, epoch))
-        if fall and fall.size > rule.fall and fall.errors > rule.standard_errors:
+        if fall and fall.exceeds(rule):
             return epoch, fall.last + 2
     return 0, 0
 

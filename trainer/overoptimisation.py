@@ -95,6 +95,10 @@ class Fall:
     size: float
     errors: float
 
+    def exceeds(self, settings: OveroptimisationSettings) -> bool:
+        """Whether it is large and certain enough to be overoptimisation."""
+        return self.size > settings.fall and self.errors > settings.standard_errors
+
 
 def largest_fall(found: Levels, training: Tensor, window: int) -> Fall | None:
     """The fall with the most standard errors, among earlier stretches in which the training reward was lower.
@@ -169,7 +173,7 @@ class Overoptimisation:
             metrics = {"overoptimisation/fall": fall.size, "overoptimisation/standard_errors": fall.errors}
             if self.since is None:
                 self.best = epoch - len(self._scores) + 1 + fall.last
-                if fall.size > self.settings.fall and fall.errors > self.settings.standard_errors:
+                if fall.exceeds(self.settings):
                     self.since = self.best + 1
         return metrics | ({} if self.since is None else {"overoptimisation/since": self.since})
 
