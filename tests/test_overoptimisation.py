@@ -132,8 +132,8 @@ def test_noise_rarely_rings():
 
 @pytest.mark.slow
 def test_noise_rarely_rings_in_long_runs():
-    """The same of 100 epochs: of flat curves at most 10 %, of rising ones none."""
-    assert share(torch.zeros(100), RISING, 200) <= 0.1
+    """The same of 100 epochs: of flat curves at most 15 %, of rising ones none."""
+    assert share(torch.zeros(100), RISING, 200) <= 0.15
     assert share(0.02 * torch.arange(100.0), RISING, 50) == 0
 
 
