@@ -94,6 +94,53 @@ class PolicySettings(OptimizerSettings):
     )
 
 
+class OveroptimisationSettings(Section):
+    """The rule that says when a run overoptimises; trainer/overoptimisation.py applies it."""
+
+    reward: Annotated[str | None, Unset] = Field(
+        default=None,
+        description="held-out reward to watch, which is measured every epoch: a run overoptimises if this reward falls "
+        "while the training reward rises; none watches none",
+    )
+    window: int = Field(
+        default=2,
+        ge=1,
+        le=50,
+        description="latest epochs whose mean is compared with the means of earlier stretches; a tenth of the epochs "
+        "so far, if that is more",
+    )
+    standard_errors: Positive = Field(
+        default=3.5,
+        description="standard errors that the held-out reward must have fallen by; lower values ring earlier, and more "
+        "often by chance",
+    )
+    fall: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1e6,
+        description="standard deviations of the first epoch that the held-out reward must have fallen by",
+    )
+
+    def check(self, trained_on: list[str], guards: list[str], stop: bool) -> None:
+        """Raise ValueError if the reward is one of `trained_on` or of `guards`, or missing from a run that is to
+        `stop`."""
+        if self.reward in trained_on:
+            raise ValueError(
+                f"overoptimisation.reward is {self.reward!r}, which is trained on; choose a different held-out reward, "
+                "or none"
+            )
+        if self.reward in guards:
+            raise ValueError(
+                f"overoptimisation.reward is {self.reward!r}, which is a guard and so no independent witness; choose a "
+                "different held-out reward, or none"
+            )
+        if stop and self.reward is None:
+            raise ValueError(
+                "stop_on_overoptimisation is true, but no reward is watched; set overoptimisation.reward to a held-out "
+                "reward"
+            )
+
+
 class MethodSettings(Section):
     """The settings that every method has. A method subclasses this, and its fields are added to the trainer's.
 

@@ -16,7 +16,8 @@ from comfy_tdpo.trainer.config import override
 from comfy_tdpo.trainer.job import check_device_free
 
 KEYS = (
-    "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"
+    "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error "
+    "overoptimised message"
 )
 
 
@@ -160,6 +161,49 @@ def test_a_status_has_what_the_browser_reads(runs):
     assert (runs.find("one").path / "plots" / "reward.png").exists()
     runs.find("one").latest_lora.unlink()
     assert runs.lora_name(runs.find("one")) is None, "what lies there is not from this run"
+
+
+RULE = 'stop_on_overoptimisation = {}\noveroptimisation.reward = "shapes-alignment"'
+
+
+def overoptimise(runs, epochs, settings):
+    """A run whose metrics say, from the second of `epochs` epochs on, that it overoptimises."""
+    stop_after(runs, epochs, settings=settings, numbers={"epochs": 4, "samples_per_epoch": 4})
+    run = runs.find("one")
+    seen = {"overoptimisation/fall": 0.3, "overoptimisation/standard_errors": 4.0, "overoptimisation/since": 3}
+    run.write_metrics([line | (seen if line["epoch"] > 1 else {}) for line in run.metrics()])
+    return run
+
+
+def test_a_run_that_overoptimises_says_what_to_use(runs):
+    run = overoptimise(runs, 2, RULE.format("false"))
+    runs = runs_in(runs.root.parent.parent)
+    from comfy_tdpo.trainer import job
+
+    job._jobs.clear()  # as after a restart
+    status = runs.status(run)
+    assert (status["state"], status["epoch"], status["overoptimised"]) == ("interrupted", 2, 3)
+    assert status["eval_rewards"] == ["shapes-alignment"]
+    assert status["message"].startswith(
+        "Overoptimisation since epoch 3: the training reward rose while the held-out shapes-alignment fell. Use the "
+        "snapshot of epoch 1, or a later one at a lower strength. Interrupted after epoch 2 of 4, saved. Queue"
+    )
+
+
+def test_a_run_that_ended_on_overoptimisation_is_finished_until_it_is_to_train_on(runs):
+    from comfy_tdpo.trainer import job
+
+    run = overoptimise(runs, 2, RULE.format("true"))
+    job._jobs.clear()
+    status = runs.status(run)
+    assert (status["state"], status["epoch"], status["epochs"]) == ("finished", 2, 4)
+    assert status["message"].endswith(
+        "Ended after epoch 2 of 4, saved. To train on, remove stop_on_overoptimisation from settings."
+    )
+    assert is_done(run, wanted(epochs=4, settings=RULE.format("true")).config())
+    assert not is_done(run, wanted(epochs=4, settings=RULE.format("false")).config())
+    finish(runs, settings=RULE.format("false"), epochs=4)
+    assert len(run.metrics()) == 4
 
 
 def test_the_states_of_a_run(runs):

@@ -159,3 +159,29 @@ assert "matplotlib.pyplot" not in sys.modules and matplotlib.rcParams.copy() == 
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
+
+
+# --- diversity and overoptimisation
+
+
+def test_diversity_has_a_panel_if_any_epoch_has_it():
+    config, metrics = make_config(), epochs(4)
+    without = [panel.title for panel in reward_panels(metrics, config)]
+    assert "Diversity" not in without
+    metrics[2]["diversity"] = 0.3
+    assert [panel.title for panel in reward_panels(metrics, config)] == [*without, "Diversity"]
+    assert not same(reward_figure(metrics, config), reward_figure(epochs(4), config))
+
+
+def test_the_epochs_since_it_overoptimises_are_shaded():
+    """From the second of four epochs, at 96 of 0 to 192 * 1.01 queries, to the last."""
+    config, metrics = make_config(), epochs(4)
+    plain = np.asarray(reward_figure(metrics, config)).astype(int)
+    seen = {"overoptimisation/fall": 0.3, "overoptimisation/standard_errors": 4.0, "overoptimisation/since": 2}
+    metrics[3] |= seen
+    shaded = np.asarray(reward_figure(metrics, config)).astype(int)
+    changed = (plain != shaded).any(-1)[plain.shape[0] // 3 : plain.shape[0] // 2].mean(0) > 0.5
+    left, width = LEFT * DPI, (WIDTH - LEFT - RIGHT) * DPI
+    (columns,) = changed.nonzero()
+    assert columns[0] == pytest.approx(left + width * 96 / 193.92, abs=2)
+    assert columns[-1] == pytest.approx(left + width * 192 / 193.92, abs=2)

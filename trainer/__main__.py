@@ -175,12 +175,18 @@ def _resume_command(run: RunFolder) -> str:
 
 def _conclude(run: RunFolder, stopped: bool) -> int:
     """Draw the plots and print the summary."""
+    from .alarm import ends_early
     from .plots.curves import save_plots
     from .terminal.summary import summary
 
     if run.metrics():
         save_plots(run)
         say(summary(run))
+    if ends_early(run.metrics(), run.config) and not stopped:
+        say(
+            f"Ended because it overoptimises; everything is saved. To train on: {_resume_command(run)} "
+            "--stop-on-overoptimisation false"
+        )
     if stopped:
         saved = "everything is saved" if any(run.checkpoints.glob("*")) else "there was nothing to save yet"
         say(f"Stopped; {saved}. Resume with: {_resume_command(run)}")

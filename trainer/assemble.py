@@ -44,7 +44,7 @@ def assemble(
     _check_processes(accelerator.num_processes)
     how = (accelerator.device, config.reward_precision, config.reward_weights)
     reward = load_rewards(config.rewards, *how, config.reward_scales)
-    eval_rewards = {name: load_reward(name, *how) for name in config.eval_rewards}
+    eval_rewards = {name: load_reward(name, *how) for name in config.measured}
     guards = {name: load_reward(name, *how) for name in config.guards}
     policy = (make_policy or load_policy)(config, accelerator.device)
     return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch, guards)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .alarm import alarm_of
 from .run import EpochMetrics, RunFolder
 
 if TYPE_CHECKING:  # code that only asks about jobs need not import all of the training
@@ -29,7 +30,8 @@ class Status:
 
     epoch: finished epochs of `epochs`; phase: what the current epoch is doing, `phase_done` of `phase_total`;
     eta_s: seconds the remaining epochs will take at the pace of the latest ones, None before the first has finished;
-    lora: the newest LoRA file, None before there is one; error: one sentence if the state is "failed".
+    lora: the newest LoRA file, None before there is one; error: one sentence if the state is "failed";
+    overoptimised: the epoch since which the run overoptimises, None if it does not.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Status:
     eta_s: float | None = None
     metrics: EpochMetrics | None = None
     lora: Path | None = None
+    overoptimised: int | None = None
     error: str | None = None
 
 
@@ -65,7 +68,7 @@ class Job:
         self._thread = threading.Thread(target=self._work, name=f"tdpo-{self.id}", daemon=True)
         config, metrics = run.config, run.metrics()
         lora = run.latest_lora if run.latest_lora.exists() else None
-        self._status = Status(self.id, "waiting", len(metrics), config.epochs, lora=lora)
+        self._status = Status(self.id, "waiting", len(metrics), config.epochs, lora=lora, overoptimised=_since(metrics))
 
     @property
     def id(self) -> str:
@@ -120,7 +123,8 @@ class Job:
         training = self._factory(self.run, self._stop, self._watch)
         for metrics in training.epochs():
             lora = self.run.latest_lora if self.run.latest_lora.exists() else None
-            self._change("epoch", epoch=int(metrics["epoch"]), metrics=metrics, lora=lora, eta_s=self._eta())
+            changes = {"metrics": metrics, "lora": lora, "overoptimised": _since([metrics]), "eta_s": self._eta()}
+            self._change("epoch", epoch=int(metrics["epoch"]), **changes)
         return training.stopped
 
     def _watch(self, phase: str, done: int, total: int) -> None:
@@ -141,6 +145,11 @@ class Job:
                 subscriber(event, status)
             except Exception:  # a subscriber's error must not end the training
                 logger.exception("a subscriber of run %s failed", self.id)
+
+
+def _since(metrics: list[EpochMetrics]) -> int | None:
+    alarm = alarm_of(metrics)
+    return alarm.since if alarm else None
 
 
 def _numbered(device: torch.device | str) -> torch.device:

@@ -11,6 +11,7 @@ from comfy_tdpo.methods.context import Context
 from comfy_tdpo.rollout import Decoder, draw_images
 
 from .config import TrainConfig, leaf_fields
+from .overoptimisation import Overoptimisation
 from .plots.image_grid import save_image_grid
 from .run import EpochMetrics, RunFolder, TrainingError
 from .run.checkpoint import remove_partial
@@ -39,6 +40,10 @@ class Keeper:
     def context(self) -> Context:
         return self.state.context
 
+    @property
+    def watched(self) -> Overoptimisation:
+        return self.state.overoptimisation
+
     def open_trackers(self) -> None:
         if self.config.output.trackers:
             settings = {name: _setting(self.config, name) for name, _ in leaf_fields(self.config.algorithm)}
@@ -50,19 +55,23 @@ class Keeper:
         if self.config.output.trackers or accelerator.num_processes > 1:
             accelerator.end_training()
 
-    def keep_epoch(self, metrics: EpochMetrics) -> None:
-        """Save a finished epoch; the checkpoint comes after everything that it vouches for."""
+    def keep_epoch(self, metrics: EpochMetrics, last: bool) -> None:
+        """Save a finished epoch, which may be the `last`; the checkpoint comes after everything that it vouches for."""
         self._check_finite()
         epoch, config = self.context.epoch, self.config.output
-        last = epoch == self.config.epochs
         self.state.metrics.append(metrics)
         self.run.append_metrics(metrics)
         self.context.accelerator.log(metrics, step=epoch)
         if last or epoch % config.samples_every == 0:
             self.keep_grid()
             self._keep_lora(self.run.lora(epoch))
+        elif self.watched.may_need(epoch):
+            self._keep_lora(self.run.lora(epoch))
+        unneeded = self.watched.unneeded(epoch)
         if last or epoch % config.checkpoint_every == 0:
             self._keep_checked_state()
+        for old in unneeded:
+            self.run.lora(old).unlink(missing_ok=True)
 
     def put_in_order(self, restored: bool) -> None:
         """Make the folder match the settings and the checkpoint that was `restored`, or the start of the run.

@@ -12,6 +12,7 @@ from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.optimizers import load_optimizer_tensors, optimizer_tensors
 from comfy_tdpo.rollout import Trajectories
 
+from .overoptimisation import Overoptimisation
 from .run import EpochMetrics
 from .run.checkpoint import load_latest, save_checkpoint
 from .run.identity import check_same
@@ -24,11 +25,12 @@ class TrainState:
     """What a checkpoint holds: the trained weights and their optimizer, the method's state, the run's progress.
 
     Args:
-        context, method: the training's; identity: what identifies the run, see `identity.identity`.
+        context, method, overoptimisation: the training's; identity: what identifies the run, see `identity.identity`.
     """
 
-    def __init__(self, context: Context, method: Method, identity: dict[str, Any]):
+    def __init__(self, context: Context, method: Method, overoptimisation: Overoptimisation, identity: dict[str, Any]):
         self.context, self.method, self.identity = context, method, identity
+        self.overoptimisation = overoptimisation
         self.metrics: list[EpochMetrics] = []  # of the epochs so far
 
     @property
@@ -55,6 +57,8 @@ class TrainState:
             "identity": self.identity,
         }
         groups = tensors | of_method | _tensors_of_progress(context.progress)
+        if watched := self.overoptimisation.tensors():
+            groups["overoptimisation"], state["overoptimisation"] = watched, self.overoptimisation.plain()
         save_checkpoint(folder, self.name, groups, state | plain, keep)
 
     def restore(self, folder: Path, prompts_of_epoch: Callable[[int], list[str]]) -> bool:
@@ -77,6 +81,8 @@ class TrainState:
             average.load(tensors["policy_average"])
         on_device = {name: _to(context.policy.device, group) for name, group in tensors.items()}
         self.method.load_state(on_device, state)
+        if "overoptimisation" in tensors:
+            self.overoptimisation.load(tensors["overoptimisation"], state["overoptimisation"])
         context.epoch, context.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]
         context.progress = _progress_from(on_device, state["updates"], prompts_of_epoch(context.epoch + 1))
         return True

@@ -32,8 +32,11 @@ from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel
 from comfy_tdpo.rollout import Decoder, Trajectories
 
+from .alarm import SINCE, told
 from .config import TrainConfig
+from .epoch_metrics import reward_metrics, update_metrics
 from .keeping import Keeper
+from .overoptimisation import Overoptimisation
 from .run import EpochMetrics, RunFolder
 from .run.identity import identity
 from .run.neuron_log import append_neurons
@@ -78,7 +81,10 @@ class Training:
         self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
         self._check_warmup()
-        self.state = TrainState(self.context, self.method, identity(config, policy, self.prompts))
+        self.overoptimisation = Overoptimisation(config.overoptimisation, self.prompts)
+        self.state = TrainState(
+            self.context, self.method, self.overoptimisation, identity(config, policy, self.prompts)
+        )
         grid_prompts = run.grid_prompts(config)
         self._warn_of_long_prompts([*self.prompts, *grid_prompts])
         self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, grid_prompts, self.watch)
@@ -151,7 +157,7 @@ class Training:
         try:
             if context.epoch == 0 and not context.progress.parts:
                 self._begin()
-            while context.epoch < self.config.epochs:
+            while not self._is_over:
                 self._agree_to_stop()
                 yield self._run_epoch()
         except Stopped:
@@ -159,6 +165,12 @@ class Training:
             self._save_unfinished()
         finally:
             self.keeper.end()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all epochs have finished, or the run is to end because it overoptimises."""
+        overoptimises = self.overoptimisation.since is not None
+        return self.context.epoch >= self.config.epochs or (overoptimises and self.config.stop_on_overoptimisation)
 
     def _begin(self) -> None:
         """Before the first epoch, find the micro-batch that fits, and draw samples with the untrained model."""
@@ -250,37 +262,19 @@ class Training:
     def _metrics(self, batch: Trajectories) -> EpochMetrics:
         """The metrics that all algorithms have, and those of the method."""
         context, epoch = self.context, self.context.epoch + 1
-        rewards = context.gather(batch.rewards)
-        metrics: EpochMetrics = {
-            "epoch": epoch,
-            "reward_queries": epoch * self.config.samples_per_epoch,
-            f"reward/{context.reward.name}/mean": rewards.mean().item(),
-            f"reward/{context.reward.name}/std": rewards.std(correction=0).item(),
-        }
-        for name, scores in batch.eval_rewards.items():
-            metrics[f"eval/{name}/mean"] = context.gather(scores).mean().item()
-        for name, scores in batch.guard_rewards.items():
-            metrics[f"guard/{name}/mean"] = context.gather(scores).mean().item()
-        metrics |= self._metrics_of_updates() | self.method.metrics(batch)
+        prompts = self._epoch_prompts(epoch)
+        metrics: EpochMetrics = {"epoch": epoch, "reward_queries": epoch * self.config.samples_per_epoch}
+        metrics |= reward_metrics(context, batch, prompts)
+        if watched := self.config.overoptimisation.reward:
+            rewards, scores = context.gather(batch.rewards), context.gather(batch.eval_rewards[watched])
+            metrics |= self.overoptimisation.end_epoch(epoch, rewards.mean().item(), scores, prompts)
+        metrics |= update_metrics(context) | self.method.metrics(batch)
         if self.config.policy.lr_schedule != "constant" or self.config.policy.warmup_updates:
             updates = context.progress.updates
             metrics["policy/lr"] = self._lr(updates - 1, updates)  # of the last update
         metrics |= {f"time/{name}_s": seconds for name, seconds in context.progress.times.items()}
         metrics["memory/peak_bytes"] = peak_memory(self.policy.device)
         return metrics
-
-    def _metrics_of_updates(self) -> EpochMetrics:
-        """Means and maxima over the epoch's updates in all processes, gathered at once."""
-        progress = self.context.progress
-        found = progress.sums | progress.maxima
-        if not found:
-            return {}
-        values = self.context.gather(torch.stack(list(found.values()))[None])  # one row per process
-        means, maxima = values.mean(0).tolist(), values.amax(0).tolist()
-        return {
-            name: largest if name in progress.maxima else mean / progress.updates
-            for name, mean, largest in zip(found, means, maxima, strict=True)
-        }
 
     def _keep_neurons(self, epoch: int, scores: dict[str, Tensor], reset: dict[str, Tensor]) -> None:
         if self.accelerator.is_main_process:
@@ -289,7 +283,10 @@ class Training:
     def _finish_epoch(self, metrics: EpochMetrics) -> None:
         self.context.epoch, self.context.progress = self.context.epoch + 1, Progress()
         if self.accelerator.is_main_process:
-            self.keeper.keep_epoch(metrics)
+            rang = any(SINCE in line for line in self.state.metrics)
+            self.keeper.keep_epoch(metrics, last=self._is_over)
+            if self.overoptimisation.since is not None and not rang:
+                logger.warning("%s", told(self.run, self.state.metrics, self.config))
 
     def _save_unfinished(self) -> None:
         """After a stop, save what there is, including an unfinished epoch."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from comfy_tdpo.rewards import name_of_sum
 
+from ...trainer.alarm import alarm_of, ends_early, lora_before
+from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, find_job
 from ...trainer.run import EpochMetrics, RunFolder
 from ...trainer.run.files import write_atomically
@@ -86,14 +88,14 @@ class Runs:
         }
         try:
             config, job = run.config, self.job(run)
-            status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.eval_rewards}
-            status |= _of_job(job) if job else _of_folder(len(run.metrics()), config.epochs)
+            status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.measured}
+            status |= _of_job(job) if job else _of_folder(run.metrics(), config)
         except (ValueError, OSError) as error:
-            status |= {"reward": "", "eval_rewards": [], **_of_folder(0, 0), "state": "failed"}
+            status |= {"reward": "", "eval_rewards": [], **NOTHING_DONE, "state": "failed"}
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
-        return status | {"message": advice(status)}
+        return status | {"message": " ".join(filter(None, [_of_overoptimisation(run, status), advice(status)]))}
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
         new = [finite(line) for line in run.metrics() if line["epoch"] > after]
@@ -147,14 +149,27 @@ def _of_job(job: Job) -> Fields:
         "phase_done": status.phase_done,
         "phase_total": status.phase_total,
         "eta_s": status.eta_s,
+        "overoptimised": status.overoptimised,
         "error": status.error,
     }
 
 
-def _of_folder(epoch: int, epochs: int) -> Fields:
-    state = "finished" if epoch >= epochs else "interrupted"
-    progress = {"phase": "", "phase_done": 0, "phase_total": 0, "eta_s": None}
-    return {"state": state, "epoch": epoch, "epochs": epochs, "error": None, **progress}
+NOTHING_DONE: Fields = {
+    "epoch": 0,
+    "epochs": 0,
+    "phase": "",
+    "phase_done": 0,
+    "phase_total": 0,
+    "eta_s": None,
+    "overoptimised": None,
+    "error": None,
+}
+
+
+def _of_folder(metrics: list[EpochMetrics], config: TrainConfig) -> Fields:
+    over, alarm = len(metrics) >= config.epochs or ends_early(metrics, config), alarm_of(metrics)
+    done = {"state": "finished" if over else "interrupted", "epoch": len(metrics), "epochs": config.epochs}
+    return NOTHING_DONE | done | {"overoptimised": alarm.since if alarm else None}
 
 
 def advice(status: Fields) -> str:
@@ -167,6 +182,9 @@ def advice(status: Fields) -> str:
             return "Training. Queue the graph to sample from the newest epoch, or stop when the images look right."
         case "stopping":
             return "Stops after the current step, then saves."
+        case "finished" if epoch < epochs:
+            ended = f"Ended after epoch {epoch} of {epochs}, saved."
+            return f"{ended} To train on, remove stop_on_overoptimisation from settings."
         case "finished":
             return "Finished. Load LoRA lists its LoRA; TDPO LoRA Apply applies it. Raise epochs to train longer."
         case "stopped" | "interrupted" if epoch == 0:
@@ -176,6 +194,18 @@ def advice(status: Fields) -> str:
     what = "Stopped" if state == "stopped" else "Interrupted"
     saved = f"{what} after epoch {epoch} of {epochs}, saved."
     return f"{saved} Queue the graph to resume, or set resume to 'as it is' to only use it."
+
+
+def _of_overoptimisation(run: RunFolder, status: Fields) -> str:
+    """What the user can do about overoptimisation; empty if there is none."""
+    if status["overoptimised"] is None:
+        return ""
+    lora = lora_before(run, status["overoptimised"])
+    use = f"Use the snapshot of epoch {epoch_in(lora)}, or" if lora else "Use"
+    return (
+        f"Overoptimisation since epoch {status['overoptimised']}: the training reward rose while the held-out "
+        f"{run.config.overoptimisation.reward} fell. {use} a later one at a lower strength."
+    )
 
 
 def finite(metrics: EpochMetrics) -> dict[str, float | None]:

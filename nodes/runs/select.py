@@ -1,5 +1,6 @@
 """Which run a Train node refers to, and when the node would give a new result."""
 
+from ...trainer.alarm import ends_early
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED
 from ...trainer.run import RunFolder
@@ -56,7 +57,10 @@ def is_blank(runs: Runs, run: RunFolder) -> bool:
 
 
 def is_done(run: RunFolder, config: TrainConfig) -> bool:
-    return (run.path / CONFIG).exists() and len(run.metrics()) >= config.epochs
+    if not (run.path / CONFIG).exists():
+        return False
+    metrics = run.metrics()
+    return len(metrics) >= config.epochs or ends_early(metrics, config)
 
 
 def token(runs: Runs, name: str, wait: bool) -> str:

@@ -21,6 +21,7 @@ from comfy_tdpo.settings import (
     NONE,
     Count,
     MethodSettings,
+    OveroptimisationSettings,
     Positive,
     Section,
     Unset,
@@ -140,7 +141,17 @@ class TrainConfig(MethodSettings):
         default=None,
         description="process that turns the model's output into a denoising step; none means the model's own",
     )
+    stop_on_overoptimisation: Annotated[bool, MAY_CHANGE] = Field(
+        default=False, description="end the run, saved, once the rule in overoptimisation says that it overoptimises"
+    )
+    overoptimisation: OveroptimisationSettings = OveroptimisationSettings()
     output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
+
+    @property
+    def measured(self) -> list[str]:
+        """The rewards to measure every epoch: `eval_rewards`, and the one that is watched for overoptimisation."""
+        watched = self.overoptimisation.reward
+        return list(dict.fromkeys([*self.eval_rewards, *([watched] if watched else [])]))
 
     @property
     def trained_on(self) -> list[str]:
@@ -172,9 +183,10 @@ class TrainConfig(MethodSettings):
             raise ValueError(
                 f"eval_rewards lists {self.trained_on[0]!r}, which is trained on; choose a different held-out reward"
             )
+        self.overoptimisation.check(self.trained_on, self.guards, self.stop_on_overoptimisation)
         if not any(self.rewards.values()):
             raise ValueError("the weights of all rewards are 0; give at least one a different weight")
-        used = [*self.rewards, *self.eval_rewards, *self.guards, *self.further_rewards]
+        used = [*self.rewards, *self.measured, *self.guards, *self.further_rewards]
         for name in used:
             check_reward(name)
         for name in self.reward_scales.keys() - set(self.rewards):
@@ -223,9 +235,11 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     trained_on = _topmost(above, "rewards", {})
     if isinstance(trained_on, dict):  # any other value is rejected below
         guards = split_names(_topmost(above, "guards", []))
-        others = {*trained_on, *guards} if isinstance(guards, list) else trained_on
+        others = {*trained_on, *guards} if isinstance(guards, list) else set(trained_on)
         base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in others]
         base["guards"] = [name for name in base.get("guards", []) if name not in trained_on]
+        if base.get("overoptimisation", {}).get("reward") in others:
+            base["overoptimisation"] = base["overoptimisation"] | {"reward": NONE}
     merged: Fields = {}
     for layer in (find_algorithm(algorithm).values, base, for_algorithm.get(algorithm, {}), *above):
         merged = _merge(merged, layer)

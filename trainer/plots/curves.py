@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ..alarm import alarm_of
 from ..config import TrainConfig
 from ..metrics import keys_of, points_of, readable, reward_names, role, shortened
 from ..run import EpochMetrics, RunFolder
@@ -84,9 +85,10 @@ def reward_figure(metrics: list[EpochMetrics], config: TrainConfig) -> Image.Ima
 
 
 def reward_panels(metrics: list[EpochMetrics], config: TrainConfig) -> list[Panel]:
-    """The training reward, then the tracked rewards: one panel each, as their units differ."""
+    """The training reward, the tracked rewards, the diversity: one panel each, as their units differ."""
     training = [_training_panel(name) for name in reward_names(metrics, "reward")]
-    return training + [_tracked_panel(name, role(name, config)) for name in reward_names(metrics, "eval")]
+    tracked = [_tracked_panel(name, role(name, config)) for name in reward_names(metrics, "eval")]
+    return training + tracked + _diversity_panels(metrics)
 
 
 def _training_panel(name: str) -> Panel:
@@ -96,6 +98,13 @@ def _training_panel(name: str) -> Panel:
 
 def _tracked_panel(name: str, role: str) -> Panel:
     return Panel(name, f"{role}: mean, and change since epoch 1", (Line(f"eval/{name}/mean", VERMILION),))
+
+
+def _diversity_panels(metrics: list[EpochMetrics]) -> list[Panel]:
+    """How different the images of a prompt are, in the epochs that have two images of some prompt."""
+    subtitle = "mean cosine distance of two images of one prompt, and change since epoch 1"
+    line = Line("diversity", GREEN)
+    return [Panel("Diversity", subtitle, (line,))] if line.key in keys_of(metrics) else []
 
 
 def neuron_panels(metrics: list[EpochMetrics]) -> list[Panel]:
@@ -134,7 +143,8 @@ def _resets(metrics: list[EpochMetrics]) -> list[float]:
 
 def _draw(panels: list[Panel], metrics: list[EpochMetrics], config: TrainConfig) -> Image.Image:
     figure = blank_figure(HEADER + sum(TITLE + panel.height + GAP for panel in panels) + FOOTER)
-    _draw_header(figure, config, resets=bool(_resets(metrics)))
+    legend = ["shaded: overoptimisation"] if alarm_of(metrics) else []
+    _draw_header(figure, config, "   ".join(legend + (["┊ neuron reset"] if _resets(metrics) else [])))
     if not panels:
         figure.text(0.5, 0.3, "no epoch has finished yet", color=GREY, fontsize=10, ha="center")
         return render(figure)
@@ -145,12 +155,11 @@ def _draw(panels: list[Panel], metrics: list[EpochMetrics], config: TrainConfig)
     return render(figure)
 
 
-def _draw_header(figure: "Figure", config: TrainConfig, resets: bool) -> None:
+def _draw_header(figure: "Figure", config: TrainConfig, legend: str) -> None:
     y = 1 - 0.33 / figure.get_figheight()
     facts = f"{Path(config.model).name} · {config.samples_per_epoch} images an epoch · seed {config.seed}"
     write_title(figure, (LEFT / WIDTH, y), "figure fraction", config.algorithm.upper(), 13, facts)
-    if resets:
-        figure.text(1 - RIGHT / WIDTH, y, "┊ neuron reset", color=GREY, fontsize=SMALL, ha="right", va="bottom")
+    figure.text(1 - RIGHT / WIDTH, y, legend, color=GREY, fontsize=SMALL, ha="right", va="bottom")
 
 
 def _draw_panel(axes: "Axes", panel: Panel, metrics: list[EpochMetrics]) -> None:
@@ -159,12 +168,20 @@ def _draw_panel(axes: "Axes", panel: Panel, metrics: list[EpochMetrics]) -> None
     write_title(axes, corner, "axes fraction", shortened(panel.title, 44), 10.5, panel.subtitle)
     for x in _resets(metrics):
         axes.axvline(x, color=MARK, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1)
+    _shade_overoptimisation(axes, metrics)
     for line in panel.lines:
         _draw_line(axes, line, metrics)
     axes.set_xlim(0, metrics[-1]["reward_queries"] * 1.01)
     if panel.limits:
         axes.set_ylim(*panel.limits)
     _label_ends(axes, panel, metrics)
+
+
+def _shade_overoptimisation(axes: "Axes", metrics: list[EpochMetrics]) -> None:
+    """Shade the epochs since the run overoptimises."""
+    if alarm := alarm_of(metrics):
+        begin = next(line["reward_queries"] for line in metrics if line["epoch"] == alarm.since)
+        axes.axvspan(begin, metrics[-1]["reward_queries"], color=VERMILION, alpha=0.08, linewidth=0, zorder=0)
 
 
 def _style(axes: "Axes", panel: Panel) -> None:

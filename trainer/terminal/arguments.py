@@ -76,11 +76,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for name, info in leaf_fields():
         if name not in ("rewards", "eval_rewards", "guards"):
+            # a switch without a value is turned on
+            switch: dict[str, Any] = {"nargs": "?", "const": True} if info.annotation is bool else {}
             settings.add_argument(
                 "--" + name.replace("_", "-"),
                 dest=f"set:{name}",
                 default=argparse.SUPPRESS,
                 metavar="VALUE",
+                **switch,
                 help=_help(name, info).replace("%", "%%"),
             )
     return parser

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
+from ..alarm import told
 from ..metrics import columns_of, duration, padded, readable, reward_names, role, shortened
 from ..run import EpochMetrics, RunFolder
 
@@ -117,6 +118,8 @@ def _row(course: Course, role: str) -> tuple[str, ...]:
 def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
     if len(training.means) == 1:
         return "Only one epoch has finished, so there is no change to report yet."
+    if alarm := told(run, run.metrics(), run.config):
+        return f"{alarm} Or train for fewer epochs, or add a KL penalty (--kl.coefficient)."
     fallen = [course for course in held_out if course.direction < 0]
     fell = [course.name for course in fallen]
     if training.direction > 0 and fallen:
