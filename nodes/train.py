@@ -58,7 +58,7 @@ class Train(io.ComfyNode):
                 io.Combo.Input(
                     "algorithm",
                     list(ALGORITHMS),
-                    default="tdpo-r",
+                    default="tdpo-g",
                     tooltip=" ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
                 ),
                 io.Int.Input(

@@ -94,8 +94,31 @@ class Algorithm:
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
 
-# Table 1 of the paper. The settings' defaults are those of TDPO-R.
+# tdpo-g is this project's recipe; benchmarks/frontier.md compares it with the others. Those are Table 1 of the paper,
+# and the settings' defaults are the paper's values of TDPO-R.
 ALGORITHMS = {
+    "tdpo-g": Algorithm(
+        _POLICY_GRADIENT,
+        _SETTINGS,
+        "TDPO held by guards, rewards that must not fall, with a critic that sees the clean image, the prompt and the "
+        "step",
+        {
+            "critic": {
+                "reads": "clean",
+                "prompt": True,
+                "step": True,
+                "architecture": "standardised",
+                "activation": "relu",
+                "history": 4,
+                "lr": 1e-3,
+                "weight_decay": 1e-2,
+            },
+            "neurons": {"reset": "none"},
+            "guard_penalty": 2.0,
+            "guard_credit": True,
+            "policy": {"timestep_order": "denoising"},
+        },
+    ),
     "tdpo-r": Algorithm(_POLICY_GRADIENT, _SETTINGS, "TDPO with resets of the critic's active neurons"),
     "tdpo": Algorithm(
         _POLICY_GRADIENT,

@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 
 from comfy_tdpo.prompts import load_prompts, prompt_sets
+from comfy_tdpo.settings import NONE
 
 from ...trainer.config import Fields, TrainConfig, make_config, override
 from ...trainer.config.toml_files import parse_toml
 from .combos import AUTO, check_choice
 from .reward_choice import RewardChoice, joined
 
-SHAPES, OTHER = "shapes", "sd14-aesthetic"  # presets: for the embedded world, and the paper's
+SHAPES, OTHER = "shapes", "sd15"  # presets: for the embedded world, and for other models
 # Settings that the node's inputs and wires set, so that the `settings` text must not.
 INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
@@ -30,7 +31,7 @@ class Wanted:
     model: str
     shapes: bool
     reward: RewardChoice
-    algorithm: str = "tdpo-r"
+    algorithm: str = "tdpo-g"
     seed: int = 42
     numbers: dict[str, float] = field(default_factory=dict)
     held_out: RewardChoice | None = None
@@ -58,6 +59,8 @@ class Wanted:
             values["samples_per_update"] = samples // 2 if samples % 2 == 0 else samples
         lora = {"rank": self.numbers.get("rank"), "lr": self.numbers.get("learning_rate")}
         values["policy"] = {name: value for name, value in lora.items() if value}
+        if not self.shapes:  # what is watched may be a large download, so it has to be wired
+            values["overoptimisation"] = {"reward": next(iter(values["eval_rewards"]), NONE)}
         if self.prompt_set != AUTO:
             values["prompts"] = self.prompt_set
         config = make_config(preset, None, values)

@@ -216,32 +216,24 @@ def presets() -> list[str]:
 def make_config(preset: str | None = None, file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
     """The configuration of `preset`, overridden by a TOML `file` and then by nested `overrides`.
 
-    Without a preset, the model decides: `shapes` for the embedded world, the paper's for any other. Held-out rewards
-    and guards of the preset that the file or the overrides train on are left out, and so are held-out rewards that they
-    make guards.
+    Without a preset, the model decides: `shapes` for the embedded world, `sd15` for any other. Held-out rewards and
+    guards of the preset are left out where the file or the overrides give them another role.
 
     Raises:
         ValueError: a value is invalid; the message is one line that names the setting.
     """
     above = [with_named_rewards(read_toml(file) if file else {}), with_named_rewards(overrides or {})]
     if preset is None:
-        preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd14-aesthetic"
+        preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd15"
     if preset not in presets():
         raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
-    algorithm = _algorithm(*above)
     base = read_toml(PRESETS / f"{preset}.toml")
     for_algorithm = base.pop("algorithms", {})
-    base = _known(base, config_class(algorithm))
-    trained_on = _topmost(above, "rewards", {})
-    if isinstance(trained_on, dict):  # any other value is rejected below
-        guards = split_names(_topmost(above, "guards", []))
-        others = {*trained_on, *guards} if isinstance(guards, list) else set(trained_on)
-        base["eval_rewards"] = [name for name in base["eval_rewards"] if name not in others]
-        base["guards"] = [name for name in base.get("guards", []) if name not in trained_on]
-        if base.get("overoptimisation", {}).get("reward") in others:
-            base["overoptimisation"] = base["overoptimisation"] | {"reward": NONE}
+    algorithm = _algorithm(base.pop("algorithm", DEFAULT_ALGORITHM), *above)
+    base = _merge(_known(base, config_class(algorithm)), for_algorithm.get(algorithm, {}) | {"algorithm": algorithm})
+    base = _without_roles_taken(base, above)
     merged: Fields = {}
-    for layer in (find_algorithm(algorithm).values, base, for_algorithm.get(algorithm, {}), *above):
+    for layer in (find_algorithm(algorithm).values, base, *above):
         merged = _merge(merged, layer)
     return validate(merged)
 
@@ -251,9 +243,23 @@ def override(config: TrainConfig, changes: Fields) -> TrainConfig:
     return validate(_merge(plain_values(config), with_named_rewards(changes)))
 
 
-def _algorithm(in_file: Fields, overrides: Fields) -> str:
+def _without_roles_taken(preset: Fields, above: list[Fields]) -> Fields:
+    """The preset, without the held-out rewards and guards to which the layers above it give another role."""
+    trained_on = _topmost(above, "rewards", {})
+    held_out, guards = (split_names(_topmost(above, name, [])) for name in ("eval_rewards", "guards"))
+    if not all(isinstance(names, dict | list) for names in (trained_on, held_out, guards)):  # validation says so
+        return preset
+    kept = preset | {"eval_rewards": [name for name in preset["eval_rewards"] if name not in {*trained_on, *guards}]}
+    kept["guards"] = [name for name in preset.get("guards", []) if name not in {*trained_on, *held_out}]
+    watched = preset.get("overoptimisation", {})
+    if watched.get("reward") in {*trained_on, *guards}:
+        kept["overoptimisation"] = watched | {"reward": NONE}
+    return kept
+
+
+def _algorithm(default: str, in_file: Fields, overrides: Fields) -> str:
     """The algorithm to use. A file overrides its values, so a file made for another algorithm would mix the two."""
-    algorithm = _topmost([in_file, overrides], "algorithm", DEFAULT_ALGORITHM)
+    algorithm = _topmost([in_file, overrides], "algorithm", default)
     find_algorithm(algorithm)
     if in_file.get("algorithm", algorithm) != algorithm:
         raise ValueError(
