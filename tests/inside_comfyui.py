@@ -148,7 +148,7 @@ def both_ways(model, unet: UNet2DConditionModel, latents: Tensor, context: Tenso
 def lora(file: str) -> dict[str, float]:
     """What Shapes predicts with the LoRA on, by whoever applies it."""
     from comfy_tdpo.nodes.comfy.lora import apply_weights
-    from comfy_tdpo.nodes.runs.snapshots import read_lora
+    from comfy_tdpo.trainer.run.loras import read_lora
 
     model, _, _ = shapes_out.shapes_native()
     parts = load_components(str(WORLD / "pipeline"))

@@ -10,10 +10,10 @@ from comfy_tdpo.nodes.runs import answers, resume
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
-from comfy_tdpo.nodes.runs.snapshots import snapshots
 from comfy_tdpo.nodes.runs.start import job_under_way, prepare, wait_for
 from comfy_tdpo.trainer.config import override
 from comfy_tdpo.trainer.job import check_device_free
+from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
     "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error message"

@@ -5,7 +5,8 @@ import torch
 from fake_training import begin, runs_in
 from safetensors.torch import save_file
 
-from comfy_tdpo.nodes.runs.snapshots import best_epoch, find_snapshot, read_lora, snapshots
+from comfy_tdpo.nodes.runs.snapshots import best_epoch, find_snapshot
+from comfy_tdpo.trainer.run.loras import read_lora, snapshots
 
 TRAINING, HELD_OUT = "best training reward", "best held-out reward"
 

@@ -6,7 +6,8 @@ import comfy.sd
 from torch import Tensor
 
 from ...trainer.run import RunFolder
-from ..runs.snapshots import epoch_of, find_snapshot, read_lora
+from ...trainer.run.loras import epoch_of, read_lora
+from ..runs.snapshots import find_snapshot
 from .folders import lora_file
 
 
