@@ -34,8 +34,9 @@ class ApplyLoRA(io.ComfyNode):
                     "snapshot",
                     SNAPSHOTS,
                     default=LATEST,
-                    tooltip="Which snapshot of the run: the latest, the one whose images scored best on the training "
-                    "reward or on the first held-out reward, or the one of the epoch given below.",
+                    tooltip="Which snapshot of the run: the latest, the recommended one with its recommended strength, "
+                    "the one whose images scored best on the training reward or on the first held-out reward, or the "
+                    "one of the epoch given below.",
                 ),
                 io.Int.Input(
                     "epoch", default=1, min=1, max=9999, tooltip="Used if snapshot is 'epoch'. Not every epoch is kept."

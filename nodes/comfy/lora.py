@@ -1,12 +1,13 @@
 """Applies LoRAs as ComfyUI does, but raises an error if nothing fits."""
 
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
 from torch import Tensor
 
 from ...trainer.run import RunFolder
-from ...trainer.run.loras import epoch_of, read_lora
+from ...trainer.run.loras import baked_strength, epoch_of, read_lora
 from ..runs.snapshots import find_snapshot
 from .folders import lora_file
 
@@ -17,7 +18,13 @@ def apply_run(model: Any, run: RunFolder, snapshot: str, epoch: int, strength: f
     if path is None:
         return model, f"run {run.path.name}: no LoRA yet, the model is unchanged"
     applied = apply_weights(model, read_lora(path), strength, f"run {run.path.name!r}")
-    return applied, f"run {run.path.name}, after epoch {epoch_of(path)}, strength {strength:g}"
+    return applied, f"run {run.path.name}, after epoch {epoch_of(path)}, strength {_strength(path, strength)}"
+
+
+def _strength(path: Path, strength: float) -> str:
+    """The strength as text, multiplied by the one that is baked into the file, if there is one."""
+    baked = baked_strength(path)
+    return f"{strength:g}" if baked == 1 else f"{strength * baked:g} (the recommended {baked:g} times {strength:g})"
 
 
 def apply_file(model: Any, name: str, strength: float) -> tuple[Any, str]:

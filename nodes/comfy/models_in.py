@@ -29,6 +29,7 @@ from comfy_tdpo.policy import DiffusionPolicy
 from ...trainer.assemble import DTYPES, assemble, policy_settings
 from ...trainer.config import TrainConfig
 from ...trainer.job import TrainingFactory
+from ...trainer.recommend.options import unseen_prompts
 from ..runs.settings import Wanted
 from .shapes_out import is_shapes
 from .weights_in import check_baked, check_decoder, check_embeds, check_plain
@@ -65,7 +66,8 @@ class Wires:
         Raises:
             ValueError: the three do not belong together, or weights are not finite.
         """
-        encode, decode = EncodedPrompts(self.clip, prompts, device), ComfyDecoder(self.vae, self.model)
+        more = unseen_prompts(config, prompts, prompts)[0] if config.output.recommend else []
+        encode, decode = EncodedPrompts(self.clip, [*prompts, *more], device), ComfyDecoder(self.vae, self.model)
         expected = diffusers_config(self.model)["cross_attention_dim"]
         if encode.width != expected:
             raise ValueError(

@@ -2,9 +2,10 @@
 
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED
+from ...trainer.recommend.files import is_current
 from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
-from .combos import AS_IT_IS, NEW
+from .combos import AS_IT_IS, NEW, RECOMMENDED
 from .names import check_run_name, later_name
 from .registry import Runs
 from .resume import difference
@@ -56,7 +57,10 @@ def is_blank(runs: Runs, run: RunFolder) -> bool:
 
 
 def is_done(run: RunFolder, config: TrainConfig) -> bool:
-    return (run.path / CONFIG).exists() and len(run.metrics()) >= config.epochs
+    """Whether the run has everything that `config` asks for."""
+    if not (run.path / CONFIG).exists() or len(run.metrics()) < config.epochs:
+        return False
+    return not config.output.recommend or is_current(run)
 
 
 def token(runs: Runs, name: str, wait: bool) -> str:
@@ -67,8 +71,11 @@ def token(runs: Runs, name: str, wait: bool) -> str:
     states = []
     number = 1
     while runs.exists(later_name(name, number)):
-        status = runs.status(runs.folder(later_name(name, number)))
+        run = runs.folder(later_name(name, number))
+        status = runs.status(run)
         if not (wait and status["state"] == "finished"):
             states.append(f"{status['id']} {status['state']} {status['epoch']}")
+        if run.recommended_lora.is_file():
+            states.append(f"{status['id']} {RECOMMENDED} {run.recommended_lora.stat().st_mtime_ns}")
         number += 1
     return ", ".join(states)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from ...trainer.metrics import reward_names
+from ...trainer.recommend.files import read_choice
 from ...trainer.run import EpochMetrics, RunFolder
 from ...trainer.run.loras import snapshots
-from .combos import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
+from .combos import BEST_TRAINING, EPOCH, LATEST, RECOMMENDED, SNAPSHOTS, check_choice
 
 
 def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
@@ -17,6 +18,8 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
     check_choice("snapshot", which, SNAPSHOTS)
     if which == LATEST:
         return run.latest_lora if run.latest_lora.is_file() else None
+    if which == RECOMMENDED:
+        return _recommended(run)
     kept = snapshots(run)
     if which == EPOCH:
         if epoch not in kept:
@@ -33,6 +36,22 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
             f"run {run.path.name!r} has no {which} yet; expected a finished epoch of a run with such a reward"
         )
     return kept[best_epoch(list(kept), metrics, f"{kind}/{names[0]}/mean")]
+
+
+def _recommended(run: RunFolder) -> Path:
+    if run.recommended_lora.is_file():
+        return run.recommended_lora
+    choice = read_choice(run.recommendation)
+    if choice is not None and choice.get("recommended") is None:
+        raise ValueError(
+            f"run {run.path.name!r} has no {RECOMMENDED} LoRA: none of its snapshots gained reward and kept the "
+            "held-out reward of the base model; choose another snapshot, or train with a KL penalty (kl.coefficient in "
+            "settings)"
+        )
+    raise ValueError(
+        f"run {run.path.name!r} has no {RECOMMENDED} LoRA yet; expected a run that looks for one when it finishes: add "
+        "the line output.recommend = true to the settings of TDPO-R Train and queue the graph"
+    )
 
 
 def best_epoch(epochs: list[int], metrics: list[EpochMetrics], key: str) -> int:

@@ -1,6 +1,6 @@
 """The held-out reward against the training reward: one line per strength, through the epochs."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -45,6 +45,7 @@ def frontier_figure(found: Recommendation) -> Image.Image:
     if found.chosen is not None:
         label = f"recommended: {found.chosen.cell.label}, strength {found.chosen.cell.strength:g}"
         _mark(axes, found.chosen, label, VERMILION, "o")
+    axes.legend(frameon=False, fontsize=SMALL, labelcolor="linecolor", loc="best")
     return render(figure)
 
 
@@ -78,12 +79,8 @@ def _draw_line(axes: "Axes", color: str, strength: float, outcomes: list[Outcome
         text = outcome.cell.label.removeprefix("epoch ")
         axes.annotate(text, (outcome.training, outcome.held_out), xytext=(0, 6), textcoords="offset points",
                       color=color, fontsize=8, ha="center")  # fmt: skip
-    axes.legend(frameon=False, fontsize=SMALL, labelcolor=GREY, loc="best")
 
 
 def _mark(axes: "Axes", outcome: Outcome, label: str, color: str, marker: str) -> None:
-    where = (outcome.training, outcome.held_out)
-    axes.plot(*where, marker=marker, markersize=11, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.8,
-              linestyle="", zorder=4)  # fmt: skip
-    axes.annotate(label, where, xytext=(0, -17), textcoords="offset points", color=color, fontsize=SMALL, weight="bold",
-                  ha="center")  # fmt: skip
+    look: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": color, "markeredgewidth": 1.8, "color": color}
+    axes.plot(outcome.training, outcome.held_out, marker, markersize=11, zorder=4, label=label, **look)

@@ -18,6 +18,7 @@ from typing import Any
 
 from comfy_tdpo.user_files import read_text
 
+from ..run import RunFolder
 from ..run.files import naming, write_atomically
 from ..run.loras import epoch_of, snapshots
 from ..run.paths import RunPaths, epoch_name
@@ -162,3 +163,10 @@ def read_choice(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return choice if isinstance(choice, dict) else None
+
+
+def is_current(run: RunFolder) -> bool:
+    """Whether the run's newest epoch has been considered in a recommendation."""
+    choice = read_choice(run.recommendation)
+    newest = choice.get("newest_epoch") if choice else None
+    return isinstance(newest, int) and newest >= len(run.metrics())

@@ -14,7 +14,7 @@ from ..run.files import write_atomically
 from ..run.loras import read_lora
 from ..state import Watch
 from .choice import Outcome, Recommendation, judge
-from .files import FRONTIER, PICTURE, Cell, Table, cells_of, image_file, read_choice, write_choice
+from .files import FRONTIER, PICTURE, Cell, Table, cells_of, image_file, write_choice
 from .options import Options, held_out_reward, unseen_prompts
 
 if TYPE_CHECKING:
@@ -154,10 +154,3 @@ def after_training(
             raise Stopped
 
     return recommend(training.run, Options(), training.policy.device, training.policy, check, watch, tell)
-
-
-def is_current(run: RunFolder) -> bool:
-    """Whether the run's newest epoch has been considered in a recommendation."""
-    choice = read_choice(run.recommendation)
-    newest = choice.get("newest_epoch") if choice else None
-    return isinstance(newest, int) and newest >= len(run.metrics())

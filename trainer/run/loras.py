@@ -44,9 +44,18 @@ def snapshots(run: RunPaths) -> dict[int, Path]:
 def epoch_of(path: Path) -> int:
     """The epoch in a LoRA's own metadata."""
     try:
-        with safe_open(path, "pt") as file:
-            return int((file.metadata() or {})["epoch"])
+        return int(_metadata(path)["epoch"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"got LoRA file {path.name!r}, which does not state its epoch; expected a run's LoRA"
         ) from error
+
+
+def baked_strength(path: Path) -> float:
+    """The strength that was baked into a recommended LoRA; 1 for any other."""
+    return float(_metadata(path).get("strength", 1.0))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
