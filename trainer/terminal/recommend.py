@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command(run: RunFolder) -> str:
     """The command that recommends for `run`, or goes on with it."""
-    return shlex.join([sys.executable, "-m", "comfy_tdpo.trainer", "recommend", str(run.path)])
+    return shlex.join([sys.executable, "-m", str(__package__).rpartition(".")[0], "recommend", str(run.path)])
 
 
 class _Parser(argparse.ArgumentParser):
