@@ -1,6 +1,7 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals|damaged, or ... CHECKOUT lora FILE
+python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals|damaged, or ... CHECKOUT lora FILE,
+or ... CHECKOUT baked SNAPSHOT FILE STRENGTH
 """
 
 import json
@@ -23,6 +24,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -187,6 +189,31 @@ def lora(file: str) -> dict[str, float]:
     }
 
 
+def baked(snapshot: str, file: str, strength: str) -> dict[str, float]:
+    """How far a FILE in ComfyUI's own Load LoRA at 1 is from the SNAPSHOT at the STRENGTH baked into it."""
+    from nodes import LoraLoader
+
+    model, _, _ = shapes_out.shapes_native()
+    parts = load_components(str(WORLD / "pipeline"))
+    latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
+
+    def by_load_lora(name: str, strength: float) -> Tensor:
+        folder_paths.folder_names_and_paths["loras"] = ([str(Path(name).parent)], {".safetensors"})
+        patched, _ = LoraLoader().load_lora(model, None, Path(name).name, strength, 0)
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.diffusion_model(latents, timesteps, context=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    expected = by_load_lora(snapshot, float(strength))
+    return {
+        "Load LoRA": difference(by_load_lora(file, 1.0), expected),
+        "what strength changes": difference(by_load_lora(snapshot, 1.0), expected),
+    }
+
+
 def apply_again(model, file: str):
     patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(file), 1.0, 0)
     return patched
@@ -292,5 +319,6 @@ def refusal(ask: Callable[[], object]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
+    questions["baked"] = baked
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))

@@ -4,7 +4,7 @@ import comfyui
 import pytest
 import torch
 from comfyui import ask
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.lora import UNetLora
@@ -52,6 +52,17 @@ def test_a_lora_is_the_same_whoever_applies_it(lora_file, by):
     # float32 again; the LoRA is added to the weights here and to the activations there
     assert ask("lora", lora_file)[by] <= 1e-5
     assert ask("lora", lora_file)["what it changes"] > 0.1
+
+
+def test_a_baked_strength_is_that_strength_in_comfyui(lora_file, tmp_path):
+    """ComfyUI's own Load LoRA at strength 1, against the snapshot at the strength that is baked in."""
+    lora = UNetLora(load_components(str(WORLD / "pipeline")).unet, 4, 2.0, "attention+feed-forward", seed=1)
+    lora.load_exported(load_file(lora_file), 0.75)
+    lora.export(tmp_path / "recommended.safetensors", {"strength": "0.75"})
+    found = ask("baked", lora_file, str(tmp_path / "recommended.safetensors"), "0.75")
+    # float32 of size up to 5: the strength is multiplied in at another place
+    assert found["Load LoRA"] <= 1e-5
+    assert found["what strength changes"] > 0.02
 
 
 def test_a_models_name_tells_it_from_others(lora_file):
