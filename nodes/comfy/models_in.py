@@ -57,6 +57,11 @@ class Wires:
                     f"got no {name}, as the checkpoint has none; expected one: load it from a separate file"
                 )
         diffusers_config(self.model)
+        if self.model.hook_patches:
+            raise ValueError(
+                "got a MODEL with a LoRA whose strength changes over the sampling steps, which cannot become part of "
+                "the base model; expected none: set blend_over_steps of TDPO LoRA Apply to 'none'"
+            )
         check_plain(self.model.model.diffusion_model)
         return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
 

@@ -9,6 +9,8 @@ LATEST, RECOMMENDED = "latest", "recommended"
 BEST_TRAINING, BEST_HELD_OUT, EPOCH = "best training reward", "best held-out reward", "epoch"
 SNAPSHOTS = [LATEST, RECOMMENDED, BEST_TRAINING, BEST_HELD_OUT, EPOCH]
 NO_FILE = "none"
+NO_BLEND = "none"
+BLENDS = [NO_BLEND, "linear", "power_2", "power_4", "step_0.6"]
 
 
 def check_choice(name: str, value: object, choices: list[str]) -> None:
