@@ -119,10 +119,10 @@ def test_the_tolerance_is_in_spreads_of_the_base_and_changes_are_paired():
 # --- strengths
 
 
-def test_every_cell_is_scored_as_the_lora_at_that_strength_to_the_bit(run, policy, rewards, trained):
+def test_every_cell_is_scored_as_the_lora_at_that_strength_to_the_bit(run, rewards, trained):
     """The base model, a snapshot at half its strength, and one as it was trained, each made by hand."""
     reward, _ = rewards()
-    recommend(run, QUICK, CPU, policy)
+    recommend(run, QUICK, CPU, trained(9))  # as after a training
     scored = {(line["epoch"], line["strength"], line["prompt"]): line["scores"] for line in table_of(run)}
     seen = []
     for epoch, strength in ((0, 0.0), (2, 0.5), (3, 1.0)):
