@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from .comfy.folders import lora_modified, lora_names
 from .comfy.sockets import CATEGORY, Run
-from .runs.combos import LATEST, NO_FILE, SNAPSHOTS
+from .runs.combos import BLENDS, LATEST, NO_BLEND, NO_FILE, SNAPSHOTS, check_choice
 from .runs.wording import words_of_nodes
 
 
@@ -34,8 +34,9 @@ class ApplyLoRA(io.ComfyNode):
                     "snapshot",
                     SNAPSHOTS,
                     default=LATEST,
-                    tooltip="Which snapshot of the run: the latest, the one whose images scored best on the training "
-                    "reward or on the first held-out reward, or the one of the epoch given below.",
+                    tooltip="Which snapshot of the run: the latest, the recommended one with its recommended strength, "
+                    "the one whose images scored best on the training reward or on the first held-out reward, or the "
+                    "one of the epoch given below.",
                 ),
                 io.Int.Input(
                     "epoch", default=1, min=1, max=9999, tooltip="Used if snapshot is 'epoch'. Not every epoch is kept."
@@ -47,6 +48,14 @@ class ApplyLoRA(io.ComfyNode):
                     tooltip="A LoRA file; used if no run is connected.",
                 ),
                 Run.Input("run", optional=True, tooltip="A run of TDPO-R Train. If connected, lora_name is ignored."),
+                io.Combo.Input(
+                    "blend_over_steps",
+                    BLENDS,
+                    default=NO_BLEND,
+                    optional=True,
+                    tooltip="How the strength grows over the sampling steps, from 0 at the first, so that the base "
+                    "model composes the image. none: all of it at every step; step_0.6: from 60 % of the steps on.",
+                ),
             ],
             outputs=[
                 io.Model.Output("aligned", display_name="MODEL", tooltip="The model with the LoRA applied."),
@@ -61,9 +70,19 @@ class ApplyLoRA(io.ComfyNode):
 
     @classmethod
     @words_of_nodes()
-    def execute(cls, model, strength: float, snapshot: str, epoch: int, lora_name: str, run=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        strength: float,
+        snapshot: str,
+        epoch: int,
+        lora_name: str,
+        run=None,
+        blend_over_steps: str = NO_BLEND,
+    ) -> io.NodeOutput:
         from .comfy.lora import apply_file, apply_run
 
+        check_choice("blend_over_steps", blend_over_steps, BLENDS)
         if run is not None:
-            return io.NodeOutput(*apply_run(model, run, snapshot, epoch, strength))
-        return io.NodeOutput(*apply_file(model, lora_name, strength))
+            return io.NodeOutput(*apply_run(model, run, snapshot, epoch, strength, blend_over_steps))
+        return io.NodeOutput(*apply_file(model, lora_name, strength, blend_over_steps))

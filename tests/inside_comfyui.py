@@ -1,6 +1,7 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals|damaged, or ... CHECKOUT lora FILE
+python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals|damaged, or ... CHECKOUT lora FILE,
+or ... CHECKOUT baked SNAPSHOT FILE STRENGTH, or ... CHECKOUT blended FILE
 """
 
 import json
@@ -23,6 +24,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -148,7 +150,7 @@ def both_ways(model, unet: UNet2DConditionModel, latents: Tensor, context: Tenso
 def lora(file: str) -> dict[str, float]:
     """What Shapes predicts with the LoRA on, by whoever applies it."""
     from comfy_tdpo.nodes.comfy.lora import apply_weights
-    from comfy_tdpo.nodes.runs.snapshots import read_lora
+    from comfy_tdpo.trainer.run.loras import read_lora
 
     model, _, _ = shapes_out.shapes_native()
     parts = load_components(str(WORLD / "pipeline"))
@@ -187,6 +189,81 @@ def lora(file: str) -> dict[str, float]:
     }
 
 
+def baked(snapshot: str, file: str, strength: str) -> dict[str, float]:
+    """How far a FILE in ComfyUI's own Load LoRA at 1 is from the SNAPSHOT at the STRENGTH baked into it."""
+    from nodes import LoraLoader
+
+    model, _, _ = shapes_out.shapes_native()
+    parts = load_components(str(WORLD / "pipeline"))
+    latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
+
+    def by_load_lora(name: str, strength: float) -> Tensor:
+        folder_paths.folder_names_and_paths["loras"] = ([str(Path(name).parent)], {".safetensors"})
+        patched, _ = LoraLoader().load_lora(model, None, Path(name).name, strength, 0)
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.diffusion_model(latents, timesteps, context=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    expected = by_load_lora(snapshot, float(strength))
+    return {
+        "Load LoRA": difference(by_load_lora(file, 1.0), expected),
+        "what strength changes": difference(by_load_lora(snapshot, 1.0), expected),
+    }
+
+
+def blended(file: str) -> dict[str, float]:
+    """How far each step of a sampling is from the LoRA at the strength that its schedule says, and from the base."""
+    import comfy.sample
+
+    from comfy_tdpo.nodes.comfy.lora import apply_weights
+    from comfy_tdpo.trainer.run.loras import read_lora
+
+    model, clip, _ = shapes_out.shapes_native()
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPTS[0], ""))
+    context = positive[0][0]
+    weights, steps = read_lora(Path(file)), 10
+
+    def sample(patched) -> tuple[list[dict], Tensor]:
+        seen: list[dict] = []
+        patched = patched.clone()
+        patched.set_model_sampler_post_cfg_function(lambda args: (seen.append(dict(args)), args["denoised"])[1])
+        latent = torch.zeros(1, 4, 8, 8)
+        settings = ("ddim", "simple", positive, negative, latent)
+        result = comfy.sample.sample(patched, drawn(1, 4, 8, 8), steps, 3.0, *settings, disable_pbar=True, seed=1)
+        return seen, result
+
+    def predicted(step: dict, strength: float) -> Tensor:
+        """What the model with the LoRA at that strength makes of a step's latent, by the weights."""
+        patched = apply_weights(model, weights, strength, "test")
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.apply_model(step["input"], step["sigma"], c_crossattn=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    found = {"difference of base and tuned": 0.0}
+    shares = {"linear": lambda k: k / steps, "power_2": lambda k: (k / steps) ** 2, "step_0.6": lambda k: k >= 6}
+    plain, base = sample(model)
+    for schedule, share in shares.items():
+        seen, _ = sample(apply_weights(model, weights, 0.8, "test", schedule))
+        found[f"{schedule}, calls"] = len(seen)
+        found[f"{schedule}, first step is the base's"] = difference(seen[0]["denoised"], plain[0]["denoised"])
+        for k in range(steps):
+            # the schedule moves on in hundredths, and the times of the steps are whole numbers out of 1000
+            low, high = (0.8 * share(min(max(k + slack, 0), steps)) for slack in (-0.15, 0.15))
+            strength = 0.8 * share(k)
+            tolerance = max(difference(predicted(seen[k], s), predicted(seen[k], strength)) for s in (low, high))
+            off = difference(seen[k]["cond_denoised"], predicted(seen[k], strength))
+            found[f"{schedule}, step {k}"] = off - tolerance
+            far = difference(predicted(seen[k], 0.0), predicted(seen[k], 0.8))
+            found["difference of base and tuned"] = max(found["difference of base and tuned"], far)
+    found["the MODEL afterwards"] = difference(sample(model)[1], base)
+    return found
+
+
 def apply_again(model, file: str):
     patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(file), 1.0, 0)
     return patched
@@ -223,7 +300,10 @@ def refusals() -> dict[str, str]:
         for name, config in families.items()
     }
     config = make_config("shapes")
+    blended = model.clone()
+    blended.hook_patches = {object(): {"diffusion_model.out.2.weight": []}}
     wires = {
+        "blended": lambda: models_in.Wires(blended, clip, vae).wanted(),
         "another CLIP": lambda: models_in.Wires(small_sd2(), clip, vae).factory(config, PROMPTS, CPU),
         "another VAE": lambda: models_in.ComfyDecoder(SimpleVAE(16), model),
         "no CLIP": lambda: models_in.Wires(model, None, vae).wanted(),
@@ -292,5 +372,6 @@ def refusal(ask: Callable[[], object]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
+    questions |= {"baked": baked, "blended": blended}
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))

@@ -1,11 +1,13 @@
 """The nodes in a real ComfyUI server: graphs that train, stop, go on, sample meanwhile, and fail in one sentence."""
 
+import json
 import re
 import shutil
 
 import comfyui
 import pytest
 from comfyui import Events, Server, apply_graph, sample_graph, train_graph
+from safetensors.torch import load_file, save_file
 
 NODES = ["RewardModel", "TemporalCritic", "Train", "NeuronInspector", "ApplyLoRA", "ScoreImages", "ShapesModel"]
 
@@ -72,6 +74,22 @@ def test_train_and_sample_in_one_graph(server):
     for picture in ("samples", "reward"):
         status, body = server.raw(f"/api/tdpo/runs/whole/pictures/{picture}")
         assert status == 200 and body.startswith(b"\x89PNG")
+
+
+def test_a_run_recommends_a_lora_that_apply_takes(server):
+    """Also a run that has finished before, which is not trained again."""
+    assert "has no recommended LoRA yet" in server.error(
+        train_graph("judged") | apply_graph(run=["train", 0], snapshot="recommended")
+    )
+    asked = train_graph("judged", settings="output.grid_images = 2\noutput.recommend = true")
+    server.run(asked)
+    run = server.base / "output" / "tdpo" / "judged"
+    assert json.loads((run / "recommendation" / "choice.json").read_text())["newest_epoch"] == 2
+    assert server.status("judged")["state"] == "finished" and server.status("judged")["epoch"] == 2
+    weights = load_file(run / "lora" / "latest.safetensors")
+    save_file(weights, run / "lora" / "recommended.safetensors", {"epoch": "2", "strength": "0.5"})
+    outputs = server.run(asked | apply_graph(run=["train", 0], snapshot="recommended", strength=0.8))
+    assert outputs["info"]["text"] == ["run judged, after epoch 2, strength 0.4 (the recommended 0.5 times 0.8)"]
 
 
 def test_cancel_saves_and_queueing_again_goes_on(server):

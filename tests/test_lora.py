@@ -127,6 +127,51 @@ def test_weights_of_another_lora_are_refused(make_policy):
         assert all(torch.equal(a, b) for a, b in zip(policy.parameters, before, strict=True))
 
 
+# --- files that are loaded again
+
+
+def test_a_file_at_strength_1_and_0_is_the_snapshot_and_the_base_to_the_bit(trained, make_policy, tmp_path):
+    save(trained, tmp_path / "lora.safetensors")
+    weights, expected = load_file(tmp_path / "lora.safetensors"), output(trained.model.network)
+    targets = "attention" if len(trained.parameters) == 2 * 32 else "attention+feed-forward"
+    other = make_policy(rank=RANK, alpha=trained.trainable.alpha, targets=targets)
+    base = output(other.model.network)
+    for strength, wanted in ((1.0, expected), (0.0, base), (1.0, expected)):
+        other.trainable.load_exported(weights, strength)
+        assert torch.equal(output(other.model.network), wanted)
+    assert not torch.equal(expected, base)
+
+
+def test_a_file_at_half_its_strength_adds_half_to_every_layer(trained, make_policy, tmp_path):
+    """In the weights, by kohya's definition: alpha / rank * up @ down; and as much in the file written then."""
+    save(trained, tmp_path / "lora.safetensors")
+    plain = load_file(tmp_path / "lora.safetensors")
+    trained.trainable.load_exported(plain, 0.5)
+    save(trained, tmp_path / "half.safetensors")
+    half = load_file(tmp_path / "half.safetensors")
+    modules = [name.removesuffix(".alpha") for name in plain if name.endswith(".alpha")]
+    assert plain.keys() == half.keys() and len(modules) == len(plain) / 3
+    for module in modules:
+        whole, less = (
+            state[f"{module}.alpha"] * state[f"{module}.lora_up.weight"] @ state[f"{module}.lora_down.weight"]
+            for state in (plain, half)
+        )
+        assert torch.equal(less, whole / 2), "halving a float is exact"
+
+
+def test_a_file_of_another_lora_is_refused(make_policy, tmp_path):
+    save(make_policy(rank=RANK, alpha=7.0), tmp_path / "lora.safetensors")
+    weights = load_file(tmp_path / "lora.safetensors")
+    for settings, message in (
+        ({"rank": 2, "alpha": 7.0}, r"lora_down.weight is of shape \(4, 32\), here it is of shape \(2, 32\)"),
+        ({"rank": RANK}, r"alpha is 7, here it is 4"),
+        ({"rank": RANK, "alpha": 7.0, "targets": "attention+feed-forward"}, r"alpha is missing, here it is 7"),
+    ):
+        policy = make_policy(**settings)
+        with pytest.raises(ValueError, match=f"got a LoRA file of another model .*{message}"):
+            policy.trainable.load_exported(weights)
+
+
 # --- adapters
 
 

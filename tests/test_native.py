@@ -4,7 +4,7 @@ import comfyui
 import pytest
 import torch
 from comfyui import ask
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.lora import UNetLora
@@ -54,6 +54,28 @@ def test_a_lora_is_the_same_whoever_applies_it(lora_file, by):
     assert ask("lora", lora_file)["what it changes"] > 0.1
 
 
+def test_a_baked_strength_is_that_strength_in_comfyui(lora_file, tmp_path):
+    """ComfyUI's own Load LoRA at strength 1, against the snapshot at the strength that is baked in."""
+    lora = UNetLora(load_components(str(WORLD / "pipeline")).unet, 4, 2.0, "attention+feed-forward", seed=1)
+    lora.load_exported(load_file(lora_file), 0.75)
+    lora.export(tmp_path / "recommended.safetensors", {"strength": "0.75"})
+    found = ask("baked", lora_file, str(tmp_path / "recommended.safetensors"), "0.75")
+    # float32 of size up to 5: the strength is multiplied in at another place
+    assert found["Load LoRA"] <= 1e-5
+    assert found["what strength changes"] > 0.02
+
+
+@pytest.mark.parametrize("schedule", ["linear", "power_2", "step_0.6"])
+def test_a_blended_lora_grows_from_the_base_over_the_steps(lora_file, schedule):
+    """Every step of a real sampling, against the LoRA in the weights at the strength of that step; one pass a step."""
+    found = ask("blended", lora_file)
+    assert found[f"{schedule}, first step is the base's"] == 0
+    assert found[f"{schedule}, calls"] == 10, "one pass a step, for both halves of the guidance"
+    # float32 of latents up to 15, beyond what 0.15 steps more or less make
+    assert all(found[f"{schedule}, step {k}"] <= 5e-5 for k in range(10))
+    assert found["difference of base and tuned"] > 0.5 and found["the MODEL afterwards"] == 0
+
+
 def test_a_models_name_tells_it_from_others(lora_file):
     assert ask("lora", lora_file)["names differ"] and ask("lora", lora_file)["names repeat"]
 
@@ -65,6 +87,10 @@ def test_a_models_name_tells_it_from_others(lora_file):
         ("Flux", "got a MODEL of the family Flux; expected"),
         ("SDXL", "got a MODEL of the family SDXL; expected"),
         ("inpainting", "takes 9 channels (inpainting); expected"),
+        (
+            "blended",
+            "a LoRA whose strength changes over the sampling steps, which cannot become part of the base model",
+        ),
         ("another CLIP", "embeddings are 64 wide; expected 48: use the CLIP of the MODEL's checkpoint"),
         ("another VAE", "got a VAE with 16 latent channels; expected 4: use the VAE of the MODEL's checkpoint"),
         ("no CLIP", "got no CLIP, as the checkpoint has none; expected one"),

@@ -10,10 +10,11 @@ from comfy_tdpo.nodes.runs import answers, resume
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
-from comfy_tdpo.nodes.runs.snapshots import snapshots
 from comfy_tdpo.nodes.runs.start import job_under_way, prepare, wait_for
 from comfy_tdpo.trainer.config import override
 from comfy_tdpo.trainer.job import check_device_free
+from comfy_tdpo.trainer.recommend.files import write_choice
+from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
     "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error "
@@ -139,6 +140,19 @@ def test_the_token_changes_with_what_a_node_would_give(runs):
 
 
 # --- where it stands
+
+
+def test_a_run_is_not_done_before_it_has_recommended(runs):
+    finish(runs)
+    run, asked = runs.find("one"), wanted(settings="output.recommend = true").config()
+    assert is_done(run, wanted().config()) and not is_done(run, asked)
+    write_choice(run.recommendation, {"newest_epoch": 1})
+    assert not is_done(run, asked), "epoch 2 was trained later"
+    write_choice(run.recommendation, {"newest_epoch": 2})
+    assert is_done(run, asked)
+    before = token(runs, "one", wait=True)
+    run.recommended_lora.write_bytes(b"")
+    assert token(runs, "one", wait=True) != before, "LoRA Apply must read the new file"
 
 
 def test_a_status_has_what_the_browser_reads(runs):

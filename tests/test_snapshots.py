@@ -5,7 +5,9 @@ import torch
 from fake_training import begin, runs_in
 from safetensors.torch import save_file
 
-from comfy_tdpo.nodes.runs.snapshots import best_epoch, find_snapshot, read_lora, snapshots
+from comfy_tdpo.nodes.runs.snapshots import best_epoch, find_snapshot
+from comfy_tdpo.trainer.recommend.files import write_choice
+from comfy_tdpo.trainer.run.loras import baked_strength, read_lora, snapshots
 
 TRAINING, HELD_OUT = "best training reward", "best held-out reward"
 
@@ -58,6 +60,18 @@ def test_the_best_is_judged_by_the_images_that_it_drew(run):
     assert find_snapshot(run, TRAINING, 1) == run.lora(2)
     with pytest.raises(ValueError, match="has no best held-out reward yet; expected a finished epoch"):
         find_snapshot(run, HELD_OUT, 1)
+
+
+def test_the_recommended_one_and_what_to_do_without(run):
+    with pytest.raises(ValueError, match="has no recommended LoRA yet; .* output.recommend = true"):
+        find_snapshot(run, "recommended", 1)
+    write_choice(run.recommendation, {"recommended": None})
+    with pytest.raises(ValueError, match="has no recommended LoRA: none of its snapshots gained reward and kept"):
+        find_snapshot(run, "recommended", 1)
+    save_file({"x": torch.zeros(1)}, run.recommended_lora, {"epoch": "2", "strength": "0.75"})
+    assert find_snapshot(run, "recommended", 1) == run.recommended_lora
+    assert (baked_strength(run.recommended_lora), baked_strength(run.lora(2))) == (0.75, 1.0)
+    assert run.recommended_lora not in snapshots(run).values()
 
 
 @pytest.mark.parametrize(

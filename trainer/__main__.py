@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.rewards.function import allow_functions
@@ -25,6 +25,9 @@ from .run.paths import CONFIG
 from .terminal import FAILED, FINISHED, STOPPED, WRONG_INPUT
 from .terminal.arguments import flags_of, given, overrides, parse
 from .terminal.streams import forgiving_streams, hush, say, unheard_stdout
+
+if TYPE_CHECKING:
+    from .training import Training
 
 LONGEST = 900  # characters of an error message, which may quote long input
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by multi-process launchers
@@ -53,6 +56,10 @@ def _command(argv: Sequence[str]) -> int:
         from .terminal.score import main as score
 
         return score(argv[1:])
+    if argv[:1] == ["recommend"]:
+        from .terminal.recommend import main as recommend
+
+        return recommend(argv[1:])
     args = parse(argv)
     try:
         return _print_config(args) if args.print_config else _train(args)
@@ -123,7 +130,8 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
                     run.create(config)  # only once everything has been loaded
                 for metrics in training.epochs():
                     console.epoch(metrics)
-                return _conclude(run, training.stopped)
+            status = _conclude(run, training.stopped)
+            return _recommend(training) if status == FINISHED and config.output.recommend else status
         except (OSError, RewardError) as error:
             raise TrainingError(f"{error}; {_what_is_left(run)}") from error
 
@@ -191,6 +199,22 @@ def _conclude(run: RunFolder, stopped: bool) -> int:
         saved = "everything is saved" if any(run.checkpoints.glob("*")) else "there was nothing to save yet"
         say(f"Stopped; {saved}. Resume with: {_resume_command(run)}")
         return STOPPED
+    return FINISHED
+
+
+def _recommend(training: "Training") -> int:
+    """Find the LoRA to use and its strength, and print what was found."""
+    from .recommend.work import after_training
+    from .terminal.recommend import Progress, command, told
+    from .training import Stopped
+
+    try:
+        with Progress() as progress:
+            found = after_training(training, progress.watch, progress.tell)
+    except Stopped:
+        say(f"Stopped; the training is complete. Go on with: {command(training.run)}")
+        return STOPPED
+    say(f"\n{told(training.run, found)}")
     return FINISHED
 
 

@@ -15,6 +15,7 @@ from comfy_tdpo.rewards import load_reward, load_rewards
 from comfy_tdpo.shapes import WORLD
 
 from .config import TrainConfig
+from .recommend.options import held_out_reward
 from .run import RunFolder
 from .state import Watch
 from .training import Training
@@ -43,6 +44,8 @@ def assemble(
     accelerator = Accelerator(cpu=cpu, log_with=_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
     how = (accelerator.device, config.reward_precision, config.reward_weights)
+    if config.output.recommend:
+        held_out_reward(config)  # rather now than after the training
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.measured}
     guards = {name: load_reward(name, *how) for name in config.guards}

@@ -125,7 +125,20 @@ class Job:
             lora = self.run.latest_lora if self.run.latest_lora.exists() else None
             changes = {"metrics": metrics, "lora": lora, "overoptimised": _since([metrics]), "eta_s": self._eta()}
             self._change("epoch", epoch=int(metrics["epoch"]), **changes)
-        return training.stopped
+        return training.stopped or self._recommend(training)
+
+    def _recommend(self, training: "Training") -> bool:
+        """Find the LoRA to use, if the run asks for that; whether it was stopped meanwhile."""
+        if not self.run.config.output.recommend:
+            return False
+        from .recommend.work import after_training
+        from .training import Stopped
+
+        try:
+            after_training(training, self._watch)
+        except Stopped:
+            return True
+        return False
 
     def _watch(self, phase: str, done: int, total: int) -> None:
         self._change("phase", phase=phase, phase_done=done, phase_total=total)

@@ -122,7 +122,7 @@ class Keeper:
 
     def _keep_lora(self, path: Path) -> None:
         metadata = {
-            "base_model": _model_name(self.config.model),
+            "base_model": model_name(self.config.model),
             "algorithm": self.config.algorithm,
             "reward": self.reward,
             "epoch": str(self.context.epoch),
@@ -141,6 +141,6 @@ def _setting(config: TrainConfig, name: str) -> int | float | str | bool:
     return value if isinstance(value, int | float | str | bool) else str(value)
 
 
-def _model_name(model: str) -> str:
+def model_name(model: str) -> str:
     """A model's name without its folders, which are private."""
     return Path(model).name if Path(model).exists() else model

@@ -59,6 +59,13 @@ class Trainable(Protocol):
         """Write a file for use in other tools; `metadata` goes into its header."""
         ...
 
+    def load_exported(self, weights: dict[str, Tensor], strength: float = 1.0) -> None:
+        """Load the tensors of such a file with `strength` times their effect, which `export` then writes too.
+
+        Raises ValueError if the file belongs to a different model.
+        """
+        ...
+
 
 class DiffusionModel(Protocol):
     """A loaded model of one family, frozen and in evaluation mode.

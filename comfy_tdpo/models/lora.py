@@ -80,13 +80,46 @@ class UNetLora:
         """The LoRA's weights under kohya's names: lora_unet_<path>.lora_down.weight, .lora_up.weight and .alpha."""
         state = {}
         for key, weight in self.state().items():
-            path, matrix, _ = key.rsplit(".", 2)  # down_blocks.0...to_q, lora_A, weight
-            module = f"lora_unet_{path.replace('.', '_')}"
-            direction = {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
+            module, direction = _kohya_name(key)
             state[f"{module}.{direction}.weight"] = weight.detach().float()
             state[f"{module}.alpha"] = torch.tensor(float(self.alpha))
         return state
 
+    def load_exported(self, weights: dict[str, Tensor], strength: float = 1.0) -> None:
+        """Load the `weights` of a file that `export` wrote, with `strength` times their effect.
+
+        lora_B carries the strength, so that `export` then writes it as part of the file.
+
+        Raises:
+            ValueError: the file belongs to a different LoRA.
+        """
+        own = self.kohya_state()
+        for name in sorted(weights.keys() | own.keys()):
+            got, expected = (_described(name, state.get(name)) for state in (weights, own))
+            if got != expected:
+                raise ValueError(
+                    f"got a LoRA file of another model or of other settings: its {name} is {got}, here it is {expected}"
+                )
+        state = {}
+        for key in self.state():
+            module, direction = _kohya_name(key)
+            weight = weights[f"{module}.{direction}.weight"]
+            state[key] = weight * strength if direction == "lora_up" else weight
+        self.load(state)
+
     def export(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the LoRA to `path` in kohya's format; `metadata` goes into the file's header."""
         write_tensors(path, self.kohya_state(), {"format": "pt", **metadata})
+
+
+def _kohya_name(key: str) -> tuple[str, str]:
+    """kohya's module, lora_unet_<path>, and matrix, lora_down or lora_up, of a weight under peft's name."""
+    path, matrix, _ = key.rsplit(".", 2)  # down_blocks.0...to_q, lora_A, weight
+    return f"lora_unet_{path.replace('.', '_')}", {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
+
+
+def _described(name: str, weight: Tensor | None) -> str:
+    """What must be the same in two files: a weight's shape, and the value of an alpha."""
+    if weight is None:
+        return "missing"
+    return f"{weight.item():g}" if name.endswith(".alpha") and weight.ndim == 0 else f"of shape {tuple(weight.shape)}"

@@ -29,6 +29,7 @@ from comfy_tdpo.policy import DiffusionPolicy
 from ...trainer.assemble import DTYPES, assemble, policy_settings
 from ...trainer.config import TrainConfig
 from ...trainer.job import TrainingFactory
+from ...trainer.recommend.options import unseen_prompts
 from ..runs.settings import Wanted
 from .shapes_out import is_shapes
 from .weights_in import check_baked, check_decoder, check_embeds, check_plain
@@ -56,6 +57,11 @@ class Wires:
                     f"got no {name}, as the checkpoint has none; expected one: load it from a separate file"
                 )
         diffusers_config(self.model)
+        if self.model.hook_patches:
+            raise ValueError(
+                "got a MODEL with a LoRA whose strength changes over the sampling steps, which cannot become part of "
+                "the base model; expected none: set blend_over_steps of TDPO LoRA Apply to 'none'"
+            )
         check_plain(self.model.model.diffusion_model)
         return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
 
@@ -65,7 +71,8 @@ class Wires:
         Raises:
             ValueError: the three do not belong together, or weights are not finite.
         """
-        encode, decode = EncodedPrompts(self.clip, prompts, device), ComfyDecoder(self.vae, self.model)
+        more = unseen_prompts(config, prompts, prompts)[0] if config.output.recommend else []
+        encode, decode = EncodedPrompts(self.clip, [*prompts, *more], device), ComfyDecoder(self.vae, self.model)
         expected = diffusers_config(self.model)["cross_attention_dim"]
         if encode.width != expected:
             raise ValueError(

@@ -5,9 +5,12 @@ CONTINUE, NEW, AS_IT_IS = "continue", "new", "as it is"
 RESUME = [CONTINUE, NEW, AS_IT_IS]
 WAIT, BACKGROUND = "wait", "background"
 MODES = [WAIT, BACKGROUND]
-LATEST, BEST_TRAINING, BEST_HELD_OUT, EPOCH = "latest", "best training reward", "best held-out reward", "epoch"
-SNAPSHOTS = [LATEST, BEST_TRAINING, BEST_HELD_OUT, EPOCH]
+LATEST, RECOMMENDED = "latest", "recommended"
+BEST_TRAINING, BEST_HELD_OUT, EPOCH = "best training reward", "best held-out reward", "epoch"
+SNAPSHOTS = [LATEST, RECOMMENDED, BEST_TRAINING, BEST_HELD_OUT, EPOCH]
 NO_FILE = "none"
+NO_BLEND = "none"
+BLENDS = [NO_BLEND, "linear", "power_2", "power_4", "step_0.6"]
 
 
 def check_choice(name: str, value: object, choices: list[str]) -> None:

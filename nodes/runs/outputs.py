@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...trainer.plots.curves import reward_figure
 from ...trainer.run import RunFolder
+from ...trainer.run.loras import read_lora
 from .registry import newest_grid
-from .snapshots import read_lora
 
 
 def lora_weights(run: RunFolder) -> dict[str, Tensor]:

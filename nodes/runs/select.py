@@ -3,9 +3,10 @@
 from ...trainer.alarm import ends_early
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED
+from ...trainer.recommend.files import is_current
 from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
-from .combos import AS_IT_IS, NEW
+from .combos import AS_IT_IS, NEW, RECOMMENDED
 from .names import check_run_name, later_name
 from .registry import Runs
 from .resume import difference
@@ -57,10 +58,13 @@ def is_blank(runs: Runs, run: RunFolder) -> bool:
 
 
 def is_done(run: RunFolder, config: TrainConfig) -> bool:
+    """Whether the run has everything that `config` asks for."""
     if not (run.path / CONFIG).exists():
         return False
     metrics = run.metrics()
-    return len(metrics) >= config.epochs or ends_early(metrics, config)
+    if len(metrics) < config.epochs and not ends_early(metrics, config):
+        return False
+    return not config.output.recommend or is_current(run)
 
 
 def token(runs: Runs, name: str, wait: bool) -> str:
@@ -71,8 +75,11 @@ def token(runs: Runs, name: str, wait: bool) -> str:
     states = []
     number = 1
     while runs.exists(later_name(name, number)):
-        status = runs.status(runs.folder(later_name(name, number)))
+        run = runs.folder(later_name(name, number))
+        status = runs.status(run)
         if not (wait and status["state"] == "finished"):
             states.append(f"{status['id']} {status['state']} {status['epoch']}")
+        if run.recommended_lora.is_file():
+            states.append(f"{status['id']} {RECOMMENDED} {run.recommended_lora.stat().st_mtime_ns}")
         number += 1
     return ", ".join(states)

@@ -1,38 +1,12 @@
-"""Finds the LoRA snapshots of a run and reads their weights, safely even from untrusted files."""
+"""Finds the snapshot of a run that a graph asks for."""
 
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
-
 from ...trainer.metrics import reward_names
+from ...trainer.recommend.files import read_choice
 from ...trainer.run import EpochMetrics, RunFolder
-from ...trainer.run.paths import epoch_in
-from .combos import BEST_TRAINING, EPOCH, LATEST, SNAPSHOTS, check_choice
-
-
-def read_lora(path: Path) -> dict[str, Tensor]:
-    """The weights in a LoRA file.
-
-    Raises:
-        ValueError: it is not a complete safetensors file, or a weight is not finite.
-    """
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"got LoRA file {path.name!r}, which cannot be read ({error}); expected a complete .safetensors file: "
-            "download or save it again, and never use a .pt or .ckpt from somebody you do not trust"
-        ) from error
-    for name, weight in weights.items():
-        if not torch.isfinite(weight.float()).all():
-            raise ValueError(
-                f"got LoRA file {path.name!r}, whose {name} contains NaN or infinity and would turn images black; "
-                "expected finite weights: choose an earlier snapshot or another file"
-            )
-    return weights
+from ...trainer.run.loras import snapshots
+from .combos import BEST_TRAINING, EPOCH, LATEST, RECOMMENDED, SNAPSHOTS, check_choice
 
 
 def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
@@ -44,6 +18,8 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
     check_choice("snapshot", which, SNAPSHOTS)
     if which == LATEST:
         return run.latest_lora if run.latest_lora.is_file() else None
+    if which == RECOMMENDED:
+        return _recommended(run)
     kept = snapshots(run)
     if which == EPOCH:
         if epoch not in kept:
@@ -62,24 +38,20 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
     return kept[best_epoch(list(kept), metrics, f"{kind}/{names[0]}/mean")]
 
 
-def snapshots(run: RunFolder) -> dict[int, Path]:
-    """Epoch -> LoRA file, including the latest."""
-    files = sorted((run.path / "lora").glob("epoch-*.safetensors"))
-    kept = {epoch: path for path in files if (epoch := epoch_in(path)) is not None}
-    if run.latest_lora.is_file():
-        kept.setdefault(epoch_of(run.latest_lora), run.latest_lora)
-    return kept
-
-
-def epoch_of(path: Path) -> int:
-    """The epoch in a LoRA's own metadata."""
-    try:
-        with safe_open(path, "pt") as file:
-            return int((file.metadata() or {})["epoch"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+def _recommended(run: RunFolder) -> Path:
+    if run.recommended_lora.is_file():
+        return run.recommended_lora
+    choice = read_choice(run.recommendation)
+    if choice is not None and choice.get("recommended") is None:
         raise ValueError(
-            f"got LoRA file {path.name!r}, which does not state its epoch; expected a run's LoRA"
-        ) from error
+            f"run {run.path.name!r} has no {RECOMMENDED} LoRA: none of its snapshots gained reward and kept the "
+            "held-out reward of the base model; choose another snapshot, or train with a KL penalty (kl.coefficient in "
+            "settings)"
+        )
+    raise ValueError(
+        f"run {run.path.name!r} has no {RECOMMENDED} LoRA yet; expected a run that looks for one when it finishes: add "
+        "the line output.recommend = true to the settings of TDPO-R Train and queue the graph"
+    )
 
 
 def best_epoch(epochs: list[int], metrics: list[EpochMetrics], key: str) -> int:

@@ -40,6 +40,7 @@ OPTIONS = {
 ADVICE = [
     (r", or python:module:function\b", ""),
     (r" \(--eval-reward none watches none\)", ""),
+    (r"(?:name it|choose another) with --held-out NAME", "connect another reward to held_out"),
     (r"take it out of the rewards\b", "take it out of reward and held_out"),
     (r"\brewards was (?=\{)", "reward was "),
     (r"\brewards\.([\w.-]+)(?=: got )", r"weight of \1"),

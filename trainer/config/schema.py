@@ -62,6 +62,9 @@ class OutputConfig(Section):
     keep_checkpoints: Count = Field(default=2, description="latest checkpoints to keep")
     samples_every: Count = Field(default=5, description="epochs between sample grids and LoRA snapshots")
     grid_images: int = Field(default=16, ge=1, le=256, description="images in a sample grid")
+    recommend: bool = Field(
+        default=False, description="at the end, find the LoRA and the strength to use; see `recommend --help`"
+    )
     trackers: Names = Field(default=[], description="accelerate trackers, such as tensorboard or wandb")
 
 

@@ -5,6 +5,8 @@ grid-prompts.txt               the prompts of a sample grid's images, row by row
 metrics.jsonl                  one line per epoch, appended and flushed
 samples/epoch-0010.png         grid of images with fixed prompts and seeds
 lora/epoch-0010.safetensors    and lora/latest.safetensors
+lora/recommended.safetensors   the LoRA to use, with its strength baked in
+recommendation/                how it was chosen, see trainer/recommend
 checkpoints/epoch-0010/        exact state
 plots/*.png
 """
@@ -28,6 +30,14 @@ class RunPaths:
     @property
     def latest_lora(self) -> Path:
         return self.path / "lora" / "latest.safetensors"
+
+    @property
+    def recommended_lora(self) -> Path:
+        return self.path / "lora" / "recommended.safetensors"
+
+    @property
+    def recommendation(self) -> Path:
+        return self.path / "recommendation"
 
     def lora(self, epoch: int) -> Path:
         return self.path / "lora" / f"{epoch_name(epoch)}.safetensors"

@@ -32,7 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
         "       %(prog)s --resume DIR [--epochs N]",
         description="Align a diffusion model with a reward using TDPO-R (arXiv 2402.08552). "
         "Without arguments, it trains on Shapes, the toy world that ships with the package, in a few minutes.",
-        epilog="To score image files with rewards, see `score --help`.",
+        epilog="To find the LoRA of a run to use, see `recommend --help`; to score image files with rewards, see "
+        "`score --help`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")

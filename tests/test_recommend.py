@@ -1,0 +1,338 @@
+"""Which LoRA of a run is recommended, at which strength, and what is kept of the search."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from toy import Brightness, new_run, toy_config
+
+from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.rollout import Decoder, draw_images
+from comfy_tdpo.trainer.recommend import work
+from comfy_tdpo.trainer.recommend.choice import Outcome, choose, judge
+from comfy_tdpo.trainer.recommend.drawing import draws_of, shown_of
+from comfy_tdpo.trainer.recommend.files import BASE, Cell, Draw, Table, cells_of, is_current
+from comfy_tdpo.trainer.recommend.options import Options, held_out_reward, unseen_prompts
+from comfy_tdpo.trainer.recommend.work import recommend
+
+CPU = torch.device("cpu")
+QUICK = Options(strengths=(0.5, 1.0), images=8)
+
+
+class Held:
+    """A held-out reward of one's own making."""
+
+    name, embed_dim, differentiable = "held", None, True
+
+    def __init__(self, score):
+        self.score = lambda images, prompts: score(images)
+
+    def check_prompts(self, prompts):
+        pass
+
+
+def constant(images):
+    return torch.ones(len(images))
+
+
+@pytest.fixture
+def policy(make_policy):
+    return make_policy(steps=3, seed=1)
+
+
+@pytest.fixture
+def trained(make_policy):
+    """A policy whose LoRA is a random one, drawn for an epoch."""
+
+    def trained(epoch: int):
+        policy = make_policy(steps=3, seed=1)
+        generator = torch.Generator().manual_seed(epoch)
+        for name, parameter in policy.trainable.parameters.items():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 2, generator=generator)
+        return policy
+
+    return trained
+
+
+@pytest.fixture
+def run(tmp_path, trained):
+    """A run with LoRAs of epochs 2 and 3, of which the last is the newest."""
+    run = new_run(tmp_path / "run")
+    run.latest_lora.parent.mkdir()
+    for epoch, files in ((2, [run.lora(2)]), (3, [run.lora(3), run.latest_lora])):
+        for file in files:
+            trained(epoch).trainable.export(file, {"epoch": str(epoch)})
+    return run
+
+
+@pytest.fixture
+def rewards(monkeypatch):
+    """Replace the run's rewards by brightness and a held-out one."""
+
+    def replace(held=constant):
+        rewards = (Brightness(), Held(held))
+        monkeypatch.setattr(work, "_load_rewards", lambda *_: rewards)
+        return rewards
+
+    replace()
+    return replace
+
+
+def table_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run.recommendation / "table.jsonl").read_text().splitlines()]
+
+
+# --- the rule of choice
+
+
+def outcome(training: float, change: float) -> Outcome:
+    return Outcome(Cell(1, training), training, 5 + change, change)
+
+
+def test_the_rule_takes_the_highest_training_reward_of_those_that_keep_the_held_out_one():
+    base = Outcome(BASE, 1.0, 5.0)
+    kept, fell, better_but_fell = outcome(2.0, -0.1), outcome(1.5, 0.3), outcome(3.0, -0.11)
+    assert choose(base, [kept, fell, better_but_fell], allowed=0.1) is kept
+    assert choose(base, [kept, fell, better_but_fell], allowed=0.05) is fell
+    assert choose(base, [outcome(1.0, 0.5), better_but_fell], allowed=0.1) is None, "no better than the base model"
+
+
+def test_the_tolerance_is_in_spreads_of_the_base_and_changes_are_paired():
+    base, held, training = [1.0, 2.0, 4.0, 5.0], [1.0, 1.5, 4.0, 4.5], [2.0, 2.0, 2.0, 2.0]
+    cell = Cell(1, 0.5, digest="x")
+    scores = {BASE: ([1.0] * 4, base), cell: (training, held)}
+    found = judge(("a", "b"), scores, tolerance=0.2, prompts="")
+    assert found.spread == pytest.approx(statistics.stdev(base)) and found.allowed == pytest.approx(0.2 * found.spread)
+    (outcome,) = found.outcomes
+    assert outcome.change == pytest.approx(-0.25)
+    # of the differences 0, -0.5, 0, -0.5 and not of the scores, whose spread is seven times as large
+    assert outcome.error == pytest.approx((4 * 0.25**2 / 3) ** 0.5 / 2)
+    assert found.chosen is outcome, "0.25 is less than 0.2 * 1.83"
+    assert judge(("a", "b"), scores, tolerance=0.1, prompts="").chosen is None
+
+
+# --- strengths
+
+
+def test_every_cell_is_scored_as_the_lora_at_that_strength_to_the_bit(run, rewards, trained):
+    """The base model, a snapshot at half its strength, and one as it was trained, each made by hand."""
+    reward, _ = rewards()
+    recommend(run, QUICK, CPU, trained(9))  # as after a training
+    scored = {(line["epoch"], line["strength"], line["prompt"]): line["scores"] for line in table_of(run)}
+    seen = []
+    for epoch, strength in ((0, 0.0), (2, 0.5), (3, 1.0)):
+        by_hand = trained(max(epoch, 2))
+        for name, parameter in by_hand.trainable.parameters.items():
+            if "lora_B" in name:
+                parameter.data *= strength
+        drawn = [key[2] for key in scored if key[:2] == (epoch, strength)]
+        assert set(drawn) == set(load_prompts("shapes-unseen"))
+        seeds = [(run.config.seed, "recommend", prompt, 0) for prompt in drawn]
+        with torch.no_grad():
+            images = draw_images(Decoder(by_hand, 2), drawn, seeds, 2)
+        expected = dict(zip(drawn, reward.score(images, drawn).tolist(), strict=True))
+        assert expected == {prompt: scored[epoch, strength, prompt]["brightness"] for prompt in drawn}
+        seen.append(statistics.fmean(expected.values()))
+    assert len(set(seen)) == 3, "the LoRAs make a difference"
+
+
+def test_the_noise_is_the_same_for_all(run, policy, rewards, make_policy):
+    """LoRAs without effect draw the base model's images."""
+    still = make_policy(steps=3, seed=1).trainable
+    for epoch in (2, 3):
+        still.export(run.lora(epoch), {"epoch": str(epoch)})
+    still.export(run.latest_lora, {"epoch": "3"})
+    found = recommend(run, QUICK, CPU, policy)
+    assert [outcome.training for outcome in found.outcomes] == [found.base.training] * 4
+    assert found.chosen is None and not run.recommended_lora.exists()
+
+
+def test_what_is_written_is_the_chosen_lora_with_its_strength_baked_in(run, policy, rewards):
+    before = {name: weight.clone() for name, weight in policy.trainable.state().items()}
+    found = recommend(run, QUICK, CPU, policy)
+    best = max([found.base, *found.outcomes], key=lambda outcome: outcome.training)
+    assert found.chosen is best, "the held-out reward is constant, so that all are allowed"
+    cell = best.cell
+    plain, baked = load_file(cell.file), load_file(run.recommended_lora)
+    assert plain.keys() == baked.keys()
+    for name, weight in plain.items():
+        assert torch.equal(baked[name], weight * cell.strength if ".lora_up." in name else weight), name
+    with safe_open(run.recommended_lora, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["epoch"], metadata["strength"]) == (str(cell.epoch), f"{cell.strength:g}")
+    assert (metadata["held_out"], float(metadata["held_out_reward"])) == ("held", 1.0)
+    after = policy.trainable.state()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items()), "the policy is as it was"
+
+
+def test_an_earlier_recommendation_does_not_outlive_a_search_that_finds_none(run, policy, rewards):
+    assert recommend(run, QUICK, CPU, policy).chosen is not None and run.recommended_lora.is_file()
+    rewards(lambda images: -images.mean(dim=(1, 2, 3)))  # it falls whenever brightness rises
+    strict = Options(strengths=(0.5, 1.0), images=8, tolerance=0.0)
+    (run.recommendation / "table.jsonl").unlink()
+    assert recommend(run, strict, CPU, policy).chosen is None
+    assert not run.recommended_lora.exists()
+    assert json.loads((run.recommendation / "choice.json").read_text())["recommended"] is None
+
+
+# --- going on
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_what_was_scored_before_an_interruption_is_not_drawn_again(run, policy, rewards, monkeypatch):
+    seen = []
+
+    def watch(phase, done, total):
+        seen.append((phase, done, total))
+        if done == 10:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        recommend(run, QUICK, CPU, policy, watch=watch)
+    kept = table_of(run)
+    assert len(kept) == 10 and seen[-1] == ("recommending", 10, 40), "batches of 2, the run's micro_batch"
+    with (run.recommendation / "table.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "stre')  # cut off by a power failure
+    seen.clear()
+    found = recommend(run, QUICK, CPU, policy, watch=lambda *progress: seen.append(progress))
+    assert seen[0] == ("recommending", 0, 30) and table_of(run)[:10] == kept and len(table_of(run)) == 40
+    again = recommend(run, QUICK, CPU, policy, watch=lambda *progress: seen.append(progress))
+    assert seen[-1] == ("recommending", 0, 0) and len(table_of(run)) == 40
+    (run.recommendation / "table.jsonl").unlink()
+    whole = recommend(run, QUICK, CPU, policy)
+    assert found == again == whole
+
+
+def test_only_what_is_new_is_drawn(run, policy, rewards):
+    recommend(run, QUICK, CPU, policy)
+    assert is_current(run), "no epoch has finished that was not considered"
+    lines = len(table_of(run))
+    recommend(run, Options(strengths=(0.5, 0.75, 1.0), images=8), CPU, policy)
+    assert len(table_of(run)) == lines + 2 * 8
+    recommend(run, Options(strengths=(0.5, 0.75, 1.0), images=16), CPU, policy)
+    assert len(table_of(run)) == lines + 2 * 8 + 7 * 8
+    policy.trainable.export(run.lora(2), {"epoch": "2"})  # the run went back and trained epoch 2 again
+    recommend(run, Options(strengths=(0.5, 0.75, 1.0), images=16), CPU, policy)
+    assert len(table_of(run)) == lines + 2 * 8 + 7 * 8 + 3 * 16
+    run.append_metrics({"epoch": 1})
+    for epoch in (2, 3, 4):
+        run.append_metrics({"epoch": epoch})
+    assert not is_current(run), "epoch 4 has not been considered"
+
+
+def test_a_run_stopped_in_mid_epoch_has_one_snapshot_more(run, make_policy):
+    assert [cell.label for cell in cells_of(run, [1.0])] == ["base", "epoch 2", "epoch 3"]
+    make_policy(trained=True, seed=1).trainable.export(run.latest_lora, {"epoch": "3"})
+    assert [cell.label for cell in cells_of(run, [1.0])] == ["base", "epoch 2", "epoch 3", "latest"]
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    (tmp_path / "table.jsonl").write_text('{"lora": 3}\n')
+    with pytest.raises(ValueError, match=r"table.jsonl is damaged .*; delete it"):
+        Table(tmp_path)
+
+
+# --- what is drawn
+
+
+def test_images_are_spread_over_the_prompts_each_with_noise_of_its_own():
+    draws = draws_of(["a", "b", "c"], 6)
+    assert draws == [Draw("a", 0), Draw("a", 1), Draw("b", 0), Draw("b", 1), Draw("c", 0), Draw("c", 1)]
+    assert [draw.prompt for draw in draws_of(["a", "b", "c", "d"], 2)] == ["a", "c"]
+    assert shown_of(draws_of(list("abcdefgh"), 16)) == [Draw(prompt, 0) for prompt in "aceg"]
+    assert shown_of(draws_of(["a"], 6)) == [Draw("a", i) for i in range(4)]
+
+
+def test_the_prompts_are_such_as_the_run_has_not_trained_on():
+    config, photos = toy_config(), toy_config(model="somewhere", rewards={"aesthetic": 1.0})
+    assert unseen_prompts(config, load_prompts("shapes"), [])[0] == load_prompts("shapes-unseen")
+    animals = load_prompts("simple-animals")
+    assert unseen_prompts(photos, animals, animals)[0] == load_prompts("unseen-animals")
+    prompts, where = unseen_prompts(photos, ["a", "b"], ["b", "c", "c"])
+    assert prompts == ["c"] and "sample grids" in where
+    prompts, where = unseen_prompts(photos, ["a", "b"], ["b"])
+    assert prompts == ["a", "b"] and "the training prompts" in where
+    prompts, where = unseen_prompts(photos, ["a cat"], [], "complex")
+    assert prompts == load_prompts("complex") and "none of them trained on" in where
+
+
+# --- the held-out reward
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"eval_rewards": ["shapes-gold", "jpeg-compressibility", "shapes-alignment"]}, "jpeg-compressibility"),
+        ({"eval_rewards": ["shapes-judge", "shapes-gold"]}, "shapes-alignment"),
+        (
+            {
+                "rewards": {"shapes-alignment": 1.0, "shapes-aesthetic": 1.0},
+                "eval_rewards": ["shapes-alignment", "hpsv2"],
+            },
+            "hpsv2",
+        ),
+    ],
+)
+def test_the_held_out_reward_is_one_that_only_watches(settings, expected):
+    assert held_out_reward(toy_config(**settings)) == expected
+
+
+@pytest.mark.parametrize("name", ["shapes-gold", "shapes-judge", "shapes-aesthetic", "nothing"])
+def test_what_evaluates_trains_or_does_not_exist_may_not_choose(name):
+    with pytest.raises(ValueError, match=f"got .*'{name}'"):
+        held_out_reward(toy_config(), name)
+
+
+def test_a_run_that_watches_nothing_needs_a_name():
+    config = toy_config(model="somewhere", rewards={"aesthetic": 1.0})
+    with pytest.raises(ValueError, match="no held-out reward which may choose its LoRA.*--held-out NAME"):
+        held_out_reward(config)
+    assert held_out_reward(config, "hpsv2") == "hpsv2"
+
+
+# --- what cannot be recommended
+
+
+@pytest.mark.parametrize(
+    "options", [{"strengths": ()}, {"strengths": (0.5, 0.5)}, {"strengths": (0.0,)}, {"images": 1}, {"tolerance": -1.0}]
+)
+def test_nonsense_is_refused(options):
+    with pytest.raises(ValueError, match="^got .*; expected"):
+        Options(**options)
+
+
+def test_a_run_without_a_lora_and_one_that_trains(run, policy, rewards):
+    other = type(run)(run.path)
+    with other.lock(), pytest.raises(ValueError, match="in use by another process"):
+        recommend(run, QUICK, CPU, policy)
+    for file in run.latest_lora.parent.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="'run', which has no LoRA yet"):
+        recommend(run, QUICK, CPU, policy)
+
+
+def test_a_run_of_a_graph_is_recommended_there(run, rewards):
+    run.write_config(toy_config(model="comfyui:SD15:abc", eval_rewards=["shapes-alignment"]))
+    with pytest.raises(ValueError, match="only exists in its ComfyUI graph; .* output.recommend = true"):
+        recommend(run, QUICK, CPU)
+
+
+# --- pictures
+
+
+def test_the_pictures_have_a_cell_for_each_strength_and_epoch(run, policy, rewards):
+    recommend(run, QUICK, CPU, policy)
+    assert len(list((run.recommendation / "images").iterdir())) == 5 * 4
+    narrow, frontier = (Image.open(run.recommendation / name) for name in ("images.png", "frontier.png"))
+    recommend(run, Options(strengths=(0.25, 0.5, 1.0), images=8), CPU, policy)
+    wide = Image.open(run.recommendation / "images.png")
+    assert wide.width == narrow.width and wide.height > narrow.height
+    assert frontier.width == 1600

@@ -1,0 +1,156 @@
+"""From a run's folder to a recommendation: draw what is missing, choose, and write the results."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from comfy_tdpo import __version__
+from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
+
+from ..config import TrainConfig
+from ..run import RunFolder
+from ..run.files import write_atomically
+from ..run.loras import read_lora
+from ..state import Watch
+from .choice import Outcome, Recommendation, judge
+from .files import FRONTIER, PICTURE, Cell, Table, cells_of, image_file, write_choice
+from .options import Options, held_out_reward, unseen_prompts
+
+if TYPE_CHECKING:
+    from comfy_tdpo.policy import DiffusionPolicy
+
+    from ..training import Training
+
+
+def recommend(
+    run: RunFolder,
+    options: Options,
+    device: torch.device,
+    policy: "DiffusionPolicy | None" = None,
+    check: Callable[[], None] = lambda: None,
+    watch: Watch = lambda phase, done, total: None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Recommendation:
+    """Choose the LoRA of `run` to use and its strength, and write it as lora/recommended.safetensors.
+
+    The run is locked meanwhile. Images that were drawn before are not drawn again.
+
+    Args:
+        policy: of the run, if it is already loaded; its trained weights are restored at the end.
+        check: called between model calls; may raise an exception to stop, and everything drawn so far is kept.
+        watch: sees the progress in images; tell: is told in one line what will be drawn.
+
+    Raises:
+        ValueError: the run has no LoRA, is in use, or cannot be drawn or scored as asked.
+        RewardError: a reward failed.
+    """
+    with run.lock():
+        config = run.config
+        name = held_out_reward(config, options.held_out)
+        prompts, source = unseen_prompts(config, run.prompts(config), run.grid_prompts(config), options.prompts)
+        cells = cells_of(run, options.strengths)
+        tell(f"{len(cells) - 1} LoRAs and the base model, {options.images} images each; prompts: {source}")
+        table = Table(run.recommendation)
+        training, held_out = _load_rewards(config, name, device)
+        for reward in (training, held_out):
+            reward.check_prompts(prompts)
+        policy = policy or _load_policy(config, device)
+        # imports diffusers, which takes seconds; wrong options are reported before
+        from .drawing import Artist, draws_of, shown_of
+
+        draws = draws_of(prompts, options.images)
+        artist = Artist(config, policy, (training, held_out), draws, table, run.recommendation, check, watch)
+        before = {key: weight.detach().clone() for key, weight in policy.trainable.state().items()}
+        try:
+            artist.draw(cells)
+            scores = {cell: _scores(table, cell, draws, training.name, held_out.name) for cell in cells}
+            found = judge((training.name, held_out.name), scores, options.tolerance, source)
+            _write_lora(run, policy, found)
+        finally:
+            policy.trainable.load(before)
+        _draw_pictures(run, found, shown_of(draws))
+        write_choice(run.recommendation, found.plain())
+        return found
+
+
+def _load_rewards(config: TrainConfig, held_out: str, device: torch.device) -> tuple[RewardModel, RewardModel]:
+    how = (device, config.reward_precision, config.reward_weights)
+    return load_rewards(config.rewards, *how, config.reward_scales), load_reward(held_out, *how)
+
+
+def _load_policy(config: TrainConfig, device: torch.device) -> "DiffusionPolicy":
+    if config.model.startswith("comfyui:"):
+        raise ValueError(
+            f"got a run of {config.model!r}, a MODEL that only exists in its ComfyUI graph; expected a model that can "
+            "be loaded: in the graph, add the line output.recommend = true to the settings of TDPO-R Train and queue it"
+        )
+    from ..assemble import load_policy
+
+    return load_policy(config, device)
+
+
+def _scores(table: Table, cell: Cell, draws: list, training: str, held_out: str) -> tuple[list[float], list[float]]:
+    scores = [table.scores(cell, draw) for draw in draws]
+    return [line[training] for line in scores], [line[held_out] for line in scores]
+
+
+def _write_lora(run: RunFolder, policy: "DiffusionPolicy", found: Recommendation) -> None:
+    """Write the chosen LoRA with its strength baked in, or remove an earlier one if none is recommended now."""
+    if found.chosen is None:
+        run.recommended_lora.unlink(missing_ok=True)
+        return
+    cell = found.chosen.cell
+    assert cell.file is not None, "the base model is never chosen"
+    policy.trainable.load_exported(read_lora(cell.file), cell.strength)
+    metadata = _metadata(run.config, found, found.chosen)
+    write_atomically(run.recommended_lora, lambda file: policy.trainable.export(file, metadata))
+
+
+def _metadata(config: TrainConfig, found: Recommendation, chosen: Outcome) -> dict[str, str]:
+    from ..keeping import model_name
+
+    return {
+        "base_model": model_name(config.model),
+        "algorithm": config.algorithm,
+        "reward": found.training,
+        "epoch": str(chosen.cell.epoch),
+        "strength": f"{chosen.cell.strength:g}",
+        "training_reward": f"{chosen.training:.6g}",
+        "held_out": found.held_out,
+        "held_out_reward": f"{chosen.held_out:.6g}",
+        "comfy_tdpo": __version__,
+    }
+
+
+def _draw_pictures(run: RunFolder, found: Recommendation, shown: list) -> None:
+    from ..plots.frontier import frontier_figure
+    from ..plots.strengths import strengths_figure
+
+    folder = run.recommendation
+    write_atomically(folder / FRONTIER, frontier_figure(found).save)
+    files = {
+        outcome.cell: [image_file(folder, outcome.cell, draw) for draw in shown]
+        for outcome in (found.base, *found.outcomes)
+    }
+    write_atomically(folder / PICTURE, strengths_figure(found, files).save)
+
+
+# --- at the end of a training -----------------------------------------------------------------------------------------
+
+
+def after_training(
+    training: "Training", watch: Watch, tell: Callable[[str], None] = lambda text: None
+) -> Recommendation:
+    """What a finished training recommends.
+
+    Raises:
+        Stopped: the training was asked to stop meanwhile; everything drawn so far is kept.
+    """
+    from ..training import Stopped
+
+    def check() -> None:
+        if training.stop.is_set():
+            raise Stopped
+
+    return recommend(training.run, Options(), training.policy.device, training.policy, check, watch, tell)

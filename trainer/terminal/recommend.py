@@ -1,0 +1,211 @@
+"""Recommends a run's LoRA and its strength: `python -m comfy_tdpo.trainer recommend RUN`."""
+
+import argparse
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from comfy_tdpo.rewards import RewardError, reward_names
+from comfy_tdpo.rewards.function import allow_functions
+from comfy_tdpo.user_files import user_path
+
+from ..metrics import columns_of, padded, readable, shortened
+from ..recommend.choice import Outcome, Recommendation
+from ..recommend.files import FRONTIER, PICTURE, TABLE
+from ..recommend.options import IMAGES, STRENGTHS, TOLERANCE, Options
+from ..recommend.work import recommend
+from ..run import RunFolder
+from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
+from .streams import SafeStream, say
+
+RULE = (
+    "The rule: of all snapshots and strengths whose held-out reward is at most --tolerance standard deviations below "
+    "the base model's, and whose training reward is above it, the one with the highest training reward is recommended. "
+    "If there is none, none is recommended. All are drawn from the same noise. What was drawn is kept in the run's "
+    "folder and not drawn again."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
+    allow_functions()  # on the command line, users may name their own functions
+    args = _parser().parse_args(argv)
+    try:
+        run, options = RunFolder.open(args.run), _options(args)
+        from accelerate import Accelerator  # takes seconds to import
+
+        with Progress() as progress:
+            found = recommend(run, options, Accelerator().device, watch=progress.watch, tell=progress.tell)
+    except (ValueError, RewardError, OSError) as error:
+        say(f"comfy_tdpo: {' '.join(str(error).split())}", sys.stderr)
+        return WRONG_INPUT if isinstance(error, ValueError) else FAILED
+    except KeyboardInterrupt:
+        say("comfy_tdpo: stopped; what was scored is saved: run the same command again to go on", sys.stderr)
+        return STOPPED
+    say(told(run, found))
+    return FINISHED
+
+
+def command(run: RunFolder) -> str:
+    """The command that recommends for `run`, or goes on with it."""
+    return shlex.join([sys.executable, "-m", str(__package__).rpartition(".")[0], "recommend", str(run.path)])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; `recommend --help` lists all options\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m comfy_tdpo.trainer recommend",
+        description="Find the LoRA of a run to use, and the strength to use it at, and write it with its strength "
+        "baked in as lora/recommended.safetensors. " + RULE,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=_path, metavar="RUN", help="the folder of the run")
+    parser.add_argument(
+        "--strengths",
+        type=_numbers,
+        default=STRENGTHS,
+        metavar="S,S,...",
+        help=f"strengths to draw every snapshot at (default: {','.join(f'{strength:g}' for strength in STRENGTHS)})",
+    )
+    parser.add_argument(
+        "--held-out",
+        metavar="NAME",
+        help="reward to judge by, which the run must not train on (default: the one that the run watches for "
+        f"overoptimisation, else its first held-out reward that may choose): {', '.join(reward_names())}, or "
+        "python:module:function",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="SET",
+        help="prompt set or file, of prompts that the run has not trained on (default: shapes-unseen for Shapes, "
+        "unseen-animals for simple-animals, else the run's grid prompts, else its training prompts)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, metavar="N", help=f"images per snapshot and strength (default: {IMAGES})"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="X",
+        help="how far the held-out reward may be below the base model's, in standard deviations of the base's images "
+        f"(default: {TOLERANCE:g}, about the standard error of a mean of 90 images)",
+    )
+    return parser
+
+
+def _path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected numbers with commas between them, such as 0.5,0.75,1"
+        ) from None
+
+
+def _options(args: argparse.Namespace) -> Options:
+    return Options(args.strengths, args.prompts, args.held_out, args.images, args.tolerance)
+
+
+class Progress:
+    """Progress in images on stderr: a bar on a terminal, elsewhere a line at every tenth."""
+
+    def __init__(self) -> None:
+        self._stream = SafeStream(sys.stderr)
+        self._bar: tqdm | None = None
+        self._tenths = 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def tell(self, text: str) -> None:
+        print(f"recommending: {text}", file=self._stream, flush=True)
+
+    def watch(self, phase: str, done: int, total: int) -> None:
+        if not self._stream.isatty():
+            tenths = 10 * done // total if total else 0
+            if tenths > self._tenths:
+                self._tenths = tenths
+                print(f"{phase}: {done} of {total} images", file=self._stream, flush=True)
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=phase, unit="image", file=self._stream)
+        self._bar.update(done - self._bar.n)
+
+
+# --- the result as text -----------------------------------------------------------------------------------------------
+
+
+def told(run: RunFolder, found: Recommendation) -> str:
+    """The table, the verdict and the files; at most 100 columns wide except for paths."""
+    verdict = textwrap.fill(_verdict(found), 100, break_on_hyphens=False, break_long_words=False)
+    return "\n\n".join([_table(found), verdict, _files(run, found)])
+
+
+def _table(found: Recommendation) -> str:
+    head = ("LoRA", "strength", shortened(found.training, 28), shortened(found.held_out, 28), "change", "")
+    rows = [head, _row(found.base), *map(_row, found.outcomes)]
+    if found.chosen is not None:
+        at = 2 + found.outcomes.index(found.chosen)
+        rows[at] = (*rows[at][:-1], "recommended")
+    widths = [max(columns_of(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(_line(row, widths).rstrip() for row in rows)
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    change = "-"
+    if not outcome.cell.is_base:
+        size = readable(outcome.change, like=outcome.held_out, sign="+")
+        change = f"{size} ± {readable(outcome.error, like=outcome.held_out)}"
+    strength = "-" if outcome.cell.is_base else f"{outcome.cell.strength:g}"
+    return outcome.cell.label, strength, readable(outcome.training), readable(outcome.held_out), change, ""
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    first, *cells, last = row
+    aligned = [" " * (width - columns_of(cell)) + cell for cell, width in zip(cells, widths[1:-1], strict=True)]
+    return "  ".join([padded(first, widths[0]), *aligned, last])
+
+
+def _verdict(found: Recommendation) -> str:
+    allowed = f"{readable(found.allowed, like=found.base.held_out)} below the base model's"
+    if found.chosen is None:
+        cell = found.nearest.cell
+        return (
+            f"No LoRA is recommended: none has a higher {found.training} than the base model and a {found.held_out} at "
+            f"most {allowed}. The nearest is {cell.label} at strength {cell.strength:g}. Use the base model, try lower "
+            "--strengths, or train with a KL penalty (--kl.coefficient)."
+        )
+    cell = found.chosen.cell
+    return (
+        f"Recommended: {cell.label} at strength {cell.strength:g}, the highest {found.training} among those whose "
+        f"{found.held_out} is at most {allowed}. Prompts: {found.prompts}; ± is the standard error of the change."
+    )
+
+
+def _files(run: RunFolder, found: Recommendation) -> str:
+    folder = run.recommendation.resolve()
+    rows = [("picture", folder / PICTURE), ("frontier", folder / FRONTIER), ("all scores", folder / TABLE)]
+    if found.chosen is not None:
+        rows.insert(0, ("LoRA to use", run.recommended_lora.resolve()))
+    return "\n".join(f"{label:<11}  {path}" for label, path in rows)
