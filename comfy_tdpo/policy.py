@@ -122,15 +122,20 @@ class DiffusionPolicy:
         return self.average.swapped_in() if self.average else nullcontext()
 
     @contextmanager
+    def guided_for_evaluation(self) -> Iterator[None]:
+        """Inside the block, the policy uses `eval_guidance`."""
+        training = self.guidance
+        try:
+            self.guidance = self.eval_guidance
+            yield
+        finally:
+            self.guidance = training
+
+    @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside the block, the policy draws as it is meant to be used: with averaged weights and `eval_guidance`."""
-        training = self.guidance
-        with self.averaged():
-            try:
-                self.guidance = self.eval_guidance
-                yield
-            finally:
-                self.guidance = training
+        with self.averaged(), self.guided_for_evaluation():
+            yield
 
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.

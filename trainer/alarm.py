@@ -58,5 +58,5 @@ def told(run: RunFolder, metrics: list[EpochMetrics], config: TrainConfig) -> st
     return (
         f"Overoptimisation since epoch {alarm.since}: {training} rose while the held-out "
         f"{config.overoptimisation.reward} fell by {size}, seen after epoch {alarm.epoch}). {use} a later LoRA "
-        "at a lower strength."
+        "at a lower strength; `recommend` finds the best."
     )

@@ -101,7 +101,8 @@ class Artist:
         prompts = [draw.prompt for draw in batch]
         seeds = [(self.config.seed, "recommend", draw.prompt, draw.noise) for draw in batch]
         try:
-            images = draw_images(self._decoder, prompts, seeds, len(batch), self.check)
+            with self.policy.guided_for_evaluation():
+                images = draw_images(self._decoder, prompts, seeds, len(batch), self.check)
             scores = {reward.name: score_images(reward, images, prompts).tolist() for reward in self.rewards}
         except Exception as error:
             if not out_of_memory(error):

@@ -56,8 +56,8 @@ class Options:
 def held_out_reward(config: TrainConfig, given: str | None = None) -> str:
     """The name of the reward that a run of `config` is judged by.
 
-    It is the one `given`, else the one whose fall stops the run, else the first that the run only watches, else, for
-    Shapes, one of Shapes.
+    It is the one `given`, else the one that is watched for overoptimisation, else the first other held-out reward,
+    else, for Shapes, one of Shapes.
 
     Raises:
         ValueError: there is none, or the one `given` was trained on or may only evaluate.
@@ -65,8 +65,7 @@ def held_out_reward(config: TrainConfig, given: str | None = None) -> str:
     if given is not None:
         check_held_out(config, given)
         return given
-    stopping = getattr(getattr(config, "overoptimisation", None), "reward", None)
-    watched = [name for name in (stopping, *config.eval_rewards) if name]
+    watched = [name for name in (config.overoptimisation.reward, *config.eval_rewards) if name]
     if is_of_shapes(config):
         watched += [name for name in HELD_OUT_OF_SHAPES if name in reward_names()]
     for name in watched:
@@ -88,7 +87,7 @@ def check_held_out(config: TrainConfig, name: str) -> None:
 def _objection(config: TrainConfig, name: str) -> str:
     if name in config.trained_on:
         return "which the run trains on"
-    if name in getattr(config, "guards", ()):
+    if name in config.guards:
         return "which guards the run's training"
     return "which may only evaluate what was chosen by others" if name in ONLY_EVALUATE else ""
 
