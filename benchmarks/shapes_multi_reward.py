@@ -48,7 +48,13 @@ def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
     rewards = {name: weight for name, weight in zip((A, B), MIXES[mix], strict=True) if weight}
     scales = SCALES if len(rewards) > 1 else {}
     watched = [name for name in WATCHED if len(rewards) > 1 or name not in rewards]
-    overrides = {"rewards": rewards, "reward_scales": scales, "seed": seed, "eval_rewards": watched}
+    overrides = {
+        "algorithm": "tdpo-r",
+        "rewards": rewards,
+        "reward_scales": scales,
+        "seed": seed,
+        "eval_rewards": watched,
+    }
     overrides |= {"epochs": epochs} if epochs else {}
     run = RunFolder(path)
     if (path / "config.toml").exists():
@@ -56,7 +62,9 @@ def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
             raise SystemExit(f"{path} was made with other settings; delete it, or give --runs")
         flags = ["--resume", str(path)]
     else:
-        flags = ["--run-dir", str(path), "--seed", str(seed)] + (["--epochs", str(epochs)] if epochs else [])
+        flags = ["--run-dir", str(path), "--algorithm", "tdpo-r", "--seed", str(seed)] + (
+            ["--epochs", str(epochs)] if epochs else []
+        )
         flags += [flag for name, weight in rewards.items() for flag in ("--reward", f"{name}={weight:g}")]
         flags += [flag for name in watched for flag in ("--eval-reward", name)]
         flags += ["--reward-scales", ",".join(f"{name}={scale}" for name, scale in scales.items())] if scales else []

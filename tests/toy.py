@@ -14,6 +14,7 @@ from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 from comfy_tdpo.trainer.training import Training
 
 SETTINGS = {
+    "algorithm": "tdpo-r",
     "epochs": 3,
     "samples_per_epoch": 8,
     "samples_per_update": 4,
@@ -22,6 +23,7 @@ SETTINGS = {
     "eval_rewards": [],
     "neurons": {"every": 2},
     "moments": {"min_count": 2},
+    "overoptimisation": {"reward": None},
     "output": {"grid_images": 2, "samples_every": 2},
 }
 
