@@ -16,7 +16,7 @@ class NeuronInspector(io.ComfyNode):
             description="Shows the critic's neurons over the epochs: how active each one is, when it was reset, how "
             "many are dormant and how many of those stay dormant.",
             inputs=[
-                Run.Input("run", tooltip="A run of TDPO-R Train whose algorithm has a critic: tdpo-r or tdpo."),
+                Run.Input("run", tooltip="A run of TDPO-R Train whose algorithm has a critic: tdpo-g, tdpo-r or tdpo."),
             ],
             outputs=[
                 io.Image.Output("picture", display_name="picture", tooltip="Each neuron's activation, layer by layer."),

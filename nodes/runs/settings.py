@@ -77,7 +77,8 @@ class Wanted:
             return {}
         if "critic" not in type(config).model_fields or not config.critic.enabled:
             raise ValueError(
-                f"got a critic for {self.algorithm}, which has none; disconnect the critic, or choose tdpo-r or tdpo"
+                f"got a critic for {self.algorithm}, which has none; disconnect the critic, or choose tdpo-g, "
+                "tdpo-r or tdpo"
             )
         resets = config.neurons.reset != "none"  # TDPO is TDPO-R without resets
         return self.critic | {"neurons": self.critic["neurons"] if resets else {}}

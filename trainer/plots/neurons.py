@@ -53,7 +53,9 @@ def _recorded(run: RunFolder) -> tuple[list[EpochMetrics], list[NeuronRecord]]:
     records = read_neurons(run.path, len(metrics))
     if not records:
         reason = "its algorithm has no critic" if run.metrics() else "no epoch has finished"
-        raise ValueError(f"run {run.path.name!r} has no record of neurons: {reason}; expected a run of tdpo-r or tdpo")
+        raise ValueError(
+            f"run {run.path.name!r} has no record of neurons: {reason}; expected a run of tdpo-g, tdpo-r or tdpo"
+        )
     return metrics, records
 
 
