@@ -29,12 +29,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from scipy.stats import t as student
 
+from comfy_tdpo.trainer.alarm import SINCE
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.run import RunFolder
 
 HERE = Path(__file__).parent
 REWARD, GOLD, JUDGE = "shapes-aesthetic", "shapes-gold", "shapes-judge"
-WATCHED = ["shapes-alignment", JUDGE, GOLD]
+WATCHED = [JUDGE, GOLD]
 SMOOTHING = 3  # epochs that a point of a curve is the mean of
 LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
 AT = 1.0  # the level at which the page compares
@@ -53,10 +54,17 @@ class Variant:
 SEEING = {"reads": "clean", "prompt": True, "step": True, "architecture": "standardised", "activation": "relu"}
 SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
 PAPER = {"algorithm": "tdpo-r"}
+GROUPS = {"samples_per_prompt": 4, "moments": {"baseline": "group"}}
+KL_TARGET = {"coefficient": 0.03, "target": 50.0, "controller": "proportional-integral"}
+KL_RESET = {"coefficient": 0.03, "reset_every": 4}
 
 
 def seeing(**more: Any) -> dict[str, Any]:
     return PAPER | {"critic": SEEING} | more
+
+
+def guarded(**more: Any) -> dict[str, Any]:
+    return PAPER | {"guards": ["shapes-alignment"]} | more
 
 
 VARIANTS = {
@@ -64,14 +72,35 @@ VARIANTS = {
     "ddpo-100": Variant("no critic, one update per step", {"algorithm": "ddpo-100"}),
     "tdpo": Variant("the paper's critic", {"algorithm": "tdpo"}),
     "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER),
+    "recipe": Variant("a critic that sees, and a guard", {"algorithm": "tdpo-g"}),
+    # the critic
     "seeing": Variant("TDPO-R whose critic sees", seeing()),
-    "seeing, no reset": Variant("TDPO whose critic sees", seeing(algorithm="tdpo")),
+    "seeing, no reset": Variant("the same without resets", seeing(algorithm="tdpo")),
     "seeing, dormant reset": Variant("the same, dormant neurons reset", seeing(neurons={"reset": "dormant"})),
     "seeing, all reset": Variant("the same, all neurons reset", seeing(neurons={"reset": "all"})),
-    "gae 0.9": Variant("TDPO-R whose critic sees, lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9})),
-    "step-normalised": Variant("TDPO-R, step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
-    "trust-region": Variant("TDPO-R, trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
-    "kl": Variant("TDPO-R, KL in the loss, coefficient 0.03", PAPER | {"kl": {"coefficient": 0.03}}),
+    "gae": Variant("the same with lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9})),
+    # the policy's step
+    "step-normalised": Variant("step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
+    "trust-region": Variant("trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
+    "groups": Variant("4 images a prompt, compared with each other", PAPER | GROUPS),
+    "window": Variant("only the first half of the steps trained", PAPER | {"policy": {"train_until": 0.5}}),
+    "share": Variant("half of the steps trained, drawn anew each epoch", PAPER | {"policy": {"train_share": 0.5}}),
+    "no guidance": Variant("trained without guidance", PAPER | {"guidance": 1.0, "eval_guidance": 3.0}),
+    "average": Variant("average of the LoRA, 0.9", PAPER | {"policy": {"ema": 0.9}}),
+    "cosine": Variant("the learning rate falls by half a cosine", PAPER | {"policy": {"lr_schedule": "cosine"}}),
+    # the KL
+    "kl": Variant("KL in the loss, 0.03 per nat", PAPER | {"kl": {"coefficient": 0.03}}),
+    "kl target": Variant("KL held at 50 nats", PAPER | {"kl": KL_TARGET}),
+    "kl by sigma": Variant(
+        "step-normalised ratio, KL weighted by sigma",
+        PAPER | {"policy": {"objective": "step-normalised"}, "kl": {"coefficient": 0.1, "weighting": "sigma"}},
+    ),
+    "kl reset": Variant("KL whose reference is reset every 4 epochs", PAPER | {"kl": KL_RESET}),
+    # guards
+    "guard": Variant("a guard's falls punished", guarded(guard_penalty=2.0)),
+    "guard, both ways": Variant("and its rises rewarded", guarded(guard_penalty=2.0, guard_credit=True)),
+    "gate": Variant("GARDO's gated KL", guarded(guard_penalty=0.0, kl={"coefficient": 0.3, "gate": True})),
+    "diversity": Variant("advantages that favour diversity", PAPER | GROUPS | {"favour_diversity": True}),
 }
 
 
@@ -113,9 +142,12 @@ def run(name: str, seed: int, runs: Path, out: Path) -> None:
         file.write(json.dumps(line | {"epochs": series(RunFolder.open(path))}) + "\n")
 
 
+NO_PART = {"eval_rewards", "output", "overoptimisation"}  # settings that decide nothing about training
+
+
 def fingerprint(config: TrainConfig) -> str:
     """A digest of the settings that decide a run's results and are not at their defaults, which never change."""
-    values = config.model_dump(mode="json", exclude_defaults=True, exclude={"eval_rewards", "output"})
+    values = config.model_dump(mode="json", exclude_defaults=True, exclude=NO_PART)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -130,11 +162,12 @@ def series(run: RunFolder) -> dict[str, list[float]]:
     names |= {"explained": "critic/explained_variance", "explained_last": "critic/explained_variance_last"}
     names |= {"kl": "kl/nats", "diversity": "diversity", "seconds": "time/epoch_s"}
     metrics = run.metrics()
-    return {
+    found = {
         ours: [round(line[key], 5) for line in metrics]
         for ours, key in names.items()
         if all(key in line for line in metrics)
     }
+    return found | {"alarm": [line["epoch"] for line in metrics if SINCE in line][:1]}
 
 
 def results(out: Path) -> list[dict[str, Any]]:
