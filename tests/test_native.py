@@ -70,7 +70,7 @@ def test_a_blended_lora_grows_from_the_base_over_the_steps(lora_file, schedule):
     """Every step of a real sampling, against the LoRA in the weights at the strength of that step; one pass a step."""
     found = ask("blended", lora_file)
     assert found[f"{schedule}, first step is the base's"] == 0
-    assert found[f"{schedule}, calls"] == 10, "one pass a step, for both halves of the guidance"
+    assert found[f"{schedule}, passes"] == 10, "one pass a step, for both halves of the guidance"
     # float32 of latents up to 15, beyond what 0.15 steps more or less make
     assert all(found[f"{schedule}, step {k}"] <= 5e-5 for k in range(10))
     assert found["difference of base and tuned"] > 0.5 and found["the MODEL afterwards"] == 0
