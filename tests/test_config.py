@@ -31,7 +31,7 @@ TABLE_1 = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", TABLE_1)
 def test_an_algorithm_sets_its_row_of_table_1(algorithm):
     config = make_config("sd14-aesthetic", overrides={"algorithm": algorithm})
     found = (config.policy.lr, config.updates, config.critic.enabled, config.neurons.reset)
@@ -48,12 +48,32 @@ def test_later_layers_win(tmp_path):
     assert config.policy.rank == preset.policy.rank  # a table of the file does not wipe the preset's
 
 
-def test_another_model_than_shapes_begins_from_the_papers_values(tmp_path):
+def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
+    """And of no other algorithm: the paper's, on the same presets, know no guard."""
+    for preset, guard in {"shapes": "shapes-match", "sd15": "clipscore"}.items():
+        config = make_config(preset)
+        assert (config.algorithm, config.guards, config.guard_credit) == ("tdpo-g", [guard], True)
+        assert (config.critic.reads, config.critic.prompt, config.critic.step) == ("clean", True, True)
+        paper = make_config(preset, overrides={"algorithm": "tdpo-r"})
+        assert (paper.guards, paper.critic.reads, paper.critic.architecture) == ([], "noisy", "authors")
+    assert make_config("sd14-aesthetic").algorithm == "tdpo-r"
+
+
+@pytest.mark.parametrize("role", ["rewards", "eval_rewards", "guards"])
+def test_a_role_that_is_given_takes_a_reward_from_the_presets(role):
+    given = {"shapes-match": 1.0} if role == "rewards" else ["shapes-match"]
+    assert make_config("shapes", overrides={role: given}).guards == (["shapes-match"] if role == "guards" else [])
+    given = {"shapes-alignment": 1.0} if role == "rewards" else ["shapes-alignment"]
+    watched = make_config("shapes", overrides={role: given}).overoptimisation.reward
+    assert watched == ("shapes-alignment" if role == "eval_rewards" else None)
+
+
+def test_another_model_than_shapes_begins_from_its_own_preset(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('model = "mine"\n')
     for config in (make_config(overrides={"model": "mine"}), make_config(file=file)):
         assert config.model == "mine"
-        assert (config.policy.lr, config.policy.rank, config.steps, config.resolution) == (1e-4, 4, 50, 512)
+        assert (config.policy.lr, config.policy.rank, config.steps, config.resolution) == (1e-4, 16, 20, 512)
     assert make_config("shapes", overrides={"model": "mine"}).resolution == 64
     assert make_config(file=file, overrides={"model": "shapes"}) == make_config()
 
@@ -103,7 +123,7 @@ def test_every_setting_says_what_it_means():
 
 WRONG = [
     ({"eval_rewards": 5}, "eval_rewards: got 5; expected a list of names"),
-    ({"algorithm": ["tdpo"]}, "got algorithm ['tdpo']; expected one of tdpo-r"),
+    ({"algorithm": ["tdpo"]}, "got algorithm ['tdpo']; expected one of tdpo-g, tdpo-r"),
     ({"kl": {"target": 5.0}}, "kl.target adapts kl.coefficient, which is 0"),
     ({"kl": {"coefficient": 0.1, "target": 5.0, "horizon": 10}}, "kl.horizon 10 is less than"),
     ({"advantage_clip": 5.0}, "advantage_clip is for algorithms without a critic"),
@@ -112,7 +132,7 @@ WRONG = [
     ({"polcy": {}}, "unknown setting 'polcy'"),
     ({"epochs": True}, "epochs: got True; true and false are for switches"),
     ({"policy": {"lr": True}}, "policy.lr: got True; true and false are for switches"),
-    ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-r"),
+    ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-g, tdpo-r"),
     ({"rewards": {"beauty": 1.0}}, "got reward 'beauty'; expected one of"),
     ({"rewards": {"shapes-judge": 0.0}}, "weights of all rewards are 0"),
     ({"epochs": 0}, "epochs: got 0"),

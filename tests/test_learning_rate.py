@@ -54,7 +54,7 @@ def test_each_update_has_its_rate_and_the_epoch_reports_its_last(make_policy, tm
     expected = [LR * factor for factor in by_hand("linear", 2, UPDATES)]
     assert rates == pytest.approx(expected, rel=1e-12)
     assert [line["policy/lr"] for line in metrics] == [rates[5], rates[11]]
-    assert training.method.critic_optimizer.param_groups[0]["lr"] == training.config.critic.lr
+    assert training.method.critic.optimizer.param_groups[0]["lr"] == training.config.critic.lr
 
 
 def test_a_run_made_longer_follows_the_longer_schedule_from_there(make_policy, tmp_path):

@@ -19,8 +19,15 @@ def wanted(**changes) -> Wanted:
 def test_nothing_asked_for_is_the_preset():
     shapes = make_config("shapes", None, {"eval_rewards": [], "model": "comfyui:Test:1"})
     assert wanted().config() == shapes
-    other = make_config("sd14-aesthetic", None, {"eval_rewards": [], "model": "x", "rewards": AESTHETIC.weights})
-    assert wanted(model="x", shapes=False).config() == other
+    other = {"eval_rewards": [], "model": "x", "rewards": AESTHETIC.weights, "overoptimisation": {"reward": None}}
+    assert wanted(model="x", shapes=False).config() == make_config("sd15", None, other)
+
+
+def test_what_is_watched_in_another_model_than_shapes_is_wired():
+    held_out = RewardChoice({"imagereward": 1.0, "pickscore": 1.0})
+    config = wanted(model="x", shapes=False, held_out=held_out).config()
+    assert (config.overoptimisation.reward, config.guards) == ("imagereward", ["clipscore"])
+    assert wanted(held_out=RewardChoice({"shapes-gold": 1.0})).config().overoptimisation.reward == "shapes-alignment"
 
 
 def test_what_is_asked_for_lies_over_the_preset():
@@ -66,7 +73,7 @@ def test_an_epoch_is_two_updates_where_it_can_be(samples, update):
 
 def test_the_critic_is_the_one_wired_in():
     critic = {"critic": PAPER["critic"] | {"lr": 5e-3}, "neurons": PAPER["neurons"] | {"every": 2}}
-    config = wanted(critic=critic).config()
+    config = wanted(critic=critic, algorithm="tdpo-r").config()
     assert (config.critic.lr, config.neurons.every, config.critic.image_size) == (5e-3, 2, 32)
     assert wanted(critic=critic, algorithm="tdpo").config().neurons.reset == "none"
 

@@ -70,7 +70,7 @@ def test_what_is_finished_is_given_again_as_it_would_only_repeat_itself(runs):
         ({"seed": 7}, "seed was 42 and is 7"),
         ({"model": "comfyui:Test:2"}, "model was 'comfyui:Test:1' and is 'comfyui:Test:2'"),
         ({"text": "a blue circle"}, "its prompts were different"),
-        ({"algorithm": "ddpo-100"}, "algorithm was 'tdpo-r' and is 'ddpo-100'"),
+        ({"algorithm": "ddpo-100"}, "algorithm was 'tdpo-g' and is 'ddpo-100'"),
     ],
 )
 def test_other_settings_are_another_run(runs, change, difference):
@@ -168,7 +168,12 @@ def test_a_status_has_what_the_browser_reads(runs):
         "samples_epoch": 2,
         "error": None,
     }
-    expected |= {"reward": "shapes-aesthetic", "eval_rewards": [], "lora": "tdpo/one.safetensors", "eta_s": 0.0}
+    expected |= {
+        "reward": "shapes-aesthetic",
+        "eval_rewards": ["shapes-alignment"],
+        "lora": "tdpo/one.safetensors",
+        "eta_s": 0.0,
+    }
     assert status.items() >= expected.items()
     assert runs.lora_name(runs.find("one")) == "tdpo/one.safetensors"
     assert (runs.loras / "tdpo" / "one.safetensors").read_bytes() == runs.find("one").latest_lora.read_bytes()

@@ -271,7 +271,9 @@ def test_the_prompts_are_such_as_the_run_has_not_trained_on():
     ("settings", "expected"),
     [
         ({"eval_rewards": ["shapes-gold", "jpeg-compressibility", "shapes-alignment"]}, "jpeg-compressibility"),
-        ({"eval_rewards": ["shapes-judge", "shapes-gold"]}, "shapes-alignment"),
+        ({"eval_rewards": ["shapes-judge", "shapes-gold"]}, "shapes-match"),
+        ({"overoptimisation": {"reward": "shapes-alignment"}, "eval_rewards": ["hpsv2"]}, "shapes-alignment"),
+        ({"guards": ["shapes-match"]}, "shapes-alignment"),
         (
             {
                 "rewards": {"shapes-alignment": 1.0, "shapes-aesthetic": 1.0},

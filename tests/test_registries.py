@@ -29,6 +29,7 @@ SETTINGS = {
     "guidance": 1.0,
     "resolution": 8,
     "precision": "fp32",
+    "overoptimisation": {"reward": None},
     "policy": {"lr": 2e-2, "max_grad_norm": 1.0},
     "output": {"grid_images": 1},
 }

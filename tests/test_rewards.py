@@ -273,7 +273,8 @@ def test_the_papers_presets_train_with_small_encoders(small, tmp_path, make_poli
     training = Training(config, policy, reward, held_out, run, Accelerator(cpu=True))
     (metrics,) = training.epochs()
     assert {f"reward/{reward.name}/mean", "eval/imagereward/mean"} <= metrics.keys()
-    assert (training.method.encoder is reward) == config.critic.enabled
+    assert (training.method.critic is not None) == config.critic.enabled
+    assert training.method.critic is None or training.method.critic.encoder is reward
     assert ("critic/loss" in metrics) == config.critic.enabled
 
 
@@ -290,9 +291,9 @@ def test_there_is_one_copy_of_an_encoder(small, tmp_path, name):
     training = assembled(
         tmp_path, rewards=terms, eval_rewards=[name], critic={"encoder": name}, reward_weights={name: small[name]}
     )
-    assert training.method.encoder is training.context.eval_rewards[name]
-    assert training.method.encoder is training.context.reward.parts[0][0]
-    kind = type(training.method.encoder.encoder)
+    assert training.method.critic.encoder is training.context.eval_rewards[name]
+    assert training.method.critic.encoder is training.context.reward.parts[0][0]
+    kind = type(training.method.critic.encoder.encoder)
     assert sum(type(module) is kind for module in modules() - before) == 1
 
 

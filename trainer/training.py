@@ -265,7 +265,8 @@ class Training:
         prompts = self._epoch_prompts(epoch)
         metrics: EpochMetrics = {"epoch": epoch, "reward_queries": epoch * self.config.samples_per_epoch}
         metrics |= reward_metrics(context, batch, prompts)
-        if watched := self.config.overoptimisation.reward:
+        watched = self.config.overoptimisation.reward
+        if watched in batch.eval_rewards:  # a method that samples in its updates may score the training reward alone
             rewards, scores = context.gather(batch.rewards), context.gather(batch.eval_rewards[watched])
             metrics |= self.overoptimisation.end_epoch(epoch, rewards.mean().item(), scores, prompts)
         metrics |= update_metrics(context) | self.method.metrics(batch)
