@@ -7,13 +7,15 @@ from .run import EpochMetrics
 
 
 def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
-    """The rewards in the metrics; kind is "reward" for those trained on, or "eval" for those only tracked."""
+    """The rewards in the metrics; kind is "reward" for those trained on, "guard", or "eval" for those only tracked."""
     keys = [key for key in keys_of(metrics) if key.startswith(f"{kind}/") and key.endswith("/mean")]
     return [key.removeprefix(f"{kind}/").removesuffix("/mean") for key in keys]
 
 
 def role(name: str, config: TrainConfig) -> str:
-    """The role of a tracked reward: a part of the sum that is trained on, or held out."""
+    """The role of a tracked reward: a guard, a part of the sum that is trained on, or held out."""
+    if name in config.guards:
+        return "guard"
     return "part of the sum" if name in config.trained_on else "held out"
 
 

@@ -85,9 +85,13 @@ def reward_figure(metrics: list[EpochMetrics], config: TrainConfig) -> Image.Ima
 
 
 def reward_panels(metrics: list[EpochMetrics], config: TrainConfig) -> list[Panel]:
-    """The training reward, the tracked rewards, the diversity: one panel each, as their units differ."""
+    """The training reward, the guards and held-out rewards, the diversity: one panel each, as their units differ."""
     training = [_training_panel(name) for name in reward_names(metrics, "reward")]
-    tracked = [_tracked_panel(name, role(name, config)) for name in reward_names(metrics, "eval")]
+    tracked = [
+        _tracked_panel(f"{kind}/{name}/mean", name, role(name, config))
+        for kind in ("guard", "eval")
+        for name in reward_names(metrics, kind)
+    ]
     return training + tracked + _diversity_panels(metrics)
 
 
@@ -96,8 +100,8 @@ def _training_panel(name: str) -> Panel:
     return Panel(name, "trained on: mean ± 1 std, and change since epoch 1", (line,), height=2.1)
 
 
-def _tracked_panel(name: str, role: str) -> Panel:
-    return Panel(name, f"{role}: mean, and change since epoch 1", (Line(f"eval/{name}/mean", VERMILION),))
+def _tracked_panel(key: str, name: str, role: str) -> Panel:
+    return Panel(name, f"{role}: mean, and change since epoch 1", (Line(key, VERMILION),))
 
 
 def _diversity_panels(metrics: list[EpochMetrics]) -> list[Panel]:

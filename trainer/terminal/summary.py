@@ -70,7 +70,8 @@ def summary(run: RunFolder) -> str:
     metrics = run.metrics()
     if not metrics:
         return f"No epoch has finished yet in {run.path}."
-    (training,), tracked = _courses(metrics, "reward"), _courses(metrics, "eval")
+    (training,) = _courses(metrics, "reward")
+    tracked = _courses(metrics, "guard") + _courses(metrics, "eval")
     roles = {course.name: role(course.name, run.config) for course in tracked}
     held_out = [course for course in tracked if roles[course.name] == "held out"]
     verdict = textwrap.fill(_verdict(training, held_out, run), COLUMNS, break_on_hyphens=False)
