@@ -16,7 +16,7 @@ from pathlib import Path
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 
-ALGORITHMS = ("tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
+ALGORITHMS = ("tdpo-g", "tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
 REWARD = "reward/shapes-aesthetic"
 WATCHED = ("eval/shapes-judge/mean", "eval/shapes-gold/mean")
 LAST = 3  # epochs whose mean is the end of a run
