@@ -97,11 +97,11 @@ def test_resumed_settings_are_the_runs_own(finished, capsys):
 def test_a_run_whose_configuration_was_edited_says_what_to_put_back(finished, tmp_path, capsys):
     path = shutil.copytree(finished[0], tmp_path / "edited")
     config = (path / "config.toml").read_text()
-    edited = config.replace("guidance = 3.0", "guidance = 4.0").replace("lr = 0.0005", "lr = 0.0006")
+    edited = config.replace("guidance = 3.0", "guidance = 4.0").replace("lr = 0.0008", "lr = 0.0006")
     (path / "config.toml").write_text(edited)
     assert main(["--resume", str(path)]) == 2
     err = capsys.readouterr().err
-    assert "guidance was 3.0 and is 4.0, policy.lr was 0.0005 and is 0.0006; expected the same" in err
+    assert "guidance was 3.0 and is 4.0, policy.lr was 0.0008 and is 0.0006; expected the same" in err
     assert "restore its config.toml, or start a new run" in err
     (path / "config.toml").write_text(edited.replace("lr = 0.0006", "lr = 6.0"))
     assert main(["--resume", str(path)]) == 2
