@@ -401,8 +401,8 @@ def test_two_processes_draw_the_samples_of_one(tmp_path, finished, start):
     assert process.returncode == 0, out
     one, two = RunFolder.open(finished[0]).metrics(), RunFolder.open(path).metrics()
     assert [line["epoch"] for line in two] == [1, 2]
-    names = [name for name in one[0] if name.startswith(("reward/", "eval/"))]
-    assert len(names) == 4
+    names = [name for name in one[0] if name.startswith(("reward/", "eval/", "guard/"))]
+    assert len(names) == 10
     for name in names:  # forwards of one row and of two round differently: float32, through two steps and a decoder
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4), name
 
