@@ -94,8 +94,8 @@ class Algorithm:
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
 
-# tdpo-g is this project's recipe; benchmarks/frontier.md compares it with the others. Those are Table 1 of the paper,
-# and the settings' defaults are the paper's values of TDPO-R.
+# tdpo-g is this project's recipe, see docs/recipe.md. The others are Table 1 of the paper, and the settings' defaults
+# are the paper's values of TDPO-R.
 ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
