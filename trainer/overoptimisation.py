@@ -7,8 +7,7 @@ prompt effects are random. The best linear unbiased levels have a closed form.
 The rule: a run overoptimises if the held-out level, averaged over the latest epochs, is lower than its average over an
 earlier stretch of epochs by more than a number of standard errors and by more than a fraction of the first epoch's
 standard deviation, while the mean training reward is higher than in that stretch. Of all stretches, the one with the
-most standard errors counts. It then has overoptimised since the
-epoch after the stretch, and does so for good.
+most standard errors counts. It then has overoptimised since the epoch after the stretch, and does so for good.
 
 Shapes: E epochs, N samples of an epoch in all processes, P prompts, R stretches.
 """
