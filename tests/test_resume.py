@@ -20,7 +20,9 @@ VARIANTS = {
         "neurons": {"every": 2, "policy_reset": "dormant", "data": "batch"},
         "samples_per_epoch": 4,  # one update per timestep
     },
-    "guards, groups, a reference that moves and a controller": {
+    "guards, groups, a reference that moves, a controller and a trust region": {
+        "policy": {"objective": "trust-region"},
+        "samples_per_epoch": 4,
         "kl": {
             "coefficient": 0.1,
             "target": 1.0,
@@ -37,7 +39,7 @@ VARIANTS = {
     },
     # two epochs, as nothing but what neurons were reset reaches further
     "tdpo-r": {"epochs": 2},
-    "a critic trained on earlier epochs": {
+    "a critic trained on earlier epochs, an average, a schedule and a window": {
         "critic": {
             "reads": "clean",
             "prompt": True,
@@ -47,12 +49,16 @@ VARIANTS = {
             "history": 2,
             "gae_lambda": 0.9,
         },
-        "policy": {"objective": "step-normalised"},
-    },
-    "a trust region": {"policy": {"objective": "trust-region"}, "epochs": 2},
-    "average, schedule and window": {
-        "policy": {"ema": 0.5, "lr_schedule": "cosine", "warmup_updates": 2, "train_until": 0.7, "train_share": 0.5},
+        "policy": {
+            "objective": "step-normalised",
+            "ema": 0.5,
+            "lr_schedule": "cosine",
+            "warmup_updates": 2,
+            "train_until": 0.7,
+            "train_share": 0.5,
+        },
         "neurons": {"every": 1, "policy_reset": "dormant"},
+        "samples_per_epoch": 4,
         "guidance": 1.0,
         "eval_guidance": 3.0,
     },
