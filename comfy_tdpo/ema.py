@@ -8,11 +8,12 @@ The warm-up d_n keeps the untrained weights from dominating the average of a sho
 TensorFlow's ExponentialMovingAverage).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from .swapping import copied, swapped
 
 UPDATES = "updates"  # the name of the count in the saved state; parameters' names contain a dot
 
@@ -22,8 +23,7 @@ class MovingAverage:
 
     def __init__(self, parameters: dict[str, nn.Parameter], rate: float):
         self.parameters, self.rate, self.updates = parameters, rate, 0
-        # float() and detach() return the parameter's own memory where they have nothing to do, so clone
-        self.weights = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+        self.weights = copied(parameters)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -39,21 +39,12 @@ class MovingAverage:
         name = next(name for name, candidate in self.parameters.items() if candidate is parameter)
         self.weights[name].copy_(torch.where(mask, parameter.float(), self.weights[name]))
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def swapped_in(self) -> AbstractContextManager[None]:
         """Inside the block, the parameters hold the average; afterwards, their own values to the last bit.
 
         Before the first update there is nothing to average, so the weights stay: they may have been loaded since.
         """
-        live = {name: parameter.data for name, parameter in self.parameters.items()}
-        try:
-            if self.updates:
-                for name, parameter in self.parameters.items():
-                    parameter.data = self.weights[name].to(parameter.dtype)
-            yield
-        finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = live[name]
+        return swapped(self.parameters, self.weights) if self.updates else nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """The tensors to save in a checkpoint."""

@@ -74,10 +74,15 @@ class TemporalCritic(nn.Module):
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("std", torch.zeros(width))  # zero until inputs have been seen
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it standardises its inputs and has not seen any."""
+        return self.standardised and not self.std.any()
+
     @torch.no_grad()
     def see(self, inputs: Tensor) -> None:
         """Take the moments for standardising from `inputs`, (M, D), unless earlier inputs have set them."""
-        if self.standardised and not self.std.any():
+        if self.needs_moments:
             self.mean.copy_(inputs.mean(0))
             self.std.copy_(inputs.std(0, correction=0).clamp(min=1e-3))
 

@@ -88,7 +88,8 @@ class CriticTraining:
     def predict(self, batch: Trajectories) -> Tensor:
         """The residuals, (N, T), in units of the normalised reward."""
         inputs = self.inputs(batch)
-        self.network.see(self.context.gather(inputs.contiguous()).flatten(0, 1))
+        if self.network.needs_moments:  # gathering an epoch's inputs from all processes is not for every epoch
+            self.network.see(self.context.gather(inputs.contiguous()).flatten(0, 1))
         return self.network(inputs)
 
     # --- its updates

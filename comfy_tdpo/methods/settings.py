@@ -277,11 +277,9 @@ class PolicyGradientSettings(MethodSettings):
             raise ValueError(
                 "kl.target adapts kl.coefficient, which is 0; set kl.coefficient to a starting value above 0"
             )
-        for name in ("target", "reset_above", "reset_every"):
-            if getattr(self.kl, name) is not None and not self.kl.coefficient:
+        for name in ("reset_above", "reset_every", "gate"):
+            if getattr(self.kl, name) and not self.kl.coefficient:
                 raise ValueError(f"kl.{name} needs a KL penalty, but kl.coefficient is 0; set kl.coefficient above 0")
-        if self.kl.gate and not self.kl.coefficient:
-            raise ValueError("kl.gate needs a KL penalty, but kl.coefficient is 0; set kl.coefficient above 0")
         if self.kl.target is not None and (self.kl.reset_above or math.inf) <= self.kl.target:
             raise ValueError(
                 f"kl.reset_above {self.kl.reset_above:g} is not above kl.target {self.kl.target:g}, so the target "

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from comfy_tdpo.prompts import load_prompts
-from comfy_tdpo.rewards import check_reward, reward_names
+from comfy_tdpo.rewards import check_reward
 
 from ..config import TrainConfig
 
@@ -13,7 +13,7 @@ IMAGES = 88  # a mean's standard error is then a tenth of the spread; 16 times 8
 TOLERANCE = 0.1
 ONLY_EVALUATE = ("shapes-gold", "shapes-judge")  # what evaluates must not have been used to choose
 SHAPES = "shapes-"  # how the rewards of the embedded world begin
-HELD_OUT_OF_SHAPES = ("shapes-match", "shapes-alignment")  # the first one that exists and is not trained on
+HELD_OUT_OF_SHAPES = ("shapes-match", "shapes-alignment")  # the first one without another role
 LARGEST = 10.0  # strength, as in LoRA Apply
 MOST = 4096  # images
 
@@ -67,7 +67,7 @@ def held_out_reward(config: TrainConfig, given: str | None = None) -> str:
         return given
     watched = [name for name in (config.overoptimisation.reward, *config.eval_rewards) if name]
     if is_of_shapes(config):
-        watched += [name for name in HELD_OUT_OF_SHAPES if name in reward_names()]
+        watched += HELD_OUT_OF_SHAPES
     for name in watched:
         if not _objection(config, name):
             return name

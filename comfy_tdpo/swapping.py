@@ -1,0 +1,25 @@
+"""Copies of trained weights, and networks that hold such a copy for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+def copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """A float32 copy of `parameters`, by name, on their device."""
+    # float() and detach() return the parameter's own memory where they have nothing to do, so clone
+    return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+
+@contextmanager
+def swapped(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the block, `parameters` hold `weights`; afterwards, their own values to the last bit."""
+    live = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(parameter.dtype)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = live[name]
