@@ -98,7 +98,7 @@ def measure(
         noise = draw_noise(policy, [("benchmark", row) for row in range(size)])
         latents, log_probs, _, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
         decode, count = Decoder(policy, DECODE_BATCH), size * len(policy.process)
-        _, decoding = timed(lambda: decode(latents[:, :-1].flatten(0, 1), read=lambda images: images[:, :, 0, 0]))
+        _, decoding = timed(lambda: decode(latents[:, :-1].flatten(0, 1), read=lambda images, rows: images[:, :, 0, 0]))
         images = decode(latents[:1, -1]).expand(DECODE_BATCH, -1, -1, -1)
         _, encoding = timed(lambda: [encoder(images[: count - begin]) for begin in range(0, count, DECODE_BATCH)])
     drift, training = timed(lambda: train(policy, latents, log_probs, train_steps))

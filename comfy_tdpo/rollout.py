@@ -28,6 +28,8 @@ class Trajectories:
     kl (B, T): nats against the reference, see `denoise`.
     rewards (B,); eval_rewards, guard_rewards: name -> (B,).
     image_embeds (B, T, D): what the critic reads at each step, see `Sampler`; None without a critic.
+    step_scores (B, T, 1 + G): of what the critic reads at each step, by the training reward and each of G guards; None
+    unless the critic reads them.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
     """
 
@@ -37,6 +39,7 @@ class Trajectories:
     kl: Tensor
     rewards: Tensor
     image_embeds: Tensor | None = None
+    step_scores: Tensor | None = None
     final_embeds: Tensor | None = None
     eval_rewards: dict[str, Tensor] = field(default_factory=dict)
     guard_rewards: dict[str, Tensor] = field(default_factory=dict)
@@ -70,19 +73,19 @@ class Decoder:
         self,
         latents: Tensor,
         image_size: int | None = None,
-        read: Callable[[Tensor], Tensor] = lambda images: images,
+        read: Callable[[Tensor, slice], Tensor] = lambda images, rows: images,
         check: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Decode latents (B, C, H, W) to images (B, 3, h, w) and return what `read` makes of them, batch by batch.
 
-        `check` is called before each batch.
+        `read` is given the images and which rows of `latents` they are. `check` is called before each batch.
         """
         parts, begin = [], 0
         while begin < len(latents):
             check()
             rows = slice(begin, begin + self.batch)
             try:
-                parts.append(read(self.policy.decode(latents[rows], image_size)))
+                parts.append(read(self.policy.decode(latents[rows], image_size), rows))
                 begin += self.batch
             except Exception as error:
                 if not out_of_memory(error):
@@ -105,6 +108,7 @@ class Sampler:
         embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
         embed_image_size: pixels at which intermediate latents are decoded for the critic, or None for full size.
         embed_clean: whether the critic reads, at each step, the predicted clean latent instead of the noisy x_k.
+        score_steps: whether the training reward and the guards score what the critic reads.
         kl: what Trajectories.kl holds, see `denoise`.
         check: called between model calls; may raise an exception to stop.
     """
@@ -115,6 +119,7 @@ class Sampler:
     embed: Callable[[Tensor], Tensor] | None = None
     embed_image_size: int | None = None
     embed_clean: bool = False
+    score_steps: bool = False
     kl: str = "none"
     check: Callable[[], None] = lambda: None
     guards: dict[str, RewardModel] = field(default_factory=dict)
@@ -124,24 +129,37 @@ class Sampler:
         policy = self.decoder.policy
         path = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
         images = self.decoder(path.latents[:, -1], check=self.check)
+        embeds, scores = self._look(path.clean if self.embed_clean else path.latents[:, :-1], prompts)
         return Trajectories(
             prompts=prompts,
             latents=path.latents,
             log_probs=path.log_probs,
             kl=path.kl,
             rewards=score_images(self.reward, images, prompts),
-            image_embeds=self._embed(path.clean if self.embed_clean else path.latents[:, :-1]),
+            image_embeds=embeds,
+            step_scores=scores,
             final_embeds=None if self.reward.embed_dim is None else self.reward.embed(images).float(),
             eval_rewards={name: score_images(model, images, prompts) for name, model in self.eval_rewards.items()},
             guard_rewards={name: score_images(model, images, prompts) for name, model in self.guards.items()},
         )
 
-    def _embed(self, latents: Tensor) -> Tensor | None:
-        """Unit embeddings (B, T, D) of the decoded latents, (B, T, C, H, W)."""
+    def _look(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Unit embeddings (B, T, D) and scores (B, T, 1 + G) of the decoded latents, (B, T, C, H, W)."""
         if self.embed is None:
-            return None
-        embeds = self.decoder(latents.flatten(0, 1), self.embed_image_size, self.embed, self.check)
-        return embeds.float().unflatten(0, latents.shape[:2])
+            return None, None
+        embed, judges = self.embed, [self.reward, *self.guards.values()] if self.score_steps else []
+        steps = latents.shape[1]
+        of_each = [prompt for prompt in prompts for _ in range(steps)]
+
+        def read(images: Tensor, rows: slice) -> Tensor:
+            scores = [score_images(judge, images, of_each[rows]) for judge in judges]
+            return torch.cat([embed(images).float(), *(column[:, None] for column in scores)], dim=1)
+
+        found = self.decoder(latents.flatten(0, 1), self.embed_image_size, read, self.check)
+        found = found.unflatten(0, (len(latents), steps))
+        if not judges:
+            return found, None
+        return found[..., : -len(judges)].contiguous(), found[..., -len(judges) :].contiguous()
 
 
 def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:

@@ -40,7 +40,7 @@ def test_moments_against_the_whole_history():
     moments, history = RewardMoments(), {}
     for prompts, rewards in random_epochs(40):
         expected = normalized_by_hand(history, prompts, rewards.tolist())
-        got = moments.normalize(prompts, rewards)
+        got = moments.add(prompts, rewards)(rewards)
         assert got.dtype == torch.float32
         assert got.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)  # computed in float64, stored in float32
     counts = {prompt: len(values) for prompt, values in history.items()}
@@ -51,36 +51,40 @@ def test_moments_against_the_whole_history():
 def test_the_buffer_takes_the_new_rewards_in_first(buffer_size, min_count):
     moments = RewardMoments(buffer_size, min_count)
     rewards = torch.arange(float(min_count))
-    got = moments.normalize(["a cat"] * min_count, rewards)
+    got = moments.add(["a cat"] * min_count, rewards)(rewards)
     expected = (rewards.numpy() - rewards.numpy().mean()) / rewards.numpy().std()
     assert got.tolist() == pytest.approx(expected.tolist(), rel=3e-6)  # the 1e-6 beside a standard deviation near 1
-    one_more = moments.normalize(["a cat"], torch.tensor([100.0])).item()
+    outlier = torch.tensor([100.0])
+    one_more = moments.add(["a cat"], outlier)(outlier).item()
     # one reward alone is its batch's mean; against a buffer that lacks it, it would be 24 deviations out
     assert 1 < one_more < 5
-    moments.normalize(["a cat"] * buffer_size, torch.full((buffer_size,), 7.0))
+    moments.add(["a cat"] * buffer_size, torch.full((buffer_size,), 7.0))
     assert moments.state_dict() == {"a cat": [7.0] * buffer_size}
 
 
 def test_equal_rewards_are_not_divided_by_zero():
-    got = RewardMoments().normalize(["a cat"] * 20, torch.full((20,), 5.0))
-    assert torch.equal(got, torch.zeros(20))
+    rewards = torch.full((20,), 5.0)
+    assert torch.equal(RewardMoments().add(["a cat"] * 20, rewards)(rewards), torch.zeros(20))
 
 
 def test_prompts_and_rewards_must_match():
     with pytest.raises(ValueError):
-        RewardMoments().normalize(["a cat"], torch.zeros(2))
+        RewardMoments().add(["a cat"], torch.zeros(2))
 
 
 def test_moments_go_through_json_without_loss():
     epochs = random_epochs(30)
     original = RewardMoments()
     for prompts, rewards in epochs[:15]:
-        original.normalize(prompts, rewards / 3)
+        original.add(prompts, rewards / 3)
     restored = RewardMoments()
     restored.load_state_dict(json.loads(json.dumps(original.state_dict())))
     assert restored.state_dict() == original.state_dict()
     for prompts, rewards in epochs[15:]:
-        assert torch.equal(restored.normalize(prompts, rewards), original.normalize(prompts, rewards))
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(restored.add(prompts, rewards), original.add(prompts, rewards), strict=True)
+        )
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.5])

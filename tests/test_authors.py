@@ -285,7 +285,8 @@ def test_rewards_are_normalised_by_prompt_as_theirs():
     case = REWARDS["moments"]
     moments = RewardMoments(case["buffer_size"], case["min_count"])
     for batch in case["batches"]:
-        ours = moments.normalize([str(prompt) for prompt in batch["prompts"]], torch.tensor(batch["rewards"]))
+        rewards = torch.tensor(batch["rewards"])
+        ours = moments.add([str(prompt) for prompt in batch["prompts"]], rewards)(rewards)
         # theirs takes means of float32 rewards of about 5 and divides their differences by standard deviations
         torch.testing.assert_close(ours, torch.tensor(batch["normalised"]), rtol=1e-5, atol=1e-5)
     kept = {prompt: pytest.approx(buffer) for prompt, buffer in case["buffers"].items()}

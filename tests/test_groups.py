@@ -15,29 +15,31 @@ def test_the_baseline_is_the_mean_of_the_others():
     for first in (0, 3):
         group = rewards[first : first + 3].tolist()
         expected += [own - statistics.fmean(group[:i] + group[i + 1 :]) for i, own in enumerate(group)]
-    assert groups.normalize(rewards, 3, "none").tolist() == pytest.approx(expected, rel=1e-6)  # float32
+    assert groups.standard(rewards, 3, "none")(rewards).tolist() == pytest.approx(expected, rel=1e-6)  # float32
 
 
 def test_two_samples_are_two_of_their_groups_deviations_apart():
     """R - mean is plus or minus one deviation in a pair; leaving the sample itself out doubles it."""
-    got = groups.normalize(torch.tensor([3.0, 1.0, 100.0, 107.0]), 2, "group")
+    rewards = torch.tensor([3.0, 1.0, 100.0, 107.0])
+    got = groups.standard(rewards, 2, "group")(rewards)
     assert got.tolist() == pytest.approx([2, -2, -2, 2], rel=2e-6)  # the 1e-6 beside deviations of 1 and 3.5
 
 
 def test_the_batchs_deviation_is_that_of_all_rewards():
     rewards = torch.tensor([3.0, 1.0, 10.0, 12.0])
     expected = [value / statistics.pstdev(rewards.tolist()) for value in (2, -2, -2, 2)]
-    assert groups.normalize(rewards, 2, "batch").tolist() == pytest.approx(expected, rel=1e-6)
+    assert groups.standard(rewards, 2, "batch")(rewards).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("std", ["batch", "group", "none"])
 def test_groups_sum_to_zero_and_equal_rewards_give_zero(std, generator):
     rewards = torch.randn(12, generator=generator)
     rewards[4:8] = 0.1  # not a number that binary fractions can tell exactly
-    got = groups.normalize(rewards, 4, std)
+    got = groups.standard(rewards, 4, std)(rewards)
     assert torch.equal(got[4:8], torch.zeros(4))
     assert got.unflatten(0, (3, 4)).sum(1).tolist() == pytest.approx([0, 0, 0], abs=1e-5)  # float32, below 10
-    assert torch.equal(groups.normalize(torch.full((12,), 0.1), 4, std), torch.zeros(12))
+    equal = torch.full((12,), 0.1)
+    assert torch.equal(groups.standard(equal, 4, std)(equal), torch.zeros(12))
 
 
 def test_the_mean_of_the_others_leaves_the_gradient_unbiased():

@@ -47,8 +47,10 @@ VARIANTS = {
             "architecture": "standardised",
             "activation": "relu",
             "history": 2,
+            "scores": True,
             "gae_lambda": 0.9,
         },
+        "guards": ["shapes-alignment"],
         "policy": {
             "objective": "step-normalised",
             "ema": 0.5,

@@ -4,9 +4,22 @@ Shapes: B samples, T denoising steps. With several processes, every tensor here 
 """
 
 from collections import deque
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Standard(NamedTuple):
+    """What each sample's reward is compared with and divided by, (B,) float64 each."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """`scores`, (B, ...), normalised; float32."""
+        shape = (-1, *[1] * (scores.ndim - 1))
+        return ((scores.double() - self.mean.view(shape)) / self.std.view(shape)).float()
 
 
 class RewardMoments:
@@ -20,14 +33,14 @@ class RewardMoments:
         self.buffer_size, self.min_count = buffer_size, min_count
         self._buffers: dict[str, deque[float]] = {}
 
-    def normalize(self, prompts: list[str], rewards: Tensor) -> Tensor:
-        """Add `rewards`, (B,), to the buffers and return them normalised, (B,) float32 on the same device."""
+    def add(self, prompts: list[str], rewards: Tensor) -> Standard:
+        """Add `rewards`, (B,), to the buffers and return what they are normalised by."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
         batch = _moments(rewards.tolist())
         moments = {prompt: self._prompt_moments(prompt) or batch for prompt in set(prompts)}
         mean, std = torch.tensor([moments[prompt] for prompt in prompts], dtype=torch.float64).unbind(1)
-        return ((rewards.cpu().double() - mean) / (std + 1e-6)).float().to(rewards.device)
+        return Standard(mean.to(rewards.device), (std + 1e-6).to(rewards.device))
 
     def _prompt_moments(self, prompt: str) -> tuple[float, float] | None:
         buffer = self._buffers[prompt]
@@ -74,16 +87,18 @@ def temporal_rewards(
     trained: Tensor | slice = slice(None),
     gamma: float = 1.0,
     gae_lambda: float = 1.0,
+    known: Tensor | slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """T_k = G_k - R_phi(x_k, c) of Eq. 6, normalised over all samples and `trained` steps, (B, T), and the std divided
     by.
 
-    trained: which steps are trained, bool (T,). The critic never learns the residuals of the others.
-    gae_lambda: 1 for T_k as in the paper, less for generalised advantage estimation.
+    trained: which steps are trained, bool (T,).
+    gae_lambda: 1 for T_k as in the paper, less for generalised advantage estimation, over the steps `known` to the
+    critic, bool (T,).
     """
     raw = returns - residuals
     if gae_lambda < 1:
-        raw[:, trained] = generalised_advantages(raw[:, trained], gamma, gae_lambda)
+        raw[:, known] = generalised_advantages(raw[:, known], gamma, gae_lambda)
     counting = raw[:, trained].contiguous()  # indexing may transpose it, and sums depend on the order
     std = counting.std(correction=0) + 1e-8
     return (raw - counting.mean()) / std, std

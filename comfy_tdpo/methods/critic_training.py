@@ -1,7 +1,7 @@
 """The temporal critic in a run: what it reads, its predictions and its updates.
 
 Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, E
-embedding width, P width of a prompt's summary, D width of the critic's input.
+embedding width, P width of a prompt's summary, D width of the critic's input, S scores of each step.
 """
 
 import logging
@@ -17,11 +17,12 @@ from ..rollout import Trajectories
 from . import Metrics, TensorGroup, objectives
 from .context import Context
 from .critic import TemporalCritic
-from .window import window
+from .step_regression import StepRegression
 
 logger = logging.getLogger(__name__)
 
-HISTORY = ("image_embeds", "summaries", "returns")  # what is kept of an epoch: (N, T, E), (N, P) and (N, T)
+# What is kept of an epoch: (N, T, E), (N, P), (N, T, S) and (N, T). S is 0 for a critic that reads no scores.
+HISTORY = ("image_embeds", "summaries", "scores", "returns")
 THIRDS = ("first", "middle", "last")
 
 
@@ -30,6 +31,8 @@ class CriticTraining:
 
     encoder: the reward whose image encoder the critic uses; network, optimizer: the critic itself.
     history: HISTORY of the latest epochs, of all processes, oldest first; empty if the critic is trained by Eq. 9-10.
+    regression: what the scores alone predict, a linear function for each step; the network adds to it. None until it
+    has been fitted, and for a critic that reads no scores.
     """
 
     def __init__(self, context: Context):
@@ -44,6 +47,7 @@ class CriticTraining:
         ).to(self.policy.device)
         self.optimizer = adamw(list(self.network.parameters()), self.config)
         self.history: list[TensorGroup] = []
+        self.regression: StepRegression | None = None
 
     def _encoder(self) -> RewardModel:
         config, name = self.context.config, self.config.encoder
@@ -85,12 +89,22 @@ class CriticTraining:
             parts.append(torch.eye(steps, device=image_embeds.device).expand(count, -1, -1))
         return torch.cat(parts, dim=-1)
 
-    def predict(self, batch: Trajectories) -> Tensor:
-        """The residuals, (N, T), in units of the normalised reward."""
+    def predict(self, batch: Trajectories, scores: Tensor | None = None) -> Tensor:
+        """The residuals, (N, T), in units of the normalised reward; scores: (N, T, S), for a critic that reads
+        them."""
         inputs = self.inputs(batch)
         if self.network.needs_moments:  # gathering an epoch's inputs from all processes is not for every epoch
             self.network.see(self.context.gather(inputs.contiguous()).flatten(0, 1))
-        return self.network(inputs)
+        return self.network(inputs) + (0 if self.regression is None else self.regression(scores))
+
+    @property
+    def gae_lambda(self) -> float:
+        """Lambda of this epoch: 1 as long as a critic that learns at the end of an epoch has learned nothing."""
+        return 1.0 if self.config.history and not self.history else self.config.gae_lambda
+
+    def known(self, trained: Tensor) -> Tensor:
+        """The steps whose residuals it learns, bool (T,), if the policy trains on `trained`, bool (T,)."""
+        return torch.ones_like(trained) if self.config.history else trained
 
     # --- its updates
 
@@ -117,12 +131,18 @@ class CriticTraining:
         if not self.config.history:
             return
         assert batch.image_embeds is not None
-        kept = (batch.image_embeds, self._summaries(batch), targets["returns"])
+        returns = targets["returns"]
+        scores = targets.get("scores", returns.new_zeros(*returns.shape, 0))
+        kept = (batch.image_embeds, self._summaries(batch), scores, returns)
         gathered = [self.context.gather(tensor.contiguous()) for tensor in kept]
         self.history = [*self.history, dict(zip(HISTORY, gathered, strict=True))][-self.config.history :]
-        trained = window(self.context.config.policy, self.policy.process.stochastic)
-        inputs = torch.cat([self._of(epoch)[:, trained].flatten(0, 1) for epoch in self.history])
-        returns = torch.cat([epoch["returns"][:, trained].flatten() for epoch in self.history])
+        inputs = torch.cat([self._of(epoch).flatten(0, 1) for epoch in self.history])
+        returns = torch.cat([epoch["returns"] for epoch in self.history])
+        if self.config.scores:
+            scores = torch.cat([epoch["scores"] for epoch in self.history])
+            self.regression = StepRegression.fit(scores, returns)
+            returns = returns - self.regression(scores)
+        returns = returns.flatten()
         draw = generator_at(self.context.config.seed, "regression", self.context.epoch + 1)
         with torch.enable_grad():
             for _ in range(self.config.passes):
@@ -152,7 +172,8 @@ class CriticTraining:
         named = dict(self.network.named_parameters())
         history = {f"{name}.{i}": epoch[name] for i, epoch in enumerate(self.history) for name in HISTORY}
         groups = {"critic": self.network.state_dict(), "critic_optimizer": optimizer_tensors(self.optimizer, named)}
-        return groups | ({"critic_history": history} if history else {})
+        groups |= {"critic_history": history} if history else {}
+        return groups | ({"critic_regression": vars(self.regression)} if self.regression else {})
 
     def load_state(self, tensors: dict[str, TensorGroup]) -> None:
         self.network.load_state_dict(tensors["critic"])
@@ -160,3 +181,5 @@ class CriticTraining:
         load_optimizer_tensors(self.optimizer, named, tensors["critic_optimizer"])
         kept = tensors.get("critic_history", {})
         self.history = [{name: kept[f"{name}.{i}"] for name in HISTORY} for i in range(len(kept) // len(HISTORY))]
+        fitted = tensors.get("critic_regression")
+        self.regression = StepRegression(**fitted) if fitted else None

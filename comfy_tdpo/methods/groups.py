@@ -10,6 +10,8 @@ Shapes: B samples of all processes, in B / K groups; D embedding width.
 import torch
 from torch import Tensor
 
+from .advantages import Standard
+
 
 def leave_one_out(values: Tensor, size: int) -> Tensor:
     """Each value minus the mean of the other `size` - 1 of its group, (B,) float64."""
@@ -17,19 +19,19 @@ def leave_one_out(values: Tensor, size: int) -> Tensor:
     return (size / (size - 1) * (groups - groups.mean(1, keepdim=True))).flatten()
 
 
-def normalize(rewards: Tensor, size: int, std: str) -> Tensor:
-    """Rewards minus the mean of the others in their group, in units of a standard deviation, (B,) float32.
+def standard(rewards: Tensor, size: int, std: str) -> Standard:
+    """What rewards, (B,), are normalised by: the mean of the others in their group, and a standard deviation.
 
     std: "batch" for that of all rewards (Flow-GRPO, arXiv 2505.05470), "group" for that of the sample's own group
     (GRPO, arXiv 2402.03300), "none" for no division.
     """
-    centred = leave_one_out(rewards, size)
+    rewards = rewards.double()
+    deviation = torch.ones_like(rewards)
     if std == "batch":
-        centred = centred / (rewards.double().std(correction=0) + 1e-6)
+        deviation = (rewards.std(correction=0) + 1e-6).expand_as(rewards)
     elif std == "group":
-        deviations = rewards.double().unflatten(0, (-1, size)).std(1, correction=0)
-        centred = centred / (deviations.repeat_interleave(size) + 1e-6)
-    return centred.float()
+        deviation = rewards.unflatten(0, (-1, size)).std(1, correction=0).repeat_interleave(size) + 1e-6
+    return Standard(rewards - leave_one_out(rewards, size), deviation)
 
 
 def diversity_factors(embeds: Tensor, size: int) -> Tensor:

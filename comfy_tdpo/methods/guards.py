@@ -92,10 +92,10 @@ class Level:
         return cls(mean, std, {prompt: fmean(found) for prompt, found in values.items()})
 
     def fall(self, prompts: list[str], scores: Tensor, both_ways: bool) -> Tensor:
-        """How far each score is below its prompt's level, or below the overall mean for a prompt that was not drawn,
-        (B,) float64 in standard deviations; for scores above it 0, or with `both_ways` a negative fall."""
-        levels = [self.prompts.get(prompt, self.mean) for prompt in prompts]
-        below = torch.tensor(levels, dtype=torch.float64, device=scores.device) - scores.double()
+        """How far each score, (B, ...), is below its prompt's level, or below the overall mean for a prompt that was
+        not drawn, float64 in standard deviations; for scores above it 0, or with `both_ways` a negative fall."""
+        levels = torch.tensor([self.prompts.get(prompt, self.mean) for prompt in prompts], dtype=torch.float64)
+        below = levels.to(scores.device).view(-1, *[1] * (scores.ndim - 1)) - scores.double()
         return (below if both_ways else below.clamp(min=0)) / (self.std + 1e-6)
 
 
@@ -110,14 +110,14 @@ class GuardLevels:
         self.levels: dict[str, Level] = {}
 
     def fall(self, prompts: list[str], guards: Scores) -> Tensor:
-        """The sum over the guards of how far each sample is below its level, (B,) float64 in standard deviations.
+        """How far each guard's scores, (B, ...), are below their levels, (B, ..., G) float64 in standard deviations.
 
-        The first call, in the first epoch, sets the levels.
+        The first call, in the first epoch, sets the levels; its scores must be (B,).
         """
         if not self.levels:
             self.levels = {name: Level.of(prompts, scores) for name, scores in guards.items()}
         falls = [self.levels[name].fall(prompts, scores, self.both_ways) for name, scores in guards.items()]
-        return torch.stack(falls).sum(0)
+        return torch.stack(falls, dim=-1)
 
     def state(self) -> dict[str, Any]:
         return {name: vars(level) for name, level in self.levels.items()}

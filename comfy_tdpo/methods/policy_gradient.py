@@ -20,7 +20,7 @@ from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
 from ..rollout import Sampler, Trajectories, draw_noise
 from . import Metrics, TensorGroup, advantages, groups, objectives
-from .advantages import RewardMoments
+from .advantages import RewardMoments, Standard
 from .context import Context
 from .critic_training import CriticTraining
 from .guards import GuardLevels, Scores
@@ -66,6 +66,7 @@ class PolicyGradient:
             embed=self.critic.encoder.embed if self.critic else None,
             embed_image_size=config.critic.image_size,
             embed_clean=config.critic.reads == "clean",
+            score_steps=self.critic is not None and config.critic.scores,
             kl=self.kl.form,
             check=context.check,
             guards=context.guards,
@@ -74,7 +75,7 @@ class PolicyGradient:
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
         """Eq. 5-7: temporal_rewards, returns and, with a critic, residuals; kl_weight with the KL in the loss; (N, T)
-        each.
+        each. For a critic that reads scores also these, normalised like the rewards: scores, (N, T, S).
 
         Moments are computed over all processes; each process keeps its own rows.
         """
@@ -82,16 +83,25 @@ class PolicyGradient:
         kl, rewards = gather(batch.kl), gather(batch.rewards)
         guards = {name: gather(scores) for name, scores in batch.guard_rewards.items()}
         self.kl.begin(kl, rewards, guards)
-        normalized = self._normalized(prompts, rewards, guards)
+        standard = self._standard(prompts, rewards)
+        normalized = self._normalized(standard, prompts, rewards, guards)
         returns = self.kl.returns(normalized, kl, self.config.gamma)
         targets = {"returns": own(returns)}
         if self.critic is None:
             temporal, scale = returns, torch.ones_like(returns[0, 0])
         else:
-            targets["residuals"] = self.critic.predict(batch)
+            if self.config.critic.scores:
+                targets["scores"] = self._step_scores(batch, Standard(*map(own, standard)))
+            targets["residuals"] = self.critic.predict(batch, targets.get("scores"))
             trained = self._trained(self.context.epoch + 1)
-            decay = self.config.gamma, self.config.critic.gae_lambda
-            temporal, scale = advantages.temporal_rewards(returns, gather(targets["residuals"]), trained, *decay)
+            temporal, scale = advantages.temporal_rewards(
+                returns,
+                gather(targets["residuals"]),
+                trained,
+                self.config.gamma,
+                self.critic.gae_lambda,
+                known=self.critic.known(trained),
+            )
         if self.config.favour_diversity:
             assert batch.final_embeds is not None, "checked at the start"
             factors = groups.diversity_factors(gather(batch.final_embeds), self.config.samples_per_prompt)
@@ -104,18 +114,32 @@ class PolicyGradient:
             targets["kl_weight"] = own(self.kl.loss_weights(scale).expand_as(returns)).contiguous()
         return targets
 
-    def _normalized(self, prompts: list[str], rewards: Tensor, guards: Scores) -> Tensor:
+    def _standard(self, prompts: list[str], rewards: Tensor) -> Standard:
+        """What the epoch's rewards are normalised by, for all processes."""
+        config = self.config.moments
+        if config.baseline == "group":
+            return groups.standard(rewards, self.config.samples_per_prompt, config.group_std)
+        return self.moments.add(prompts, rewards)
+
+    def _normalized(self, standard: Standard, prompts: list[str], rewards: Tensor, guards: Scores) -> Tensor:
         """The normalised rewards, less the guards' penalty without its mean, (B,) for all processes."""
-        config, size = self.config.moments, self.config.samples_per_prompt
-        in_groups = config.baseline == "group"
-        normalized = (
-            groups.normalize(rewards, size, config.group_std) if in_groups else self.moments.normalize(prompts, rewards)
-        )
+        normalized = standard(rewards)
         if guards and self.config.guard_penalty:
-            falls = self.guards.fall(prompts, guards)
-            centred = groups.leave_one_out(falls, size) if in_groups else falls - falls.mean()
+            falls = self.guards.fall(prompts, guards).sum(-1)
+            in_groups = self.config.moments.baseline == "group"
+            centred = groups.leave_one_out(falls, self.config.samples_per_prompt) if in_groups else falls - falls.mean()
             normalized = normalized - (self.config.guard_penalty * centred).float()
         return normalized
+
+    def _step_scores(self, batch: Trajectories, standard: Standard) -> Tensor:
+        """What the training reward and the guards make of each step, as `_normalized` would have them, (N, T, S)."""
+        assert batch.step_scores is not None
+        rewards, *guards = batch.step_scores.unbind(-1)
+        normalized = standard(rewards)[..., None]
+        if not (guards and self.config.guard_penalty):
+            return normalized
+        named = dict(zip(batch.guard_rewards, guards, strict=True))
+        return torch.cat([normalized, self.guards.fall(batch.prompts, named).float()], dim=-1)
 
     # --- updates
 

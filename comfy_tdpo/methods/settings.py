@@ -73,6 +73,12 @@ class CriticSettings(OptimizerSettings):
     )
     prompt: bool = Field(default=False, description="whether the critic also knows the prompt")
     step: bool = Field(default=False, description="whether the critic also knows the step")
+    scores: bool = Field(
+        default=False,
+        description="whether the critic also knows how the training reward and the guards score what it sees at each "
+        "step, which takes as many more evaluations of them as there are steps; needs critic.reads clean and "
+        "critic.history",
+    )
     architecture: CriticArchitecture = Field(
         default="authors",
         description="five layers that start near zero (the authors' code), or two layers of 256 neurons on "
@@ -273,6 +279,12 @@ class PolicyGradientSettings(MethodSettings):
             )
         if self.neurons.reset != "none" and not self.critic.enabled:
             raise ValueError("neurons.reset needs a critic; set it to none, or set critic.enabled to true")
+        if self.critic.scores and (self.critic.reads != "clean" or not self.critic.history):
+            raise ValueError(
+                f"critic.scores needs a critic that reads clean images and learns from critic.history, but "
+                f"critic.reads is {self.critic.reads} and critic.history is {self.critic.history}; set them to clean "
+                "and 4, or critic.scores to false"
+            )
         if self.kl.target is not None and not self.kl.coefficient:
             raise ValueError(
                 "kl.target adapts kl.coefficient, which is 0; set kl.coefficient to a starting value above 0"
