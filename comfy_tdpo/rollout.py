@@ -27,8 +27,8 @@ class Trajectories:
     log_probs (B, T): under the policy that sampled.
     kl (B, T): nats against the reference, see `denoise`.
     rewards (B,); eval_rewards, guard_rewards: name -> (B,).
-    image_embeds (B, T, D): what the critic reads at each step, see `Sampler`; None without a critic.
-    step_scores (B, T, 1 + G): of what the critic reads at each step, by the training reward and each of G guards; None
+    image_embeds (B, K, D): what the critic reads at the first K steps, see `Sampler`; None without a critic.
+    step_scores (B, K, 1 + G): of what the critic reads at those, by the training reward and each of G guards; None
     unless the critic reads them.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
     """
@@ -108,6 +108,7 @@ class Sampler:
         embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
         embed_image_size: pixels at which intermediate latents are decoded for the critic, or None for full size.
         embed_clean: whether the critic reads, at each step, the predicted clean latent instead of the noisy x_k.
+        embed_steps: how many steps the critic reads, from the first; None for all.
         score_steps: whether the training reward and the guards score what the critic reads.
         kl: what Trajectories.kl holds, see `denoise`.
         check: called between model calls; may raise an exception to stop.
@@ -119,6 +120,7 @@ class Sampler:
     embed: Callable[[Tensor], Tensor] | None = None
     embed_image_size: int | None = None
     embed_clean: bool = False
+    embed_steps: int | None = None
     score_steps: bool = False
     kl: str = "none"
     check: Callable[[], None] = lambda: None
@@ -129,7 +131,8 @@ class Sampler:
         policy = self.decoder.policy
         path = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
         images = self.decoder(path.latents[:, -1], check=self.check)
-        embeds, scores = self._look(path.clean if self.embed_clean else path.latents[:, :-1], prompts)
+        read = path.clean if self.embed_clean else path.latents[:, :-1]
+        embeds, scores = self._look(read[:, : self.embed_steps], prompts)
         return Trajectories(
             prompts=prompts,
             latents=path.latents,
@@ -144,7 +147,7 @@ class Sampler:
         )
 
     def _look(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Unit embeddings (B, T, D) and scores (B, T, 1 + G) of the decoded latents, (B, T, C, H, W)."""
+        """Unit embeddings (B, K, D) and scores (B, K, 1 + G) of the decoded latents, (B, K, C, H, W)."""
         if self.embed is None:
             return None, None
         embed, judges = self.embed, [self.reward, *self.guards.values()] if self.score_steps else []

@@ -69,9 +69,18 @@ def test_a_value_that_is_off_biases_all_but_lambda_1(generator):
     torch.testing.assert_close(exact.mean(0), torch.ones(4).double(), rtol=0, atol=tolerance)
 
 
-def test_steps_that_are_not_trained_are_left_out(generator):
+def test_steps_that_the_critic_does_not_know_are_left_out(generator):
     returns, residuals = torch.randn(2, 6, 5, generator=generator)
     trained = torch.tensor([True, False, True, True, False])
     expected, _ = temporal_rewards(returns[:, trained], residuals[:, trained], gae_lambda=0.7)
-    got, _ = temporal_rewards(returns, residuals, trained, gae_lambda=0.7)
+    got, _ = temporal_rewards(returns, residuals, trained, gae_lambda=0.7, known=trained)
     assert torch.equal(got[:, trained], expected)
+
+
+def test_a_known_step_after_the_trained_ones_ends_their_noise(generator):
+    """With lambda 0, the last trained step is compared with the prediction that follows it, not with the return."""
+    returns, residuals = torch.randn(6, 1, generator=generator).expand(6, 5), torch.randn(6, 5, generator=generator)
+    trained = torch.tensor([True, True, True, False, False])
+    got, std = temporal_rewards(returns, residuals, trained, gae_lambda=0.0)
+    raw = residuals[:, 1:4] - residuals[:, :3]
+    torch.testing.assert_close(got[:, :3], (raw - raw.mean()) / std)

@@ -1,7 +1,8 @@
 """The temporal critic in a run: what it reads, its predictions and its updates.
 
-Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, E
-embedding width, P width of a prompt's summary, D width of the critic's input, S scores of each step.
+Shapes: N samples of an epoch in this process, T denoising steps, of which the critic reads the first K, M (sample,
+step) pairs of one gradient update, E embedding width, P width of a prompt's summary, D width of the critic's input, S
+scores of each step.
 """
 
 import logging
@@ -18,10 +19,11 @@ from . import Metrics, TensorGroup, objectives
 from .context import Context
 from .critic import TemporalCritic
 from .step_regression import StepRegression
+from .window import window
 
 logger = logging.getLogger(__name__)
 
-# What is kept of an epoch: (N, T, E), (N, P), (N, T, S) and (N, T). S is 0 for a critic that reads no scores.
+# What is kept of an epoch: (N, K, E), (N, P), (N, K, S) and (N, K). S is 0 for a critic that reads no scores.
 HISTORY = ("image_embeds", "summaries", "scores", "returns")
 THIRDS = ("first", "middle", "last")
 
@@ -29,6 +31,8 @@ THIRDS = ("first", "middle", "last")
 class CriticTraining:
     """R_phi of arXiv 2402.08552 (Eq. 7) and its training: by Eq. 9-10, or by regression on the latest epochs.
 
+    steps: K, all of T if the critic is trained by Eq. 9-10; otherwise one more than up to the last that is trained,
+    since lambda compares each prediction with the next. Beyond, the return itself takes the place of a prediction.
     encoder: the reward whose image encoder the critic uses; network, optimizer: the critic itself.
     history: HISTORY of the latest epochs, of all processes, oldest first; empty if the critic is trained by Eq. 9-10.
     regression: what the scores alone predict, a linear function for each step; the network adds to it. None until it
@@ -37,6 +41,10 @@ class CriticTraining:
 
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config.critic, context.policy
+        self.steps = len(self.policy.process)
+        if self.config.history:
+            trained = window(context.config.policy, self.policy.process.stochastic)
+            self.steps = min(self.steps, int(trained.nonzero().max()) + 2)
         self.encoder = self._encoder()
         logger.info("the critic uses the image encoder of %s", encoder_name(self.encoder))
         self.network = TemporalCritic(
@@ -70,7 +78,7 @@ class CriticTraining:
         return width + len(self.policy.process) * self.config.step
 
     def inputs(self, batch: Trajectories) -> Tensor:
-        """What the critic reads of each sample at each step, (N, T, D)."""
+        """What the critic reads of each sample at each step, (N, K, D)."""
         assert batch.image_embeds is not None
         return self._inputs(batch.image_embeds, self._summaries(batch))
 
@@ -86,16 +94,20 @@ class CriticTraining:
         count, steps, _ = image_embeds.shape
         parts = [image_embeds, summaries[:, None].expand(-1, steps, -1)]
         if self.config.step:
-            parts.append(torch.eye(steps, device=image_embeds.device).expand(count, -1, -1))
+            one_hot = torch.eye(steps, len(self.policy.process), device=image_embeds.device)
+            parts.append(one_hot.expand(count, -1, -1))
         return torch.cat(parts, dim=-1)
 
-    def predict(self, batch: Trajectories, scores: Tensor | None = None) -> Tensor:
-        """The residuals, (N, T), in units of the normalised reward; scores: (N, T, S), for a critic that reads
-        them."""
+    def predict(self, batch: Trajectories, returns: Tensor, scores: Tensor | None = None) -> Tensor:
+        """The residuals, (N, T), in units of the normalised reward.
+
+        returns: (N, T), for the steps that it does not read; scores: (N, K, S), for a critic that reads them.
+        """
         inputs = self.inputs(batch)
         if self.network.needs_moments:  # gathering an epoch's inputs from all processes is not for every epoch
             self.network.see(self.context.gather(inputs.contiguous()).flatten(0, 1))
-        return self.network(inputs) + (0 if self.regression is None else self.regression(scores))
+        read = self.network(inputs) + (0 if self.regression is None else self.regression(scores))
+        return torch.cat([read, returns[:, self.steps :]], dim=1)
 
     @property
     def gae_lambda(self) -> float:
@@ -131,7 +143,7 @@ class CriticTraining:
         if not self.config.history:
             return
         assert batch.image_embeds is not None
-        returns = targets["returns"]
+        returns = targets["returns"][:, : self.steps]
         scores = targets.get("scores", returns.new_zeros(*returns.shape, 0))
         kept = (batch.image_embeds, self._summaries(batch), scores, returns)
         gathered = [self.context.gather(tensor.contiguous()) for tensor in kept]

@@ -66,6 +66,7 @@ class PolicyGradient:
             embed=self.critic.encoder.embed if self.critic else None,
             embed_image_size=config.critic.image_size,
             embed_clean=config.critic.reads == "clean",
+            embed_steps=self.critic.steps if self.critic else None,
             score_steps=self.critic is not None and config.critic.scores,
             kl=self.kl.form,
             check=context.check,
@@ -75,7 +76,7 @@ class PolicyGradient:
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
         """Eq. 5-7: temporal_rewards, returns and, with a critic, residuals; kl_weight with the KL in the loss; (N, T)
-        each. For a critic that reads scores also these, normalised like the rewards: scores, (N, T, S).
+        each. For a critic that reads scores also these, normalised like the rewards: scores, (N, K, S).
 
         Moments are computed over all processes; each process keeps its own rows.
         """
@@ -92,7 +93,7 @@ class PolicyGradient:
         else:
             if self.config.critic.scores:
                 targets["scores"] = self._step_scores(batch, Standard(*map(own, standard)))
-            targets["residuals"] = self.critic.predict(batch, targets.get("scores"))
+            targets["residuals"] = self.critic.predict(batch, targets["returns"], targets.get("scores"))
             trained = self._trained(self.context.epoch + 1)
             temporal, scale = advantages.temporal_rewards(
                 returns,
@@ -132,7 +133,7 @@ class PolicyGradient:
         return normalized
 
     def _step_scores(self, batch: Trajectories, standard: Standard) -> Tensor:
-        """What the training reward and the guards make of each step, as `_normalized` would have them, (N, T, S)."""
+        """What the training reward and the guards make of each step, as `_normalized` would have them, (N, K, S)."""
         assert batch.step_scores is not None
         rewards, *guards = batch.step_scores.unbind(-1)
         normalized = standard(rewards)[..., None]
