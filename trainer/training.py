@@ -111,6 +111,7 @@ class Training:
             samples_per_update=samples_per_update,
             micro_batch=first_micro_batch(config.micro_batch, samples_per_update, policy.device),
             prompts=self._epoch_prompts,
+            all_prompts=self.prompts,
             check=self._check_stop,
             record=self._keep_neurons,
         )

@@ -57,7 +57,7 @@ class Context:
     reward, eval_rewards, guards: the training reward, the held-out rewards and the guards.
     samples, samples_per_update: N and M, in this process.
     micro_batch: rows in each forward pass, reduced when memory runs out.
-    prompts: for a given epoch, one prompt per sample of all processes.
+    prompts: for a given epoch, one prompt per sample of all processes; all_prompts: those it draws from.
     check: called between forward passes; if it raises, everything is left as after the last complete update.
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
     epoch: number of finished epochs.
@@ -79,6 +79,7 @@ class Context:
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)
+    all_prompts: list[str] = field(default_factory=list)
 
     # --- samples
 

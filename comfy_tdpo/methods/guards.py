@@ -1,7 +1,8 @@
 """Guards: rewards that are not trained on and restrain the training.
 
-Two uses. The penalty subtracts, from a sample's normalised reward, how far each guard's score is below its level of the
-first epoch; on request, a score above that level counts in favour of the sample. The gate of GARDO (arXiv 2512.24138)
+Two uses. The penalty subtracts, from a sample's normalised reward, how far each guard's score is below the level that
+its prompt had before training; on request, a score above that level counts in favour of the sample, and the weight of
+each prompt adapts so that it keeps its level. The gate of GARDO (arXiv 2512.24138)
 chooses the samples that the KL penalty restrains: those that the training reward ranks higher than the guards do.
 
 Deviations from GARDO:
@@ -73,10 +74,9 @@ class Gate:
 
 @dataclass
 class Level:
-    """A guard's scores in the first epoch: their mean and standard deviation, and the level of each prompt drawn in it.
+    """What a guard's scores are compared with: the level of each prompt, and the unit of falls below it.
 
-    A prompt's level is the mean of its scores and of two more at the overall mean, so that one lucky or unlucky image
-    does not set it.
+    mean: the level of prompts that have none of their own; std: the unit, a standard deviation of scores.
     """
 
     mean: float
@@ -84,43 +84,110 @@ class Level:
     prompts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, prompts: list[str], scores: Tensor) -> "Level":
+    def of_epoch(cls, prompts: list[str], scores: Tensor) -> "Level":
+        """From an epoch's scores, (B,), and their standard deviation.
+
+        A prompt's level is the mean of its scores and of two more at the overall mean, so that one lucky or unlucky
+        image does not set it.
+        """
         mean, std = scores.double().mean().item(), scores.double().std(correction=0).item()
         values: dict[str, list[float]] = {}
         for prompt, score in zip(prompts, scores.tolist(), strict=True):
             values.setdefault(prompt, [mean, mean]).append(score)
         return cls(mean, std, {prompt: fmean(found) for prompt, found in values.items()})
 
-    def fall(self, prompts: list[str], scores: Tensor, both_ways: bool) -> Tensor:
-        """How far each score, (B, ...), is below its prompt's level, or below the overall mean for a prompt that was
-        not drawn, float64 in standard deviations; for scores above it 0, or with `both_ways` a negative fall."""
+    @classmethod
+    def of_prompts(cls, prompts: list[str], scores: Tensor) -> "Level":
+        """From n > 1 scores of each of P prompts, (P, n), and their standard deviation within a prompt.
+
+        A prompt's level is its mean, drawn to the overall mean as far as its error and the spread of the prompts say
+        (empirical Bayes, for normal scores).
+        """
+        count, scores = scores.shape[1], scores.double()
+        within, means = scores.var(1).mean(), scores.mean(1)
+        error = within / count
+        between = (means.var() - error).clamp(min=0) if len(prompts) > 1 else torch.zeros_like(error)
+        kept = (between / (between + error)).nan_to_num()
+        levels = means.mean() + kept * (means - means.mean())
+        return cls(means.mean().item(), within.sqrt().item(), dict(zip(prompts, levels.tolist(), strict=True)))
+
+    def fall(self, prompts: list[str], scores: Tensor) -> Tensor:
+        """How far each score, (B, ...), is below its prompt's level, float64 in units of `std`; negative above it."""
         levels = torch.tensor([self.prompts.get(prompt, self.mean) for prompt in prompts], dtype=torch.float64)
-        below = levels.to(scores.device).view(-1, *[1] * (scores.ndim - 1)) - scores.double()
-        return (below if both_ways else below.clamp(min=0)) / (self.std + 1e-6)
+        return (_beside(levels.to(scores.device), scores) - scores.double()) / (self.std + 1e-6)
 
 
-class GuardLevels:
-    """The guards' levels in the first epoch, and how far scores are below them.
+def _beside(values: Tensor, scores: Tensor) -> Tensor:
+    """One value for each of B samples, shaped so that it counts for all of a sample's scores, (B, ...)."""
+    return values.view(-1, *[1] * (scores.ndim - 1))
 
-    both_ways: whether a score above its level counts as a negative fall.
+
+@dataclass
+class Weights:
+    """What a fall of one guard costs: a weight that all prompts share, and what each prompt's own differs from it."""
+
+    shared: float
+    own: dict[str, float] = field(default_factory=dict)
+
+    def of(self, prompt: str) -> float:
+        return self.shared + self.own.get(prompt, 0.0)
+
+
+class GuardPenalty:
+    """What samples lose for a guard's falls, in normalised reward.
+
+    With `adaptation`, the weights are the multipliers of a constrained optimisation, one constraint for each prompt:
+    dual ascent, after each epoch, on the mean fall of the prompt's samples. They stay between a third of `penalty` and
+    four times as much. What prompts have in common moves all weights, even those of prompts that were not drawn.
+
+    Args:
+        penalty: the weight of a fall of one unit, at first.
+        credit: whether a score above its level counts in favour of the sample, as a negative fall.
+        adaptation: how much a weight changes per epoch for each unit of its prompt's mean fall.
+        slack: the fall, in units, that adaptation allows.
     """
 
-    def __init__(self, both_ways: bool = False) -> None:
-        self.both_ways = both_ways
+    def __init__(self, penalty: float, credit: bool = False, adaptation: float = 0.0, slack: float = 0.0):
+        self.penalty, self.credit, self.adaptation, self.slack = penalty, credit, adaptation, slack
         self.levels: dict[str, Level] = {}
+        self.weights: dict[str, Weights] = {}
 
-    def fall(self, prompts: list[str], guards: Scores) -> Tensor:
-        """How far each guard's scores, (B, ...), are below their levels, (B, ..., G) float64 in standard deviations.
+    def start(self, levels: dict[str, Level]) -> None:
+        """Set the levels of the guards, by name."""
+        self.levels = levels
+        self.weights = {name: Weights(self.penalty) for name in levels}
 
-        The first call, in the first epoch, sets the levels; its scores must be (B,).
-        """
-        if not self.levels:
-            self.levels = {name: Level.of(prompts, scores) for name, scores in guards.items()}
-        falls = [self.levels[name].fall(prompts, scores, self.both_ways) for name, scores in guards.items()]
-        return torch.stack(falls, dim=-1)
+    def __call__(self, prompts: list[str], guards: Scores) -> Tensor:
+        """What each sample, or each of its scores, loses for each guard, (B, ..., G) float64; guards: (B, ...) each."""
+        penalties = []
+        for name, scores in guards.items():
+            fall = self.levels[name].fall(prompts, scores)
+            weights = torch.tensor([self.weights[name].of(prompt) for prompt in prompts], dtype=torch.float64)
+            penalties.append(_beside(weights.to(fall.device), fall) * (fall if self.credit else fall.clamp(min=0)))
+        return torch.stack(penalties, dim=-1)
+
+    def adapt(self, prompts: list[str], guards: Scores) -> None:
+        """Once per epoch, with the guards' scores of all samples, (B,) each."""
+        if not self.adaptation:
+            return
+        lowest, highest = self.penalty / 3, self.penalty * 4
+        for name, scores in guards.items():
+            weights, falls = self.weights[name], self.levels[name].fall(prompts, scores)
+            mean, by_prompt = falls.mean().item(), dict[str, list[float]]()
+            for prompt, fall in zip(prompts, falls.tolist(), strict=True):
+                by_prompt.setdefault(prompt, []).append(fall)
+            shared = weights.shared + self.adaptation * (mean - self.slack)
+            weights.shared = min(max(shared, lowest), highest)
+            for prompt, found in by_prompt.items():
+                own = weights.of(prompt) + self.adaptation * (fmean(found) - mean)
+                weights.own[prompt] = min(max(own, lowest), highest) - weights.shared
 
     def state(self) -> dict[str, Any]:
-        return {name: vars(level) for name, level in self.levels.items()}
+        return {
+            "levels": {name: vars(level) for name, level in self.levels.items()},
+            "weights": {name: vars(weights) for name, weights in self.weights.items()},
+        }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.levels = {name: Level(**level) for name, level in state.items()}
+        self.levels = {name: Level(**level) for name, level in state.get("levels", {}).items()}
+        self.weights = {name: Weights(**weights) for name, weights in state.get("weights", {}).items()}

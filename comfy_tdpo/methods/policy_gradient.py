@@ -7,8 +7,10 @@ Shapes: N samples of an epoch in this process, T denoising steps, M (sample, ste
 of a micro-batch, D embedding width.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,15 +20,20 @@ from ..models.conditioning import Conditioning
 from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
-from ..rollout import Sampler, Trajectories, draw_noise
+from ..rewards import score_images
+from ..rollout import Sampler, Trajectories, draw_images, draw_noise
 from . import Metrics, TensorGroup, advantages, groups, objectives
 from .advantages import RewardMoments, Standard
 from .context import Context
 from .critic_training import CriticTraining
-from .guards import GuardLevels, Scores
+from .guards import GuardPenalty, Level, Scores
 from .kl_penalty import KLPenalty
 from .neuron_states import NeuronStates
 from .window import trained_steps, window
+
+logger = logging.getLogger(__name__)
+
+GUARD_EPOCHS = 4  # epochs whose images the guards' levels may take
 
 Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
 
@@ -42,7 +49,9 @@ class PolicyGradient:
         window(config.policy, self.policy.process.stochastic)  # raises ValueError if there is nothing to train
         self.critic = CriticTraining(context) if config.critic.enabled else None
         self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
-        self.guards = GuardLevels(config.guard_credit)
+        self.guards = GuardPenalty(
+            config.guard_penalty, config.guard_credit, config.guard_adaptation, config.guard_slack
+        )
         self.kl = KLPenalty(context)
         self.neurons = NeuronStates(context, self.critic)
         if config.favour_diversity and context.reward.embed_dim is None:
@@ -126,11 +135,31 @@ class PolicyGradient:
         """The normalised rewards, less the guards' penalty without its mean, (B,) for all processes."""
         normalized = standard(rewards)
         if guards and self.config.guard_penalty:
-            falls = self.guards.fall(prompts, guards).sum(-1)
+            if not self.guards.levels:
+                self.guards.start(self._guard_levels(prompts, guards))
+            lost = self.guards(prompts, guards).sum(-1)
             in_groups = self.config.moments.baseline == "group"
-            centred = groups.leave_one_out(falls, self.config.samples_per_prompt) if in_groups else falls - falls.mean()
-            normalized = normalized - (self.config.guard_penalty * centred).float()
+            centred = groups.leave_one_out(lost, self.config.samples_per_prompt) if in_groups else lost - lost.mean()
+            normalized = normalized - centred.float()
         return normalized
+
+    def _guard_levels(self, prompts: list[str], guards: Scores) -> dict[str, Level]:
+        """The guards' levels, by images of every prompt that the model draws for this before it is trained.
+
+        All processes draw them all. Where that would be more than GUARD_EPOCHS epochs of images, or guard_images is 0,
+        the levels are those of the first epoch's scores.
+        """
+        config, context, drawn = self.config, self.context, list(dict.fromkeys(self.context.all_prompts))
+        most = GUARD_EPOCHS * config.samples_per_epoch // len(drawn)
+        count = min(config.guard_images, most)
+        if count < 2:
+            return {name: Level.of_epoch(prompts, scores) for name, scores in guards.items()}
+        logger.info("%d images for the guards' levels, %d of each prompt", count * len(drawn), count)
+        rows = [(prompt, i) for prompt in drawn for i in range(count)]
+        asked, seeds = [prompt for prompt, _ in rows], [(config.seed, "guards", *row) for row in rows]
+        images = draw_images(context.decoder, asked, seeds, context.micro_batch, context.check)
+        scores = {name: score_images(guard, images, asked) for name, guard in context.guards.items()}
+        return {name: Level.of_prompts(drawn, found.unflatten(0, (-1, count))) for name, found in scores.items()}
 
     def _step_scores(self, batch: Trajectories, standard: Standard) -> Tensor:
         """What the training reward and the guards make of each step, as `_normalized` would have them, (N, K, S)."""
@@ -140,7 +169,7 @@ class PolicyGradient:
         if not (guards and self.config.guard_penalty):
             return normalized
         named = dict(zip(batch.guard_rewards, guards, strict=True))
-        return torch.cat([normalized, self.guards.fall(batch.prompts, named).float()], dim=-1)
+        return torch.cat([normalized, self.guards(batch.prompts, named).float()], dim=-1)
 
     # --- updates
 
@@ -254,7 +283,7 @@ class PolicyGradient:
 
     def finish(self, batch: Trajectories) -> Metrics:
         """Eq. 11-12: measure the neurons every epoch and reset them every F epochs."""
-        metrics = Metrics()
+        metrics = self._adapt_guards(batch)
         if self.critic is not None:
             assert self.context.progress.targets is not None
             self.critic.finish(batch, self.context.progress.targets)
@@ -263,6 +292,18 @@ class PolicyGradient:
         if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
             metrics |= self.neurons.of_policy(batch)
         self.kl.finish(batch)  # last, so that a new reference is the policy that samples next
+        return metrics
+
+    def _adapt_guards(self, batch: Trajectories) -> Metrics:
+        """Adapt the guards' weights, and report the mean weight of the epoch's samples."""
+        if not self.guards.levels:
+            return {}
+        prompts = self.context.prompts(self.context.epoch + 1)
+        metrics = {
+            f"guard/{name}/penalty": fmean(weights.of(prompt) for prompt in prompts)
+            for name, weights in self.guards.weights.items()
+        }
+        self.guards.adapt(prompts, {name: self.context.gather(found) for name, found in batch.guard_rewards.items()})
         return metrics
 
     # --- saved state

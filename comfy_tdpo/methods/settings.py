@@ -257,8 +257,29 @@ class PolicyGradientSettings(MethodSettings):
         ge=0,
         le=1e3,
         description="what a sample loses, in normalised reward, for each standard deviation by which a guard scores it "
-        "below the level that its prompt had in the first epoch; for a prompt that was not drawn then, below that "
-        "epoch's mean",
+        "below the level that its prompt had before training; for a prompt without a level, below the mean",
+    )
+    guard_images: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="images of each prompt that are drawn before training for the guards' levels, as far as four "
+        "epochs' images go; standard deviations are then those within a prompt. With 0 or 1, the first epoch's scores "
+        "set the levels, and standard deviations are those of all of them",
+    )
+    guard_adaptation: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e3,
+        description="how much a prompt's guard_penalty grows after each epoch for each standard deviation by which its "
+        "images are below its level on average, and shrinks if they are above it, within a third and four times of "
+        "guard_penalty; 0 keeps it fixed",
+    )
+    guard_slack: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e3,
+        description="with guard_adaptation, standard deviations by which a guard may be below its level",
     )
     guard_credit: bool = Field(
         default=False,
