@@ -7,7 +7,8 @@ import pytest
 import torch
 from toy import Contrast, fast_training, new_run, toy_config
 
-from comfy_tdpo.methods.guards import Gate, GuardLevels, disagreement, share_beaten
+from comfy_tdpo.methods.guards import Gate, GuardPenalty, Level, disagreement, share_beaten
+from comfy_tdpo.rollout import Decoder, draw_images
 from comfy_tdpo.trainer.config import make_config
 
 # --- the gate
@@ -72,39 +73,102 @@ def test_the_share_stays_between_a_fifth_and_twice_its_start():
 
 
 def test_a_fall_is_below_the_first_epochs_level_of_the_prompt():
-    levels = GuardLevels()
     first = torch.tensor([1.0, 3.0, 10.0, 14.0])  # 7 on average
     std = statistics.pstdev(first.tolist())
     cat, dog = (1 + 3 + 2 * 7) / 4, (10 + 14 + 2 * 7) / 4
-    prompts = ["cat", "cat", "dog", "dog"]
-    expected = [(cat - 1) / std, (cat - 3) / std, 0, 0]
-    assert levels.fall(prompts, {"a": first})[:, 0].tolist() == pytest.approx(expected, rel=1e-6)  # the 1e-6 beside std
-    later = {"a": torch.tensor([0.5, 13.0, 9.0, 6.0])}  # the fox was not drawn in the first epoch
-    expected = [(cat - 0.5) / std, 0, (dog - 9) / std, (7 - 6) / std]
-    assert levels.fall(["cat", "dog", "dog", "fox"], later)[:, 0].tolist() == pytest.approx(expected, rel=1e-6)
-    levels.both_ways = True
-    expected[1] = (dog - 13) / std
-    assert levels.fall(["cat", "dog", "dog", "fox"], later)[:, 0].tolist() == pytest.approx(expected, rel=1e-6)
+    level = Level.of_epoch(["cat", "cat", "dog", "dog"], first)
+    later = torch.tensor([0.5, 13.0, 9.0, 6.0])  # the fox was not drawn in the first epoch
+    expected = [(cat - 0.5) / std, (dog - 13) / std, (dog - 9) / std, (7 - 6) / std]
+    got = level.fall(["cat", "dog", "dog", "fox"], later)
+    assert got.tolist() == pytest.approx(expected, rel=1e-6)  # the 1e-6 beside std
+    of_steps = level.fall(["cat", "dog", "dog", "fox"], later[:, None].expand(-1, 3))
+    assert torch.equal(of_steps, got[:, None].expand(-1, 3))
+
+
+def test_levels_by_empirical_bayes(generator):
+    """They are nearer to the truth than the means of the prompts' own scores, as the formula says."""
+    prompts, spread, noise, count = [f"prompt {i}" for i in range(2000)], 0.5, 1.0, 4
+    truth = 3 + spread * torch.randn(2000, generator=generator)
+    scores = truth[:, None] + noise * torch.randn(2000, count, generator=generator)
+    level = Level.of_prompts(prompts, scores)
+    assert level.std == pytest.approx(noise, rel=0.05)  # 6,000 degrees of freedom: 1 %
+    found = torch.tensor([level.prompts[prompt] for prompt in prompts])
+    error = ((found - truth) ** 2).mean().item()
+    expected = 1 / (1 / spread**2 + count / noise**2)  # of the posterior, 0.125; that of the means is 0.25
+    assert error == pytest.approx(expected, rel=0.15)
+
+
+def test_prompts_that_differ_by_chance_alone_share_a_level():
+    scores = torch.tensor([[1.0, 3.0], [3.0, 1.0], [2.0, 2.0]])
+    assert Level.of_prompts(["a", "b", "c"], scores).prompts == {"a": 2.0, "b": 2.0, "c": 2.0}
+    assert Level.of_prompts(["a"], scores[:1]).prompts == {"a": 2.0}
+
+
+def started(levels: dict[str, Level], *args, **settings) -> GuardPenalty:
+    penalty = GuardPenalty(*args, **settings)
+    penalty.start(levels)
+    return penalty
+
+
+LEVELS = {"a": Level(0.0, 1.0, {"cat": 1.0, "dog": 5.0}), "b": Level(2.0, 0.5)}
+
+
+@pytest.mark.parametrize("credit", [False, True])
+def test_a_fall_costs_its_weight_and_a_rise_counts_on_request(credit):
+    penalty = started(LEVELS, 3.0, credit)
+    got = penalty(["cat", "dog"], {"a": torch.tensor([0.0, 7.0]), "b": torch.tensor([3.0, 1.0])})
+    rise = -1.0 if credit else 0.0
+    expected = [3 * 1.0, 3 * rise * 2, 3 * rise * 2, 3 * 2.0]
+    assert got.T.flatten().tolist() == pytest.approx([expected[0], expected[1], expected[2], expected[3]], rel=1e-5)
+
+
+def test_weights_follow_their_prompts_falls():
+    penalty = started({"a": LEVELS["a"]}, 1.0, True, adaptation=0.5, slack=0.1)
+    scores = {"a": torch.tensor([0.2, 0.6, 5.4])}  # falls of 0.8, 0.4 and -0.4
+    penalty.adapt(["cat", "cat", "dog"], scores)
+    weights = penalty.weights["a"]
+    assert weights.of("cat") == pytest.approx(1 + 0.5 * (0.6 - 0.1), rel=1e-5)
+    assert weights.of("dog") == pytest.approx(1 + 0.5 * (-0.4 - 0.1), rel=1e-5)
+    mean = (0.8 + 0.4 - 0.4) / 3
+    assert weights.of("fox") == pytest.approx(1 + 0.5 * (mean - 0.1), rel=1e-5)  # what prompts have in common
+    for _ in range(30):
+        penalty.adapt(["cat", "cat", "dog"], scores)
+    assert (weights.of("cat"), weights.of("dog")) == (pytest.approx(4.0), pytest.approx(1 / 3))
+    penalty.adapt(["cat", "cat", "dog"], {"a": torch.tensor([3.0, 3.0, 5.0])})
+    assert weights.of("cat") < 3.1, "nothing has been wound up beyond the bound"
+
+
+def test_the_weight_settles_where_the_constraint_holds():
+    """A prompt whose fall is 2 - w settles at a fall of `slack`."""
+    penalty, weight = started({"a": Level(0.0, 1.0)}, 1.0, True, adaptation=0.3, slack=0.2), 1.0
+    for _ in range(60):
+        penalty.adapt(["cat"], {"a": torch.tensor([weight - 2])})
+        weight = penalty.weights["a"].of("cat")
+    assert weight == pytest.approx(1.8, rel=1e-4)
 
 
 def test_the_penalty_does_not_know_a_guards_scale(generator):
     scores = torch.randn(2, 12, generator=generator)
-    falls = []
+    found, prompts = [], ["cat", "dog"] * 6
     for scale, shift in ((1, 0), (1000, -30)):
-        levels, prompts = GuardLevels(), ["cat", "dog"] * 6
-        levels.fall(prompts, {"a": scale * scores[0] + shift})
-        falls.append(levels.fall(prompts, {"a": scale * scores[1] + shift}))
-    torch.testing.assert_close(falls[0], falls[1], rtol=1e-4, atol=1e-4)  # float32 scores near 1000
-    assert (falls[0] > 0).any()
+        penalty = started({"a": Level.of_epoch(prompts, scale * scores[0] + shift)}, 1.0)
+        found.append(penalty(prompts, {"a": scale * scores[1] + shift}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)  # float32 scores near 1000
+    assert (found[0] > 0).any()
 
 
-def test_levels_go_through_json_without_loss(generator):
+def test_its_state_goes_through_json_without_loss(generator):
     first, later = torch.randn(2, 8, generator=generator)
-    original, restored = GuardLevels(), GuardLevels()
-    original.fall(["cat", "dog"] * 4, {"a": first, "b": -first})
+    prompts, scores = ["cat", "fox"] * 4, {"a": later, "b": later}
+    levels = {name: Level.of_epoch(["cat", "dog"] * 4, found) for name, found in (("a", first), ("b", -first))}
+    original = started(levels, 1.0, True, adaptation=0.7)
+    original.adapt(prompts, scores)
+    restored = GuardPenalty(1.0, True, 0.7)
     restored.load(json.loads(json.dumps(original.state())))
-    prompts = ["cat", "fox"] * 4
-    assert torch.equal(*(levels.fall(prompts, {"a": later, "b": later}) for levels in (original, restored)))
+    for _ in range(2):
+        assert torch.equal(original(prompts, scores), restored(prompts, scores))
+        original.adapt(prompts, scores)
+        restored.adapt(prompts, scores)
 
 
 # --- in a training
@@ -162,6 +226,32 @@ def test_the_penalty_lowers_the_returns_of_what_the_guard_dislikes(make_training
     difference = (restrained["returns"] - free["returns"])[:, 0].tolist()
     assert difference == pytest.approx(expected, abs=2e-3)  # the 1e-6 beside a deviation of about 0.002
     assert max(falls) > 0.1
+
+
+def test_the_model_draws_the_levels_before_it_is_trained(make_training, tmp_path):
+    (tmp_path / "few.txt").write_text("a red circle\na green star\n")
+    settings = {"guard_images": 3, "guard_adaptation": 0.5, "guard_credit": True}
+    training = make_training(epochs=2, prompts=str(tmp_path / "few.txt"), **settings)
+    policy, config, prompts = training.policy, training.config, list(dict.fromkeys(training.prompts))
+    guard = training.context.guards["contrast"]
+    expected = {}
+    with torch.no_grad():
+        for prompt in prompts:
+            seeds = [(config.seed, "guards", prompt, i) for i in range(3)]
+            expected[prompt] = guard.score(draw_images(Decoder(policy, 3), [prompt] * 3, seeds, 3), [prompt] * 3)
+    level = Level.of_prompts(prompts, torch.stack(list(expected.values())))
+    first, second = training.epochs()
+    found = training.method.guards.levels["contrast"]
+    assert found.prompts == pytest.approx(level.prompts, rel=1e-4) and found.std == pytest.approx(level.std, rel=1e-3)
+    assert first["guard/contrast/penalty"] == config.guard_penalty != second["guard/contrast/penalty"]
+
+
+def test_too_many_prompts_for_levels_of_their_own(make_training):
+    """Four epochs of eight images are one for each of 45 prompts at most."""
+    training = make_training(guard_images=8)
+    batch, _ = targets_of(training)
+    expected = Level.of_epoch(training._epoch_prompts(1), batch.guard_rewards["contrast"])
+    assert vars(training.method.guards.levels["contrast"]) == vars(expected)
 
 
 def test_guards_are_measured(make_training):

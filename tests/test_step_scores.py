@@ -73,7 +73,7 @@ def started(tmp_path, make_policy, **overrides):
     "normalised", [{}, {"samples_per_prompt": 2, "moments": {"baseline": "group"}}], ids=["history", "group"]
 )
 def test_a_step_that_scores_like_the_image_is_normalised_like_it(tmp_path, make_policy, normalised):
-    """Then reward and falls make up the return, but for the mean of the falls, which all samples of a group share."""
+    """Then reward and penalty make up the return, but for the mean of the penalties, which samples compared share."""
     training, _ = started(tmp_path, make_policy, samples_per_epoch=8, **normalised)
     training._sample()
     batch = training.context.progress.batch()
@@ -81,12 +81,12 @@ def test_a_step_that_scores_like_the_image_is_normalised_like_it(tmp_path, make_
     batch.step_scores = final[:, None].expand(-1, 3, -1).contiguous()
     with torch.no_grad():
         targets = training.method.targets(batch, training._epoch_prompts(1))
-    rewards, falls = targets["scores"].unbind(-1)
+    rewards, lost = targets["scores"].unbind(-1)
     if normalised:
-        falls = 2 * (falls.unflatten(0, (4, 2)) - falls.unflatten(0, (4, 2)).mean(1, keepdim=True)).flatten(0, 1)
+        lost = 2 * (lost.unflatten(0, (4, 2)) - lost.unflatten(0, (4, 2)).mean(1, keepdim=True)).flatten(0, 1)
     else:
-        falls = falls - falls.mean(0)
-    torch.testing.assert_close(rewards - 2 * falls, targets["returns"], rtol=1e-4, atol=1e-4)  # float32
+        lost = lost - lost.mean(0)
+    torch.testing.assert_close(rewards - lost, targets["returns"], rtol=1e-4, atol=1e-4)  # float32
 
 
 def test_what_an_epoch_scored_predicts_only_later_epochs(tmp_path, make_policy):
