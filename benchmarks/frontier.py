@@ -53,7 +53,9 @@ class Variant:
 
 SEEING = {"reads": "clean", "prompt": True, "step": True, "architecture": "standardised", "activation": "relu"}
 SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
+SCORES = SEEING | {"scores": True, "gae_lambda": 0.7}
 PAPER = {"algorithm": "tdpo-r"}
+ADAPTING = {"guard_penalty": 1.5, "guard_credit": True, "guard_images": 8, "guard_adaptation": 0.5, "guard_slack": 0.2}
 GROUPS = {"samples_per_prompt": 4, "moments": {"baseline": "group"}}
 KL_TARGET = {"coefficient": 0.03, "target": 50.0, "controller": "proportional-integral"}
 KL_RESET = {"coefficient": 0.03, "reset_every": 4}
@@ -79,6 +81,7 @@ VARIANTS = {
     "seeing, dormant reset": Variant("the same, dormant neurons reset", seeing(neurons={"reset": "dormant"})),
     "seeing, all reset": Variant("the same, all neurons reset", seeing(neurons={"reset": "all"})),
     "gae": Variant("the same with lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9})),
+    "scores": Variant("the same with lambda 0.7 and the scores of each step", seeing(critic=SCORES)),
     # the policy's step
     "step-normalised": Variant("step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
     "trust-region": Variant("trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
@@ -99,6 +102,7 @@ VARIANTS = {
     # guards
     "guard": Variant("a guard's falls punished", guarded(guard_penalty=2.0)),
     "guard, both ways": Variant("and its rises rewarded", guarded(guard_penalty=2.0, guard_credit=True)),
+    "guard, adapting": Variant("and a weight for each prompt", guarded(**ADAPTING)),
     "gate": Variant("GARDO's gated KL", guarded(guard_penalty=0.0, kl={"coefficient": 0.3, "gate": True})),
     "diversity": Variant("advantages that favour diversity", PAPER | GROUPS | {"favour_diversity": True}),
 }
