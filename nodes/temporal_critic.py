@@ -4,7 +4,7 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from comfy_tdpo.methods.settings import CriticActivation, NeuronData, Neurons
+from comfy_tdpo.methods.sections import CriticActivation, NeuronData, Neurons
 
 from .comfy.sockets import CATEGORY, Critic
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from comfy_tdpo.methods.critic import TemporalCritic
 from comfy_tdpo.methods.objectives import critic_loss, explained_variance
-from comfy_tdpo.methods.settings import CriticSettings
+from comfy_tdpo.methods.sections import CriticSettings
 
 
 @pytest.mark.parametrize("embed_dim", [64, 768])

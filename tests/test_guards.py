@@ -241,7 +241,7 @@ def test_the_model_draws_the_levels_before_it_is_trained(make_training, tmp_path
             expected[prompt] = guard.score(draw_images(Decoder(policy, 3), [prompt] * 3, seeds, 3), [prompt] * 3)
     level = Level.of_prompts(prompts, torch.stack(list(expected.values())))
     first, second = training.epochs()
-    found = training.method.guards.levels["contrast"]
+    found = training.method.rewards.guards.levels["contrast"]
     assert found.prompts == pytest.approx(level.prompts, rel=1e-4) and found.std == pytest.approx(level.std, rel=1e-3)
     assert first["guard/contrast/penalty"] == config.guard_penalty != second["guard/contrast/penalty"]
 
@@ -251,7 +251,7 @@ def test_too_many_prompts_for_levels_of_their_own(make_training):
     training = make_training(guard_images=8)
     batch, _ = targets_of(training)
     expected = Level.of_epoch(training._epoch_prompts(1), batch.guard_rewards["contrast"])
-    assert vars(training.method.guards.levels["contrast"]) == vars(expected)
+    assert vars(training.method.rewards.guards.levels["contrast"]) == vars(expected)
 
 
 def test_guards_are_measured(make_training):

@@ -8,7 +8,7 @@ import pytest
 import standin
 
 from comfy_tdpo.methods import ALGORITHMS
-from comfy_tdpo.methods.settings import CriticSettings, NeuronSettings
+from comfy_tdpo.methods.sections import CriticSettings, NeuronSettings
 from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.trainer import config
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import new_run, toy_config, toy_training
 
-from comfy_tdpo.methods.settings import ClippedPolicySettings
+from comfy_tdpo.methods.sections import ClippedPolicySettings
 from comfy_tdpo.methods.window import trained_steps, window
 
 ALL = torch.ones(10, dtype=torch.bool)

@@ -7,10 +7,8 @@ Shapes: N samples of an epoch in this process, T denoising steps, M (sample, ste
 of a micro-batch, D embedding width.
 """
 
-import logging
 from collections.abc import Sequence
 from functools import cached_property
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,20 +18,14 @@ from ..models.conditioning import Conditioning
 from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
-from ..rewards import score_images
-from ..rollout import Sampler, Trajectories, draw_images, draw_noise
+from ..rollout import Sampler, Trajectories, draw_noise
 from . import Metrics, TensorGroup, advantages, groups, objectives
-from .advantages import RewardMoments, Standard
 from .context import Context
 from .critic_training import CriticTraining
-from .guards import GuardPenalty, Level, Scores
 from .kl_penalty import KLPenalty
 from .neuron_states import NeuronStates
+from .normalised import NormalisedRewards
 from .window import trained_steps, window
-
-logger = logging.getLogger(__name__)
-
-GUARD_EPOCHS = 4  # epochs whose images the guards' levels may take
 
 Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
 
@@ -48,10 +40,7 @@ class PolicyGradient:
         config = self.config
         window(config.policy, self.policy.process.stochastic)  # raises ValueError if there is nothing to train
         self.critic = CriticTraining(context) if config.critic.enabled else None
-        self.moments = RewardMoments(config.moments.buffer_size, config.moments.min_count)
-        self.guards = GuardPenalty(
-            config.guard_penalty, config.guard_credit, config.guard_adaptation, config.guard_slack
-        )
+        self.rewards = NormalisedRewards(context)
         self.kl = KLPenalty(context)
         self.neurons = NeuronStates(context, self.critic)
         if config.favour_diversity and context.reward.embed_dim is None:
@@ -93,15 +82,14 @@ class PolicyGradient:
         kl, rewards = gather(batch.kl), gather(batch.rewards)
         guards = {name: gather(scores) for name, scores in batch.guard_rewards.items()}
         self.kl.begin(kl, rewards, guards)
-        standard = self._standard(prompts, rewards)
-        normalized = self._normalized(standard, prompts, rewards, guards)
-        returns = self.kl.returns(normalized, kl, self.config.gamma)
+        normalised = self.rewards.of_images(prompts, rewards, guards)
+        returns = self.kl.returns(normalised, kl, self.config.gamma)
         targets = {"returns": own(returns)}
         if self.critic is None:
             temporal, scale = returns, torch.ones_like(returns[0, 0])
         else:
             if self.config.critic.scores:
-                targets["scores"] = self._step_scores(batch, Standard(*map(own, standard)))
+                targets["scores"] = self.rewards.of_steps(batch)
             targets["residuals"] = self.critic.predict(batch, targets["returns"], targets.get("scores"))
             trained = self._trained(self.context.epoch + 1)
             temporal, scale = advantages.temporal_rewards(
@@ -123,53 +111,6 @@ class PolicyGradient:
         if self.kl.in_loss:
             targets["kl_weight"] = own(self.kl.loss_weights(scale).expand_as(returns)).contiguous()
         return targets
-
-    def _standard(self, prompts: list[str], rewards: Tensor) -> Standard:
-        """What the epoch's rewards are normalised by, for all processes."""
-        config = self.config.moments
-        if config.baseline == "group":
-            return groups.standard(rewards, self.config.samples_per_prompt, config.group_std)
-        return self.moments.add(prompts, rewards)
-
-    def _normalized(self, standard: Standard, prompts: list[str], rewards: Tensor, guards: Scores) -> Tensor:
-        """The normalised rewards, less the guards' penalty without its mean, (B,) for all processes."""
-        normalized = standard(rewards)
-        if guards and self.config.guard_penalty:
-            if not self.guards.levels:
-                self.guards.start(self._guard_levels(prompts, guards))
-            lost = self.guards(prompts, guards).sum(-1)
-            in_groups = self.config.moments.baseline == "group"
-            centred = groups.leave_one_out(lost, self.config.samples_per_prompt) if in_groups else lost - lost.mean()
-            normalized = normalized - centred.float()
-        return normalized
-
-    def _guard_levels(self, prompts: list[str], guards: Scores) -> dict[str, Level]:
-        """The guards' levels, by images of every prompt that the model draws for this before it is trained.
-
-        All processes draw them all. Where that would be more than GUARD_EPOCHS epochs of images, or guard_images is 0,
-        the levels are those of the first epoch's scores.
-        """
-        config, context, drawn = self.config, self.context, list(dict.fromkeys(self.context.all_prompts))
-        most = GUARD_EPOCHS * config.samples_per_epoch // len(drawn)
-        count = min(config.guard_images, most)
-        if count < 2:
-            return {name: Level.of_epoch(prompts, scores) for name, scores in guards.items()}
-        logger.info("%d images for the guards' levels, %d of each prompt", count * len(drawn), count)
-        rows = [(prompt, i) for prompt in drawn for i in range(count)]
-        asked, seeds = [prompt for prompt, _ in rows], [(config.seed, "guards", *row) for row in rows]
-        images = draw_images(context.decoder, asked, seeds, context.micro_batch, context.check)
-        scores = {name: score_images(guard, images, asked) for name, guard in context.guards.items()}
-        return {name: Level.of_prompts(drawn, found.unflatten(0, (-1, count))) for name, found in scores.items()}
-
-    def _step_scores(self, batch: Trajectories, standard: Standard) -> Tensor:
-        """What the training reward and the guards make of each step, as `_normalized` would have them, (N, K, S)."""
-        assert batch.step_scores is not None
-        rewards, *guards = batch.step_scores.unbind(-1)
-        normalized = standard(rewards)[..., None]
-        if not (guards and self.config.guard_penalty):
-            return normalized
-        named = dict(zip(batch.guard_rewards, guards, strict=True))
-        return torch.cat([normalized, self.guards(batch.prompts, named).float()], dim=-1)
 
     # --- updates
 
@@ -283,7 +224,7 @@ class PolicyGradient:
 
     def finish(self, batch: Trajectories) -> Metrics:
         """Eq. 11-12: measure the neurons every epoch and reset them every F epochs."""
-        metrics = self._adapt_guards(batch)
+        metrics = self.rewards.finish(batch)
         if self.critic is not None:
             assert self.context.progress.targets is not None
             self.critic.finish(batch, self.context.progress.targets)
@@ -294,25 +235,13 @@ class PolicyGradient:
         self.kl.finish(batch)  # last, so that a new reference is the policy that samples next
         return metrics
 
-    def _adapt_guards(self, batch: Trajectories) -> Metrics:
-        """Adapt the guards' weights, and report the mean weight of the epoch's samples."""
-        if not self.guards.levels:
-            return {}
-        prompts = self.context.prompts(self.context.epoch + 1)
-        metrics = {
-            f"guard/{name}/penalty": fmean(weights.of(prompt) for prompt in prompts)
-            for name, weights in self.guards.weights.items()
-        }
-        self.guards.adapt(prompts, {name: self.context.gather(found) for name, found in batch.guard_rewards.items()})
-        return metrics
-
     # --- saved state
 
     def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
         tensors, plain = self.kl.state()
         tensors |= self.critic.state() if self.critic is not None else {}
         tensors |= {f"active_{group}": masks for group, masks in self.neurons.active.items()}
-        return tensors, plain | {"moments": self.moments.state_dict(), "guards": self.guards.state()}
+        return tensors, plain | self.rewards.state()
 
     def load_state(self, tensors: dict[str, TensorGroup], plain: dict[str, Any]) -> None:
         if self.critic is not None:
@@ -322,5 +251,4 @@ class PolicyGradient:
             name.removeprefix(prefix): masks for name, masks in tensors.items() if name.startswith(prefix)
         }
         self.kl.load_state(tensors, plain)
-        self.moments.load_state_dict(plain["moments"])
-        self.guards.load(plain.get("guards", {}))  # older versions have none
+        self.rewards.load_state(plain)

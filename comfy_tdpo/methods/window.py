@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..randomness import generator_at
-from .settings import ClippedPolicySettings
+from .sections import ClippedPolicySettings
 
 
 def window(settings: ClippedPolicySettings, stochastic: Tensor) -> Tensor:

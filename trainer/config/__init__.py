@@ -1,17 +1,7 @@
 """The configuration of a run: its settings, and how presets, files and flags make it."""
 
-from .schema import (
-    Fields,
-    OutputConfig,
-    TrainConfig,
-    config_class,
-    leaf_fields,
-    make_config,
-    override,
-    plain_values,
-    presets,
-    validate,
-)
+from .layers import make_config, override, presets
+from .schema import Fields, OutputConfig, TrainConfig, config_class, leaf_fields, plain_values, validate
 
 __all__ = [
     "Fields",

@@ -1,0 +1,101 @@
+"""How presets, files and the command line combine into a configuration.
+
+Later layers win: the settings' defaults (the paper's values), the algorithm's row of Table 1, the preset, the preset's
+own values for that algorithm, a configuration file, the command line.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from comfy_tdpo.methods import find_algorithm
+from comfy_tdpo.settings import NONE, Section, section_of
+
+from .parsing import split_names, with_named_rewards
+from .schema import DEFAULT_ALGORITHM, Fields, TrainConfig, config_class, plain_values, validate
+from .toml_files import read_toml
+
+PRESETS = Path(__file__).parent.parent / "presets"
+
+
+def presets() -> list[str]:
+    """The names of the shipped presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def make_config(preset: str | None = None, file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
+    """The configuration of `preset`, overridden by a TOML `file` and then by nested `overrides`.
+
+    Without a preset, the model decides: `shapes` for the embedded world, `sd15` for any other. Held-out rewards and
+    guards of the preset are left out where the file or the overrides give them another role.
+
+    Raises:
+        ValueError: a value is invalid; the message is one line that names the setting.
+    """
+    above = [with_named_rewards(read_toml(file) if file else {}), with_named_rewards(overrides or {})]
+    if preset is None:
+        preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd15"
+    if preset not in presets():
+        raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
+    base = read_toml(PRESETS / f"{preset}.toml")
+    for_algorithm = base.pop("algorithms", {})
+    algorithm = _algorithm(base.pop("algorithm", DEFAULT_ALGORITHM), *above)
+    base = _merge(_known(base, config_class(algorithm)), for_algorithm.get(algorithm, {}) | {"algorithm": algorithm})
+    base = _without_roles_taken(base, above)
+    merged: Fields = {}
+    for layer in (find_algorithm(algorithm).values, base, *above):
+        merged = _merge(merged, layer)
+    return validate(merged)
+
+
+def override(config: TrainConfig, changes: Fields) -> TrainConfig:
+    """`config` with nested `changes` applied."""
+    return validate(_merge(plain_values(config), with_named_rewards(changes)))
+
+
+def _without_roles_taken(preset: Fields, above: list[Fields]) -> Fields:
+    """The preset, without the held-out rewards and guards to which the layers above it give another role."""
+    trained_on = _topmost(above, "rewards", {})
+    held_out, guards = (split_names(_topmost(above, name, [])) for name in ("eval_rewards", "guards"))
+    if not all(isinstance(names, dict | list) for names in (trained_on, held_out, guards)):  # validation says so
+        return preset
+    kept = preset | {"eval_rewards": [name for name in preset["eval_rewards"] if name not in {*trained_on, *guards}]}
+    kept["guards"] = [name for name in preset.get("guards", []) if name not in {*trained_on, *held_out}]
+    watched = preset.get("overoptimisation", {})
+    if watched.get("reward") in {*trained_on, *guards}:
+        kept["overoptimisation"] = watched | {"reward": NONE}
+    return kept
+
+
+def _algorithm(default: str, in_file: Fields, overrides: Fields) -> str:
+    """The algorithm to use. A file overrides its values, so a file made for another algorithm would mix the two."""
+    algorithm = _topmost([in_file, overrides], "algorithm", default)
+    find_algorithm(algorithm)
+    if in_file.get("algorithm", algorithm) != algorithm:
+        raise ValueError(
+            f"got algorithm {algorithm!r} with a file made for {in_file['algorithm']!r}, whose values would still "
+            "apply; expected the same: remove the algorithm and its settings from the file"
+        )
+    return algorithm
+
+
+def _known(values: Fields, section: type[Section]) -> Fields:
+    """The preset's `values` that are settings of `section`: presets include settings of several algorithms."""
+    known: Fields = {}
+    for name, value in values.items():
+        if info := section.model_fields.get(name):
+            inner = section_of(info)
+            known[name] = _known(value, inner) if inner else value
+    return known
+
+
+def _topmost(layers: list[Fields], name: str, default: Any) -> Any:
+    return next((layer[name] for layer in reversed(layers) if name in layer), default)
+
+
+def _merge(base: Fields, over: Fields) -> Fields:
+    """`base` overridden by `over`; tables are merged, except `rewards`, which is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
