@@ -96,12 +96,12 @@ def test_resumed_settings_are_the_runs_own(finished, capsys):
 
 def test_a_run_whose_configuration_was_edited_says_what_to_put_back(finished, tmp_path, capsys):
     path = shutil.copytree(finished[0], tmp_path / "edited")
-    config = (path / "config.toml").read_text()
-    edited = config.replace("guidance = 3.0", "guidance = 4.0").replace("lr = 0.0005", "lr = 0.0006")
+    lr, config = RunFolder.open(path).config.policy.lr, (path / "config.toml").read_text()
+    edited = config.replace("guidance = 3.0", "guidance = 4.0").replace(f"lr = {lr}", "lr = 0.0006")
     (path / "config.toml").write_text(edited)
     assert main(["--resume", str(path)]) == 2
     err = capsys.readouterr().err
-    assert "guidance was 3.0 and is 4.0, policy.lr was 0.0005 and is 0.0006; expected the same" in err
+    assert f"guidance was 3.0 and is 4.0, policy.lr was {lr} and is 0.0006; expected the same" in err
     assert "restore its config.toml, or start a new run" in err
     (path / "config.toml").write_text(edited.replace("lr = 0.0006", "lr = 6.0"))
     assert main(["--resume", str(path)]) == 2
@@ -406,7 +406,7 @@ def test_two_processes_draw_the_samples_of_one(tmp_path, finished, start):
     one, two = RunFolder.open(finished[0]).metrics(), RunFolder.open(path).metrics()
     assert [line["epoch"] for line in two] == [1, 2]
     names = [name for name in one[0] if name.startswith(("reward/", "eval/", "guard/"))]
-    assert len(names) == 10
+    assert len(names) == 11
     for name in names:  # forwards of one row and of two round differently: float32, through two steps and a decoder
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4), name
 
