@@ -3,7 +3,7 @@
 A single sample's gradient at a step is its advantage times the score function. Its mean over samples is what training
 follows, all else is noise. This draws samples with a LoRA of RUN (of a model of Shapes), measures the gradient of each
 sample at each step, and prints, for each way of computing advantages, the squared length of the mean over the mean
-squared length, times 10,000. To halve the noise takes twice the samples, so the numbers compare in samples.
+squared length, times 10,000: with twice the number, half the samples give a gradient as good.
 
 The mean's squared length is estimated without bias by products of different samples' gradients. The gradients are kept
 as count sketches, which preserve products up to a relative error of about 1/sqrt(WIDTH). Advantages compare a sample
@@ -49,7 +49,10 @@ def main() -> None:
     run = RunFolder.open(args.run)
     policy = load_policy(run.config, CPU)
     policy.trainable.load_exported(read_lora(run.path / "lora" / f"{args.lora}.safetensors"))
-    prompts = (load_prompts("shapes") * args.samples)[: args.samples]
+    shapes = load_prompts("shapes")
+    if args.samples < 2 * len(shapes):
+        parser.error(f"got {args.samples} samples; expected two of each of the {len(shapes)} prompts or more")
+    prompts = (shapes * args.samples)[: args.samples]
     batch, sketches = draw(policy, prompts)
     report(batch, sketches)
 
@@ -58,7 +61,13 @@ def draw(policy: DiffusionPolicy, prompts: list[str], size: int = 45) -> tuple[T
     """The samples, and their score functions as sketches, (N, T, WIDTH)."""
     reward, guard = load_reward(REWARD, CPU), load_reward(GUARD, CPU)
     sampler = Sampler(
-        Decoder(policy, 48), reward, {}, reward.embed, embed_clean=True, score_steps=True, guards={GUARD: guard}
+        Decoder(policy, 48),
+        reward,
+        {},
+        reward.embed,
+        embed_clean=True,
+        step_rewards=[reward, guard],
+        guards={GUARD: guard},
     )
     sketch = Sketch(sum(parameter.numel() for parameter in policy.parameters))
     batches, sketches = [], []

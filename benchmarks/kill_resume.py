@@ -28,7 +28,7 @@ VARIANTS = {
     "normalised": "--algorithm tdpo-g --policy.objective step-normalised --kl.coefficient 0.03 --kl.weighting sigma "
     "--kl.target 20 --kl.controller proportional-integral --policy.ema 0.9 --policy.lr-schedule cosine "
     "--policy.warmup-updates 3 --policy.train-until 0.8 --policy.train-share 0.7 --critic.gae-lambda 0.9 "
-    "--guard-adaptation 0.5",
+    "--guard-adaptation 0.5 --guard-images 2 --prompts shapes-complex",
     "gardo": "--algorithm tdpo-g --policy.objective trust-region --kl.coefficient 0.03 --kl.gate --kl.gate-window 2 "
     "--kl.reset-every 2 --samples-per-prompt 2 --moments.baseline group --favour-diversity",
 }

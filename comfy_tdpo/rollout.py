@@ -28,8 +28,7 @@ class Trajectories:
     kl (B, T): nats against the reference, see `denoise`.
     rewards (B,); eval_rewards, guard_rewards: name -> (B,).
     image_embeds (B, K, D): what the critic reads at the first K steps, see `Sampler`; None without a critic.
-    step_scores (B, K, 1 + G): of what the critic reads at those, by the training reward and each of G guards; None
-    unless the critic reads them.
+    step_scores (B, K, S): of what the critic reads at those, by each of `Sampler.step_rewards`; None without any.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
     """
 
@@ -109,7 +108,7 @@ class Sampler:
         embed_image_size: pixels at which intermediate latents are decoded for the critic, or None for full size.
         embed_clean: whether the critic reads, at each step, the predicted clean latent instead of the noisy x_k.
         embed_steps: how many steps the critic reads, from the first; None for all.
-        score_steps: whether the training reward and the guards score what the critic reads.
+        step_rewards: the rewards that score what the critic reads.
         kl: what Trajectories.kl holds, see `denoise`.
         check: called between model calls; may raise an exception to stop.
     """
@@ -121,7 +120,7 @@ class Sampler:
     embed_image_size: int | None = None
     embed_clean: bool = False
     embed_steps: int | None = None
-    score_steps: bool = False
+    step_rewards: Sequence[RewardModel] = ()
     kl: str = "none"
     check: Callable[[], None] = lambda: None
     guards: dict[str, RewardModel] = field(default_factory=dict)
@@ -132,7 +131,7 @@ class Sampler:
         path = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
         images = self.decoder(path.latents[:, -1], check=self.check)
         read = path.clean if self.embed_clean else path.latents[:, :-1]
-        embeds, scores = self._look(read[:, : self.embed_steps], prompts)
+        embeds, scores = self._read_steps(read[:, : self.embed_steps], prompts)
         return Trajectories(
             prompts=prompts,
             latents=path.latents,
@@ -146,23 +145,22 @@ class Sampler:
             guard_rewards={name: score_images(model, images, prompts) for name, model in self.guards.items()},
         )
 
-    def _look(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Unit embeddings (B, K, D) and scores (B, K, 1 + G) of the decoded latents, (B, K, C, H, W)."""
+    def _read_steps(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Unit embeddings (B, K, D) and scores (B, K, S) of the decoded latents, (B, K, C, H, W)."""
         if self.embed is None:
             return None, None
-        embed, judges = self.embed, [self.reward, *self.guards.values()] if self.score_steps else []
-        steps = latents.shape[1]
+        embed, steps, count = self.embed, latents.shape[1], len(self.step_rewards)
         of_each = [prompt for prompt in prompts for _ in range(steps)]
 
         def read(images: Tensor, rows: slice) -> Tensor:
-            scores = [score_images(judge, images, of_each[rows]) for judge in judges]
+            scores = [score_images(reward, images, of_each[rows]) for reward in self.step_rewards]
             return torch.cat([embed(images).float(), *(column[:, None] for column in scores)], dim=1)
 
         found = self.decoder(latents.flatten(0, 1), self.embed_image_size, read, self.check)
         found = found.unflatten(0, (len(latents), steps))
-        if not judges:
+        if not count:
             return found, None
-        return found[..., : -len(judges)].contiguous(), found[..., -len(judges) :].contiguous()
+        return found[..., :-count].contiguous(), found[..., -count:].contiguous()
 
 
 def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:

@@ -50,7 +50,10 @@ VARIANTS = {
             "scores": True,
             "gae_lambda": 0.9,
         },
-        "guards": ["shapes-alignment"],
+        "guards": ["shapes-match", "shapes-alignment"],
+        "guard_images": 2,
+        "guard_adaptation": 0.5,
+        "prompts": "shapes-complex",
         "policy": {
             "objective": "step-normalised",
             "ema": 0.5,

@@ -29,9 +29,8 @@ class ByPrompt(Brightness):
 @pytest.mark.parametrize("batch", [2, 64])
 def test_the_training_reward_and_the_guards_score_each_predicted_clean_image(make_policy, batch):
     policy, reward, guards = make_policy(steps=3), ByPrompt(), {"contrast": Contrast(), "light": Brightness()}
-    sampler = Sampler(
-        Decoder(policy, batch), reward, {}, reward.embed, embed_clean=True, score_steps=True, guards=guards
-    )
+    step_rewards = [reward, *guards.values()]
+    sampler = Sampler(Decoder(policy, batch), reward, {}, reward.embed, embed_clean=True, step_rewards=step_rewards)
     with torch.no_grad():
         found = sampler.sample(PROMPTS, SEEDS)
         assert found.step_scores.shape == (3, 3, 3) and found.image_embeds.shape == (3, 3, 48)
@@ -39,7 +38,9 @@ def test_the_training_reward_and_the_guards_score_each_predicted_clean_image(mak
             step = policy.step(found.latents[:, k], torch.full((3,), k), policy.encode_prompts(PROMPTS))
             images = policy.decode(step.clean)
             expected = [judge.score(images, PROMPTS) for judge in (reward, *guards.values())]
-            torch.testing.assert_close(found.step_scores[:, k], torch.stack(expected, 1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                found.step_scores[:, k], torch.stack(expected, 1), rtol=1e-5, atol=1e-5
+            )  # float32
             torch.testing.assert_close(found.image_embeds[:, k], reward.embed(images), rtol=1e-5, atol=1e-5)  # float32
 
 
@@ -119,3 +120,25 @@ def test_it_needs_clean_images_and_a_history():
     for change in ({"reads": "noisy"}, {"history": 0}):
         with pytest.raises(ValueError, match=r"critic.scores needs .* critic.reads is .* critic.history is"):
             toy_config(critic=READS_SCORES | change)
+
+
+def test_it_reads_one_step_more_than_are_trained(tmp_path, make_policy):
+    """Later steps are neither decoded nor predicted; there the return stands for a prediction."""
+    critic = READS_SCORES | {"gae_lambda": 0.0}
+    training, epochs = started(tmp_path, make_policy, steps=6, policy={"train_until": 0.5}, critic=critic, epochs=2)
+    next(epochs)
+    training._sample()
+    batch, targets = training.context.progress.batch(), training.context.progress.targets
+    assert training.method.critic.steps == batch.image_embeds.shape[1] == batch.step_scores.shape[1] == 4
+    assert torch.equal(targets["residuals"][:, 4:], targets["returns"][:, 4:])
+    raw = targets["residuals"][:, 1:4] - targets["residuals"][:, :3]
+    expected = (raw - raw.mean()) / raw.std(correction=0)
+    torch.testing.assert_close(targets["temporal_rewards"][:, :3], expected, rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_guards_that_only_open_a_gate_do_not_score_the_steps(tmp_path, make_policy):
+    gate = {"guard_penalty": 0.0, "kl": {"coefficient": 0.1, "gate": True}}
+    training, _ = started(tmp_path, make_policy, **gate)
+    training._sample()
+    assert training.context.progress.batch().step_scores.shape == (8, 3, 1)
+    assert training.context.progress.targets["scores"].shape == (8, 3, 1)

@@ -100,8 +100,8 @@ ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
         _SETTINGS,
-        "TDPO held by guards, rewards that must not fall, with a critic that sees the clean image, the prompt and the "
-        "step",
+        "TDPO held by guards, rewards that must not fall, with a critic that sees the clean image, its scores, the "
+        "prompt and the step; the last steps are not trained",
         {
             "critic": {
                 "reads": "clean",

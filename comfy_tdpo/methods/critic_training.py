@@ -31,8 +31,9 @@ THIRDS = ("first", "middle", "last")
 class CriticTraining:
     """R_phi of arXiv 2402.08552 (Eq. 7) and its training: by Eq. 9-10, or by regression on the latest epochs.
 
-    steps: K, all of T if the critic is trained by Eq. 9-10; otherwise one more than up to the last that is trained,
-    since lambda compares each prediction with the next. Beyond, the return itself takes the place of a prediction.
+    steps: K, all of T if the critic is trained by Eq. 9-10; otherwise the steps up to and including the one after the
+    last trained step, since lambda compares each prediction with the next. For later steps, the return itself takes the
+    place of a prediction.
     encoder: the reward whose image encoder the critic uses; network, optimizer: the critic itself.
     history: HISTORY of the latest epochs, of all processes, oldest first; empty if the critic is trained by Eq. 9-10.
     regression: what the scores alone predict, a linear function for each step; the network adds to it. None until it
@@ -146,7 +147,7 @@ class CriticTraining:
         returns = targets["returns"][:, : self.steps]
         scores = targets.get("scores", returns.new_zeros(*returns.shape, 0))
         kept = (batch.image_embeds, self._summaries(batch), scores, returns)
-        gathered = [self.context.gather(tensor.contiguous()) for tensor in kept]
+        gathered = [self._gather(tensor.contiguous()) for tensor in kept]
         self.history = [*self.history, dict(zip(HISTORY, gathered, strict=True))][-self.config.history :]
         inputs = torch.cat([self._of(epoch).flatten(0, 1) for epoch in self.history])
         returns = torch.cat([epoch["returns"] for epoch in self.history])
@@ -162,6 +163,12 @@ class CriticTraining:
                     self.optimizer.zero_grad()
                     F.mse_loss(self.network(inputs[rows], dropout=draw), returns[rows]).backward()
                     self.context.step(self.optimizer, self.config.max_grad_norm)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes; rows without numbers are not sent, as NCCL cannot gather them."""
+        if rows.numel():
+            return self.context.gather(rows)
+        return rows.new_zeros(len(rows) * self.context.accelerator.num_processes, *rows.shape[1:])
 
     def _of(self, epoch: TensorGroup) -> Tensor:
         return self._inputs(epoch["image_embeds"], epoch["summaries"])

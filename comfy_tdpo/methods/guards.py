@@ -98,7 +98,8 @@ class Level:
 
     @classmethod
     def of_prompts(cls, prompts: list[str], scores: Tensor) -> "Level":
-        """From n > 1 scores of each of P prompts, (P, n), and their standard deviation within a prompt.
+        """From n > 1 scores of each of P prompts, (P, n), and their standard deviation within a prompt, or of all
+        scores if those of each prompt are equal.
 
         A prompt's level is its mean, drawn to the overall mean as far as its error and the spread of the prompts say
         (empirical Bayes, for normal scores).
@@ -109,7 +110,8 @@ class Level:
         between = (means.var() - error).clamp(min=0) if len(prompts) > 1 else torch.zeros_like(error)
         kept = (between / (between + error)).nan_to_num()
         levels = means.mean() + kept * (means - means.mean())
-        return cls(means.mean().item(), within.sqrt().item(), dict(zip(prompts, levels.tolist(), strict=True)))
+        std = within.sqrt() if within > 0 else scores.std(correction=0)
+        return cls(means.mean().item(), std.item(), dict(zip(prompts, levels.tolist(), strict=True)))
 
     def fall(self, prompts: list[str], scores: Tensor) -> Tensor:
         """How far each score, (B, ...), is below its prompt's level, float64 in units of `std`; negative above it."""
@@ -124,13 +126,25 @@ def _beside(values: Tensor, scores: Tensor) -> Tensor:
 
 @dataclass
 class Weights:
-    """What a fall of one guard costs: a weight that all prompts share, and what each prompt's own differs from it."""
+    """What a fall of one guard costs: a weight that all prompts share, and what each prompt's own differs from it, both
+    within bounds."""
 
     shared: float
+    lowest: float
+    highest: float
     own: dict[str, float] = field(default_factory=dict)
 
     def of(self, prompt: str) -> float:
-        return self.shared + self.own.get(prompt, 0.0)
+        return self._bounded(self.shared + self.own.get(prompt, 0.0))
+
+    def move(self, shared: float, own: dict[str, float]) -> None:
+        """Change all weights by `shared`, but those of the prompts in `own` by what it says."""
+        moved = {prompt: self._bounded(self.of(prompt) + change) for prompt, change in own.items()}
+        self.shared = self._bounded(self.shared + shared)
+        self.own |= {prompt: weight - self.shared for prompt, weight in moved.items()}
+
+    def _bounded(self, weight: float) -> float:
+        return min(max(weight, self.lowest), self.highest)
 
 
 class GuardPenalty:
@@ -155,7 +169,7 @@ class GuardPenalty:
     def start(self, levels: dict[str, Level]) -> None:
         """Set the levels of the guards, by name."""
         self.levels = levels
-        self.weights = {name: Weights(self.penalty) for name in levels}
+        self.weights = {name: Weights(self.penalty, self.penalty / 3, self.penalty * 4) for name in levels}
 
     def __call__(self, prompts: list[str], guards: Scores) -> Tensor:
         """What each sample, or each of its scores, loses for each guard, (B, ..., G) float64; guards: (B, ...) each."""
@@ -170,17 +184,13 @@ class GuardPenalty:
         """Once per epoch, with the guards' scores of all samples, (B,) each."""
         if not self.adaptation:
             return
-        lowest, highest = self.penalty / 3, self.penalty * 4
         for name, scores in guards.items():
-            weights, falls = self.weights[name], self.levels[name].fall(prompts, scores)
-            mean, by_prompt = falls.mean().item(), dict[str, list[float]]()
+            falls = self.levels[name].fall(prompts, scores)
+            by_prompt: dict[str, list[float]] = {}
             for prompt, fall in zip(prompts, falls.tolist(), strict=True):
                 by_prompt.setdefault(prompt, []).append(fall)
-            shared = weights.shared + self.adaptation * (mean - self.slack)
-            weights.shared = min(max(shared, lowest), highest)
-            for prompt, found in by_prompt.items():
-                own = weights.of(prompt) + self.adaptation * (fmean(found) - mean)
-                weights.own[prompt] = min(max(own, lowest), highest) - weights.shared
+            own = {prompt: self.adaptation * (fmean(found) - self.slack) for prompt, found in by_prompt.items()}
+            self.weights[name].move(self.adaptation * (falls.mean().item() - self.slack), own)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -189,5 +199,5 @@ class GuardPenalty:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.levels = {name: Level(**level) for name, level in state.get("levels", {}).items()}
-        self.weights = {name: Weights(**weights) for name, weights in state.get("weights", {}).items()}
+        self.levels = {name: Level(**level) for name, level in state["levels"].items()}
+        self.weights = {name: Weights(**weights) for name, weights in state["weights"].items()}

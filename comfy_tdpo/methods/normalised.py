@@ -1,7 +1,7 @@
-"""Normalised rewards: of images, what returns are made of, and of unfinished ones, what the critic may read.
+"""Normalised rewards: those of the images, for the returns, and of the predicted clean images, for the critic.
 
 A reward is normalised by the recent rewards of its prompt, or by the other images of its prompt in the epoch, and then
-lowered by what the guards hold against the image.
+lowered by the guards' penalty.
 
 Shapes: B samples of all processes, N of this one, K denoising steps, S scores of each step.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rewards import score_images
+from ..rewards import RewardModel, score_images
 from ..rollout import Trajectories, draw_images
 from . import Metrics, groups
 from .advantages import RewardMoments, Standard
@@ -39,6 +39,21 @@ class NormalisedRewards:
         self._in_groups = config.moments.baseline == "group"
         self._standard: Standard | None = None
 
+    @property
+    def guarded(self) -> bool:
+        """Whether the guards' scores count."""
+        return bool(self.context.guards and self.config.guard_penalty)
+
+    @property
+    def models(self) -> list[RewardModel]:
+        """The rewards whose scores count, in the order in which `of_steps` expects them."""
+        return [self.context.reward, *(self.context.guards.values() if self.guarded else ())]
+
+    def start(self, prompts: list[str], guards: Scores) -> None:
+        """Before an epoch's rewards are normalised: set the guards' levels, if they are not known yet."""
+        if self.guarded and not self.guards.levels:
+            self.guards.start(self._levels(prompts, guards))
+
     def of_images(self, prompts: list[str], rewards: Tensor, guards: Scores) -> Tensor:
         """An epoch's rewards, (B,), normalised, less the guards' penalty without its mean; once per epoch."""
         size = self.config.samples_per_prompt
@@ -47,9 +62,7 @@ class NormalisedRewards:
         else:
             self._standard = self.moments.add(prompts, rewards)
         normalised = self._standard(rewards)
-        if guards and self.config.guard_penalty:
-            if not self.guards.levels:
-                self.guards.start(self._levels(prompts, guards))
+        if self.guarded:
             lost = self.guards(prompts, guards).sum(-1)
             centred = groups.leave_one_out(lost, size) if self._in_groups else lost - lost.mean()
             normalised = normalised - centred.float()
@@ -61,20 +74,25 @@ class NormalisedRewards:
         assert batch.step_scores is not None and self._standard is not None
         rewards, *guards = batch.step_scores.unbind(-1)
         normalised = Standard(*map(self.context.own, self._standard))(rewards)[..., None]
-        if not (guards and self.config.guard_penalty):
+        if not self.guarded:
             return normalised
-        named = dict(zip(batch.guard_rewards, guards, strict=True))
+        named = dict(zip(self.context.guards, guards, strict=True))
         return torch.cat([normalised, self.guards(batch.prompts, named).float()], dim=-1)
 
     def _levels(self, prompts: list[str], guards: Scores) -> dict[str, Level]:
-        """The guards' levels, by images of every prompt that the model draws for this before it is trained.
+        """The guards' levels, from images of every prompt that the model draws for this before it is trained.
 
-        All processes draw them all. Where that would be more than LEVEL_EPOCHS epochs of images, there are fewer of
+        Every process draws them all. Where that would be more than LEVEL_EPOCHS epochs of images, there are fewer of
         each prompt; with less than two, the levels are those of the first epoch's scores.
         """
-        drawn = list(dict.fromkeys(self.context.all_prompts))
-        most = LEVEL_EPOCHS * self.config.samples_per_epoch // len(drawn)
-        count = min(self.config.guard_images, most)
+        drawn, wanted = list(dict.fromkeys(self.context.all_prompts)), self.config.guard_images
+        count = min(wanted, LEVEL_EPOCHS * self.config.samples_per_epoch // len(drawn))
+        if wanted and count < 2:
+            logger.warning(
+                "%d prompts are too many for guard_images %d: with %d samples per epoch, %d images are drawn at most; "
+                "the first epoch's scores set the guards' levels instead",
+                *(len(drawn), wanted, self.config.samples_per_epoch, LEVEL_EPOCHS * self.config.samples_per_epoch),
+            )
         if count < 2:
             return {name: Level.of_epoch(prompts, scores) for name, scores in guards.items()}
         logger.info("drawing %d images for the guards' levels, %d of each prompt", count * len(drawn), count)

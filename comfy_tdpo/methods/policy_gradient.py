@@ -65,7 +65,7 @@ class PolicyGradient:
             embed_image_size=config.critic.image_size,
             embed_clean=config.critic.reads == "clean",
             embed_steps=self.critic.steps if self.critic else None,
-            score_steps=self.critic is not None and config.critic.scores,
+            step_rewards=self.rewards.models if self.critic and config.critic.scores else (),
             kl=self.kl.form,
             check=context.check,
             guards=context.guards,
@@ -81,6 +81,7 @@ class PolicyGradient:
         gather, own = self.context.gather, self.context.own
         kl, rewards = gather(batch.kl), gather(batch.rewards)
         guards = {name: gather(scores) for name, scores in batch.guard_rewards.items()}
+        self.rewards.start(prompts, guards)  # may be stopped, so that nothing may have changed before it
         self.kl.begin(kl, rewards, guards)
         normalised = self.rewards.of_images(prompts, rewards, guards)
         returns = self.kl.returns(normalised, kl, self.config.gamma)

@@ -74,9 +74,8 @@ class CriticSettings(OptimizerSettings):
     step: bool = Field(default=False, description="whether the critic also knows the step")
     scores: bool = Field(
         default=False,
-        description="whether the critic also knows how the training reward and the guards score what it sees at each "
-        "step, which takes as many more evaluations of them as there are steps; needs critic.reads clean and "
-        "critic.history",
+        description="whether the critic also knows how the training reward and the guards score what it sees, which "
+        "evaluates them once more for each trained step and the one after; needs critic.reads clean and critic.history",
     )
     architecture: CriticArchitecture = Field(
         default="authors",

@@ -37,17 +37,17 @@ class PolicyGradientSettings(MethodSettings):
         default=0,
         ge=0,
         le=1000,
-        description="images of each prompt that are drawn before training for the guards' levels, as far as four "
-        "epochs' images go; standard deviations are then those within a prompt. With 0 or 1, the first epoch's scores "
-        "set the levels, and standard deviations are those of all of them",
+        description="images generated per prompt before training, from which the guards' levels are measured, at most "
+        "four epochs' worth in all; standard deviations are then those within a prompt. With 0, or too many prompts "
+        "for two images each, the first epoch's scores set the levels, and standard deviations are those of all of them",
     )
     guard_adaptation: float = Field(
         default=0.0,
         ge=0,
         le=1e3,
-        description="how much a prompt's guard_penalty grows after each epoch for each standard deviation by which its "
-        "images are below its level on average, and shrinks if they are above it, within a third and four times of "
-        "guard_penalty; 0 keeps it fixed",
+        description="how much a prompt's penalty grows after each epoch for each standard deviation by which its "
+        "images are below its level on average, and shrinks if they are above it; it stays between a third of "
+        "guard_penalty and four times guard_penalty. 0 keeps it fixed. Needs guard_images",
     )
     guard_slack: float = Field(
         default=0.0,
@@ -108,6 +108,20 @@ class PolicyGradientSettings(MethodSettings):
                 )
 
     def check_guards(self, guards: list[str]) -> None:
+        if self.guard_images == 1:
+            raise ValueError("guard_images is 1, too few to tell prompts apart; set it to 2 or more, or to 0")
+        if self.guard_adaptation and not self.guard_images:
+            raise ValueError(
+                "guard_adaptation needs a level for each prompt, but guard_images is 0; set guard_images to 8 or so"
+            )
+        if self.guard_slack and not self.guard_adaptation:
+            raise ValueError("guard_slack is for guard_adaptation, which is 0; set one of them to another value")
+        for name in ("guard_images", "guard_adaptation"):
+            if getattr(self, name) and not (guards and self.guard_penalty):
+                raise ValueError(
+                    f"{name} is for the penalty of guards, but there is none; add a guard and set guard_penalty above "
+                    f"0, or set {name} to 0"
+                )
         if guards and not self.guard_penalty and not self.kl.gate:
             raise ValueError(
                 f"guards lists {', '.join(guards)}, but nothing uses them: set guard_penalty above 0 or kl.gate to "

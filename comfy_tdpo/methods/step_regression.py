@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-RIDGE = 1.0  # in samples: a coefficient shrinks as if one more sample with a score one away from the mean had said 0
+RIDGE = 1.0  # shrinks a coefficient as much as one more sample would, with a score of 1 and a return of 0 from the mean
 
 
 @dataclass(frozen=True)
