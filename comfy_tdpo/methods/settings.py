@@ -39,7 +39,7 @@ class PolicyGradientSettings(MethodSettings):
         le=1000,
         description="images generated per prompt before training, from which the guards' levels are measured, at most "
         "four epochs' worth in all; standard deviations are then those within a prompt. With 0, or too many prompts "
-        "for two images each, the first epoch's scores set the levels, and standard deviations are those of all of them",
+        "for two images each, the first epoch's scores set the levels, and standard deviations are those of all scores",
     )
     guard_adaptation: float = Field(
         default=0.0,
