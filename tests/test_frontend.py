@@ -579,6 +579,20 @@ def test_what_is_seen_of_a_run(tab):
     assert bars == ["60", "50"]
 
 
+def test_the_epochs_that_overoptimise_are_shaded(tab):
+    """From the first of them to the right edge, in every chart; the words say so too."""
+    tab.told[0] |= {"overoptimised": 4}
+    show(tab)
+    tab.wait_for_epochs(6)
+    shades, curve = tab.page.locator(".tdpo-overoptimised"), tab.page.locator(".tdpo-curve").first
+    assert shades.count() == 3
+    fourth = curve.get_attribute("points").split(" ")[3].split(",")[0]
+    assert shades.first.get_attribute("x") == fourth and float(shades.first.get_attribute("width")) > 50
+    label = tab.page.locator(".tdpo-chart").get_attribute("aria-label")
+    assert label.endswith("; overoptimisation since epoch 4")
+    screenshot(tab, "overoptimised")
+
+
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_every_word_can_be_read(tab, palette):
     """WCAG's contrast for text, 4.5, against the panel's own ground."""

@@ -73,6 +73,7 @@ export class Chart {
     const kind = trained ? "tdpo-trained" : "tdpo-held-out";
     const group = shape("g", { class: kind }, this.#heading(name, trained, top - 6), value);
     if (points.length) group.append(...this.#yAxis(domain, y, bottom - top));
+    group.append(...this.#overoptimised(top, bottom));
     group.append(shape("line", { x1: LEFT, x2: this.width - RIGHT, y1: bottom, y2: bottom, class: "tdpo-axis" }));
     if (points.length) group.append(...this.#curve(points, at, y, trained), ...this.#pointer(top, bottom));
     return group;
@@ -109,6 +110,13 @@ export class Chart {
     const [cx, cy] = place(points[at]).split(",");
     parts.push(shape("circle", { cx, cy, r: 3.5, class: "tdpo-dot" }));
     return parts;
+  }
+
+  #overoptimised(top, bottom) {
+    if (this.status.overoptimised == null) return [];
+    const [left, right] = [this.status.overoptimised, this.epochs[1]].map((epoch) => round(this.x(epoch)));
+    const size = { x: left, y: top, width: Math.max(right - left, 1), height: Math.max(bottom - top, 0) };
+    return [shape("rect", { ...size, class: "tdpo-overoptimised" })];
   }
 
   #pointer(top, bottom) {

@@ -168,6 +168,7 @@ export function spoken(status, metrics) {
       const [first, last] = [points[0], points.at(-1)].map(({ epoch, value }) => `${number(value)} in epoch ${epoch}`);
       return `${role} ${name}: ${first}, ${last}`;
     });
+  if (status.overoptimised != null) parts.push(`overoptimisation since epoch ${status.overoptimised}`);
   return parts.length ? parts.join("; ") : "No epoch has finished yet";
 }
 
