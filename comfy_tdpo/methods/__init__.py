@@ -100,14 +100,13 @@ ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
         _SETTINGS,
-        "TDPO held by guards, rewards that must not fall, with a critic that sees the clean image, its scores, the "
-        "prompt and the step; the last steps are not trained",
+        "TDPO held by guards, rewards that must not fall, with a critic that sees the clean image, the prompt and the "
+        "step",
         {
             "critic": {
                 "reads": "clean",
                 "prompt": True,
                 "step": True,
-                "scores": True,
                 "architecture": "standardised",
                 "activation": "relu",
                 "history": 4,
@@ -115,9 +114,9 @@ ALGORITHMS = {
                 "weight_decay": 1e-2,
             },
             "neurons": {"reset": "none"},
-            "guard_penalty": 3.0,
+            "guard_penalty": 2.0,
             "guard_credit": True,
-            "policy": {"timestep_order": "denoising", "lr_schedule": "cosine", "train_until": 0.7},
+            "policy": {"timestep_order": "denoising", "lr_schedule": "cosine"},
         },
     ),
     "tdpo-r": Algorithm(_POLICY_GRADIENT, _SETTINGS, "TDPO with resets of the critic's active neurons"),
