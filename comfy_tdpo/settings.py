@@ -115,7 +115,7 @@ class OveroptimisationSettings(Section):
         "often by chance",
     )
     fall: float = Field(
-        default=0.25,
+        default=0.1,
         ge=0,
         lt=1e6,
         description="standard deviations of the first epoch that the held-out reward must have fallen by",

@@ -144,10 +144,10 @@ def test_a_held_out_reward_that_falls_with_the_training_reward_is_no_overoptimis
 
 def test_a_fall_must_be_large_and_certain():
     curve = torch.tensor([0.0] * 6 + [-0.3] * 4)
-    assert rings(curve, RISING[:10], seed=None, noise=0.01, fall=0.1) == (7, 6), "the latest epochs begin with 6"
+    assert rings(curve, RISING[:10], seed=None, noise=0.01) == (7, 6), "the latest epochs begin with 6"
     assert rings(curve, RISING[:10], seed=None, noise=0.01, fall=0.2) == (8, 6 + 1)
     assert rings(curve, RISING[:10], seed=None, noise=0.01, fall=0.31) == (0, 0)
-    assert rings(curve, RISING[:10], seed=None, noise=0.5, fall=0.1) == (0, 0)
+    assert rings(curve, RISING[:10], seed=None, noise=0.5) == (0, 0)
 
 
 # --- the watch over a run
