@@ -139,7 +139,7 @@ class Weights:
 
     def move(self, shared: float, own: dict[str, float]) -> None:
         """Change all weights by `shared`, but those of the prompts in `own` by what it says."""
-        moved = {prompt: self._bounded(self.of(prompt) + change) for prompt, change in own.items()}
+        moved = {prompt: self.of(prompt) + change for prompt, change in own.items()}
         self.shared = self._bounded(self.shared + shared)
         self.own |= {prompt: weight - self.shared for prompt, weight in moved.items()}
 
