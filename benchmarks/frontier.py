@@ -39,7 +39,8 @@ WATCHED = [JUDGE, GOLD]
 SMOOTHING = 3  # epochs that a point of a curve is the mean of
 LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
 AT = 1.0  # the level at which the page compares
-BASELINE = "ddpo-100"
+RECIPE, BASELINE, SLOWEST = "recipe", "ddpo-100", "ddpo-2"
+SEEDS = 5
 CONFIDENCE = 0.95
 
 
@@ -114,7 +115,7 @@ VARIANTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", type=Path, default=Path("runs/frontier"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to this for every variant")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 1 to this for every variant")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="what to train now")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=HERE / "frontier.jsonl", help="the results; .md and .png beside it")
@@ -267,6 +268,7 @@ def page(runs: Runs, found: list[dict[str, Any]]) -> str:
         f"{SMOOTHING} epochs. Gains are in standard deviations of the first epoch's rewards; what is lost is below the "
         f"first epoch's mean. Intervals hold {CONFIDENCE:.0%} (Student's t over seeds).",
         "",
+        *meaning(runs),
         "![Gold lost over training reward gained](frontier.png)",
         "",
         f"At a gain of {AT:+.1f}:",
@@ -298,6 +300,26 @@ def page(runs: Runs, found: list[dict[str, Any]]) -> str:
             both = [[statistics.fmean(e[key][2:]) for e in seeds.values()] for key in ("explained", "explained_last")]
             lines.append(f"| {name} | " + " | ".join(f"{statistics.fmean(values):.2f}" for values in both) + " |")
     return "\n".join(lines) + "\n"
+
+
+def meaning(runs: Runs) -> list[str]:
+    """Two sentences, and what is missing; nothing until the recipe and its baselines have been run."""
+    if not {RECIPE, BASELINE, SLOWEST} <= runs.keys():
+        return []
+    more = kept_more(runs, RECIPE, BASELINE, GOLD)
+    gold, queries = (
+        [mean(at_level(runs, name, of), form) for name in (RECIPE, BASELINE, SLOWEST)]
+        for of, form in ((GOLD, ".3f"), ("queries", ".0f"))
+    )
+    missing = [f"{name} ({len(runs.get(name, {}))})" for name in VARIANTS if len(runs.get(name, {})) < SEEDS]
+    lines = [
+        f"At a gain of {AT:+.1f}, the recipe has lost {gold[0]} of {GOLD}, {BASELINE} {gold[1]} and {SLOWEST} "
+        f"{gold[2]}; seed by seed, the recipe has {with_interval(more)} more left than {BASELINE} ({len(more)} seeds on which both "
+        f"get there). It takes {queries[0]} reward queries to get there, {BASELINE} {queries[1]} and {SLOWEST} "
+        f"{queries[2]}.",
+        "",
+    ]
+    return [*lines, f"Not run on {SEEDS} seeds yet: {', '.join(missing)}.", ""] if missing else lines
 
 
 def mean(values: dict[int, float], form: str) -> str:

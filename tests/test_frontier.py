@@ -78,6 +78,23 @@ def test_runs_are_compared_seed_by_seed(frontier):
     assert differences[0] == pytest.approx(0.01 * 10, abs=0.01)
 
 
+def test_what_the_page_says_it_means(frontier):
+    base = curves(30)
+    steps = {"recipe": 0.0, "ddpo-100": 0.01, "ddpo-2": 0.02}
+    runs = {
+        name: {
+            seed: base | {frontier.GOLD: [value - less * i for i, value in enumerate(base["gold"])]} for seed in (1, 2)
+        }
+        for name, less in steps.items()
+    }
+    said, _, missing, _ = frontier.meaning(runs)
+    lost = [statistics.fmean(frontier.at_level(runs, name, frontier.GOLD).values()) for name in steps]
+    assert "the recipe has lost {:.3f} of shapes-gold, ddpo-100 {:.3f} and ddpo-2 {:.3f};".format(*lost) in said
+    assert f"has {lost[1] - lost[0]:+.3f} ± 0.000 more left than ddpo-100 (2 seeds" in said
+    assert "tdpo (0)" in missing and "recipe (2)" in missing
+    assert frontier.meaning({"recipe": runs["recipe"]}) == []
+
+
 def test_settings_at_their_defaults_do_not_make_another_run(frontier):
     from comfy_tdpo.trainer.config import make_config
 
