@@ -314,8 +314,8 @@ def meaning(runs: Runs) -> list[str]:
     missing = [f"{name} ({len(runs.get(name, {}))})" for name in VARIANTS if len(runs.get(name, {})) < SEEDS]
     lines = [
         f"At a gain of {AT:+.1f}, the recipe has lost {gold[0]} of {GOLD}, {BASELINE} {gold[1]} and {SLOWEST} "
-        f"{gold[2]}; seed by seed, the recipe has {with_interval(more)} more left than {BASELINE} ({len(more)} seeds on which both "
-        f"get there). It takes {queries[0]} reward queries to get there, {BASELINE} {queries[1]} and {SLOWEST} "
+        f"{gold[2]}; seed by seed, the recipe has {with_interval(more)} more left than {BASELINE} "
+        f"({len(more)} seeds on which both get there). It takes {queries[0]} reward queries to get there, {BASELINE} {queries[1]} and {SLOWEST} "
         f"{queries[2]}.",
         "",
     ]
