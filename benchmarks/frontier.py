@@ -315,8 +315,8 @@ def meaning(runs: Runs) -> list[str]:
     lines = [
         f"At a gain of {AT:+.1f}, the recipe has lost {gold[0]} of {GOLD}, {BASELINE} {gold[1]} and {SLOWEST} "
         f"{gold[2]}; seed by seed, the recipe has {with_interval(more)} more left than {BASELINE} "
-        f"({len(more)} seeds on which both get there). It takes {queries[0]} reward queries to get there, {BASELINE} {queries[1]} and {SLOWEST} "
-        f"{queries[2]}.",
+        f"({len(more)} seeds on which both get there). To get there, the recipe takes {queries[0]} reward queries, "
+        f"{BASELINE} {queries[1]} and {SLOWEST} {queries[2]}.",
         "",
     ]
     return [*lines, f"Not run on {SEEDS} seeds yet: {', '.join(missing)}.", ""] if missing else lines
