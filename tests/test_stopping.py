@@ -191,10 +191,10 @@ def test_the_watched_reward_is_measured_and_never_trained_on():
 
 
 def test_a_presets_watched_reward_gives_way_to_training_on_it(monkeypatch):
-    from comfy_tdpo.trainer.config import schema
+    from comfy_tdpo.trainer.config import layers
 
-    read = schema.read_toml
-    monkeypatch.setattr(schema, "read_toml", lambda path: read(path) | {"overoptimisation": {"reward": WATCHED}})
+    read = layers.read_toml
+    monkeypatch.setattr(layers, "read_toml", lambda path: read(path) | {"overoptimisation": {"reward": WATCHED}})
     assert make_config("shapes").overoptimisation.reward == WATCHED
     assert make_config("shapes", None, {"rewards": {WATCHED: 1.0}}).overoptimisation.reward is None
 

@@ -126,4 +126,5 @@ class NormalisedRewards:
 
     def load_state(self, plain: dict[str, Any]) -> None:
         self.moments.load_state_dict(plain["moments"])
-        self.guards.load(plain.get("guards", {}))  # older versions have none
+        if "guards" in plain:  # older versions have none
+            self.guards.load(plain["guards"])
