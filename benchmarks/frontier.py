@@ -29,7 +29,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from scipy.stats import t as student
 
-from comfy_tdpo.trainer.alarm import SINCE
+from comfy_tdpo.trainer.alarm import alarm_of
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.run import RunFolder
 
@@ -172,7 +172,8 @@ def series(run: RunFolder) -> dict[str, list[float]]:
         for ours, key in names.items()
         if all(key in line for line in metrics)
     }
-    return found | {"alarm": [line["epoch"] for line in metrics if SINCE in line][:1]}
+    alarm = alarm_of(metrics)
+    return found | {"alarm": [alarm.epoch] if alarm else []}
 
 
 def results(out: Path) -> list[dict[str, Any]]:

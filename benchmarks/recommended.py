@@ -16,7 +16,7 @@ import torch
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import load_reward
 from comfy_tdpo.rollout import Decoder, draw_images
-from comfy_tdpo.trainer.alarm import SINCE
+from comfy_tdpo.trainer.alarm import alarm_of
 from comfy_tdpo.trainer.assemble import load_policy
 from comfy_tdpo.trainer.recommend.options import Options
 from comfy_tdpo.trainer.recommend.work import recommend
@@ -43,7 +43,8 @@ def line(run: RunFolder) -> str:
     if not run.recommended_lora.exists():
         recommend(run, Options(), CPU)
     metrics = run.metrics()
-    rang = next((str(number["epoch"]) for number in metrics if SINCE in number), "-")
+    alarm = alarm_of(metrics)
+    rang = str(alarm.epoch) if alarm else "-"
     if not run.recommended_lora.exists():
         return f"| {run.path.name} | {rang} | none |" + " |" * (1 + len(NAMES))
     spread = metrics[0][f"reward/{NAMES[0]}/std"]

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def beside(values: Tensor, scores: Tensor) -> Tensor:
+    """One value for each of B samples, shaped so that it counts for all of a sample's scores, (B, ...)."""
+    return values.view(-1, *[1] * (scores.ndim - 1))
+
+
 class Standard(NamedTuple):
     """What each sample's reward is compared with and divided by, (B,) float64 each."""
 
@@ -18,8 +23,7 @@ class Standard(NamedTuple):
 
     def __call__(self, scores: Tensor) -> Tensor:
         """`scores`, (B, ...), normalised; float32."""
-        shape = (-1, *[1] * (scores.ndim - 1))
-        return ((scores.double() - self.mean.view(shape)) / self.std.view(shape)).float()
+        return ((scores.double() - beside(self.mean, scores)) / beside(self.std, scores)).float()
 
 
 class RewardMoments:

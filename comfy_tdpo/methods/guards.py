@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .advantages import beside
+
 Scores = dict[str, Tensor]  # guard -> (B,)
 
 
@@ -116,12 +118,7 @@ class Level:
     def fall(self, prompts: list[str], scores: Tensor) -> Tensor:
         """How far each score, (B, ...), is below its prompt's level, float64 in units of `std`; negative above it."""
         levels = torch.tensor([self.prompts.get(prompt, self.mean) for prompt in prompts], dtype=torch.float64)
-        return (_beside(levels.to(scores.device), scores) - scores.double()) / (self.std + 1e-6)
-
-
-def _beside(values: Tensor, scores: Tensor) -> Tensor:
-    """One value for each of B samples, shaped so that it counts for all of a sample's scores, (B, ...)."""
-    return values.view(-1, *[1] * (scores.ndim - 1))
+        return (beside(levels.to(scores.device), scores) - scores.double()) / (self.std + 1e-6)
 
 
 @dataclass
@@ -177,13 +174,11 @@ class GuardPenalty:
         for name, scores in guards.items():
             fall = self.levels[name].fall(prompts, scores)
             weights = torch.tensor([self.weights[name].of(prompt) for prompt in prompts], dtype=torch.float64)
-            penalties.append(_beside(weights.to(fall.device), fall) * (fall if self.credit else fall.clamp(min=0)))
+            penalties.append(beside(weights.to(fall.device), fall) * (fall if self.credit else fall.clamp(min=0)))
         return torch.stack(penalties, dim=-1)
 
     def adapt(self, prompts: list[str], guards: Scores) -> None:
         """Once per epoch, with the guards' scores of all samples, (B,) each."""
-        if not self.adaptation:
-            return
         for name, scores in guards.items():
             falls = self.levels[name].fall(prompts, scores)
             by_prompt: dict[str, list[float]] = {}

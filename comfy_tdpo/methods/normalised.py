@@ -118,7 +118,9 @@ class NormalisedRewards:
             f"guard/{name}/penalty": fmean(weights.of(prompt) for prompt in prompts)
             for name, weights in self.guards.weights.items()
         }
-        self.guards.adapt(prompts, {name: self.context.gather(found) for name, found in batch.guard_rewards.items()})
+        if self.config.guard_adaptation:  # otherwise there is no need to gather the scores again
+            gather = self.context.gather
+            self.guards.adapt(prompts, {name: gather(found) for name, found in batch.guard_rewards.items()})
         return metrics
 
     def state(self) -> dict[str, Any]:
