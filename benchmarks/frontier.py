@@ -56,6 +56,7 @@ SEEING = {"reads": "clean", "prompt": True, "step": True, "architecture": "stand
 SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
 SCORES = SEEING | {"scores": True, "gae_lambda": 0.7}
 PAPER = {"algorithm": "tdpo-r"}
+WIDE = {"policy": {"rank": 16, "alpha": "none", "train_until": 1.0}, "guard_penalty": 2.0}
 ADAPTING = {"guard_penalty": 1.5, "guard_credit": True, "guard_images": 8, "guard_adaptation": 0.5, "guard_slack": 0.2}
 GROUPS = {"samples_per_prompt": 4, "moments": {"baseline": "group"}}
 KL_TARGET = {"coefficient": 0.03, "target": 50.0, "controller": "proportional-integral"}
@@ -75,7 +76,8 @@ VARIANTS = {
     "ddpo-100": Variant("no critic, one update per step", {"algorithm": "ddpo-100"}),
     "tdpo": Variant("the paper's critic", {"algorithm": "tdpo"}),
     "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER),
-    "recipe": Variant("a critic that sees, and a guard", {"algorithm": "tdpo-g"}),
+    "recipe": Variant("a critic that sees, a guard, a small LoRA", {"algorithm": "tdpo-g"}),
+    "recipe, rank 16": Variant("the same with a LoRA of rank 16, all steps trained", {"algorithm": "tdpo-g"} | WIDE),
     # the critic
     "seeing": Variant("TDPO-R whose critic sees", seeing()),
     "seeing, no reset": Variant("the same without resets", seeing(algorithm="tdpo")),
@@ -83,7 +85,8 @@ VARIANTS = {
     "seeing, all reset": Variant("the same, all neurons reset", seeing(neurons={"reset": "all"})),
     "gae": Variant("the same with lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9})),
     "scores": Variant("the same with lambda 0.7 and the scores of each step", seeing(critic=SCORES)),
-    # the policy's step
+    # the policy
+    "rank 2": Variant("LoRA of rank 2, alpha 8, instead of rank 16", PAPER | {"policy": {"rank": 2, "alpha": 8}}),
     "step-normalised": Variant("step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
     "trust-region": Variant("trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
     "groups": Variant("4 images a prompt, compared with each other", PAPER | GROUPS),
