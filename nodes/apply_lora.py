@@ -53,8 +53,9 @@ class ApplyLoRA(io.ComfyNode):
                     BLENDS,
                     default=NO_BLEND,
                     optional=True,
-                    tooltip="How the strength grows over the sampling steps, from 0 at the first, so that the base "
-                    "model composes the image. none: all of it at every step; step_0.6: from 60 % of the steps on.",
+                    tooltip="How the strength changes over the sampling steps. none: all of it at every step; linear, "
+                    "power_2, power_4: it grows from 0 at the first, so that the base model composes the image; "
+                    "step_0.6: from 60 % of the steps on; until_0.5: in the first half of the steps only.",
                 ),
             ],
             outputs=[

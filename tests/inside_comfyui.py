@@ -253,7 +253,12 @@ def blended(file: str) -> dict[str, float]:
             patched.unpatch_model(device_to=CPU)
 
     found = {"difference of base and tuned": 0.0}
-    shares = {"linear": lambda k: k / steps, "power_2": lambda k: (k / steps) ** 2, "step_0.6": lambda k: k >= 6}
+    shares = {
+        "linear": lambda k: k / steps,
+        "power_2": lambda k: (k / steps) ** 2,
+        "step_0.6": lambda k: k >= 6,
+        "until_0.5": lambda k: k < 5,
+    }
     plain, base = sample(model)
     for schedule, share in shares.items():
         seen, _ = sample(apply_weights(model, weights, 0.8, "test", schedule))

@@ -1,11 +1,11 @@
-"""A LoRA whose strength grows over the sampling steps, by ComfyUI's own hooks: one pass a step.
+"""A LoRA whose strength changes over the sampling steps, by ComfyUI's own hooks: one pass a step.
 
-The first step is the base model's, which composes the image; the LoRA grows towards the last step. Annealed importance
-guidance (AIG, arXiv 2409.06493) instead blends the outputs of base and tuned model with the same weights, (k / T)^p at
-step k of T, in two passes. Here the weights of the LoRA are scaled, and k / T is the sampling percent.
+With most schedules, the first step is the base model's, which composes the image, and the LoRA grows towards the last.
+Annealed importance guidance (AIG, arXiv 2409.06493) instead blends the outputs of base and tuned model with the same
+weights, (k / T)^p at step k of T, in two passes. Here the weights of the LoRA are scaled, and k / T is the sampling
+percent.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import comfy.hooks
@@ -13,19 +13,13 @@ import comfy.lora_convert
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-KEYFRAMES = 100  # the strength changes at every hundredth of the sampling, and only there
+from ..runs.combos import SCHEDULES
 
-# The share of the LoRA at a fraction of the sampling; `step_0.6` is the tuned model from 60 % on.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda done: done,
-    "power_2": lambda done: done**2,
-    "power_4": lambda done: done**4,
-    "step_0.6": lambda done: float(done >= 0.6),
-}
+KEYFRAMES = 100  # the strength changes at every hundredth of the sampling, and only there
 
 
 def blend_weights(model: Any, weights: dict[str, Tensor], strength: float, schedule: str) -> Any | None:
-    """The MODEL with a LoRA that grows up to `strength`, by a key of SCHEDULES; None if no weight fits the MODEL."""
+    """The MODEL with a LoRA of up to `strength`, by a key of SCHEDULES; None if no weight fits the MODEL."""
     converted = comfy.lora_convert.convert_lora(weights)
     patched, _, group = comfy.hooks.load_hook_lora_for_models(model, None, converted, strength, 0)
     (hook,) = group.hooks

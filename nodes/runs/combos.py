@@ -1,5 +1,7 @@
 """The choices of combo inputs that the nodes' logic refers to. Light, as ComfyUI reads schemas when it starts."""
 
+from collections.abc import Callable
+
 AUTO = "auto"  # the preset's prompt set; a reward's weights from wherever they are found
 CONTINUE, NEW, AS_IT_IS = "continue", "new", "as it is"
 RESUME = [CONTINUE, NEW, AS_IT_IS]
@@ -10,7 +12,15 @@ BEST_TRAINING, BEST_HELD_OUT, EPOCH = "best training reward", "best held-out rew
 SNAPSHOTS = [LATEST, RECOMMENDED, BEST_TRAINING, BEST_HELD_OUT, EPOCH]
 NO_FILE = "none"
 NO_BLEND = "none"
-BLENDS = [NO_BLEND, "linear", "power_2", "power_4", "step_0.6"]
+# The share of the LoRA at a fraction of the sampling; `step_0.6` is the tuned model from 60 % on.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: done,
+    "power_2": lambda done: done**2,
+    "power_4": lambda done: done**4,
+    "step_0.6": lambda done: float(done >= 0.6),
+    "until_0.5": lambda done: float(done < 0.5),
+}
+BLENDS = [NO_BLEND, *SCHEDULES]
 
 
 def check_choice(name: str, value: object, choices: list[str]) -> None:
