@@ -25,6 +25,7 @@ def test_what_the_reward_likes_and_both_guards_do_not_disagrees_most():
     uncertain = disagreement(rewards, guards)
     assert uncertain.argmax() == 0 and uncertain[0] == 1
     assert torch.equal(Gate(0.25, 20)(rewards, guards), torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(disagreement(rewards, guards | {"b": rewards}), uncertain / 2)  # all guards count alike
     # the other way round, it is the sample that agrees least in the other direction, and never restrained
     reverse = disagreement(guards["a"], {"a": rewards})
     assert reverse.argmin() == 0 and Gate(1.0, 20)(guards["a"], {"a": rewards})[0] == 0
@@ -55,8 +56,16 @@ def test_the_share_follows_the_disagreement():
     assert [epoch(level) for level in (0.3, 0.9, 0.1)] == [0.1] * 3, "the window is not full yet"
     assert epoch(0.5) == 0.1  # within 0.1 ... 0.9
     assert epoch(1.0) == pytest.approx(0.11)  # above 0.9, 0.1, 0.5
-    assert epoch(0.05) == pytest.approx(0.11 * 0.9)  # below 0.1, 0.5, 1.0
-    assert epoch(0.2) == pytest.approx(0.11 * 0.9)  # within 0.05 ... 1.0
+    assert epoch(0.95) == pytest.approx(0.11)  # above the first three, but within 0.1 ... 1.0
+    assert epoch(0.05) == pytest.approx(0.11 * 0.9)  # below 0.5, 1.0, 0.95
+    assert epoch(1.0) == pytest.approx(0.11 * 0.9)  # the same as the largest
+
+
+def test_an_epochs_disagreement_is_that_of_the_samples_that_the_reward_ranks_higher():
+    rewards, gate = torch.arange(4.0), Gate(0.5, 1)
+    gate(rewards, {"a": rewards})
+    gate(rewards, {"a": -rewards})  # disagreements -1, -1/3, 1/3 and 1
+    assert gate.state() == {"share": pytest.approx(0.55), "history": [pytest.approx(2 / 3)]}
 
 
 def test_the_share_stays_between_a_fifth_and_twice_its_start():

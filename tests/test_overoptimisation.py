@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from comfy_tdpo.settings import OveroptimisationSettings
+from comfy_tdpo.trainer import overoptimisation
 from comfy_tdpo.trainer.overoptimisation import (
     Levels,
     Overoptimisation,
@@ -14,6 +15,7 @@ from comfy_tdpo.trainer.overoptimisation import (
     latest_epochs,
     levels,
     levels_given,
+    variance_ratio,
 )
 
 SAMPLES, PROMPTS = 96, 45  # of the preset shapes
@@ -49,6 +51,13 @@ def test_levels_are_those_of_dense_generalised_least_squares():
     found = levels_given(scores, prompts, ratio)
     torch.testing.assert_close(found.mean, mean)
     torch.testing.assert_close(found.covariance, covariance * (residual @ inverse @ residual) / (80 - 4))
+
+
+def test_the_ratio_of_variances_is_that_within_the_epochs_by_hand():
+    """Within a prompt 2; among all of an epoch 20 / 3, wherever its level is."""
+    scores = torch.tensor([[1.0, 3.0, 5.0, 7.0], [11.0, 13.0, 15.0, 17.0]])
+    ratio = variance_ratio(scores, torch.tensor([[0, 0, 1, 1]] * 2))
+    assert ratio == pytest.approx((20 / 3 - 2) / 2)
 
 
 def test_without_noise_the_prompts_of_an_epoch_make_no_difference():
@@ -172,6 +181,13 @@ def test_once_it_overoptimises_a_run_stays_overoptimised():
     assert 5 < first + 1 <= 10 and 5 <= since[first] <= 7
     assert since[first:] == [since[first]] * (25 - first)
     assert watched(recovered)[-1]["overoptimisation/fall"] < 0
+
+
+def test_a_run_longer_than_its_history_counts_epochs_from_its_start(monkeypatch):
+    monkeypatch.setattr(overoptimisation, "HISTORY", 12)
+    lines = watched(torch.cat([torch.zeros(20), FALLING]))
+    since = next(line["overoptimisation/since"] for line in lines if "overoptimisation/since" in line)
+    assert 25 <= since <= 27
 
 
 def test_the_first_epochs_have_no_verdict_and_one_score_for_all_never_has():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.metrics import readable
-from comfy_tdpo.trainer.plots.curves import LEFT, RIGHT, critic_panels, reward_figure, reward_panels, save_plots
+from comfy_tdpo.trainer.plots.curves import HEADER, LEFT, RIGHT, critic_panels, reward_figure, reward_panels, save_plots
 from comfy_tdpo.trainer.plots.drawing import DPI, WIDTH
 from comfy_tdpo.trainer.plots.image_grid import save_image_grid
 from comfy_tdpo.trainer.run import RunFolder
@@ -183,6 +183,7 @@ def test_the_epochs_since_it_overoptimises_are_shaded():
     metrics[3] |= seen
     shaded = np.asarray(reward_figure(metrics, config)).astype(int)
     changed = (plain != shaded).any(-1)[plain.shape[0] // 3 : plain.shape[0] // 2].mean(0) > 0.5
+    assert (plain != shaded)[: round(HEADER * DPI)].any(), "the legend says so"
     left, width = LEFT * DPI, (WIDTH - LEFT - RIGHT) * DPI
     (columns,) = changed.nonzero()
     assert columns[0] == pytest.approx(left + width * 96 / 193.92, abs=2)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from toy import Brightness, Contrast, new_run, toy_config, toy_training
 
 from comfy_tdpo.methods.step_regression import RIDGE, StepRegression
@@ -90,10 +91,12 @@ def test_a_step_that_scores_like_the_image_is_normalised_like_it(tmp_path, make_
     torch.testing.assert_close(rewards - lost, targets["returns"], rtol=1e-4, atol=1e-4)  # float32
 
 
-def test_what_an_epoch_scored_predicts_only_later_epochs(tmp_path, make_policy):
-    """Regression and network are fitted on the latest two epochs, after the policy's updates."""
+def test_what_an_epoch_scored_predicts_only_later_epochs(tmp_path, make_policy, monkeypatch):
+    """Regression and network are fitted on the latest two epochs, after the policy's updates: the network on what the
+    regression leaves."""
     training, epochs = started(tmp_path, make_policy, epochs=4)
-    critic, seen = training.method.critic, []
+    critic, seen, aims, mse_loss = training.method.critic, [], [], F.mse_loss
+    monkeypatch.setattr(F, "mse_loss", lambda ours, aim: aims.append(aim) or mse_loss(ours, aim))
     targets_of = training.method.targets
 
     def targets(batch, prompts):
@@ -113,6 +116,10 @@ def test_what_an_epoch_scored_predicts_only_later_epochs(tmp_path, make_policy):
     training.method.targets = targets
     for _ in range(4):
         next(epochs)
+        scores, returns = (torch.cat([epoch[name] for epoch in seen[-2:]]) for name in ("scores", "returns"))
+        left = (returns - critic.regression(scores)).flatten()
+        torch.testing.assert_close(torch.cat(aims).sort().values, left.repeat(critic.config.passes).sort().values)
+        aims.clear()
     assert len(seen) == 4
 
 

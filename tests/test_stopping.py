@@ -143,11 +143,13 @@ def test_it_ends_when_asked_to_and_does_not_go_on_untold(tmp_path, make_policy, 
 
 def test_stopped_in_mid_epoch_and_resumed_it_is_the_same_run(tmp_path, make_policy):
     calls: list[tuple] = []
-    whole = new(tmp_path / "whole", epochs=3)
+    whole = new(tmp_path / "whole")
     reference = start(whole, make_policy, watch=lambda *call: calls.append(call))
     list(reference.epochs())
-    for call in range(2, len(calls), 7):
-        run, stop = new(tmp_path / f"stopped-{call}", epochs=3), threading.Event()
+    alarm = alarm_of(whole.metrics())
+    assert alarm.epoch < EPOCHS and lora_before(whole, alarm.since), "what is resumed includes the alarm and its LoRA"
+    for call in range(6, len(calls), 14):  # in epochs 1, 2, 4 and 5
+        run, stop = new(tmp_path / f"stopped-{call}"), threading.Event()
         list(start(run, make_policy, stop, StopAt(stop, call)).epochs())
         again = start(RunFolder.open(run.path), make_policy)
         list(again.epochs())

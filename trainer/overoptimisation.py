@@ -21,8 +21,8 @@ from torch import Tensor
 
 from comfy_tdpo.settings import OveroptimisationSettings
 
-SHARE = 10  # the latest epochs are at least one in ten, or long runs would compare often enough to ring by chance
-PARTS = 3  # and an earlier stretch is at least a third of the epochs before, for the same reason
+SHARE = 10  # the latest epochs are at least one in ten, so that a long run can tell a smaller fall from noise
+PARTS = 3  # an earlier stretch is at least a third of the epochs before; with any stretch, long runs ring by chance
 HISTORY = 100  # latest epochs that are compared, so that the work of an epoch stays small in long runs
 MOST = 1e6  # largest ratio of variances; only scores without any noise reach it
 ROUNDING = 1e-6  # standard deviations; differences of less are rounding errors of float32 scores
