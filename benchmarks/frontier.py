@@ -56,7 +56,7 @@ SEEING = {"reads": "clean", "prompt": True, "step": True, "architecture": "stand
 SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
 SCORES = SEEING | {"scores": True, "gae_lambda": 0.7}
 PAPER = {"algorithm": "tdpo-r"}
-WIDE = {"policy": {"rank": 16, "alpha": "none", "train_until": 1.0}, "guard_penalty": 2.0}
+SMALL = {"policy": {"rank": 2, "alpha": 8}, "guard_penalty": 2.5}
 ADAPTING = {"guard_penalty": 1.5, "guard_credit": True, "guard_images": 8, "guard_adaptation": 0.5, "guard_slack": 0.2}
 GROUPS = {"samples_per_prompt": 4, "moments": {"baseline": "group"}}
 KL_TARGET = {"coefficient": 0.03, "target": 50.0, "controller": "proportional-integral"}
@@ -65,6 +65,10 @@ KL_RESET = {"coefficient": 0.03, "reset_every": 4}
 
 def seeing(**more: Any) -> dict[str, Any]:
     return PAPER | {"critic": SEEING} | more
+
+
+def recipe(**more: Any) -> dict[str, Any]:
+    return {"algorithm": "tdpo-g"} | more
 
 
 def guarded(**more: Any) -> dict[str, Any]:
@@ -76,8 +80,9 @@ VARIANTS = {
     "ddpo-100": Variant("no critic, one update per step", {"algorithm": "ddpo-100"}),
     "tdpo": Variant("the paper's critic", {"algorithm": "tdpo"}),
     "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER),
-    "recipe": Variant("a critic that sees, a guard, a small LoRA", {"algorithm": "tdpo-g"}),
-    "recipe, rank 16": Variant("the same with a LoRA of rank 16, all steps trained", {"algorithm": "tdpo-g"} | WIDE),
+    "recipe": Variant("a critic that sees, and a guard", recipe()),
+    "recipe, all steps": Variant("the same, all steps trained", recipe(policy={"train_until": 1.0})),
+    "recipe, rank 2": Variant("the same with a LoRA of rank 2 and a penalty of 2.5", recipe(**SMALL)),
     # the critic
     "seeing": Variant("TDPO-R whose critic sees", seeing()),
     "seeing, no reset": Variant("the same without resets", seeing(algorithm="tdpo")),

@@ -73,7 +73,7 @@ def test_another_model_than_shapes_begins_from_its_own_preset(tmp_path):
     file.write_text('model = "mine"\n')
     for config in (make_config(overrides={"model": "mine"}), make_config(file=file)):
         assert config.model == "mine"
-        assert (config.policy.lr, config.policy.rank, config.steps, config.resolution) == (1e-4, 2, 20, 512)
+        assert (config.policy.lr, config.policy.rank, config.steps, config.resolution) == (1e-4, 16, 20, 512)
     assert make_config("shapes", overrides={"model": "mine"}).resolution == 64
     assert make_config(file=file, overrides={"model": "shapes"}) == make_config()
 
