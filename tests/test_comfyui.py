@@ -84,7 +84,10 @@ def test_a_run_recommends_a_lora_that_apply_takes(server):
     asked = train_graph("judged", settings="output.grid_images = 2\noutput.recommend = true")
     server.run(asked)
     run = server.base / "output" / "tdpo" / "judged"
-    assert json.loads((run / "recommendation" / "choice.json").read_text())["newest_epoch"] == 2
+    found = json.loads((run / "recommendation" / "choice.json").read_text())
+    assert found["newest_epoch"] == 2
+    listed = server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+    assert ("tdpo/recommended/judged.safetensors" in listed) == (found["recommended"] is not None)
     assert server.status("judged")["state"] == "finished" and server.status("judged")["epoch"] == 2
     weights = load_file(run / "lora" / "latest.safetensors")
     save_file(weights, run / "lora" / "recommended.safetensors", {"epoch": "2", "strength": "0.5"})

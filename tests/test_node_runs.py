@@ -182,6 +182,18 @@ def test_a_status_has_what_the_browser_reads(runs):
     assert runs.lora_name(runs.find("one")) is None, "what lies there is not from this run"
 
 
+def test_load_lora_lists_the_recommended_lora_while_there_is_one(runs):
+    finish(runs)
+    run, shared = runs.find("one"), runs.loras / "tdpo" / "recommended" / "one.safetensors"
+    assert not shared.exists()
+    run.recommended_lora.write_bytes(b"weights")
+    runs.share_loras(run)
+    assert shared.read_bytes() == b"weights"
+    run.recommended_lora.unlink()
+    runs.share_loras(run)
+    assert not shared.exists() and (runs.loras / "tdpo" / "one.safetensors").is_file()
+
+
 RULE = 'stop_on_overoptimisation = {}\noveroptimisation.reward = "shapes-alignment"'
 
 

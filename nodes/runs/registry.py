@@ -5,8 +5,10 @@ Everything that the routes and the nodes report about runs is made here, without
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,7 @@ class Runs:
         """`text` in the words of the graph, without this machine's folders, as browsers may be on other machines."""
         return without_folders(in_words_of_nodes(text).replace(f"{self.root}", "output/tdpo"))
 
-    # --- the LoRA for ComfyUI's Load LoRA ---------------------------------------------------------------------------
+    # --- the LoRAs for ComfyUI's Load LoRA --------------------------------------------------------------------------
 
     def lora_name(self, run: RunFolder) -> str | None:
         """The name of the run's LoRA in ComfyUI's lists; None before there is one.
@@ -129,14 +131,20 @@ class Runs:
         place = self._shared_lora(run)
         return str(place.relative_to(self.loras)) if place.is_file() and run.latest_lora.is_file() else None
 
-    def share_lora(self, run: RunFolder) -> None:
-        """Copy the run's newest LoRA to where ComfyUI's own Load LoRA finds it."""
-        if run.latest_lora.is_file():
-            content = run.latest_lora.read_bytes()
-            write_atomically(self._shared_lora(run), lambda file: file.write_bytes(content))
+    def share_loras(self, run: RunFolder) -> None:
+        """Copy the run's newest LoRA, and the recommended one, to where ComfyUI's own Load LoRA finds them.
 
-    def _shared_lora(self, run: RunFolder) -> Path:
-        return self.loras / "tdpo" / f"{run.path.name}.safetensors"
+        A recommended LoRA that the run no longer has is removed there too.
+        """
+        places = {run.latest_lora: self._shared_lora(run), run.recommended_lora: self._shared_lora(run, "recommended")}
+        for lora, place in places.items():
+            if lora.is_file():
+                write_atomically(place, partial(shutil.copyfile, lora))
+            elif lora == run.recommended_lora:
+                place.unlink(missing_ok=True)
+
+    def _shared_lora(self, run: RunFolder, folder: str = "") -> Path:
+        return self.loras / "tdpo" / folder / f"{run.path.name}.safetensors"
 
 
 def _of_job(job: Job) -> Fields:

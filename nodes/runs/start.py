@@ -69,10 +69,10 @@ def start(
 
 
 def _keep(runs: Runs, run: RunFolder, event: str) -> None:
-    """Share the newest LoRA after each epoch; at the end, draw the plots, as the command line does."""
+    """Share the LoRAs after each epoch; at the end, draw the plots, as the command line does."""
     if event == "phase":
         return
-    runs.share_lora(run)
+    runs.share_loras(run)
     if event == "end" and run.metrics():
         from ...trainer.plots.curves import save_plots
 
