@@ -116,7 +116,7 @@ ALGORITHMS = {
             "neurons": {"reset": "none"},
             "guard_penalty": 2.0,
             "guard_credit": True,
-            "policy": {"timestep_order": "denoising", "lr_schedule": "cosine", "train_until": 0.8},
+            "policy": {"timestep_order": "denoising", "lr_schedule": "cosine"},
         },
     ),
     "tdpo-r": Algorithm(_POLICY_GRADIENT, _SETTINGS, "TDPO with resets of the critic's active neurons"),
