@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.prompts import load_prompts
-from comfy_tdpo.rewards import load_reward
+from comfy_tdpo.rewards import RewardModel, load_reward
 from comfy_tdpo.rollout import Decoder, denoise, draw_noise
 from comfy_tdpo.trainer.assemble import load_policy
 from comfy_tdpo.trainer.config import make_config
 
 CPU = torch.device("cpu")
 NAMES = ("shapes-aesthetic", "shapes-match", "shapes-gold", "shapes-judge")
-REWARD, GUARD, GOLD, JUDGE = range(len(NAMES))
+REWARD, GUARD = 0, 1  # which of NAMES
 SHARED = {0: "nothing", 1: "initial noise", 4: "initial noise and three steps"}
 GROUPS = 2  # of a prompt
 
@@ -39,7 +39,8 @@ def main() -> None:
     if size < 2 or size & (size - 1):
         parser.error(f"got --images {size}; expected a power of two, at least 2")
     policy = load_policy(make_config("shapes"), CPU)
-    scores = {shared: draw(policy, shared, size) for shared in SHARED}
+    rewards = [load_reward(name, CPU) for name in NAMES]
+    scores = {shared: draw(policy, rewards, shared, size) for shared in SHARED}
     print(f"{date.today()}, {platform.machine()}, Python {platform.python_version()}\n")
     print("| shared | " + " | ".join(f"{name}: decided" for name in NAMES[:3]) + " |")
     print("|---" * 4 + "|")
@@ -57,9 +58,8 @@ def main() -> None:
 
 
 @torch.no_grad()
-def draw(policy: DiffusionPolicy, shared: int, size: int) -> Tensor:
+def draw(policy: DiffusionPolicy, rewards: list[RewardModel], shared: int, size: int) -> Tensor:
     """The scores of all groups, (prompts, GROUPS, size, rewards) float64."""
-    rewards = [load_reward(name, CPU) for name in NAMES]
     decoder, found = Decoder(policy, size), []
     for prompt in tqdm(load_prompts("shapes"), f"sharing {SHARED[shared]}"):
         for group in range(GROUPS):

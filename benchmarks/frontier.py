@@ -56,7 +56,8 @@ SEEING = {"reads": "clean", "prompt": True, "step": True, "architecture": "stand
 SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
 SCORES = SEEING | {"scores": True, "gae_lambda": 0.7}
 PAPER = {"algorithm": "tdpo-r"}
-SMALL = {"policy": {"rank": 2, "alpha": 8, "train_until": 0.8}, "guard_penalty": 2.5}
+RANK_2 = {"rank": 2, "alpha": 8}
+SMALL = {"policy": RANK_2 | {"train_until": 0.8}, "guard_penalty": 2.5}
 OTHER_GUARD = {"guards": ["shapes-alignment"], "overoptimisation": {"reward": "shapes-match"}}
 ADAPTING = {"guard_penalty": 1.5, "guard_credit": True, "guard_images": 8, "guard_adaptation": 0.5, "guard_slack": 0.2}
 GROUPS = {"samples_per_prompt": 4, "moments": {"baseline": "group"}}
@@ -93,7 +94,7 @@ VARIANTS = {
     "gae": Variant("the same with lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9})),
     "scores": Variant("the same with lambda 0.7 and the scores of each step", seeing(critic=SCORES)),
     # the policy
-    "rank 2": Variant("LoRA of rank 2, alpha 8, instead of rank 16", PAPER | {"policy": {"rank": 2, "alpha": 8}}),
+    "rank 2": Variant("LoRA of rank 2, alpha 8, instead of rank 16", PAPER | {"policy": RANK_2}),
     "step-normalised": Variant("step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
     "trust-region": Variant("trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
     "groups": Variant("4 images a prompt, compared with each other", PAPER | GROUPS),

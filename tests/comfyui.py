@@ -133,6 +133,10 @@ class Server:
     def status(self, run: str) -> dict:
         return self.get(f"/tdpo/runs/{run}")
 
+    def loras(self) -> list[str]:
+        """What ComfyUI's own Load LoRA lists."""
+        return self.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+
     def until(self, run: str, true: Callable[[dict], Any]) -> dict:
         """The status of a run, once it is as wanted."""
 

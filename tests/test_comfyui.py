@@ -67,10 +67,7 @@ def test_train_and_sample_in_one_graph(server):
     progress = [data for data in told if "reward" in data]
     assert [data["metrics"]["epoch"] for data in progress if data["metrics"]][-1] == 2
     assert {"node": "train", "lora": "tdpo/whole.safetensors"}.items() <= progress[-1].items()
-    assert (
-        "tdpo/whole.safetensors"
-        in server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
-    )
+    assert "tdpo/whole.safetensors" in server.loras()
     for picture in ("samples", "reward"):
         status, body = server.raw(f"/api/tdpo/runs/whole/pictures/{picture}")
         assert status == 200 and body.startswith(b"\x89PNG")
@@ -86,8 +83,7 @@ def test_a_run_recommends_a_lora_that_apply_takes(server):
     run = server.base / "output" / "tdpo" / "judged"
     found = json.loads((run / "recommendation" / "choice.json").read_text())
     assert found["newest_epoch"] == 2
-    listed = server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
-    assert ("tdpo/recommended/judged.safetensors" in listed) == (found["recommended"] is not None)
+    assert ("tdpo/recommended/judged.safetensors" in server.loras()) == (found["recommended"] is not None)
     assert server.status("judged")["state"] == "finished" and server.status("judged")["epoch"] == 2
     weights = load_file(run / "lora" / "latest.safetensors")
     save_file(weights, run / "lora" / "recommended.safetensors", {"epoch": "2", "strength": "0.5"})

@@ -136,12 +136,13 @@ class Runs:
 
         A recommended LoRA that the run no longer has is removed there too.
         """
-        places = {run.latest_lora: self._shared_lora(run), run.recommended_lora: self._shared_lora(run, "recommended")}
-        for lora, place in places.items():
-            if lora.is_file():
-                write_atomically(place, partial(shutil.copyfile, lora))
-            elif lora == run.recommended_lora:
-                place.unlink(missing_ok=True)
+        if run.latest_lora.is_file():
+            write_atomically(self._shared_lora(run), partial(shutil.copyfile, run.latest_lora))
+        recommended = self._shared_lora(run, "recommended")
+        if run.recommended_lora.is_file():
+            write_atomically(recommended, partial(shutil.copyfile, run.recommended_lora))
+        else:
+            recommended.unlink(missing_ok=True)
 
     def _shared_lora(self, run: RunFolder, folder: str = "") -> Path:
         return self.loras / "tdpo" / folder / f"{run.path.name}.safetensors"
