@@ -41,16 +41,39 @@ def ask(*question: str) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-class Server:
-    """A running server; everything it writes lies in `base`."""
+CHECK = """
+import comfy.model_management
+import comfy.ops
 
-    def __init__(self, base: Path):
+def asking(forward):
+    def ask_first(self, *args, **kwargs):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return forward(self, *args, **kwargs)
+    return ask_first
+
+for layer in vars(comfy.ops.disable_weight_init).values():
+    if isinstance(layer, type) and "forward" in vars(layer):
+        layer.forward = asking(layer.forward)
+
+NODE_CLASS_MAPPINGS = {}
+"""
+
+
+class Server:
+    """A running server; everything it writes lies in `base`.
+
+    With `check`, each layer of ComfyUI first looks whether the user has cancelled, as it does from 0.3.65 on.
+    """
+
+    def __init__(self, base: Path, check: bool = False):
         self.base, self.log = base, base / "log.txt"
         for folder in ("custom_nodes", "models/loras", "user", "input"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         pack = base / "custom_nodes" / "tdpo-under-test"
         if not pack.exists():
             pack.symlink_to(ROOT, target_is_directory=True)
+        if check:
+            (base / "custom_nodes" / "check.py").write_text(CHECK)
         self.port = _free_port()
         flags = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
         flags += ["--disable-api-nodes", "--disable-auto-launch"]

@@ -1,14 +1,17 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|refusals|damaged, or ... CHECKOUT lora FILE,
+python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|decoders|thread|refusals|damaged, or ... CHECKOUT lora FILE,
 or ... CHECKOUT baked SNAPSHOT FILE STRENGTH, or ... CHECKOUT blended FILE
 """
 
+import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
+from types import FunctionType, SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 _, CHECKOUT, QUESTION, *FILES = sys.argv
@@ -20,9 +23,12 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.model_base  # noqa: E402
+import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
+import comfy.ops  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
+import comfy.taesd.taesd  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
@@ -33,6 +39,7 @@ from comfy_tdpo.models.components import load_components  # noqa: E402
 from comfy_tdpo.models.shipped import CONFIGS  # noqa: E402
 from comfy_tdpo.models.stable_diffusion import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
+from comfy_tdpo.nodes.comfy.decoder import ComfyDecoder  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares on a green background"]
@@ -54,7 +61,7 @@ def shapes() -> dict[str, float]:
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS).parts["states"]
     expected = ours.unet(latents, timesteps, embeds).sample
-    decoder = models_in.ComfyDecoder(vae, model)
+    decoder = ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {
         "text": difference(models_in.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS).parts["states"], embeds),
@@ -65,6 +72,70 @@ def shapes() -> dict[str, float]:
         "alpha_bar": difference(models_in.scheduler_of(model).alphas_cumprod, ours.scheduler.alphas_cumprod),
         "scale of the output": expected.abs().max().item(),
     }
+
+
+def decoders() -> dict[str, float]:
+    """How far our copies of VAEs are from ComfyUI's decoding, where nothing of ComfyUI may be asked by them."""
+    model, _, vae = shapes_out.shapes_native()
+    half = copy.copy(vae)
+    half.first_stage_model, half.vae_dtype = copy.deepcopy(vae.first_stage_model).bfloat16(), torch.bfloat16
+    tiny = comfy.taesd.taesd.TAESD()
+    draw_weights(tiny)
+    small = comfy.sd.VAE(sd=tiny.state_dict(), dtype=torch.float32)
+    latents, found = drawn(2, 4, 8, 8), {}
+    for name, native in (("KL", vae), ("KL in bf16", half), ("TAESD", small)):
+        expected = native.process_output(
+            native.first_stage_model.decode(model.model.latent_format.process_out(latents).to(native.vae_dtype)).float()
+        )
+        decoder = ComfyDecoder(native, model)
+        layers = [kind for kind in map(type, decoder.network.modules()) if kind.__module__ == "comfy.ops"]
+        with nothing_asked():
+            found[name] = difference(decoder(latents), expected)
+        found[f"{name}, layers of ComfyUI"] = len(layers)
+        found[f"{name}, varies by"] = expected.std().item()
+    return found
+
+
+def thread() -> dict[str, str | None]:
+    """How a job ends that trains, measures and recommends while nothing of ComfyUI may be asked."""
+    from comfy_tdpo.prompts import load_prompts
+    from comfy_tdpo.trainer.config import make_config
+    from comfy_tdpo.trainer.job import Job
+    from comfy_tdpo.trainer.run import RunFolder
+
+    small = {"epochs": 1, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 2}
+    config = make_config("shapes", overrides=small | {"output": {"grid_images": 2, "recommend": True}})
+    factory = models_in.Wires(*shapes_out.shapes_native()).factory(config, load_prompts(config.prompts), CPU)
+    with TemporaryDirectory() as folder, nothing_asked():
+        run = RunFolder(Path(folder) / "run")
+        run.create(config)
+        job = Job(run, factory, CPU)
+        job.start()
+        status = job.wait()
+        return {"state": status.state, "error": status.error, "table": str((run.path / "recommendation").is_dir())}
+
+
+@contextmanager
+def nothing_asked() -> Iterator[None]:
+    """Meanwhile, every function of ComfyUI's memory management and of its layers raises an error."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the training thread asked ComfyUI")
+
+    kept = []
+    for module in (comfy.model_management, comfy.ops):
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType):
+                kept.append((module, name, value))
+    layers = [kind for kind in vars(comfy.ops.disable_weight_init).values() if isinstance(kind, type)]
+    kept += [(kind, "forward", vars(kind)["forward"]) for kind in layers if "forward" in vars(kind)]
+    for owner, name, _ in kept:
+        setattr(owner, name, refuse)
+    try:
+        yield
+    finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
 
 
 # --- families, with random weights
@@ -318,7 +389,7 @@ def refusals() -> dict[str, str]:
     wires = {
         "blended": lambda: models_in.Wires(blended, clip, vae).wanted(),
         "another CLIP": lambda: models_in.Wires(small_sd2(), clip, vae).factory(config, PROMPTS, CPU),
-        "another VAE": lambda: models_in.ComfyDecoder(SimpleVAE(16), model),
+        "another VAE": lambda: ComfyDecoder(SimpleVAE(16), model),
         "no CLIP": lambda: models_in.Wires(model, None, vae).wanted(),
         "no VAE": lambda: models_in.Wires(model, clip, None).wanted(),
     }
@@ -385,6 +456,6 @@ def refusal(ask: Callable[[], object]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
-    questions |= {"baked": baked, "blended": blended}
+    questions |= {"baked": baked, "blended": blended, "decoders": decoders, "thread": thread}
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))

@@ -6,7 +6,7 @@ import shutil
 
 import comfyui
 import pytest
-from comfyui import Events, Server, apply_graph, sample_graph, train_graph
+from comfyui import Events, Server, apply_graph, sample_graph, train_graph, wait_until
 from safetensors.torch import load_file, save_file
 
 NODES = ["RewardModel", "TemporalCritic", "Train", "NeuronInspector", "ApplyLoRA", "ScoreImages", "ShapesModel"]
@@ -16,8 +16,11 @@ pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """One for all tests; its log tells of nothing that went wrong in our code unseen."""
-    server = Server(tmp_path_factory.mktemp("comfyui"))
+    """One for all tests; its log tells of nothing that went wrong in our code unseen.
+
+    Its layers look for a Cancel as they do in later versions, which is harder for us.
+    """
+    server = Server(tmp_path_factory.mktemp("comfyui"), check=True)
     yield server
     server.end()
     log = server.log.read_text()
@@ -123,6 +126,12 @@ def test_a_background_run_trains_while_other_graphs_sample(server):
     assert re.fullmatch(r"run behind, after epoch \d+, strength 1", sampled["info"]["text"][0])
     before = server.until("behind", lambda status: status["epoch"] >= 2)
     assert before["state"] == "running"
+    long = graph | sample_graph(["apply", 0])
+    long["sampler"]["inputs"]["steps"] = 1000
+    prompt = server.queue(long)
+    wait_until(lambda: server.get("/queue")["queue_running"], "its start")
+    server.post("/interrupt")
+    assert "execution_interrupted" in server.ended(prompt)["messages"], "the training took it"
     assert "run 'behind' is training on cpu; stop it or wait for it" in server.error(train_graph("other"))
     assert "other" not in folders(server)
     assert server.post("/tdpo/runs/behind/stop")[1]["state"] in ("stopping", "stopped")

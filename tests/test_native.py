@@ -20,6 +20,20 @@ def test_shapes_is_the_same_inside_and_outside_of_comfyui(part):
     assert ask("shapes")["scale of the output"] > 1
 
 
+@pytest.mark.parametrize("kind", ["KL", "KL in bf16", "TAESD"])
+def test_the_copy_of_a_decoder_asks_nothing_of_comfyui(kind):
+    """It runs on the training thread, where a question takes the user's Cancel from the executor."""
+    found = ask("decoders")
+    assert found[f"{kind}, layers of ComfyUI"] == 0
+    # attention in another order, in float32, and by two units of bf16 at 1
+    assert found[kind] <= (1e-6 if kind != "KL in bf16" else 2**-6)
+    assert found[f"{kind}, varies by"] > 0.05
+
+
+def test_the_training_thread_asks_nothing_of_comfyui():
+    assert ask("thread") == {"state": "finished", "error": None, "table": "True"}
+
+
 def test_the_layout_of_sd2_is_converted():
     # float32 through some hundred layers, in another order
     assert ask("sd2")["unet from native"] <= 1e-5

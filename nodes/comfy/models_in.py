@@ -5,7 +5,6 @@ copies belong to the caller. They are made outside of inference mode, in which C
 cannot be trained.
 """
 
-import copy
 import hashlib
 import math
 from collections.abc import Iterator
@@ -31,8 +30,9 @@ from ...trainer.config import TrainConfig
 from ...trainer.job import TrainingFactory
 from ...trainer.recommend.options import unseen_prompts
 from ..runs.settings import Wanted
+from .decoder import ComfyDecoder
 from .shapes_out import is_shapes
-from .weights_in import check_baked, check_decoder, check_embeds, check_plain
+from .weights_in import check_baked, check_embeds, check_plain
 
 SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
 
@@ -224,35 +224,3 @@ class EncodedPrompts:
 
     def __call__(self, prompts: list[str]) -> TensorConditioning:
         return TensorConditioning(states=torch.stack([self._embeds[prompt] for prompt in prompts]).to(self._device))
-
-
-class ComfyDecoder:
-    """A LatentDecoder: a copy of the network in a VAE, in main memory until it is moved.
-
-    Args:
-        vae: the VAE; model: the MODEL, which defines how latents are scaled.
-
-    Raises:
-        ValueError: the two do not belong together, or a weight is not finite.
-    """
-
-    def __init__(self, vae: comfy.sd.VAE, model: comfy.model_patcher.ModelPatcher):
-        vae.throw_exception_if_invalid()
-        got, expected = vae.latent_channels, model.model.latent_format.latent_channels
-        if got != expected:
-            raise ValueError(
-                f"got a VAE with {got} latent channels; expected {expected}: use the VAE of the MODEL's checkpoint"
-            )
-        check_decoder(vae.first_stage_model)
-        self.factor, self._dtype = vae.downscale_ratio, vae.vae_dtype
-        self._process_output, self._process_latents = vae.process_output, model.model.latent_format.process_out
-        with torch.inference_mode(False):
-            self.network = copy.deepcopy(vae.first_stage_model).requires_grad_(False).cpu()
-
-    def to(self, device: torch.device) -> "ComfyDecoder":
-        self.network.to(device)
-        return self
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        pixels = self.network.decode(self._process_latents(latents).to(self._dtype))
-        return self._process_output(pixels.float())
