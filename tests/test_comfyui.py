@@ -78,9 +78,8 @@ def test_train_and_sample_in_one_graph(server):
 
 def test_a_run_recommends_a_lora_that_apply_takes(server):
     """Also a run that has finished before, which is not trained again."""
-    assert "has no recommended LoRA yet" in server.error(
-        train_graph("judged") | apply_graph(run=["train", 0], snapshot="recommended")
-    )
+    told = server.run(train_graph("judged") | apply_graph(run=["train", 0], snapshot="recommended"))["info"]["text"]
+    assert told == ["run judged, after epoch 2, strength 1 (none is recommended yet, so the latest)"]
     asked = train_graph("judged", settings="output.grid_images = 2\noutput.recommend = true")
     server.run(asked)
     run = server.base / "output" / "tdpo" / "judged"
@@ -120,7 +119,7 @@ def test_a_run_that_was_cancelled_in_its_first_images_goes_on(server):
 
 def test_a_background_run_trains_while_other_graphs_sample(server):
     graph = train_graph("behind", epochs=500, mode="background") | apply_graph(run=["train", 0])
-    assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet, the model is unchanged"]
+    assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet; the model is unchanged"]
     server.until("behind", lambda status: status["epoch"] >= 1)
     sampled = server.run(graph | sample_graph(["apply", 0]))
     assert re.fullmatch(r"run behind, after epoch \d+, strength 1", sampled["info"]["text"][0])

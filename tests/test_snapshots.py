@@ -5,7 +5,8 @@ import torch
 from fake_training import begin, runs_in
 from safetensors.torch import save_file
 
-from comfy_tdpo.nodes.runs.snapshots import best_epoch, find_snapshot
+from comfy_tdpo.nodes.runs.combos import SNAPSHOTS
+from comfy_tdpo.nodes.runs.snapshots import Found, best_epoch, find_snapshot
 from comfy_tdpo.trainer.recommend.files import write_choice
 from comfy_tdpo.trainer.run.loras import baked_strength, read_lora, snapshots
 
@@ -21,8 +22,8 @@ def run(tmp_path):
 
 
 def test_the_latest_and_those_of_epochs(run):
-    assert find_snapshot(run, "latest", 1) == run.latest_lora
-    assert find_snapshot(run, "epoch", 2) == run.lora(2)
+    assert find_snapshot(run, "latest", 1) == Found(run.latest_lora)
+    assert find_snapshot(run, "epoch", 2) == Found(run.lora(2))
     with pytest.raises(ValueError, match="no snapshot of epoch 9; expected one of those it has .1, 2, 3.: lower"):
         find_snapshot(run, "epoch", 9)
 
@@ -35,13 +36,11 @@ def test_a_lora_that_is_not_finite_is_refused(tmp_path, value):
         read_lora(path)
 
 
-def test_a_run_without_a_lora(run):
+@pytest.mark.parametrize("which", SNAPSHOTS)
+def test_a_run_without_a_lora_leaves_the_model_as_it_is(run, which):
     for path in (run.path / "lora").iterdir():
         path.unlink()
-    assert find_snapshot(run, "latest", 1) is None
-    for which in ("epoch", TRAINING):
-        with pytest.raises(ValueError, match="run 'one' has no"):
-            find_snapshot(run, which, 1)
+    assert find_snapshot(run, which, 1) == Found(None, "no LoRA yet")
 
 
 def test_a_newest_lora_between_two_snapshots_counts_by_what_it_says_of_itself(run):
@@ -57,19 +56,21 @@ def test_the_best_is_judged_by_the_images_that_it_drew(run):
     metrics = [{"epoch": epoch, "key": score} for epoch, score in scores.items()]
     assert best_epoch([1, 2, 3, 4], metrics, "key") == 2, "the images of epoch 3 are drawn by the LoRA of epoch 2"
     assert best_epoch([3, 4], metrics, "key") == 3, "they scored the same, and the first is taken"
-    assert find_snapshot(run, TRAINING, 1) == run.lora(2)
-    with pytest.raises(ValueError, match="has no best held-out reward yet; expected a finished epoch"):
-        find_snapshot(run, HELD_OUT, 1)
+    assert find_snapshot(run, TRAINING, 1) == Found(run.lora(2))
 
 
-def test_the_recommended_one_and_what_to_do_without(run):
-    with pytest.raises(ValueError, match="has no recommended LoRA yet; .* output.recommend = true"):
-        find_snapshot(run, "recommended", 1)
+def test_without_a_held_out_reward_the_latest_stands_in(run):
+    found = find_snapshot(run, HELD_OUT, 1)
+    assert found == Found(run.latest_lora, "no held-out reward was measured, so the latest")
+
+
+def test_the_recommended_one_and_what_stands_in(run):
+    assert find_snapshot(run, "recommended", 1) == Found(run.latest_lora, "none is recommended yet, so the latest")
     write_choice(run.recommendation, {"recommended": None})
-    with pytest.raises(ValueError, match="has no recommended LoRA: none of its snapshots gained reward and kept"):
-        find_snapshot(run, "recommended", 1)
+    found = find_snapshot(run, "recommended", 1)
+    assert found.file is None and "no snapshot gained reward and kept the held-out reward" in found.note
     save_file({"x": torch.zeros(1)}, run.recommended_lora, {"epoch": "2", "strength": "0.75"})
-    assert find_snapshot(run, "recommended", 1) == run.recommended_lora
+    assert find_snapshot(run, "recommended", 1) == Found(run.recommended_lora)
     assert (baked_strength(run.recommended_lora), baked_strength(run.lora(2))) == (0.75, 1.0)
     assert run.recommended_lora not in snapshots(run).values()
 

@@ -18,12 +18,12 @@ def apply_run(
     model: Any, run: RunFolder, snapshot: str, epoch: int, strength: float, blend: str = NO_BLEND
 ) -> tuple[Any, str]:
     """The MODEL with a run's LoRA, and what was applied, as text; `blend` is one of BLENDS."""
-    path = find_snapshot(run, snapshot, epoch)
-    if path is None:
-        return model, f"run {run.path.name}: no LoRA yet, the model is unchanged"
-    applied = apply_weights(model, read_lora(path), strength, f"run {run.path.name!r}", blend)
-    what = f"run {run.path.name}, after epoch {epoch_of(path)}, strength {_strength(path, strength)}"
-    return applied, what + _blended(blend)
+    found = find_snapshot(run, snapshot, epoch)
+    if found.file is None:
+        return model, f"run {run.path.name}: {found.note}; the model is unchanged"
+    applied = apply_weights(model, read_lora(found.file), strength, f"run {run.path.name!r}", blend)
+    what = f"run {run.path.name}, after epoch {epoch_of(found.file)}, strength {_strength(found.file, strength)}"
+    return applied, what + _blended(blend) + (f" ({found.note})" if found.note else "")
 
 
 def _strength(path: Path, strength: float) -> str:

@@ -1,5 +1,10 @@
-"""Finds the snapshot of a run that a graph asks for."""
+"""Finds the snapshot of a run that a graph asks for.
 
+A graph is often queued before the run has what it asks for: in background mode, after a Stop, without a held-out reward.
+Then the newest LoRA stands in, and the node says so.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...trainer.metrics import reward_names
@@ -9,49 +14,53 @@ from ...trainer.run.loras import snapshots
 from .combos import BEST_TRAINING, EPOCH, LATEST, RECOMMENDED, SNAPSHOTS, check_choice
 
 
-def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
-    """The file of a snapshot; None if the latest is asked for and there is none yet.
+@dataclass(frozen=True)
+class Found:
+    """file: of the LoRA, None if the model is to stay as it is; note: why it is not the one asked for, or empty."""
+
+    file: Path | None
+    note: str = ""
+
+
+def find_snapshot(run: RunFolder, which: str, epoch: int) -> Found:
+    """The snapshot to use.
 
     Raises:
-        ValueError: the run has no such snapshot.
+        ValueError: the run has no snapshot of the epoch that is asked for, though it has others.
     """
     check_choice("snapshot", which, SNAPSHOTS)
-    if which == LATEST:
-        return run.latest_lora if run.latest_lora.is_file() else None
-    if which == RECOMMENDED:
-        return _recommended(run)
+    latest = Found(run.latest_lora if run.latest_lora.is_file() else None)
     kept = snapshots(run)
+    if which == LATEST or not kept:
+        return latest if latest.file else Found(None, "no LoRA yet")
+    if which == RECOMMENDED:
+        return _recommended(run, latest)
     if which == EPOCH:
-        if epoch not in kept:
-            raise ValueError(
-                f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of those it has "
-                f"({_listed(kept)}): lower output.samples_every in Train's settings to keep more"
-            )
-        return kept[epoch]
-    kind = "reward" if which == BEST_TRAINING else "eval"
+        return Found(_of_epoch(run, kept, epoch))
     metrics = run.metrics()
+    kind = "reward" if which == BEST_TRAINING else "eval"
     names = reward_names(metrics, kind)
-    if not names or not kept:
-        raise ValueError(
-            f"run {run.path.name!r} has no {which} yet; expected a finished epoch of a run with such a reward"
-        )
-    return kept[best_epoch(list(kept), metrics, f"{kind}/{names[0]}/mean")]
+    if not names:
+        return Found(latest.file, "no held-out reward was measured, so the latest")
+    return Found(kept[best_epoch(list(kept), metrics, f"{kind}/{names[0]}/mean")])
 
 
-def _recommended(run: RunFolder) -> Path:
+def _recommended(run: RunFolder, latest: Found) -> Found:
     if run.recommended_lora.is_file():
-        return run.recommended_lora
+        return Found(run.recommended_lora)
     choice = read_choice(run.recommendation)
     if choice is not None and choice.get("recommended") is None:
+        return Found(None, "no snapshot gained reward and kept the held-out reward, so none is recommended")
+    return Found(latest.file, "none is recommended yet, so the latest")
+
+
+def _of_epoch(run: RunFolder, kept: dict[int, Path], epoch: int) -> Path:
+    if epoch not in kept:
         raise ValueError(
-            f"run {run.path.name!r} has no {RECOMMENDED} LoRA: none of its snapshots gained reward and kept the "
-            "held-out reward of the base model; choose another snapshot, or train with a KL penalty (kl.coefficient in "
-            "settings)"
+            f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of those it has "
+            f"({', '.join(map(str, sorted(kept)))}): lower output.samples_every in Train's settings to keep more"
         )
-    raise ValueError(
-        f"run {run.path.name!r} has no {RECOMMENDED} LoRA yet; expected a run that looks for one when it finishes: add "
-        "the line output.recommend = true to the settings of TDPO-R Train and queue the graph"
-    )
+    return kept[epoch]
 
 
 def best_epoch(epochs: list[int], metrics: list[EpochMetrics], key: str) -> int:
@@ -62,7 +71,3 @@ def best_epoch(epochs: list[int], metrics: list[EpochMetrics], key: str) -> int:
     """
     scores = {int(line["epoch"]): line[key] for line in metrics if key in line}
     return max(epochs, key=lambda epoch: scores.get(epoch + 1, scores.get(epoch, float("-inf"))))
-
-
-def _listed(kept: dict[int, Path]) -> str:
-    return ", ".join(map(str, sorted(kept))) or "none yet"
