@@ -11,7 +11,7 @@ from .comfy.sockets import CATEGORY, Critic, Reward, Run
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.wording import words_of_nodes
 
-AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and the paper's for any other model."
+AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and 'sd15' for any other."
 
 
 class Train(io.ComfyNode):

@@ -131,9 +131,13 @@ def test_a_background_run_trains_while_other_graphs_sample(server):
     wait_until(lambda: server.get("/queue")["queue_running"], "its start")
     server.post("/interrupt")
     assert "execution_interrupted" in server.ended(prompt)["messages"], "the training took it"
-    assert "run 'behind' is training on cpu; stop it or wait for it" in server.error(train_graph("other"))
-    assert "other" not in folders(server)
+    for name in ("next", "last"):
+        server.run(train_graph(name, mode="background"))
+        waiting = server.status(name)
+        assert (waiting["state"], waiting["waits_for"]) == ("waiting", "behind")
     assert server.post("/tdpo/runs/behind/stop")[1]["state"] in ("stopping", "stopped")
+    for name in ("next", "last"):
+        assert server.until(name, lambda status: status["state"] == "finished")["epoch"] == 2
     server.until("behind", lambda status: status["state"] == "stopped")
     status, answer = server.post("/tdpo/runs/behind/stop")
     assert (status, set(answer)) == (409, {"error"})

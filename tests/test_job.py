@@ -44,7 +44,7 @@ def test_a_job_is_found_by_its_id_and_only_by_that(make_job):
     assert find_job(job.id) is None
     job.start()
     assert find_job("sought") is job
-    assert find_job("two") is None
+    assert find_job("another") is None
     job.wait(120)
 
 
@@ -63,17 +63,34 @@ def test_a_stopped_job_continues_where_it_was(make_job, tmp_path, make_policy):
     assert timeless(again.run.metrics()) == timeless(reference.run.metrics())
 
 
-def test_one_job_at_a_time_on_a_device(make_job):
-    first, second, running = make_job("first"), make_job("second"), threading.Event()
-    first.subscribe(lambda event, status: running.set() if status.phase == "sampling" else None)
-    first.start()
+def test_jobs_on_a_device_train_one_after_the_other(make_job):
+    jobs, running, trained = [make_job(name) for name in ("first", "second", "third", "fourth")], threading.Event(), []
+    for job in jobs:
+        job.subscribe(lambda event, status: trained.append(status.id) if event == "epoch" else None)
+    jobs[0].subscribe(lambda event, status: running.set() if status.phase == "sampling" else None)
+    for job in jobs:
+        job.start()
     assert running.wait(60)
-    with pytest.raises(ValueError, match="'first' is training on cpu"):
-        second.start()
-    first.stop()
-    first.wait(60)
+    assert [(job.status.state, job.status.waits_for) for job in jobs[1:]] == [("waiting", "first")] * 3
+    with pytest.raises(ValueError, match="another run named 'second' is training or waiting"):
+        make_job("second").start()
+    jobs[2].stop()
+    assert jobs[2].wait(60).state == "stopped", "it need not wait for its turn"
+    assert jobs[0].status.state in ("running", "finished")
+    assert [job.wait(120).state for job in jobs] == ["finished", "finished", "stopped", "finished"]
+    assert trained == ["first"] * 3 + ["second"] * 3 + ["fourth"] * 3
+    assert job_on("cpu") is None
+
+
+def test_a_process_that_ends_stops_those_that_wait_too(make_job):
+    first, second, begun = make_job("first"), make_job("second"), threading.Event()
+    first.subscribe(lambda event, status: begun.set() if status.phase == "sampling" else None)
+    first.start()
     second.start()
-    assert second.wait(120).state == "finished"
+    assert begun.wait(60)
+    stop_all(timeout=60)
+    assert (first.status.state, second.status.state) == ("stopped", "stopped")
+    assert not second.run.metrics() and not second.run.latest_lora.exists()
 
 
 def test_a_failure_is_one_sentence_and_frees_the_device(make_job, tmp_path, make_policy):

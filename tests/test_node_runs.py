@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 from fake_training import begin, runs_in, wanted
@@ -12,13 +13,12 @@ from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
 from comfy_tdpo.nodes.runs.start import job_under_way, prepare, wait_for
 from comfy_tdpo.trainer.config import override
-from comfy_tdpo.trainer.job import check_device_free
 from comfy_tdpo.trainer.recommend.files import write_choice
 from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
-    "id node state epoch epochs phase phase_done phase_total eta_s reward eval_rewards samples_epoch lora error "
-    "overoptimised message"
+    "id node state epoch epochs phase phase_done phase_total waits_for eta_s reward eval_rewards samples_epoch lora "
+    "error overoptimised message"
 )
 
 
@@ -323,16 +323,21 @@ def test_a_damaged_folder_does_not_hide_the_others(runs):
     assert str(runs.root.parent.parent) not in json.dumps(listed)
 
 
-def test_one_run_at_a_time_on_a_device(runs):
-    import torch
-
-    go = threading.Semaphore(0)
-    job = begin(runs, "one", go)
-    with pytest.raises(ValueError, match="run 'one' is training on cpu; stop it or wait for it before starting 'two'"):
-        check_device_free(torch.device("cpu"), "two")
-    job.stop()
-    job.wait(30)
-    check_device_free(torch.device("cpu"), "two")
+def test_runs_wait_in_a_row_and_say_for_whom(runs):
+    told, go = [], threading.Semaphore(0)
+    first, second = begin(runs, "one", go), begin(runs, "two", go)
+    third = begin(runs, "three", tell=told.append)
+    status = runs.status(runs.find("three"))
+    assert (status["state"], status["waits_for"]) == ("waiting", "one")
+    assert status["message"].startswith("Waits for run 'one' to end, then starts by itself.")
+    first.stop()
+    first.wait(30)
+    end = time.monotonic() + 30
+    while not any(detail["waits_for"] == "two" for detail in told):
+        assert time.monotonic() < end, told
+    second.stop()
+    assert third.wait(30).state == "finished"
+    assert runs.status(runs.find("three"))["waits_for"] is None
 
 
 def test_a_run_that_is_stopping_is_waited_for(runs):
@@ -358,9 +363,8 @@ def test_epochs_and_the_end_are_always_told(runs):
 
 
 def test_phases_are_told_now_and_then(runs, monkeypatch):
-    from types import SimpleNamespace
-
     from comfy_tdpo.nodes.runs import start
+    from comfy_tdpo.trainer.job import Status
 
     clock = [0.0]
     monkeypatch.setattr(start.time, "monotonic", lambda: clock[0])
@@ -369,10 +373,12 @@ def test_phases_are_told_now_and_then(runs, monkeypatch):
     told = []
     teller = start.Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
     for clock[0] in (1.0, 1.1, 1.19, 1.21, 1.3):
-        teller("phase", SimpleNamespace(phase="sampling", metrics=None))
-    teller("phase", SimpleNamespace(phase="updating", metrics=None))
-    teller("epoch", SimpleNamespace(phase="updating", metrics=None))
+        teller("phase", Status("one", "running", 0, 2, "sampling"))
+    teller("phase", Status("one", "running", 0, 2, "updating"))
+    teller("epoch", Status("one", "running", 1, 2, "updating"))
     assert told == [1.0, 1.21, 1.3, 1.3]
+    teller("phase", Status("one", "waiting", 1, 2, "updating", waits_for="two"))
+    assert told[-1] == 1.3 and len(told) == 5
 
 
 class Cancelled(Exception):

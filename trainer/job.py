@@ -12,6 +12,7 @@ import torch
 
 from .alarm import alarm_of
 from .run import EpochMetrics, RunFolder
+from .turns import Turns
 
 if TYPE_CHECKING:  # code that only asks about jobs need not import all of the training
     from .state import Watch
@@ -28,6 +29,7 @@ TrainingFactory = Callable[[RunFolder, threading.Event, "Watch"], "Training"]
 class Status:
     """The state and progress of a job.
 
+    waits_for: the id of the job that trains on the device while this one waits for its turn; else None;
     epoch: finished epochs of `epochs`; phase: what the current epoch is doing, `phase_done` of `phase_total`;
     eta_s: seconds the remaining epochs will take at the pace of the latest ones, None before the first has finished;
     lora: the newest LoRA file, None before there is one; error: one sentence if the state is "failed";
@@ -41,6 +43,7 @@ class Status:
     phase: str = ""
     phase_done: int = 0
     phase_total: int = 0
+    waits_for: str | None = None
     eta_s: float | None = None
     metrics: EpochMetrics | None = None
     lora: Path | None = None
@@ -57,7 +60,7 @@ class Job:
     Args:
         run: the run's folder, new or to be resumed; its name is the job's id.
         factory: makes the Training inside the thread, so that slow loading and errors happen there.
-        device: where it trains. Only one job at a time may train on a device.
+        device: where it trains. One job at a time trains on a device; others wait for their turn.
     """
 
     def __init__(self, run: RunFolder, factory: TrainingFactory, device: torch.device | str = "cpu"):
@@ -81,8 +84,12 @@ class Job:
 
     def _seen(self, status: Status) -> Status:
         """The status to report: a job that was asked to stop is "stopping" until it ends, whatever it still does."""
-        stopping = self._stop.is_set() and status.state not in ENDED
-        return replace(status, state="stopping") if stopping else status
+        if status.state in ENDED:
+            return status
+        if self._stop.is_set():
+            return replace(status, state="stopping")
+        first = _turns.first(self.device) if status.state == "waiting" else None
+        return replace(status, waits_for=first.id if first and first is not self else None)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber(event, status)` on every event, from the job's thread; returns a function that unsubscribes.
@@ -93,7 +100,11 @@ class Job:
         return lambda: self._subscribers.remove(subscriber)
 
     def start(self) -> None:
-        """Start training; ValueError if another job trains on the same device, or this one was started before."""
+        """Start training, or wait for the jobs on the same device that were started before.
+
+        Raises:
+            ValueError: this job was started before, or another one with its id has not ended.
+        """
         if self._thread.ident is not None:
             raise ValueError(f"job {self.id!r} was started before; make a new one to resume its run")
         _register(self)
@@ -102,6 +113,7 @@ class Job:
     def stop(self) -> None:
         """Ask the job to stop after the current micro-batch and save everything; returns at once."""
         self._stop.set()
+        _turns.look_again()
 
     def wait(self, timeout: float | None = None) -> Status:
         """Wait at most `timeout` seconds for a started job to end, and return its status."""
@@ -109,14 +121,18 @@ class Job:
         return self.status
 
     def _work(self) -> None:
+        self._change("phase")  # it may have to wait
         try:
-            outcome: dict[str, Any] = {"state": "stopped" if self._train() else "finished"}
+            stopped = not _turns.wait(self.device, self, self._stop.is_set) or self._train()
+            outcome: dict[str, Any] = {"state": "stopped" if stopped else "finished"}
         except Exception as error:  # any error is reported through the job's status
             logger.exception("run %s failed", self.id)
             outcome = {"state": "failed", "error": _sentence(error)}
         del self._factory  # and free whatever it holds on the device
-        _unregister(self)
+        _turns.leave(self.device, self)
         self._change("end", **outcome)
+        for job in _turns.everybody():
+            job._change("phase")  # those that wait now wait for another one
 
     def _train(self) -> bool:
         self._change("phase", state="running", phase="loading")
@@ -186,7 +202,7 @@ def _sentence(error: Exception) -> str:
 
 
 _jobs: dict[str, Job] = {}
-_training_on: dict[torch.device, Job] = {}
+_turns: Turns[Job] = Turns()
 _registry_lock = threading.Lock()
 
 
@@ -197,19 +213,12 @@ def find_job(job_id: str) -> Job | None:
 
 def job_on(device: torch.device | str) -> Job | None:
     """The job that is training on this device."""
-    return _training_on.get(_numbered(device))
-
-
-def check_device_free(device: torch.device | str, job_id: str) -> None:
-    """Raise ValueError if a job is training on the device, where `job_id` is to train."""
-    other = job_on(device)
-    if other is not None:
-        raise ValueError(f"run {other.id!r} is training on {device}; stop it or wait for it before starting {job_id!r}")
+    return _turns.first(_numbered(device))
 
 
 def stop_all(timeout: float) -> None:
     """Before the process ends, ask every job to stop, and wait at most `timeout` seconds in total for them to save."""
-    jobs, end = list(_training_on.values()), time.monotonic() + timeout
+    jobs, end = _turns.everybody(), time.monotonic() + timeout
     for job in jobs:
         job.stop()
     for job in jobs:
@@ -218,13 +227,7 @@ def stop_all(timeout: float) -> None:
 
 def _register(job: Job) -> None:
     with _registry_lock:
-        check_device_free(job.device, job.id)
-        same_name = _jobs.get(job.id)
-        if same_name in _training_on.values():
-            raise ValueError(f"another run named {job.id!r} is training; stop it or wait for it")
-        _training_on[job.device] = _jobs[job.id] = job
-
-
-def _unregister(job: Job) -> None:
-    with _registry_lock:
-        _training_on.pop(job.device, None)
+        if _jobs.get(job.id) in _turns.everybody():
+            raise ValueError(f"another run named {job.id!r} is training or waiting; stop it or wait for it")
+        _jobs[job.id] = job
+        _turns.join(job.device, job)

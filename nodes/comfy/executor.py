@@ -5,9 +5,10 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import torch
 from server import PromptServer
 
-from ...trainer.job import check_device_free
+from ...trainer.job import TrainingFactory, job_on
 from ...trainer.run import RunFolder
 from ..runs.combos import AS_IT_IS
 from ..runs.select import choose, is_done
@@ -26,17 +27,31 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node
         return run
     job = job_under_way(runs, run)
     if job is None:
-        check_device_free(device, run.path.name)
         factory = wires.factory(config, prompts, device)  # in main memory until the device has been cleared
         prepare(runs, run, config, prompts)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         _save_before_quitting()
-        job = start(runs, run, factory, device, node, tell)
+        job = start(runs, run, _after_clearing(factory, device), device, node, tell)
     if wait:
         bar = comfy.utils.ProgressBar(100 * config.epochs)
         wait_for(job, bar.update_absolute)
     return run
+
+
+def _after_clearing(factory: TrainingFactory, device: torch.device) -> TrainingFactory:
+    """`factory`, for a run that may wait behind others: what was loaded meanwhile is unloaded when its turn comes.
+
+    ComfyUI does that on its own thread, as soon as no graph is running.
+    """
+    waits = job_on(device) is not None
+
+    def make(*how: Any) -> Any:
+        if waits:
+            PromptServer.instance.prompt_queue.set_flag("unload_models", True)
+        return factory(*how)
+
+    return make
 
 
 def tell(detail: dict[str, Any]) -> None:

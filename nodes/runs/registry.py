@@ -157,6 +157,7 @@ def _of_job(job: Job) -> Fields:
         "phase": status.phase,
         "phase_done": status.phase_done,
         "phase_total": status.phase_total,
+        "waits_for": status.waits_for,
         "eta_s": status.eta_s,
         "overoptimised": status.overoptimised,
         "error": status.error,
@@ -169,6 +170,7 @@ NOTHING_DONE: Fields = {
     "phase": "",
     "phase_done": 0,
     "phase_total": 0,
+    "waits_for": None,
     "eta_s": None,
     "overoptimised": None,
     "error": None,
@@ -185,6 +187,10 @@ def advice(status: Fields) -> str:
     """What the user can do next; shown in the node."""
     state, epoch, epochs = status["state"], status["epoch"], status["epochs"]
     match state:
+        case "waiting" if status["waits_for"]:
+            return (
+                f"Waits for run {status['waits_for']!r} to end, then starts by itself. Stop takes it out of the queue."
+            )
         case "waiting" | "running" if epoch == 0:
             return "Training. The curve starts when the first epoch ends."
         case "waiting" | "running":

@@ -1,7 +1,7 @@
 """Finds the snapshot of a run that a graph asks for.
 
-A graph is often queued before the run has what it asks for: in background mode, after a Stop, without a held-out reward.
-Then the newest LoRA stands in, and the node says so.
+A graph is often queued before the run has what it asks for: in background mode, after a Stop, or without a held-out
+reward. Then the newest LoRA stands in, and the node says so.
 """
 
 from dataclasses import dataclass

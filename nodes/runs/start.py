@@ -84,13 +84,14 @@ class Teller:
 
     def __init__(self, runs: Runs, run: RunFolder, tell: Tell):
         self.runs, self.run, self.tell = runs, run, tell
-        self._last, self._phase = 0.0, ""
+        self._last = 0.0
+        self._seen: tuple[str, str | None] = ("", None)
 
     def __call__(self, event: str, status: Status) -> None:
-        now = time.monotonic()
-        if event == "phase" and status.phase == self._phase and now - self._last < SECONDS_BETWEEN_EVENTS:
+        now, seen = time.monotonic(), (status.phase, status.waits_for)
+        if event == "phase" and seen == self._seen and now - self._last < SECONDS_BETWEEN_EVENTS:
             return
-        self._last, self._phase = now, status.phase
+        self._last, self._seen = now, seen
         metrics = finite(status.metrics) if status.metrics else None
         self.tell(self.runs.status(self.run) | {"metrics": metrics})
 
