@@ -85,6 +85,7 @@ VARIANTS = {
     "recipe": Variant("a critic that sees, and a guard", recipe()),
     "recipe, window": Variant("the same without the last fifth of the steps", recipe(policy={"train_until": 0.8})),
     "recipe, other guard": Variant("the same with shapes-alignment as the guard", recipe(**OTHER_GUARD)),
+    "recipe, milder guard": Variant("and a penalty of 1.5 instead of 2", recipe(**OTHER_GUARD, guard_penalty=1.5)),
     "recipe, rank 2": Variant("without the last fifth, a LoRA of rank 2, penalty 2.5", recipe(**SMALL)),
     # the critic
     "seeing": Variant("TDPO-R whose critic sees", seeing()),

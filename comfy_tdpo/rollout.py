@@ -48,7 +48,10 @@ class Trajectories:
 
     @classmethod
     def concatenate(cls, parts: list["Trajectories"]) -> "Trajectories":
-        """All samples of `parts`, in order."""
+        """All samples of `parts`, in order; of the held-out rewards, those that all parts have.
+
+        A run that was stopped in the middle of an epoch may measure others when it resumes.
+        """
         first = parts[0]
         tensors = {
             f.name: torch.cat([getattr(part, f.name) for part in parts])
@@ -56,7 +59,8 @@ class Trajectories:
             if isinstance(getattr(first, f.name), Tensor)
         }
         prompts = [prompt for part in parts for prompt in part.prompts]
-        evals = {name: torch.cat([part.eval_rewards[name] for part in parts]) for name in first.eval_rewards}
+        measured = [name for name in first.eval_rewards if all(name in part.eval_rewards for part in parts)]
+        evals = {name: torch.cat([part.eval_rewards[name] for part in parts]) for name in measured}
         guards = {name: torch.cat([part.guard_rewards[name] for part in parts]) for name in first.guard_rewards}
         return cls(prompts=prompts, eval_rewards=evals, guard_rewards=guards, **tensors)
 

@@ -97,7 +97,7 @@ class PolicySettings(OptimizerSettings):
 class OveroptimisationSettings(Section):
     """The rule that says when a run overoptimises; trainer/overoptimisation.py applies it."""
 
-    reward: Annotated[str | None, Unset] = Field(
+    reward: Annotated[str | None, Unset, MAY_CHANGE] = Field(
         default=None,
         description="held-out reward to watch, which is measured every epoch: a run overoptimises if this reward falls "
         "while the training reward rises; none watches none",

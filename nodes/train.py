@@ -24,7 +24,7 @@ class Train(io.ComfyNode):
             description="Aligns a model with a reward: draws images, scores them, and trains a LoRA to make images "
             "like the best ones more likely. Runs are kept in output/tdpo, and resume where they were stopped.",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -44,8 +44,8 @@ class Train(io.ComfyNode):
                     RESUME,
                     default=CONTINUE,
                     tooltip="What to do if a run of this name exists. continue: resume it, or output its results if it "
-                    "has finished. new: start 'name-2' if it was stopped or had other settings. as it is: do not "
-                    "train.",
+                    "has finished; with other settings, 'name-2' starts. new: start 'name-2' also if it was stopped. "
+                    "as it is: do not train.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -199,6 +199,7 @@ class Train(io.ComfyNode):
     ) -> io.NodeOutput:
         from .comfy.executor import train
         from .comfy.models_in import Wires
+        from .runs.marks import Place, workflow_id
         from .runs.outputs import lora_weights, plot_image, sample_image
 
         check_choice("resume", resume, RESUME)
@@ -224,7 +225,8 @@ class Train(io.ComfyNode):
             prompt_set=prompt_set,
             settings=settings,
         )
-        run = train(wires, wanted, run_name, resume, wait=mode == WAIT, node=cls.hidden.unique_id)
+        place = Place(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo))
+        run = train(wires, wanted, run_name, resume, mode == WAIT, place)
         return io.NodeOutput(
             run, lora_weights(run), sample_image(run), plot_image(run), ui={"tdpo_run": [run.path.name]}
         )

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from comfy_tdpo.nodes.runs.marks import Place
 from comfy_tdpo.nodes.runs.registry import Runs
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.settings import Wanted
@@ -17,6 +18,7 @@ from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 from comfy_tdpo.trainer.run.files import write_atomically
 
 REWARD, CPU = "shapes-aesthetic", torch.device("cpu")
+PLACE = Place("7", "a workflow")
 
 
 class FakeTraining:
@@ -57,9 +59,14 @@ def wanted(epochs: int = 2, **changes) -> Wanted:
 
 
 def begin(
-    runs: Runs, name: str = "one", go: threading.Semaphore | None = None, tell=lambda detail: None, **asked
+    runs: Runs,
+    name: str = "one",
+    go: threading.Semaphore | None = None,
+    tell=lambda detail: None,
+    because: str = "",
+    **asked,
 ) -> Job:
     """A job on a run of that name, started."""
     run, want = runs.folder(name), wanted(**asked)
     prepare(runs, run, want.config(), want.prompts())
-    return start(runs, run, lambda run, stop, watch: FakeTraining(run, stop, watch, go), torch.device("cpu"), "7", tell)
+    return start(runs, run, lambda run, stop, watch: FakeTraining(run, stop, watch, go), CPU, PLACE, tell, because)

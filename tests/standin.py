@@ -15,6 +15,7 @@ class Socket:
         self.id, self.options = id, options
         self.optional, self.default, self.tooltip = (more.get(name) for name in ("optional", "default", "tooltip"))
         self.min, self.max = more.get("min"), more.get("max")
+        self.extra_dict: dict = {}
 
 
 def comfy_type(name: str) -> SimpleNamespace:
@@ -27,7 +28,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         ComfyNode=object,
         Schema=SimpleNamespace,
         NodeOutput=lambda *values, ui=None: SimpleNamespace(values=values, ui=ui),
-        Hidden=SimpleNamespace(unique_id="UNIQUE_ID"),
+        Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO"),
         Custom=comfy_type,
         **{name: comfy_type(name) for name in TYPES},
     )

@@ -119,14 +119,19 @@ def test_the_nodes_of_all_subgraphs_are_found_once(javascript):
         ("d", [("b", "4", "finished"), ("d", "9", "finished")], "b", "d"),
         ("d", [("d-2", "9", "stopped"), ("d", "9", "finished")], None, "d-2"),
         ("d", [("d-too", "9", "stopped")], None, None),
-        ("d", [("b", "4", "running"), ("d", "9", "finished")], None, "b"),
+        ("d", [("d-2", "9", "stopped"), ("d", "9", "finished")], "d", "d"),
+        ("d", [("b", "4", "running", "ours"), ("d", "9", "finished")], None, "b"),
+        ("d", [("b", "4", "running", "theirs"), ("d", "9", "finished")], None, "d"),
+        ("d", [("b", "4", "running"), ("d", "9", "finished")], None, "d"),
+        ("d", [("d", "4", "finished"), ("d-2", "4", "running")], "d", "d-2"),
+        (None, [("b", "4", "running", "theirs")], None, None),
         ("d", [("b", "4", "finished")], None, None),
         ("d", [("b", "4", "finished")], "b", "b"),
     ],
 )
 def test_which_run_a_node_shows(evaluate, name, runs, remembered, chosen):
-    told = [{"id": id, "node": node, "state": state} for id, node, state in runs]
-    asked = ", ".join(map(json.dumps, (told, ["4"], remembered, name)))
+    told = [dict(zip(("id", "node", "state", "workflow"), run, strict=False)) for run in runs]
+    asked = ", ".join(map(json.dumps, (told, {"ids": ["4"], "workflow": "ours"}, remembered, name)))
     assert evaluate(f"m.chooseRun({asked})") == chosen
 
 

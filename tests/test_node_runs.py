@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from fake_training import begin, runs_in, wanted
+from fake_training import PLACE, begin, runs_in, wanted
 
 from comfy_tdpo.nodes.runs import answers, resume
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
@@ -17,8 +17,8 @@ from comfy_tdpo.trainer.recommend.files import write_choice
 from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
-    "id node state epoch epochs phase phase_done phase_total waits_for eta_s reward eval_rewards samples_epoch lora "
-    "error overoptimised message"
+    "id node workflow state epoch epochs phase phase_done phase_total waits_for eta_s reward eval_rewards "
+    "samples_epoch lora error overoptimised message"
 )
 
 
@@ -29,7 +29,7 @@ def runs(tmp_path):
 
 def chosen(runs, resume="continue", name="one", **asked):
     want = wanted(**asked)
-    return choose(runs, name, resume, want.config(), want.prompts()).path.name
+    return choose(runs, name, resume, want.config(), want.prompts()).run.path.name
 
 
 def finish(runs, name="one", **asked):
@@ -75,12 +75,17 @@ def test_what_is_finished_is_given_again_as_it_would_only_repeat_itself(runs):
 )
 def test_other_settings_are_another_run(runs, change, difference):
     finish(runs)
-    with pytest.raises(ValueError, match=f"started with other settings: {difference}.*'new' to start 'one-2'"):
-        chosen(runs, **change)
+    want = wanted(**change)
+    choice = choose(runs, "one", "continue", want.config(), want.prompts())
+    assert (choice.run.path.name, choice.because) == ("one-2", f"Run 'one' has other settings: {difference}.")
     assert chosen(runs, "new", **change) == "one-2"
+    stop_after(runs, 1, "one-2", because=choice.because, **change)
+    assert runs.status(runs.find("one-2"))["message"].startswith(f"{choice.because} Stopped after epoch 1")
+    assert [chosen(runs, resume, **change) for resume in ("continue", "new")] == ["one-2", "one-3"]
     finish(runs, "one-2", **change)
-    assert chosen(runs, "new", **change) == "one-2"
-    assert chosen(runs, "new") == "one-3"
+    assert [chosen(runs, resume, **change) for resume in ("continue", "new")] == ["one-2", "one-2"]
+    assert [chosen(runs, resume) for resume in ("continue", "new")] == ["one", "one-3"]
+    assert runs.status(runs.find("one-2"))["message"].startswith("Finished."), "it was not said when it was finished"
 
 
 def test_a_run_that_never_trained_holds_nobody_to_its_settings(runs):
@@ -119,8 +124,7 @@ def test_what_may_change_is_said_in_one_place(runs, monkeypatch, may_change):
     finish(runs)
     kept = runs.find("one").config
     free, fixed = ("output.samples_every", "micro_batch")[:: -1 if may_change else 1]
-    with pytest.raises(ValueError, match=f"started with other settings: {fixed} was .* and is 2;"):
-        chosen(runs, settings=f"{fixed} = 2")
+    assert chosen(runs, settings=f"{fixed} = 2") == "one-2"
     assert chosen(runs, settings=f"{free} = 2") == "one"
     finish(runs, settings=f"{free} = 2", epochs=3)
     expected = override(kept, {"epochs": 3} | ({"micro_batch": 2} if may_change else {"output": {"samples_every": 2}}))
@@ -162,6 +166,7 @@ def test_a_status_has_what_the_browser_reads(runs):
     expected = {
         "id": "one",
         "node": "7",
+        "workflow": "a workflow",
         "state": "finished",
         "epoch": 2,
         "epochs": 2,
@@ -272,7 +277,7 @@ def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
 
     want, run = wanted(), runs.folder("one")
     prepare(runs, run, want.config(), want.prompts())
-    job = start(runs, run, fail, torch.device("cpu"), "7", lambda detail: None)
+    job = start(runs, run, fail, torch.device("cpu"), PLACE, lambda detail: None)
     job.wait(30)
     status = runs.status(run)
     assert status["state"] == "failed"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import lora_of, new_run, same, timeless, toy_config, toy_training
+from toy import Brightness, Contrast, lora_of, new_run, same, timeless, toy_config, toy_training
 
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import override
@@ -140,6 +140,26 @@ def test_a_stop_in_mid_epoch_does_not_lose_the_epochs_samples(tmp_path, make_pol
     list(toy_training(run, make_policy, stop, watch).epochs())
     list(toy_training(run, make_policy, watch=lambda phase, done, total: seen.append((phase, done))).epochs())
     assert seen[0] == ("updating", 2)
+
+
+def test_held_out_rewards_may_change_even_in_mid_epoch(tmp_path, make_policy):
+    whole, trained = whole_run(tmp_path / "whole", make_policy)
+    run, stop = new_run(tmp_path / "run"), threading.Event()
+
+    def watch(phase, done, total):
+        if (phase, done, len(run.metrics())) == ("sampling", 4, 1):
+            stop.set()
+
+    list(toy_training(run, make_policy, stop, watch, held_out={"old": Brightness()}).epochs())
+    run.write_config(toy_config(eval_rewards=["shapes-judge"], overoptimisation={"reward": "shapes-match"}))
+    again = toy_training(run, make_policy, held_out={"shapes-match": Contrast()})
+    list(again.epochs())
+    assert same(lora_of(again), lora_of(trained)), "held-out rewards change nothing"
+    measured = [
+        sorted(key for key in line if key.startswith("eval/") and key.endswith("mean")) for line in run.metrics()
+    ]
+    assert measured == [["eval/old/mean"], [], ["eval/shapes-match/mean"]], "half an epoch is not measured"
+    assert len(again.overoptimisation.tensors()["scores"]) == 1
 
 
 def test_epochs_that_were_logged_but_not_checkpointed_are_logged_once(tmp_path, make_policy):
@@ -284,7 +304,7 @@ CHANGES = {
     "no critic": ({"algorithm": "ddpo-100"}, "advantage_clip was"),
     "seed": ({"seed": 1}, "seed was 42 and is 1"),
     "weight of a reward": ({"rewards": {"shapes-aesthetic": 2.0}}, "rewards was"),
-    "a held-out reward more": ({"eval_rewards": ["shapes-judge"]}, "eval_rewards was"),
+    "a guard": ({"guards": ["shapes-match"]}, "guards was"),
 }
 
 

@@ -66,7 +66,9 @@ def new_run(path: Path, **overrides) -> RunFolder:
     return RunFolder(path).create(toy_config(**overrides))
 
 
-def toy_training(run: RunFolder, make_policy, stop=None, watch=lambda phase, done, total: None) -> Training:
+def toy_training(
+    run: RunFolder, make_policy, stop=None, watch=lambda phase, done, total: None, held_out=None
+) -> Training:
     config = run.config
     policy = make_policy(
         steps=config.steps,
@@ -79,7 +81,8 @@ def toy_training(run: RunFolder, make_policy, stop=None, watch=lambda phase, don
     guards = dict(
         list({"contrast": Contrast(), "again": reward}.items())[: len(config.guards)]
     )  # not in order of names
-    return Training(config, policy, reward, {"again": reward}, run, Accelerator(cpu=True), stop, watch, guards)
+    held_out = {"again": reward} if held_out is None else held_out
+    return Training(config, policy, reward, held_out, run, Accelerator(cpu=True), stop, watch, guards)
 
 
 def fast_training(

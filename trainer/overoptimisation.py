@@ -150,7 +150,7 @@ class Overoptimisation:
         self._scores: list[Tensor] = []
         self._prompts: list[Tensor] = []
         self._training: list[float] = []
-        self._std = 0.0  # of the first epoch's scores
+        self._std = 0.0  # of the scores of the first epoch that was watched
         self.since: int | None = None
         self.best = 0
         self._spare: list[int] = []  # epochs whose LoRA is kept only until it is known whether it will be needed
@@ -161,7 +161,7 @@ class Overoptimisation:
         training: the epoch's mean training reward; scores: the held-out reward, (N,); prompts: of these samples.
         """
         scores = scores.cpu().float()
-        if epoch == 1:
+        if not self._scores:
             self._std = scores.double().std(correction=0).item()
         self._scores = [*self._scores, scores][-HISTORY:]
         self._prompts = [*self._prompts, torch.tensor([self._numbers[p] for p in prompts])][-HISTORY:]
@@ -211,9 +211,13 @@ class Overoptimisation:
         return {"scores": torch.stack(self._scores), "prompts": torch.stack(self._prompts), "training": training}
 
     def plain(self) -> dict[str, Any]:
-        return {"std": self._std, "since": self.since, "best": self.best, "spare": self._spare}
+        known = {"std": self._std, "since": self.since, "best": self.best, "spare": self._spare}
+        return known | {"reward": self.settings.reward}
 
     def load(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Restore what was saved, unless the run now watches another reward: that one is watched from here on."""
+        if plain.get("reward", self.settings.reward) != self.settings.reward:
+            return
         self._scores, self._prompts = list(tensors["scores"].cpu()), list(tensors["prompts"].cpu())
         self._training = tensors["training"].tolist()
         self._std, self.since, self.best = plain["std"], plain["since"], plain["best"]

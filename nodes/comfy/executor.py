@@ -11,6 +11,7 @@ from server import PromptServer
 from ...trainer.job import TrainingFactory, job_on
 from ...trainer.run import RunFolder
 from ..runs.combos import AS_IT_IS
+from ..runs.marks import Place
 from ..runs.select import choose, is_done
 from ..runs.settings import Wanted
 from ..runs.start import job_under_way, prepare, start, wait_for
@@ -18,11 +19,12 @@ from .folders import all_runs
 from .models_in import Wires
 
 
-def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node: str) -> RunFolder:
+def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, place: Place) -> RunFolder:
     """Choose the run and start it; with `wait`, return only when it has ended."""
     runs, device = all_runs(), comfy.model_management.get_torch_device()
     config, prompts = wanted.config(), wanted.prompts()
-    run = choose(runs, name, resume, config, prompts)
+    choice = choose(runs, name, resume, config, prompts)
+    run = choice.run
     if resume == AS_IT_IS or is_done(run, config):
         return run
     job = job_under_way(runs, run)
@@ -32,7 +34,7 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         _save_before_quitting()
-        job = start(runs, run, _after_clearing(factory, device), device, node, tell)
+        job = start(runs, run, _after_clearing(factory, device), device, place, tell, choice.because)
     if wait:
         bar = comfy.utils.ProgressBar(100 * config.epochs)
         wait_for(job, bar.update_absolute)

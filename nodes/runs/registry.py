@@ -3,7 +3,6 @@
 Everything that the routes and the nodes report about runs is made here, without ComfyUI and without a server.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -20,12 +19,11 @@ from ...trainer.job import ENDED, Job, find_job
 from ...trainer.run import EpochMetrics, RunFolder
 from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, epoch_in
+from .marks import mark_of
 from .names import check_run_name, problem_with
 from .wording import in_words_of_nodes, without_folders
 
 Fields = dict[str, Any]
-
-NODE = "comfyui.json"  # in a run's folder: which node of a graph it belongs to
 
 
 class NoSuchRun(ValueError):
@@ -82,9 +80,11 @@ class Runs:
 
     def status(self, run: RunFolder) -> Fields:
         """The run's status, from its job or, if there is none, from its folder."""
+        mark = mark_of(run)
         status = {
             "id": run.path.name,
-            "node": node_of(run),
+            "node": mark.node,
+            "workflow": mark.workflow,
             "lora": self.lora_name(run),
             "samples_epoch": _newest_grid(run),
         }
@@ -97,7 +97,8 @@ class Runs:
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
-        return status | {"message": " ".join(filter(None, [_of_overoptimisation(run, status), advice(status)]))}
+        told = [self.told(mark.because), _of_overoptimisation(run, status), advice(status)]
+        return status | {"message": " ".join(filter(None, told))}
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
         new = [finite(line) for line in run.metrics() if line["epoch"] > after]
@@ -226,21 +227,6 @@ def _of_overoptimisation(run: RunFolder, status: Fields) -> str:
 def finite(metrics: EpochMetrics) -> dict[str, float | None]:
     """Metrics for JSON, with None for NaN and infinity, which JSON lacks."""
     return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-
-
-# --- which node a run belongs to --------------------------------------------------------------------------------------
-
-
-def node_of(run: RunFolder) -> str | None:
-    """The unique id of the Train node that last started the run."""
-    try:
-        return str(json.loads((run.path / NODE).read_text(encoding="utf-8"))["node"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a run started on the command line, or a mark that somebody edited
-
-
-def mark_node(run: RunFolder, node: str) -> None:
-    write_atomically(run.path / NODE, lambda file: file.write_text(json.dumps({"node": node}), encoding="utf-8"))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

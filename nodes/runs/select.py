@@ -1,5 +1,7 @@
 """Which run a Train node refers to, and when the node would give a new result."""
 
+from dataclasses import dataclass
+
 from ...trainer.alarm import ends_early
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED
@@ -12,26 +14,39 @@ from .registry import Runs
 from .resume import difference
 
 
-def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
-    """The run the node refers to, which need not exist yet.
+@dataclass(frozen=True)
+class Choice:
+    """run: it need not exist yet; because: why it has another name than the node's, or empty."""
+
+    run: RunFolder
+    because: str = ""
+
+
+def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> Choice:
+    """The run the node refers to.
 
     Raises:
-        ValueError: a run of that name was started with other settings, or is needed and does not exist.
+        ValueError: it is needed and does not exist.
     """
     check_run_name(name)
     if resume == AS_IT_IS:
-        return runs.find(name)
+        return Choice(runs.find(name))
     if resume == NEW:
-        return _newest_or_free(runs, name, config, prompts)
-    run = runs.folder(name)
-    if runs.exists(name) and not is_blank(runs, run):
-        changed = difference(run, config, prompts)
-        if changed:
-            raise ValueError(
-                f"run {name!r} was started with other settings: {changed}; change that back to resume it, set resume "
-                f"to '{NEW}' to start {later_name(name, 2)!r}, or choose another run name"
-            )
-    return run
+        return Choice(_newest_or_free(runs, name, config, prompts))
+    return _same_or_next(runs, name, config, prompts)
+
+
+def _same_or_next(runs: Runs, name: str, config: TrainConfig, prompts: list[str]) -> Choice:
+    """The first of name, name-2, ... that has these settings, or may take them, or is free."""
+    number, because = 1, ""
+    while runs.exists(later_name(name, number)):
+        run = runs.folder(later_name(name, number))
+        changed = "" if is_blank(runs, run) else difference(run, config, prompts)
+        if not changed:
+            break
+        because = f"Run {run.path.name!r} has other settings: {changed}."
+        number += 1
+    return Choice(runs.folder(later_name(name, number)), because)
 
 
 def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: list[str]) -> RunFolder:

@@ -12,7 +12,8 @@ from ...trainer.job import ENDED, Job, Status, TrainingFactory
 from ...trainer.run import RunFolder
 from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, PROMPTS
-from .registry import Fields, Runs, finite, mark_node
+from .marks import Place, mark
+from .registry import Fields, Runs, finite
 from .resume import resumed
 from .select import is_blank
 
@@ -54,11 +55,15 @@ def start(
     run: RunFolder,
     factory: TrainingFactory,
     device: torch.device,
-    node: str,
+    place: Place,
     tell: Tell,
+    because: str = "",
 ) -> Job:
-    """Train on a separate thread, which calls `tell` with the details of each event tdpo.progress."""
-    mark_node(run, node)
+    """Train on a separate thread, which calls `tell` with the details of each event tdpo.progress.
+
+    because: why the run has another name than the node's, or empty.
+    """
+    mark(run, place, because)
     job = Job(run, factory, device)
     job.subscribe(lambda event, status: _keep(runs, run, event))
     job.subscribe(Teller(runs, run, tell))

@@ -30,13 +30,18 @@ export function nodesWithin(graph, seen = new Set()) {
 }
 
 /**
- * The id of the run a node shows: the one it is training, else the newest with its `name`, else the one it remembers,
- * else null. Without a name, it is the newest run of a node in `ids`, which nodes of other workflows may share.
+ * The id of the run a node shows: the one it is training, else the one it remembers if that has its `name`, else the
+ * newest with its name, else the one it remembers, else null. Without a name, it is the newest run of the node.
+ *
+ * `place` is where the node is: the `ids` by which the server knows it, which nodes of other workflows may share, and
+ * the id of its `workflow`.
  */
-export function chooseRun(runs, ids, remembered = null, name = null) {
+export function chooseRun(runs, { ids, workflow = null }, remembered = null, name = null) {
   const named = ({ id }) => id === name || (id.startsWith(`${name}-`) && /^\d+$/.test(id.slice(name.length + 1)));
-  const own = runs.filter((run) => run.node != null && ids.includes(String(run.node)));
-  const known = runs.find(named) ?? runs.find((run) => run.id === remembered);
+  const sameWorkflow = (run) => (run.workflow == null ? name === null || named(run) : run.workflow === workflow);
+  const own = runs.filter((run) => run.node != null && ids.includes(String(run.node)) && sameWorkflow(run));
+  const kept = runs.find((run) => run.id === remembered);
+  const known = (kept && named(kept) ? kept : runs.find(named)) ?? kept;
   const chosen = own.find(isActive) ?? known ?? (name === null ? own[0] : null);
   return chosen?.id ?? null;
 }

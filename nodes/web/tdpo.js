@@ -78,8 +78,9 @@ class LiveView {
 
   /** Show the current state; returns whether the node is still in the graph. */
   #update() {
-    const ids = executionIds(this.node, rootOf(this.node.graph));
-    const id = chooseRun(runs.list, ids, this.#remembered(), runName(this.node));
+    const root = rootOf(this.node.graph);
+    const ids = executionIds(this.node, root);
+    const id = chooseRun(runs.list, { ids, workflow: root?.id }, this.#remembered(), runName(this.node));
     if (id !== null) this.#remember(id);
     this.#panel.show(id);
     return ids.length > 0;

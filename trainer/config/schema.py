@@ -81,7 +81,7 @@ class TrainConfig(MethodSettings):
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"
     )
-    eval_rewards: Names = Field(
+    eval_rewards: Annotated[Names, MAY_CHANGE] = Field(
         default=[], description="rewards to measure every epoch: held-out rewards, or parts of the training sum"
     )
     guards: Names = Field(

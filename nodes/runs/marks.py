@@ -1,0 +1,48 @@
+"""Which Train node a run belongs to, in a file of the run's folder."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...trainer.run import RunFolder
+from ...trainer.run.files import write_atomically
+
+MARK = "comfyui.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """node: the unique id of a Train node; workflow: the id of the workflow it is in, None if that has none."""
+
+    node: str
+    workflow: str | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where the run was last started, None for a run of the command line; because: why it has its name, or empty."""
+
+    node: str | None = None
+    workflow: str | None = None
+    because: str = ""
+
+
+def workflow_id(extra_pnginfo: Any) -> str | None:
+    """The id of the workflow that a prompt was made of, from what the frontend sends to be saved in images."""
+    workflow = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, dict) else None
+    found = workflow.get("id") if isinstance(workflow, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def mark(run: RunFolder, place: Place, because: str) -> None:
+    text = json.dumps(asdict(Mark(place.node, place.workflow, because)))
+    write_atomically(run.path / MARK, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def mark_of(run: RunFolder) -> Mark:
+    """The run's mark; an empty one if it has none, or one that somebody edited."""
+    try:
+        found: Any = json.loads((run.path / MARK).read_text(encoding="utf-8"))
+        return Mark(str(found["node"]), found.get("workflow"), str(found.get("because", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Mark()
