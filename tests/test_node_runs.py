@@ -18,7 +18,7 @@ from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
     "id node workflow state epoch epochs phase phase_done phase_total waits_for eta_s reward eval_rewards "
-    "samples_epoch lora error overoptimised message"
+    "samples_epoch grids kept strengths use lora error overoptimised message"
 )
 
 
@@ -418,6 +418,8 @@ def test_answers(runs):
         status, picture = answers.picture(runs, "one", name)
         assert status == 200 and picture.startswith(b"\x89PNG")
     assert newest_grid(runs.find("one")).name == "epoch-0002.png"
+    assert answers.grid(runs, "one", "1") == (200, runs.find("one").sample_grid(1).read_bytes())
+    assert answers.grid(runs, "one", "7")[0] == answers.at_strength(runs, "one", "1", "0.5")[0] == 404
 
 
 @pytest.mark.parametrize("name", ["two", "../one", "..", "", "/etc/passwd", "C:\\x", "a\0b", "x" * 1000, ".hidden"])
@@ -430,6 +432,8 @@ def test_nothing_but_known_runs_is_answered_for(runs, name):
         answers.stop,
         lambda *a: answers.metrics(*a, "0"),
         lambda *a: answers.picture(*a, "samples"),
+        lambda *a: answers.grid(*a, "1"),
+        lambda *a: answers.at_strength(*a, "1", "0.5"),
     )
     for ask in asked:
         status, answer = ask(runs, name)
@@ -444,6 +448,9 @@ def test_wrong_questions_are_told_so(runs):
     for after in ("-1", "x", "1.5", "", "9" * 400, "٣"):
         status, answer = answers.metrics(runs, "one", after)
         assert status == 400 and len(answer["error"]) < 200
+        assert answers.grid(runs, "one", after)[0] == answers.at_strength(runs, "one", after, "1")[0] == 400
+    for strength in ("-1", "nan", "inf", "1e3", "../1", "1.", "9" * 400):
+        assert answers.at_strength(runs, "one", "1", strength)[0] == 400
 
 
 def test_json_knows_no_nan():

@@ -31,6 +31,14 @@ def register_routes() -> None:
     async def picture(request: web.Request) -> web.Response:
         return await _respond("picture", request.match_info["id"], request.match_info["name"])
 
+    @routes.get("/tdpo/runs/{id}/samples/{epoch}")
+    async def grid(request: web.Request) -> web.Response:
+        return await _respond("grid", request.match_info["id"], request.match_info["epoch"])
+
+    @routes.get("/tdpo/runs/{id}/strengths/{epoch}/{strength}")
+    async def at_strength(request: web.Request) -> web.Response:
+        return await _respond("at_strength", *(request.match_info[part] for part in ("id", "epoch", "strength")))
+
     @routes.post("/tdpo/runs/{id}/stop")
     async def stop(request: web.Request) -> web.Response:
         return await _respond("stop", request.match_info["id"])

@@ -1,5 +1,6 @@
 """Answers to HTTP requests about runs: a status code, and JSON or a picture."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,25 @@ def picture(runs: Runs, name: str, which: str) -> tuple[int, Any]:
     return answer(runs, lambda: runs.picture(runs.find(name), which))
 
 
+def grid(runs: Runs, name: str, epoch: str) -> tuple[int, Any]:
+    return answer(runs, lambda: runs.grid(runs.find(name), _epoch(epoch)))
+
+
+def at_strength(runs: Runs, name: str, epoch: str, strength: str) -> tuple[int, Any]:
+    return answer(runs, lambda: runs.at_strength(runs.find(name), _epoch(epoch), _strength(strength)))
+
+
 def stop(runs: Runs, name: str) -> tuple[int, Any]:
     return answer(runs, lambda: runs.stop(runs.find(name)))
 
 
 def _epoch(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ValueError(f"got after={text[:40]!r}; expected an epoch's number")
+        raise ValueError(f"got epoch {text[:40]!r}; expected a whole number")
     return int(text)
+
+
+def _strength(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,3}(\.[0-9]{1,9})?", text):
+        raise ValueError(f"got strength {text[:40]!r}; expected a number, such as 0.75")
+    return float(text)

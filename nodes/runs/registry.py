@@ -19,6 +19,7 @@ from ...trainer.job import ENDED, Job, find_job
 from ...trainer.run import EpochMetrics, RunFolder
 from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, epoch_in
+from . import comparison
 from .marks import mark_of
 from .names import check_run_name, problem_with
 from .wording import in_words_of_nodes, without_folders
@@ -87,13 +88,17 @@ class Runs:
             "workflow": mark.workflow,
             "lora": self.lora_name(run),
             "samples_epoch": _newest_grid(run),
+            "grids": comparison.grids(run),
+            "kept": comparison.kept(run),
+            "strengths": comparison.strengths(run),
         }
         try:
             config, job = run.config, self.job(run)
             status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.measured}
             status |= _of_job(job) if job else _of_folder(run.metrics(), config)
+            status["use"] = comparison.best_use(run, status["overoptimised"])
         except (ValueError, OSError) as error:
-            status |= {"reward": "", "eval_rewards": [], **NOTHING_DONE, "state": "failed"}
+            status |= {"reward": "", "eval_rewards": [], **NOTHING_DONE, "use": None, "state": "failed"}
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
@@ -110,6 +115,19 @@ class Runs:
         if draw is None:
             raise ValueError(f"got picture {name!r}; expected one of {', '.join(PICTURES)}")
         return draw(run)
+
+    def grid(self, run: RunFolder, epoch: int) -> bytes:
+        """The sample grid of an epoch as PNG."""
+        if epoch not in comparison.grids(run):
+            raise NoSuchRun(f"run {run.path.name!r} has no samples of epoch {epoch}")
+        return run.sample_grid(epoch).read_bytes()
+
+    def at_strength(self, run: RunFolder, epoch: int, strength: float) -> bytes:
+        """What `recommend` has drawn with an epoch's LoRA at a strength, as PNG."""
+        try:
+            return comparison.at_strength(run, epoch, strength)
+        except FileNotFoundError as error:
+            raise NoSuchRun(str(error)) from error
 
     def stop(self, run: RunFolder) -> Fields:
         job = self.job(run)
