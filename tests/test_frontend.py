@@ -3,6 +3,7 @@ real frontend and server.
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import comfyui
 import pytest
 from comfyui import ROOT, Server
+from PIL import Image
 
 WEB = ROOT / "nodes" / "web"
 
@@ -277,6 +279,11 @@ def test_a_page_that_comes_late_asks_for_what_it_missed(store):
     assert state == [["GET /tdpo/runs", "GET /tdpo/runs/a/metrics?after=0"], [1, 2]]
 
 
+@pytest.mark.parametrize(("epoch", "grid"), [(None, 6), (7, 6), (5, 3), (0, 0), (-1, None)])
+def test_which_grid_belongs_to_an_epoch(evaluate, epoch, grid):
+    assert evaluate(f"m.gridOf([0, 3, 6], {json.dumps(epoch)})") == grid
+
+
 def test_events_that_were_missed_are_asked_for(store):
     state = store(f"""{RUNS}
       answers["/tdpo/runs/a/metrics?after=2"] = () => [200, {{ metrics: [{{ epoch: 3 }}, {{ epoch: 4 }}], next: 4 }}];
@@ -466,7 +473,7 @@ def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, server, re
     first = tab.wait_for_epochs(2)
     tab.wait_for_epochs(first + 2)
     assert tab.state == "Training"
-    assert page.locator(".tdpo-samples img").get_attribute("alt").startswith("Sample images ")
+    assert page.locator(".tdpo-samples img").last.get_attribute("alt").startswith("Sample images ")
     screenshot(tab, f"{renderer}-training")
 
     page.reload()
@@ -494,10 +501,13 @@ EPOCHS = [
     {"epoch": n, "reward/r/mean": 5 + n / 5, "reward/r/std": 1.0, "eval/gold/mean": 0.7 - n / 50, "eval/judge/mean": 1}
     for n in range(1, 7)
 ]
+WORKFLOW = "11111111-1111-4111-8111-111111111111"
 TOLD = {
-    "id": "made up", "node": "1", "state": "running", "epoch": 6, "epochs": 10, "phase": "sampling", "phase_done": 48,
+    "id": "made up", "node": "1", "workflow": WORKFLOW,
+    "state": "running", "epoch": 6, "epochs": 10, "phase": "sampling", "phase_done": 48,
     "phase_total": 96, "eta_s": 75.0, "reward": "r", "eval_rewards": ["gold", "judge"], "samples_epoch": None,
-    "lora": None, "error": None, "message": "Training.",
+    "lora": None, "error": None, "message": "Training.", "grids": [0, 3, 6], "kept": [3, 6], "use": None,
+    "strengths": {"6": [0.5, 1.0]},
 }  # fmt: skip
 
 
@@ -507,7 +517,7 @@ def train_node(id: int, x: int = 0, **more: Any) -> dict:
 
 
 def graph_of(*nodes: dict) -> dict:
-    empty = {"version": 0.4, "last_node_id": 99, "last_link_id": 0, "links": [], "groups": []}
+    empty = {"id": WORKFLOW, "version": 0.4, "last_node_id": 99, "last_link_id": 0, "links": [], "groups": []}
     return empty | {"nodes": list(nodes)}
 
 
@@ -533,6 +543,8 @@ def tab(shared_tab) -> Iterator[Tab]:
             route.fulfill(json={"runs": shared_tab.told})
         elif "metrics" in path:
             route.fulfill(json={"metrics": EPOCHS, "next": 6})
+        elif "/samples/" in path or "/strengths/" in path:
+            route.fulfill(body=SQUARE, content_type="image/png")
         elif path.endswith("/stop"):
             route.fulfill(status=400, json={"error": "<b>no</b>"})
         else:
@@ -543,6 +555,15 @@ def tab(shared_tab) -> Iterator[Tab]:
     yield shared_tab
     shared_tab.load(graph_of())
     shared_tab.page.unroute_all()
+
+
+def square() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 80, 40)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+SQUARE = square()
 
 
 def show(tab: Tab, *nodes: dict) -> None:
@@ -648,6 +669,95 @@ def test_nothing_is_cut_off_or_overlaps(tab):
         assert found == [], f"{width} pixels: {found}"
 
 
+def samples_shown(tab: Tab) -> list[str]:
+    return tab.page.locator(".tdpo-samples:not([hidden]) img").evaluate_all("(images) => images.map((i) => i.alt)")
+
+
+def test_the_epoch_under_the_pointer_is_seen_beside_the_first_and_a_click_holds_it(tab):
+    show(tab)
+    tab.wait_for_epochs(6)
+    tab.page.wait_for_function("() => document.querySelectorAll('.tdpo-samples:not([hidden])').length === 2")
+    before = "Sample images before training"
+    assert samples_shown(tab) == [before, "Sample images after epoch 6"]
+    chart = tab.page.locator(".tdpo-chart")
+    box = chart.bounding_box()
+    fourth = {"x": 40 + (box["width"] - 50) * 3 / 9, "y": box["height"] / 3}
+    chart.hover(position=fourth)
+    assert samples_shown(tab) == [before, "Sample images after epoch 3"], "the newest that was drawn by then"
+    tab.page.mouse.move(5, 5)
+    assert samples_shown(tab)[1] == "Sample images after epoch 6"
+    assert not tab.page.get_by_role("button", name="Use epoch").is_visible()
+    third = fourth | {"x": 40 + (box["width"] - 50) * 2 / 9}
+    chart.click(position=third)
+    tab.page.mouse.move(5, 5)
+    assert samples_shown(tab)[1] == "Sample images after epoch 3"
+    screenshot(tab, "picked")
+    assert tab.page.get_by_role("button", name="Use epoch 3").is_visible()
+    chart.click(position=third)
+    tab.page.mouse.move(5, 5)
+    assert samples_shown(tab)[1] == "Sample images after epoch 6"
+
+
+def apply_node() -> dict:
+    return train_node(9, 700) | {"type": "TDPOApplyLoRA", "size": [300, 200], "widgets_values": [0.5, "latest", 1]}
+
+
+def apply_values(tab: Tab) -> list:
+    names = ["snapshot", "epoch", "strength"]
+    return tab.page.evaluate(
+        """(names) => {
+          const node = window.app.graph.nodes.find((node) => node.type === "TDPOApplyLoRA");
+          return names.map((name) => node.widgets.find((widget) => widget.name === name).value);
+        }""",
+        names,
+    )
+
+
+def test_one_click_takes_the_recommended_lora_or_an_epoch_over(tab):
+    label = "Use the recommended LoRA: epoch 9, strength 0.75"
+    tab.told[0] |= {"state": "finished", "use": {"snapshot": "recommended", "epoch": 9, "label": label}}
+    train = train_node(1, properties={"tdpo_run": "1|made up"})
+    show(tab, train)
+    tab.wait_for_epochs(6)
+    button = tab.page.get_by_role("button", name=label)
+    button.click()
+    assert "There is no TDPO LoRA Apply node" in tab.page.locator(".tdpo-message").text_content()
+    apply = {
+        "id": 9,
+        "type": "TDPOApplyLoRA",
+        "pos": [700, 0],
+        "size": [300, 200],
+        "widgets_values": [0.5, "latest", 1],
+    }
+    show(tab, train, apply)
+    tab.wait_for_epochs(6)
+    button.click()
+    assert apply_values(tab) == ["recommended", 9, 1]
+    said = "TDPO LoRA Apply now takes the recommended LoRA, strength 1. Press Run to see it."
+    assert tab.page.locator(".tdpo-message").text_content() == said
+
+
+def test_before_and_after_are_compared_at_any_strength(tab):
+    show(tab, train_node(1), apply_node())
+    tab.wait_for_epochs(6)
+    tab.page.get_by_role("button", name="Compare").click()
+    dialog = tab.page.locator(".tdpo-comparison")
+    sources = lambda: dialog.locator("img").evaluate_all("(all) => all.map((i) => i.src.split('/tdpo/runs/')[1])")  # noqa: E731
+    assert sources() == ["made%20up/samples/0", "made%20up/samples/6"]
+    dialog.get_by_label("Divider").fill("20")
+    clips = dialog.locator("img").evaluate_all("(all) => all.map((image) => getComputedStyle(image).clipPath)")
+    assert ["80%" in clips[0], "20%" in clips[1]] == [True, True], clips
+    dialog.get_by_label("Epoch").select_option("3")
+    assert sources() == ["made%20up/samples/0", "made%20up/samples/3"]
+    dialog.get_by_label("Epoch").select_option("6")
+    dialog.get_by_label("Strength").select_option("0.5")
+    assert sources() == ["made%20up/strengths/0/0", "made%20up/strengths/6/0.5"]
+    screenshot(tab, "comparison")
+    dialog.get_by_role("button", name="Use epoch 6, strength 0.5").click()
+    assert apply_values(tab) == ["epoch", 6, 0.5]
+    assert dialog.count() == 0
+
+
 def test_words_from_the_server_are_never_html(tab):
     evil = "<img src=x onerror='window.evil = 1'>"
     words = dict.fromkeys(("id", "phase", "reward", "message", "error"), evil)
@@ -655,7 +765,7 @@ def test_words_from_the_server_are_never_html(tab):
     show(tab, train_node(5, properties={"tdpo_run": f"5|{evil}"}))
     tab.page.wait_for_timeout(500)
     assert tab.page.locator(".tdpo-message").text_content() == evil
-    assert tab.page.locator(".tdpo-panel img").count() == 1  # that of the samples, which is hidden
+    assert tab.page.locator(".tdpo-panel img").count() == 2  # those of the samples
     assert tab.page.evaluate("() => window.evil") is None
 
 

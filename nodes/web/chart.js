@@ -21,15 +21,18 @@ function shape(name, attributes = {}, ...children) {
 const round = (x) => Math.round(x * 100) / 100;
 
 export class Chart {
-  constructor() {
+  /** `onPoint` is called with the epoch under the pointer, or null; `onPick` with one that is clicked. */
+  constructor(onPoint, onPick) {
+    this.onPoint = onPoint;
     this.element = shape("svg", { class: "tdpo-chart", role: "img" });
-    this.element.addEventListener("pointermove", (event) => this.#point(event));
+    this.element.addEventListener("pointermove", (event) => this.#show(this.#epochAt(event)));
     this.element.addEventListener("pointerleave", () => this.#show(null));
+    this.element.addEventListener("click", (event) => onPick(this.#epochAt(event)));
   }
 
-  /** Draw the curves of a run in `width` x `height` pixels. */
-  draw(status, metrics, width, height) {
-    Object.assign(this, { status, metrics, width, height });
+  /** Draw the curves of a run in `width` x `height` pixels, with a mark at the `picked` epoch, unless it is null. */
+  draw(status, metrics, width, height, picked) {
+    Object.assign(this, { status, metrics, width, height, picked });
     this.curves = curves(status, metrics);
     this.epochs = [1, lastShown(status.epochs, metrics.at(-1)?.epoch ?? 1)];
     this.x = scale(this.epochs, [LEFT, width - RIGHT]);
@@ -38,17 +41,18 @@ export class Chart {
     this.#render();
   }
 
-  #point(event) {
-    if (!this.metrics?.length) return;
+  #epochAt(event) {
+    if (!this.metrics?.length) return null;
     const box = this.element.getBoundingClientRect(); // in pixels of the screen: the canvas may be zoomed
     const x = ((event.clientX - box.left) / box.width) * this.width;
     const distance = ({ epoch }) => Math.abs(this.x(epoch) - x);
-    this.#show(this.metrics.reduce((a, b) => (distance(b) < distance(a) ? b : a)).epoch);
+    return this.metrics.reduce((a, b) => (distance(b) < distance(a) ? b : a)).epoch;
   }
 
   #show(epoch) {
     if (epoch === this.pointed) return;
     this.pointed = epoch;
+    this.onPoint(epoch);
     if (this.metrics) this.#render();
   }
 
@@ -88,9 +92,13 @@ export class Chart {
     return shape("text", { x: LEFT, y, class: "tdpo-name" }, short, quiet, whole);
   }
 
+  get #marked() {
+    return this.pointed ?? this.picked ?? null;
+  }
+
   #indexAt(points) {
-    const found = points.findLastIndex(({ epoch }) => epoch <= this.pointed);
-    return this.pointed == null || found < 0 ? points.length - 1 : found;
+    const found = points.findLastIndex(({ epoch }) => epoch <= this.#marked);
+    return this.#marked === null || found < 0 ? points.length - 1 : found;
   }
 
   #yAxis(domain, y, height) {
@@ -120,8 +128,8 @@ export class Chart {
   }
 
   #pointer(top, bottom) {
-    if (this.pointed == null) return [];
-    const x = round(this.x(this.pointed));
+    if (this.#marked === null) return [];
+    const x = round(this.x(this.#marked));
     return [shape("line", { x1: x, x2: x, y1: top, y2: bottom, class: "tdpo-pointer" })];
   }
 
@@ -130,7 +138,7 @@ export class Chart {
     const labels = marks.map((tick) =>
       shape("text", { x: round(this.x(tick)), y: top + 14, class: "tdpo-tick tdpo-middle" }, String(tick)),
     );
-    const words = this.pointed == null ? "epoch" : `epoch ${this.pointed}`;
+    const words = this.#marked === null ? "epoch" : `epoch ${this.#marked}`;
     const middle = (LEFT + this.width - RIGHT) / 2;
     return shape("g", {}, ...labels, shape("text", { x: middle, y: top + 27, class: "tdpo-tick tdpo-middle" }, words));
   }

@@ -87,6 +87,12 @@ export function change(points, at = points.length - 1) {
   return { difference, deviations: points[0].spread > 0 ? difference / points[0].spread : null };
 }
 
+/** The newest epoch with a grid up to `epoch`, or of all if that is null; null if there is none. */
+export function gridOf(grids, epoch) {
+  const known = epoch === null ? grids : grids.filter((grid) => grid <= epoch);
+  return known.length ? Math.max(...known) : null;
+}
+
 // --- scales
 
 /** A function from the domain [a, b] to the range [c, d]. */

@@ -2,23 +2,17 @@
 // All text from the server is set as text, never as HTML.
 
 import { Chart, chartHeight } from "./chart.js";
-import { curves, duration, fraction, isActive, phaseText, position, progress, title } from "./model.js";
-import { pictureURL, runs } from "./runs.js";
+import { Comparison } from "./compare.js";
+import { keepPresses, make, makeButton, setText } from "./dom.js";
+import { curves, duration, fraction, gridOf, isActive, phaseText, position, progress, title } from "./model.js";
+import { gridURL, runs } from "./runs.js";
 
 const AWAY = "The server does not answer. Trying again…";
 const HINT = "Press Run: the reward curve and sample images appear here during training.";
 const WIDE = 540; // pixels from which on the samples stand beside the chart, and not below it
 
 /** The height in pixels, as in tdpo.css, that a panel of this width needs to show all its content. */
-export const leastHeight = (width) => (width >= WIDE ? 390 : 540);
-
-function make(tag, className, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  element.className = className;
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  element.append(...children);
-  return element;
-}
+export const leastHeight = (width) => (width >= WIDE ? 480 : 640);
 
 /** A label above a progress bar; both are hidden if there is no text. */
 class Bar {
@@ -42,40 +36,76 @@ class Bar {
   }
 }
 
+/** Samples with a caption, which open in full size. */
+class Samples {
+  #url = null;
+
+  constructor() {
+    this.image = make("img", "", { draggable: "false" });
+    this.caption = make("figcaption", "tdpo-quiet");
+    this.link = make("a", "", { target: "_blank", rel: "noopener" }, this.image);
+    this.element = make("figure", "tdpo-samples", {}, this.link, this.caption);
+    this.image.addEventListener("error", () => (this.element.hidden = true));
+    this.image.addEventListener("load", () => (this.element.hidden = false));
+    keepPresses(this.link);
+  }
+
+  /** Show the samples of an epoch, or nothing if it is null. */
+  show(id, epoch) {
+    const url = epoch === null ? null : gridURL(id, epoch);
+    if (url === null) this.element.hidden = true;
+    if (url === this.#url) return;
+    this.#url = url;
+    if (url === null) return;
+    this.image.src = url;
+    this.image.alt = epoch ? `Sample images after epoch ${epoch}` : "Sample images before training";
+    this.link.href = url;
+    this.link.setAttribute("aria-label", `${this.image.alt}, in full size`);
+    setText(this.caption, epoch ? `after epoch ${epoch}` : "before training");
+  }
+}
+
 export class Panel {
-  #chart = new Chart();
+  #chart = new Chart((epoch) => this.#point(epoch), (epoch) => this.#pick(epoch));
+  #take;
   #run = null; // the id of the run that is shown
+  #pointed = null; // the epoch under the pointer
+  #picked = null; // the epoch that was clicked; another click on it lets go of it
+  #taken = ""; // what was last taken over into LoRA Apply
   #refused = null; // why the last attempt to stop failed
   #asked = false; // whether a request to stop has not been answered yet
   #frame = null;
 
-  constructor() {
+  /** `take` takes a LoRA over into LoRA Apply, and returns a sentence that says so. */
+  constructor(take) {
+    this.#take = take;
     this.hint = make("p", "tdpo-hint", {}, HINT);
     this.state = make("strong", "tdpo-state", { role: "status" });
     this.name = make("span", "tdpo-run tdpo-quiet");
-    this.button = make("button", "tdpo-stop", { type: "button" }, "Stop");
+    this.button = makeButton("tdpo-button tdpo-stop", "Stop");
     this.epochs = new Bar("Epochs");
     this.phase = new Bar("Current phase");
     this.plot = make("div", "tdpo-plot", {}, this.#chart.element);
-    this.image = make("img", "", { draggable: "false" });
-    this.caption = make("figcaption", "tdpo-quiet");
-    this.link = make("a", "", { target: "_blank", rel: "noopener" }, this.image);
-    this.samples = make("figure", "tdpo-samples", {}, this.link, this.caption);
+    this.before = new Samples();
+    this.after = new Samples();
+    this.use = makeButton("tdpo-button");
+    this.useEpoch = makeButton("tdpo-button");
+    this.compare = makeButton("tdpo-button", "Compare…");
     this.message = make("p", "tdpo-message", { role: "status" });
     this.problem = make("p", "tdpo-problem", { role: "alert" });
     this.body = make(
       "div", "tdpo-body", {},
       make("div", "tdpo-head", {}, this.state, this.name, this.button),
       this.epochs.element, this.phase.element, this.problem, this.message,
-      make("div", "tdpo-pictures", {}, this.plot, this.samples),
+      make("div", "tdpo-row", {}, this.use, this.useEpoch, this.compare),
+      make("div", "tdpo-pictures", {}, this.plot, make("div", "tdpo-pair", {}, this.before.element, this.after.element)),
     );
     this.element = make("section", "tdpo-panel", { "aria-label": "Training" }, this.hint, this.body);
     this.button.addEventListener("click", () => this.#stop());
-    this.image.addEventListener("error", () => (this.samples.hidden = true));
-    this.image.addEventListener("load", () => (this.samples.hidden = false));
-    for (const control of [this.button, this.link]) {
-      control.addEventListener("pointerdown", (event) => event.stopPropagation()); // otherwise it would drag the node
-    }
+    this.use.addEventListener("click", () => this.#takeOver(runs.find(this.#run)?.use));
+    this.useEpoch.addEventListener("click", () => this.#takeOver({ snapshot: "epoch", epoch: this.#picked }));
+    this.compare.addEventListener("click", () => this.#openComparison());
+    for (const control of [this.button, this.use, this.useEpoch, this.compare, this.plot]) keepPresses(control);
     this.observer = new ResizeObserver(() => this.#redraw());
     this.show(null);
   }
@@ -94,7 +124,10 @@ export class Panel {
 
   /** Show the current state of the run with this id; null shows the hint. */
   show(id) {
-    if (id !== this.#run) this.#refused = null;
+    if (id !== this.#run) {
+      this.#refused = this.#picked = this.#pointed = null;
+      this.#taken = "";
+    }
     this.#run = id;
     const status = runs.find(id);
     this.hint.hidden = Boolean(status);
@@ -103,7 +136,8 @@ export class Panel {
     if (!status) return;
     runs.load(id);
     this.#words(status);
-    this.#picture(status);
+    this.#actions(status);
+    this.#pictures(status);
     this.#redraw();
   }
 
@@ -121,22 +155,46 @@ export class Panel {
     this.epochs.set(active ? position(status) : "", left ? `about ${left} left` : "", progress(status));
     this.phase.set(active ? phaseText(status) : "", "", fraction(status.phase_done, status.phase_total));
     setText(this.problem, this.#refused ?? status.error ?? (runs.unreachable ? AWAY : ""));
-    setText(this.message, status.message ?? "");
+    setText(this.message, this.#taken || (status.message ?? ""));
     for (const text of [this.problem, this.message]) text.hidden = !text.textContent;
   }
 
-  #picture({ id, samples_epoch: epoch }) {
-    if (epoch == null) {
-      this.samples.hidden = true;
-      return;
-    }
-    const url = pictureURL(id, "samples", epoch);
-    if (this.image.getAttribute("src") === url) return;
-    this.image.src = url;
-    this.image.alt = epoch ? `Sample images after epoch ${epoch}` : "Sample images before training";
-    this.link.href = url;
-    this.link.setAttribute("aria-label", `${this.image.alt}, in full size`);
-    this.caption.textContent = epoch ? `Samples after epoch ${epoch}` : "Samples before training";
+  #actions({ use, kept, grids }) {
+    this.use.hidden = !use;
+    if (use) setText(this.use, use.label);
+    this.useEpoch.hidden = !kept?.includes(this.#picked);
+    setText(this.useEpoch, `Use epoch ${this.#picked}`);
+    this.compare.hidden = !(grids?.length > 1);
+  }
+
+  /** The samples of the epoch that is pointed at or picked, else the newest, beside those from before training. */
+  #pictures({ id, grids }) {
+    const shown = gridOf(grids ?? [], this.#pointed ?? this.#picked);
+    this.before.show(id, shown && grids.includes(0) ? 0 : null);
+    this.after.show(id, shown);
+  }
+
+  #point(epoch) {
+    this.#pointed = epoch;
+    const status = runs.find(this.#run);
+    if (status) this.#pictures(status);
+  }
+
+  #pick(epoch) {
+    this.#picked = epoch === this.#picked ? null : epoch;
+    this.show(this.#run);
+  }
+
+  #takeOver(what) {
+    if (!what) return;
+    this.#taken = this.#take(what);
+    this.show(this.#run);
+  }
+
+  #openComparison() {
+    const status = runs.find(this.#run);
+    const epoch = gridOf(status.grids, this.#picked ?? status.use?.epoch ?? null);
+    new Comparison().open(status, epoch, (what) => this.#takeOver(what));
   }
 
   #redraw() {
@@ -148,7 +206,7 @@ export class Panel {
       const metrics = runs.metrics(status.id);
       const least = chartHeight(curves(status, metrics).length);
       this.plot.style.minHeight = `${least}px`;
-      this.#chart.draw(status, metrics, this.plot.clientWidth, Math.max(this.plot.clientHeight, least));
+      this.#chart.draw(status, metrics, this.plot.clientWidth, Math.max(this.plot.clientHeight, least), this.#picked);
     });
   }
 
@@ -165,9 +223,4 @@ export class Panel {
     this.#asked = false;
     this.show(this.#run);
   }
-}
-
-/** Set a text only if it has changed: screen readers read it out every time it is set. */
-function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
 }

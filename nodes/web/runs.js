@@ -17,8 +17,12 @@ async function ask(route, options) {
 
 const runRoute = (id, rest = "") => `runs/${encodeURIComponent(id)}${rest}`;
 
-/** The URL of a picture of a run; `version` changes when the picture does. */
-export const pictureURL = (id, name, version) => api.apiURL(`/tdpo/${runRoute(id, `/pictures/${name}`)}?v=${version}`);
+/** The URL of the sample grid of an epoch, which never changes; 0 is before training. */
+export const gridURL = (id, epoch) => api.apiURL(`/tdpo/${runRoute(id, `/samples/${epoch}`)}`);
+
+/** The URL of what an epoch's LoRA draws at a strength; both 0 for the base model. */
+export const strengthURL = (id, epoch, strength) =>
+  api.apiURL(`/tdpo/${runRoute(id, `/strengths/${epoch}/${strength}`)}`);
 
 /** The server's runs, newest first. Shared by all nodes; listens and sends requests only while it is watched. */
 class Runs {

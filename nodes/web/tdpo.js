@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { applyNodes, takeOver } from "./apply.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
@@ -36,7 +37,7 @@ const rootOf = (graph) => graph?.rootGraph ?? graph;
 
 /** Shows a panel in a node from when the node is added to a graph until it, or the subgraph around it, is removed. */
 class LiveView {
-  #panel = new Panel();
+  #panel = new Panel((what) => takeOver(applyNodes(this.node, nodesWithin(rootOf(this.node.graph))), what));
   #end = null;
 
   constructor(node) {
