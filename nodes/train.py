@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.prompts import prompt_sets
 
-from .comfy.sockets import CATEGORY, Critic, Reward, Run
+from .comfy.sockets import CATEGORY, Critic, Reward, Run, advanced
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.wording import words_of_nodes
 
@@ -64,41 +64,51 @@ class Train(io.ComfyNode):
                 io.Int.Input(
                     "epochs", default=0, min=0, max=9999, tooltip="Rounds of sampling and updating." + AS_PRESET
                 ),
-                io.Int.Input(
-                    "samples_per_epoch",
-                    default=0,
-                    min=0,
-                    max=100_000,
-                    tooltip="Images drawn and scored per epoch; each update uses half of them." + AS_PRESET,
+                advanced(
+                    io.Int.Input(
+                        "samples_per_epoch",
+                        default=0,
+                        min=0,
+                        max=100_000,
+                        tooltip="Images drawn and scored per epoch; each update uses half of them." + AS_PRESET,
+                    )
                 ),
-                io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps per image." + AS_PRESET),
-                io.Float.Input(
-                    "guidance",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.5,
-                    round=0.01,
-                    tooltip="Classifier-free guidance (cfg) in training; use about the same when you sample."
-                    + AS_PRESET,
+                advanced(
+                    io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps per image." + AS_PRESET)
                 ),
-                io.Int.Input(
-                    "resolution",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=8,
-                    tooltip="Width and height in pixels in training. Lower it if memory runs out." + AS_PRESET,
+                advanced(
+                    io.Float.Input(
+                        "guidance",
+                        default=0.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.5,
+                        round=0.01,
+                        tooltip="Classifier-free guidance (cfg) in training; use about the same when you sample."
+                        + AS_PRESET,
+                    )
                 ),
-                io.Int.Input("rank", default=0, min=0, max=1024, tooltip="Rank of the LoRA." + AS_PRESET),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=1e-5,
-                    round=1e-8,
-                    tooltip="Learning rate of the LoRA." + AS_PRESET,
+                advanced(
+                    io.Int.Input(
+                        "resolution",
+                        default=0,
+                        min=0,
+                        max=8192,
+                        step=8,
+                        tooltip="Width and height in pixels in training. Lower it if memory runs out." + AS_PRESET,
+                    )
+                ),
+                advanced(io.Int.Input("rank", default=0, min=0, max=1024, tooltip="Rank of the LoRA." + AS_PRESET)),
+                advanced(
+                    io.Float.Input(
+                        "learning_rate",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=1e-5,
+                        round=1e-8,
+                        tooltip="Learning rate of the LoRA." + AS_PRESET,
+                    )
                 ),
                 io.Int.Input(
                     "seed",

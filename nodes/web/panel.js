@@ -76,8 +76,11 @@ export class Panel {
   #asked = false; // whether a request to stop has not been answered yet
   #frame = null;
 
-  /** `take` takes a LoRA over into LoRA Apply, and returns a sentence that says so. */
-  constructor(take) {
+  /**
+   * `take` takes a LoRA over into LoRA Apply, and returns a sentence that says so. `fold` is called with whether to hide
+   * the node's advanced settings; false where there is no need for a button.
+   */
+  constructor(take, fold) {
     this.#take = take;
     this.hint = make("p", "tdpo-hint", {}, HINT);
     this.state = make("strong", "tdpo-state", { role: "status" });
@@ -100,7 +103,8 @@ export class Panel {
       make("div", "tdpo-row", {}, this.use, this.useEpoch, this.compare),
       make("div", "tdpo-pictures", {}, this.plot, make("div", "tdpo-pair", {}, this.before.element, this.after.element)),
     );
-    this.element = make("section", "tdpo-panel", { "aria-label": "Training" }, this.hint, this.body);
+    this.more = this.#makeMore(fold);
+    this.element = make("section", "tdpo-panel", { "aria-label": "Training" }, this.more, this.hint, this.body);
     this.button.addEventListener("click", () => this.#stop());
     this.use.addEventListener("click", () => this.#takeOver(runs.find(this.#run)?.use));
     this.useEpoch.addEventListener("click", () => this.#takeOver({ snapshot: "epoch", epoch: this.#picked }));
@@ -108,6 +112,21 @@ export class Panel {
     for (const control of [this.button, this.use, this.useEpoch, this.compare, this.plot]) keepPresses(control);
     this.observer = new ResizeObserver(() => this.#redraw());
     this.show(null);
+  }
+
+  /** A button that shows the node's advanced settings, and hides them again. */
+  #makeMore(fold) {
+    const button = makeButton("tdpo-more tdpo-quiet", "▸ More settings");
+    button.setAttribute("aria-expanded", "false");
+    button.hidden = !fold;
+    keepPresses(button);
+    button.addEventListener("click", () => {
+      const shown = button.getAttribute("aria-expanded") === "false";
+      button.setAttribute("aria-expanded", String(shown));
+      setText(button, shown ? "▾ Fewer settings" : "▸ More settings");
+      fold(!shown);
+    });
+    return button;
   }
 
   /** Follow the size of the element until `detach`. */

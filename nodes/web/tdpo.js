@@ -37,7 +37,10 @@ const rootOf = (graph) => graph?.rootGraph ?? graph;
 
 /** Shows a panel in a node from when the node is added to a graph until it, or the subgraph around it, is removed. */
 class LiveView {
-  #panel = new Panel((what) => takeOver(applyNodes(this.node, nodesWithin(rootOf(this.node.graph))), what));
+  #panel = new Panel(
+    (what) => takeOver(applyNodes(this.node, nodesWithin(rootOf(this.node.graph))), what),
+    canFold() && ((folded) => refold(this.node, folded)),
+  );
   #end = null;
 
   constructor(node) {
@@ -50,6 +53,7 @@ class LiveView {
     });
     widget.serialize = false; // nor of the saved workflow
     keepSeed(node);
+    if (canFold()) fold(node, true);
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, WIDTH), height]);
     passToCanvas(element);
@@ -108,6 +112,26 @@ function runName(node) {
 function keepSeed(node) {
   const control = node.widgets.find(({ name }) => name === "control_after_generate");
   if (control) control.value = "fixed";
+}
+
+/**
+ * Whether hidden widgets leave no gap: seen in frontend 1.58, not in 1.27. Vue nodes fold advanced widgets themselves.
+ */
+function canFold() {
+  const [major, minor] = (window.__COMFYUI_FRONTEND_VERSION__ ?? "0.0").split(".").map(Number);
+  return !window.LiteGraph?.vueNodesMode && (major > 1 || minor >= 58);
+}
+
+/** Hide the widgets that few need, or show them. */
+function fold(node, hidden) {
+  for (const widget of node.widgets) if (widget.options?.advanced) widget.hidden = hidden;
+}
+
+/** The same, and fit the node's height. */
+function refold(node, hidden) {
+  const before = node.computeSize()[1];
+  fold(node, hidden);
+  node.setSize([node.size[0], node.size[1] + node.computeSize()[1] - before]);
 }
 
 function after(object, method, extra) {
