@@ -11,7 +11,7 @@ from .comfy.sockets import CATEGORY, Critic, Reward, Run
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.wording import words_of_nodes
 
-AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and the paper's for any other model."
+AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and 'sd15' for any other model."
 
 
 class Train(io.ComfyNode):
@@ -118,7 +118,8 @@ class Train(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Prompts to train on, one per line. If there are any, the prompt set is ignored.",
+                    tooltip="Prompts to train on, one per line. If there are any, the prompt set is ignored. CLIP "
+                    "reads weights such as (red:1.3) as in CLIP Text Encode; rewards read the words alone.",
                 ),
                 Critic.Input(
                     "critic",

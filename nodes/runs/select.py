@@ -8,11 +8,12 @@ from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
 from .combos import AS_IT_IS, NEW, RECOMMENDED
 from .names import check_run_name, later_name
+from .prompts import Prompts
 from .registry import Runs
 from .resume import difference
 
 
-def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
+def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: Prompts) -> RunFolder:
     """The run the node refers to, which need not exist yet.
 
     Raises:
@@ -34,7 +35,7 @@ def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: lis
     return run
 
 
-def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
+def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: Prompts) -> RunFolder:
     """The first free one of name, name-2, ...; or the last existing one, if it is blank or already trains the same."""
     number = 1
     while runs.exists(later_name(name, number)):

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from comfy_tdpo.clean_text import clean
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 from comfy_tdpo.settings import NONE
 
 from ...trainer.config import Fields, TrainConfig, make_config, override
 from ...trainer.config.toml_files import parse_toml
 from .combos import AUTO, check_choice
+from .prompts import Prompts, read_prompts
 from .reward_choice import RewardChoice, joined
 
 SHAPES, OTHER = "shapes", "sd15"  # presets: for the embedded world, and for other models
@@ -66,10 +68,10 @@ class Wanted:
         config = make_config(preset, None, values)
         return override(override(config, self._critic(config)), self._more())
 
-    def prompts(self) -> list[str]:
+    def prompts(self) -> Prompts:
         """The training prompts: the lines of the text, or the set if there are none."""
-        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        return lines or load_prompts(self.config().prompts)
+        written = read_prompts(self.text, "prompts")
+        return written if written.words else Prompts(load_prompts(self.config().prompts))
 
     def _critic(self, config: TrainConfig) -> Fields:
         """The settings of the critic on the wire, for the algorithm's own `config`."""
@@ -85,7 +87,7 @@ class Wanted:
 
     def _more(self) -> Fields:
         try:
-            more = parse_toml(self.settings)
+            more = parse_toml(clean(self.settings))
         except ValueError as error:
             raise ValueError(
                 f"got settings that are not TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8"

@@ -12,6 +12,7 @@ from ...trainer.job import ENDED, Job, Status, TrainingFactory
 from ...trainer.run import RunFolder
 from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, PROMPTS
+from .prompts import Prompts, keep_written
 from .registry import Fields, Runs, finite, mark_node
 from .resume import resumed
 from .select import is_blank
@@ -30,7 +31,7 @@ def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
     return job if job is not None and job.status.state not in ENDED else None
 
 
-def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
+def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: Prompts) -> None:
     """Create the folder of a new run, or update the configuration of one that resumes; `choose` has compared them."""
     if (run.path / CONFIG).exists() and not is_blank(runs, run):
         with run.lock():
@@ -39,14 +40,15 @@ def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str])
     blank = (run.path / CONFIG).exists()  # it has never trained, so nothing is lost
     if not blank:
         run.check_free()
-    write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts), encoding="utf-8"))
+    write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts.words), encoding="utf-8"))
     config = config.model_copy(update={"prompts": str(run.path / PROMPTS)})
-    if not blank:
+    if blank:
+        with run.lock():
+            run.sample_grid(0).unlink(missing_ok=True)
+            run.configure(config)
+    else:
         run.create(config)
-        return
-    with run.lock():
-        run.sample_grid(0).unlink(missing_ok=True)
-        run.configure(config)
+    keep_written(run.path, prompts)
 
 
 def start(
