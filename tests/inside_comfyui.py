@@ -155,12 +155,11 @@ def syntax(*lines: str) -> dict[str, str]:
 
 def weights() -> dict[str, float | str]:
     """What a training's model and its rewards get of a prompt with weights."""
-    from nodes import CLIPTextEncode
-
     from comfy_tdpo.nodes.runs.prompts import read_prompts
     from comfy_tdpo.nodes.runs.registry import Runs
     from comfy_tdpo.nodes.runs.start import prepare
     from comfy_tdpo.trainer.config import make_config
+    from nodes import CLIPTextEncode
 
     model, clip, vae = shapes_out.shapes_native()
     line, words = "a (red:1.5) circle", "a red circle"
