@@ -193,6 +193,8 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
         ),
         ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto"),
         ({"prompts": "a {red|blue} circle"}, "the text of prompts has alternatives of dynamic prompts in line 1"),
+        ({"settings": "output.trackers = ['abacus']"}, "got tracker 'abacus'"),
+        ({"settings": "policy.warmup_updates = 99"}, "policy.warmup_updates 99 (in settings) for a run of 12 updates"),
         ({"mode": "later"}, "got mode 'later'; expected one of wait, background"),
         ({"resume": 5}, "got resume '5'; expected one of continue, new"),
         ({"run_name": "nobody", "resume": "as it is"}, "expected one of those in output/tdpo"),
@@ -204,7 +206,18 @@ def test_hostile_inputs_to_train_are_one_sentence(server, changes, message):
     graph = train_graph("hostile", **changes)
     error = server.error(graph)
     assert message in error and "\n" not in error and len(error) < 500
-    assert folders(server) - before <= {"hostile"}
+    assert folders(server) == before
+
+
+@pytest.mark.parametrize("reward", ["jpeg-compressibility", "shapes-gold"])
+def test_every_reward_trains_with_the_default_algorithm(server, reward):
+    """Also those without an image encoder for the critic."""
+    graph = train_graph(f"by-{reward}", algorithm="tdpo-g", epochs=1)
+    graph["reward"]["inputs"]["reward"] = reward
+    server.run(graph)
+    assert server.status(f"by-{reward}")["state"] == "finished"
+    told = f"reward '{reward}' has no image encoder, so the critic uses that of 'shapes-match'"
+    assert told in server.log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,8 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
 
     if not torch.isfinite(images).all():
         raise RewardError(
-            f"got images that are not finite for reward {model.name!r}; the model that generated them overflows: use "
-            "precision fp32, or another VAE"
+            f"got images that are not finite for reward {model.name!r}; the model that generated them overflows: set "
+            "precision to fp32, or use another VAE"
         )
     try:
         return checked(model.name, model.score(images, prompts), images)

@@ -32,7 +32,7 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, node
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         _save_before_quitting()
-        job = start(runs, run, factory, device, node, tell)
+        job = start(runs, run, factory, device, node, tell, wait)
     if wait:
         bar = comfy.utils.ProgressBar(100 * config.epochs)
         wait_for(job, bar.update_absolute)

@@ -30,6 +30,7 @@ from ...trainer.assemble import DTYPES, assemble, policy_settings
 from ...trainer.config import TrainConfig
 from ...trainer.job import TrainingFactory
 from ...trainer.recommend.options import unseen_prompts
+from ..runs.checks import check_run
 from ..runs.prompts import Prompts
 from ..runs.settings import Wanted
 from .decoder import ComfyDecoder
@@ -71,11 +72,13 @@ class Wires:
         """A factory of the Training, with copies of the three models.
 
         Raises:
-            ValueError: the three do not belong together, or weights are not finite.
+            ValueError: the three do not belong together, weights are not finite, or the run could not start.
         """
         more = unseen_prompts(config, prompts.words, prompts.words)[0] if config.output.recommend else []
         texts = {words: prompts.for_clip(words) for words in [*prompts.words, *more]}
         encode, decode = EncodedPrompts(self.clip, texts, device), ComfyDecoder(self.vae, self.model)
+        scheduler = scheduler_of(self.model)
+        check_run(config, prompts.words, scheduler, StableDiffusion.process, decode.factor)
         expected = diffusers_config(self.model)["cross_attention_dim"]
         if encode.width != expected:
             raise ValueError(
@@ -83,7 +86,7 @@ class Wires:
                 "MODEL's checkpoint"
             )
         unet = diffusers_unet(self.model, DTYPES[config.precision])
-        make_policy = partial(_policy, unet, scheduler_of(self.model), encode, decode)
+        make_policy = partial(_policy, unet, scheduler, encode, decode)
         return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
 
 

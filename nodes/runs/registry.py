@@ -97,7 +97,8 @@ class Runs:
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
-        return status | {"message": " ".join(filter(None, [_of_overoptimisation(run, status), advice(status)]))}
+        said = [_of_overoptimisation(run, status), advice(status, waits_for(run))]
+        return status | {"message": " ".join(filter(None, said))}
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
         new = [finite(line) for line in run.metrics() if line["epoch"] > after]
@@ -181,19 +182,20 @@ def _of_folder(metrics: list[EpochMetrics], config: TrainConfig) -> Fields:
     return NOTHING_DONE | done | {"overoptimised": alarm.since if alarm else None}
 
 
-def advice(status: Fields) -> str:
-    """What the user can do next; shown in the node."""
+def advice(status: Fields, waits: bool) -> str:
+    """What the user can do next; shown in the node. `waits`: whether its graph waits for the training to end."""
     state, epoch, epochs = status["state"], status["epoch"], status["epochs"]
     match state:
         case "waiting" | "running" if epoch == 0:
             return "Training. The curve starts when the first epoch ends."
         case "waiting" | "running":
-            return "Training. Queue the graph to sample from the newest epoch, or stop when the images look right."
+            use = "The graph goes on when it ends." if waits else "Queue the graph to sample from the newest epoch."
+            return f"Training. {use} Stop when the images look right."
         case "stopping":
             return "Stops after the current step, then saves."
         case "finished" if epoch < epochs:
             ended = f"Ended after epoch {epoch} of {epochs}, saved."
-            return f"{ended} To train on, remove stop_on_overoptimisation from settings."
+            return f"{ended} To train on, set stop_on_overoptimisation (in settings) to false and queue the graph."
         case "finished":
             return "Finished. Load LoRA lists its LoRA; TDPO LoRA Apply applies it. Raise epochs to train longer."
         case "stopped" | "interrupted" if epoch == 0:
@@ -227,14 +229,26 @@ def finite(metrics: EpochMetrics) -> dict[str, float | None]:
 
 def node_of(run: RunFolder) -> str | None:
     """The unique id of the Train node that last started the run."""
+    node = _mark(run).get("node")
+    return None if node is None else str(node)
+
+
+def waits_for(run: RunFolder) -> bool:
+    """Whether the graph of that node waits for the run to end."""
+    return _mark(run).get("wait") is True
+
+
+def _mark(run: RunFolder) -> Fields:
     try:
-        return str(json.loads((run.path / NODE).read_text(encoding="utf-8"))["node"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a run started on the command line, or a mark that somebody edited
+        mark = json.loads((run.path / NODE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a run started on the command line, or a mark that somebody edited
+    return mark if isinstance(mark, dict) else {}
 
 
-def mark_node(run: RunFolder, node: str) -> None:
-    write_atomically(run.path / NODE, lambda file: file.write_text(json.dumps({"node": node}), encoding="utf-8"))
+def mark_node(run: RunFolder, node: str, wait: bool) -> None:
+    text = json.dumps({"node": node, "wait": wait})
+    write_atomically(run.path / NODE, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -1,16 +1,20 @@
 """Which run a Train node refers to, and when the node would give a new result."""
 
+import time
+
 from ...trainer.alarm import ends_early
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED
 from ...trainer.recommend.files import is_current
 from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
-from .combos import AS_IT_IS, NEW, RECOMMENDED
+from .combos import AS_IT_IS, CONTINUE, NEW, RECOMMENDED
 from .names import check_run_name, later_name
 from .prompts import Prompts
 from .registry import Runs
 from .resume import difference
+
+UNFINISHED = ("failed", "stopped", "interrupted")
 
 
 def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: Prompts) -> RunFolder:
@@ -30,7 +34,7 @@ def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: Pro
         if changed:
             raise ValueError(
                 f"run {name!r} was started with other settings: {changed}; change that back to resume it, set resume "
-                f"to '{NEW}' to start {later_name(name, 2)!r}, or choose another run name"
+                f"to '{NEW}' to start {later_name(name, 2)!r}, or give the run another name"
             )
     return run
 
@@ -68,19 +72,23 @@ def is_done(run: RunFolder, config: TrainConfig) -> bool:
     return not config.output.recommend or is_current(run)
 
 
-def token(runs: Runs, name: str, wait: bool) -> str:
+def token(runs: Runs, name: str, wait: bool, resume: str = CONTINUE) -> str:
     """A text that changes whenever a Train node with this run name would give a new result.
 
-    If the node waits, a missing run and a finished one count as the same: it gives the finished run in both cases.
+    If the node waits, a missing run and a finished one count as the same: it gives the finished run in both cases. A
+    run that ended before its time is resumed whenever the graph is queued, also if it ends in the same epoch again.
     """
-    states = []
-    number = 1
+    states: list[str] = []
+    number, last = 1, ""
     while runs.exists(later_name(name, number)):
         run = runs.folder(later_name(name, number))
         status = runs.status(run)
+        last = status["state"] if number == 1 or resume == NEW else last
         if not (wait and status["state"] == "finished"):
             states.append(f"{status['id']} {status['state']} {status['epoch']}")
         if run.recommended_lora.is_file():
             states.append(f"{status['id']} {RECOMMENDED} {run.recommended_lora.stat().st_mtime_ns}")
         number += 1
+    if last in UNFINISHED and resume != AS_IT_IS:
+        states.append(str(time.monotonic_ns()))
     return ", ".join(states)

@@ -18,6 +18,14 @@ INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
     *("prompts", "grid_prompts", "seed"),
 )
+# What to do about those of them that the node calls otherwise, or has no input for.
+ELSEWHERE = {
+    "rewards": "a wire has them: connect a TDPO Reward Model to reward",
+    "eval_rewards": "a wire has them: connect a TDPO Reward Model to held_out",
+    "reward_weights": "an input has them: use weights of TDPO Reward Model",
+    "prediction_type": "the MODEL knows it: remove it from settings",
+    "grid_prompts": "sample grids show the prompts that are trained on: remove it from settings",
+}
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: the preset's value
 
 
@@ -94,5 +102,6 @@ class Wanted:
             ) from error
         for name in (*INPUTS, *NUMBERS):
             if name in more:
-                raise ValueError(f"got {name!r} among the settings; the node has an input or a wire for it: use that")
+                where = ELSEWHERE.get(name, f"the node has an input or a wire for it: use {name}")
+                raise ValueError(f"got {name!r} among the settings; {where}")
         return more

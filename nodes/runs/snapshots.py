@@ -25,7 +25,7 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Path | None:
         if epoch not in kept:
             raise ValueError(
                 f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of those it has "
-                f"({_listed(kept)}): lower output.samples_every in Train's settings to keep more"
+                f"({_listed(kept)}): lower output.samples_every (in settings of TDPO-R Train) to keep more"
             )
         return kept[epoch]
     kind = "reward" if which == BEST_TRAINING else "eval"
@@ -46,7 +46,7 @@ def _recommended(run: RunFolder) -> Path:
         raise ValueError(
             f"run {run.path.name!r} has no {RECOMMENDED} LoRA: none of its snapshots gained reward and kept the "
             "held-out reward of the base model; choose another snapshot, or train with a KL penalty (kl.coefficient in "
-            "settings)"
+            "settings of TDPO-R Train)"
         )
     raise ValueError(
         f"run {run.path.name!r} has no {RECOMMENDED} LoRA yet; expected a run that looks for one when it finishes: add "

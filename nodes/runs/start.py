@@ -58,9 +58,13 @@ def start(
     device: torch.device,
     node: str,
     tell: Tell,
+    wait: bool = False,
 ) -> Job:
-    """Train on a separate thread, which calls `tell` with the details of each event tdpo.progress."""
-    mark_node(run, node)
+    """Train on a separate thread, which calls `tell` with the details of each event tdpo.progress.
+
+    node: the unique id of the Train node; wait: whether its graph waits for the end.
+    """
+    mark_node(run, node, wait)
     job = Job(run, factory, device)
     job.subscribe(lambda event, status: _keep(runs, run, event))
     job.subscribe(Teller(runs, run, tell))
