@@ -105,7 +105,7 @@ def test_what_names_nothing_to_see_is_no_word(line, words):
         ("a\0 red circle", "has control characters or halves of characters in line 1"),
         ("a \ud83e fox", "has control characters or halves of characters in line 1"),
         ("a fox\n\nembedding:nice", "has no word in line 3"),
-        ("a (red:1.3) fox\n# b\na red fox", "has 'a red fox' in line 3, which differs from an earlier line only in"),
+        ("# a fox\n#b", "holds no prompt; expected one per line"),
     ],
 )
 def test_what_nothing_can_be_made_of_is_refused_before_there_is_a_folder(text, said, tmp_path):
@@ -117,8 +117,16 @@ def test_what_nothing_can_be_made_of_is_refused_before_there_is_a_folder(text, s
 
 
 def test_no_prompt_is_the_set():
-    for text in ("", " \n", "\ufeff\u200b\n", "# a fox"):
+    for text in ("", " \n", "\ufeff\u200b\n"):
         assert wanted(text=text).prompts().words == load_prompts("shapes")
+
+
+def test_words_name_one_prompt_of_a_run_and_any_number_of_images():
+    text = "a (red:1.3) fox\n# b\na red fox"
+    with pytest.raises(ValueError, match="has 'a red fox', which differs from an earlier line only in its weights"):
+        wanted(text=text).prompts()
+    assert prompt_of_each(text, 2) == ["a red fox"] * 2
+    assert wanted(text="a (red:1.3) fox\na (red:1.3) fox").prompts().words == ["a red fox"] * 2
 
 
 def test_settings_may_be_pasted_too():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from comfy_tdpo.clean_text import one_line
+from comfy_tdpo.clean_text import clean, one_line
 from comfy_tdpo.prompts.files import prompt_lines
 from comfy_tdpo.prompts.markup import check_words
 
@@ -38,25 +38,40 @@ class Prompts:
 
 
 def read_prompts(text: str, widget: str) -> Prompts:
-    """The prompts in the text of a widget, one per line; blank lines and those that begin with # are left out.
+    """The prompts in the text of a widget, see `read_lines`.
 
     Raises:
-        ValueError: a line has no word or another program's markup, or two lines differ in nothing but their syntax.
+        ValueError: two lines differ in nothing but their syntax, so that their words would name two prompts.
+    """
+    written: dict[str, str] = {}
+    lines = read_lines(text, widget)
+    for words, line in lines:
+        if written.setdefault(words, line) != line:
+            raise ValueError(
+                f"the text of {widget} has {line!r:.60}, which differs from an earlier line only in its weights; "
+                "expected each line's words once, since rewards read nothing else: remove one of the two"
+            )
+    return Prompts([words for words, _ in lines], {words: line for words, line in written.items() if words != line})
+
+
+def read_lines(text: str, widget: str) -> list[tuple[str, str]]:
+    """The words and the whole of each line of a widget's text; blank lines and comments, which begin with #, are left
+    out.
+
+    Raises:
+        ValueError: a line has no word, or another program's markup; or all lines are comments.
     """
     lines = [(place, one_line(line)) for place, line in prompt_lines(text)]
     words = [words_of(line) for _, line in lines]
     try:
+        if not lines and clean(text).strip():
+            raise ValueError(
+                "holds no prompt; expected one per line (lines that begin with # are comments), or no text"
+            )
         check_words([(place, own) for (place, _), own in zip(lines, words, strict=True)], EXPECTED)
-        written: dict[str, str] = {}
-        for (place, line), own in zip(lines, words, strict=True):
-            if written.setdefault(own, line) != line:
-                raise ValueError(
-                    f"has {line!r:.60} in {place}, which differs from an earlier line only in its weights; expected "
-                    "each line's words once, since rewards read nothing else: remove one of the two"
-                )
     except ValueError as error:
         raise ValueError(f"the text of {widget} {error}") from error
-    return Prompts(words, {own: line for own, line in written.items() if own != line})
+    return [(own, line) for own, (_, line) in zip(words, lines, strict=True)]
 
 
 def keep_written(folder: Path, prompts: Prompts) -> None:
