@@ -105,14 +105,14 @@ def test_what_names_nothing_to_see_is_no_word(line, words):
         ("a\0 red circle", "has control characters or halves of characters in line 1"),
         ("a \ud83e fox", "has control characters or halves of characters in line 1"),
         ("a fox\n\nembedding:nice", "has no word in line 3"),
-        ("# a fox\n#b", "holds no prompt; expected one per line"),
+        ("# a fox\n#b", "holds comments alone; expected a prompt"),
     ],
 )
 def test_what_nothing_can_be_made_of_is_refused_before_there_is_a_folder(text, said, tmp_path):
     with pytest.raises(ValueError, match=f"the text of prompts {said}") as error:
         wanted(text=text).prompts()
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="the text of prompt has"):
+    with pytest.raises(ValueError, match="the text of prompt h"):
         prompt_of_each(text, 2)
 
 
