@@ -45,7 +45,7 @@ def smaller_micro_batch(micro_batch: int, samples_per_update: int) -> int:
     if micro_batch == 1:
         raise ValueError(
             "got out of memory with one sample at a time; expected room for one: lower resolution, set "
-            "policy.gradient_checkpointing to true or precision to bf16, or close other programs that use the device"
+            "policy.gradient_checkpointing to true, set precision to bf16, or close other programs that use the device"
         )
     torch.cuda.empty_cache()
     return _largest_divisor(samples_per_update, micro_batch // 2)

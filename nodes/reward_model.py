@@ -8,6 +8,7 @@ from .comfy.folders import look_in_rewards_folder, reward_file, reward_file_name
 from .comfy.sockets import CATEGORY, Reward
 from .runs.combos import AUTO, check_choice
 from .runs.reward_choice import RewardChoice
+from .runs.wording import words_of_nodes
 
 
 class RewardModel(io.ComfyNode):
@@ -52,6 +53,7 @@ class RewardModel(io.ComfyNode):
         )
 
     @classmethod
+    @words_of_nodes()
     def execute(
         cls, reward: str, weight: float, weights: str = AUTO, also: RewardChoice | None = None
     ) -> io.NodeOutput:

@@ -25,7 +25,8 @@ class ScoreImages(io.ComfyNode):
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="The prompt the images were made from: one line for all of them, or one line per image.",
+                    tooltip="The prompt the images were made from: one line for all of them, or one line per image. "
+                    "Weights such as (red:1.3) are left out.",
                 ),
             ],
             outputs=[

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .comfy.sockets import CATEGORY
+from .runs.wording import words_of_nodes
 
 
 class ShapesModel(io.ComfyNode):
@@ -28,6 +29,7 @@ class ShapesModel(io.ComfyNode):
         )
 
     @classmethod
+    @words_of_nodes()
     def execute(cls) -> io.NodeOutput:
         from .comfy.shapes_out import shapes_native
 

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from comfy_tdpo.methods.sections import CriticActivation, NeuronData, Neurons
 
 from .comfy.sockets import CATEGORY, Critic
+from .runs.wording import words_of_nodes
 
 
 class TemporalCritic(io.ComfyNode):
@@ -77,6 +78,7 @@ class TemporalCritic(io.ComfyNode):
         )
 
     @classmethod
+    @words_of_nodes()
     def execute(
         cls,
         activation: str,

@@ -11,7 +11,7 @@ from .comfy.sockets import CATEGORY, Critic, Reward, Run, advanced
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.wording import words_of_nodes
 
-AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and 'sd15' for any other."
+AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and 'sd15' for any other model."
 
 
 class Train(io.ComfyNode):
@@ -128,7 +128,8 @@ class Train(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Prompts to train on, one per line. If there are any, the prompt set is ignored.",
+                    tooltip="Prompts to train on, one per line. If there are any, the prompt set is ignored. CLIP "
+                    "reads weights such as (red:1.3) as in CLIP Text Encode; rewards read the words alone.",
                 ),
                 Critic.Input(
                     "critic",
@@ -173,13 +174,15 @@ class Train(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, run_name: str | None, mode: str | None, **_: Any) -> str | float:
+    def fingerprint_inputs(
+        cls, run_name: str | None, mode: str | None, resume: str | None = None, **_: Any
+    ) -> str | float:
         if run_name is None:
             return float("nan")  # equals nothing, so that the node runs whenever it is queued
         from .comfy.folders import all_runs
         from .runs.select import token
 
-        return token(all_runs(), run_name, wait=mode == WAIT)
+        return token(all_runs(), run_name, mode == WAIT, resume or CONTINUE)
 
     @classmethod
     @words_of_nodes()

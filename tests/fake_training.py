@@ -69,4 +69,6 @@ def begin(
     """A job on a run of that name, started."""
     run, want = runs.folder(name), wanted(**asked)
     prepare(runs, run, want.config(), want.prompts())
-    return start(runs, run, lambda run, stop, watch: FakeTraining(run, stop, watch, go), CPU, PLACE, tell, because)
+    return start(
+        runs, run, lambda run, stop, watch: FakeTraining(run, stop, watch, go), CPU, PLACE, tell, because=because
+    )

@@ -1,7 +1,8 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|decoders|thread|refusals|damaged, or ... CHECKOUT lora FILE,
-or ... CHECKOUT baked SNAPSHOT FILE STRENGTH, or ... CHECKOUT blended FILE
+python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|decoders|thread|weights|refusals|damaged,
+or ... CHECKOUT lora FILE, or ... CHECKOUT baked SNAPSHOT FILE STRENGTH, or ... CHECKOUT blended FILE,
+or ... CHECKOUT syntax LINE...
 """
 
 import copy
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from types import FunctionType, SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,7 @@ from comfy_tdpo.models.shipped import CONFIGS  # noqa: E402
 from comfy_tdpo.models.stable_diffusion import Autoencoder, ClipText  # noqa: E402
 from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
 from comfy_tdpo.nodes.comfy.decoder import ComfyDecoder  # noqa: E402
+from comfy_tdpo.nodes.runs.prompts import Prompts  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
 PROMPTS = ["a red circle", "two blue squares on a green background"]
@@ -61,10 +64,11 @@ def shapes() -> dict[str, float]:
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS).parts["states"]
     expected = ours.unet(latents, timesteps, embeds).sample
+    encoded = models_in.EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU)
     decoder = ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {
-        "text": difference(models_in.EncodedPrompts(clip, PROMPTS, CPU)(PROMPTS).parts["states"], embeds),
+        "text": difference(encoded(PROMPTS).parts["states"], embeds),
         "native unet": difference(model.model.diffusion_model(latents, timesteps, context=embeds), expected),
         "unet from native": difference(models_in.diffusers_unet(model)(latents, timesteps, embeds).sample, expected),
         "decoder": difference(decoder(latents), images),
@@ -105,7 +109,7 @@ def thread() -> dict[str, str | None]:
 
     small = {"epochs": 1, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 2}
     config = make_config("shapes", overrides=small | {"output": {"grid_images": 2, "recommend": True}})
-    factory = models_in.Wires(*shapes_out.shapes_native()).factory(config, load_prompts(config.prompts), CPU)
+    factory = models_in.Wires(*shapes_out.shapes_native()).factory(config, Prompts(load_prompts(config.prompts)), CPU)
     with TemporaryDirectory() as folder, nothing_asked():
         run = RunFolder(Path(folder) / "run")
         run.create(config)
@@ -136,6 +140,41 @@ def nothing_asked() -> Iterator[None]:
     finally:
         for owner, name, value in kept:
             setattr(owner, name, value)
+
+
+# --- prompts
+
+
+def syntax(*lines: str) -> dict[str, str]:
+    """The text of each line that ComfyUI's tokenizer gives weights to."""
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    texts = {line: "".join(text for text, _ in token_weights(escape_important(line), 1.0)) for line in lines}
+    return {line: " ".join(unescape_important(text).split()) for line, text in texts.items()}
+
+
+def weights() -> dict[str, float | str]:
+    """What a training's model and its rewards get of a prompt with weights."""
+    from comfy_tdpo.nodes.runs.prompts import read_prompts
+    from comfy_tdpo.nodes.runs.registry import Runs
+    from comfy_tdpo.nodes.runs.start import prepare
+    from comfy_tdpo.trainer.config import make_config
+    from nodes import CLIPTextEncode
+
+    model, clip, vae = shapes_out.shapes_native()
+    line, words = "a (red:1.5) circle", "a red circle"
+    prompts, config = read_prompts(f"\ufeff{line}\u00a0", "prompts"), make_config("shapes")
+    factory = models_in.Wires(model, clip, vae).factory(config, prompts, CPU)
+    with TemporaryDirectory() as folder:
+        runs = Runs(Path(folder) / "runs", Path(folder) / "loras")
+        run = runs.folder("one")
+        prepare(runs, run, config, prompts)
+        training = factory(run, Event(), lambda *_: None)
+        (prompt,) = set(training.prompts + training.keeper.grid_prompts)
+        encoded = training.policy.encode_prompts([prompt]).parts["states"]
+    (((native, _),),) = CLIPTextEncode().encode(clip, line)
+    (((plain, _),),) = CLIPTextEncode().encode(clip, words)
+    return {"prompt": prompt, "off its line": difference(encoded, native), "off its words": difference(encoded, plain)}
 
 
 # --- families, with random weights
@@ -388,7 +427,7 @@ def refusals() -> dict[str, str]:
     blended.hook_patches = {object(): {"diffusion_model.out.2.weight": []}}
     wires = {
         "blended": lambda: models_in.Wires(blended, clip, vae).wanted(),
-        "another CLIP": lambda: models_in.Wires(small_sd2(), clip, vae).factory(config, PROMPTS, CPU),
+        "another CLIP": lambda: models_in.Wires(small_sd2(), clip, vae).factory(config, Prompts(PROMPTS), CPU),
         "another VAE": lambda: ComfyDecoder(SimpleVAE(16), model),
         "no CLIP": lambda: models_in.Wires(model, None, vae).wanted(),
         "no VAE": lambda: models_in.Wires(model, clip, None).wanted(),
@@ -419,7 +458,7 @@ def damaged() -> dict[str, str]:
             broken(networks[wire], name)
         change(model, networks["MODEL"])
         wires = models_in.Wires(model, clip, vae)
-        return refusal(lambda: (wires.wanted(reward=None), wires.factory(make_config("shapes"), PROMPTS, CPU)))
+        return refusal(lambda: (wires.wanted(reward=None), wires.factory(make_config("shapes"), Prompts(PROMPTS), CPU)))
 
     def lora(model, network) -> None:
         change = torch.full_like(network.input_blocks[0][0].weight, torch.nan)
@@ -457,5 +496,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
     questions |= {"baked": baked, "blended": blended, "decoders": decoders, "thread": thread}
+    questions |= {"syntax": syntax, "weights": weights}
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))

@@ -209,7 +209,7 @@ WRONG = {
         "shapes-gold can only judge prompts of Shapes",
     ),
     "more steps than the schedule has": (["--steps", "1000"], "start beyond the 1000 timesteps"),
-    "a critic without an encoder": (["--reward", "shapes-gold"], "has no image encoder"),
+    "a critic without an encoder": (["--critic.encoder", "shapes-gold"], "has no image encoder"),
 }
 
 

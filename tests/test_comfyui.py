@@ -76,6 +76,26 @@ def test_train_and_sample_in_one_graph(server):
         assert status == 200 and body.startswith(b"\x89PNG")
 
 
+def test_weights_in_prompts_reach_the_model_and_not_the_rewards(server):
+    """The same images score the same, whatever the prompt's weights; the run learns by its words, and resumes."""
+    text = "\ufeff# mine\r\na (red:1.3)\u00a0circle\r\n"
+    graph = train_graph("weighed", prompts=text) | sample_graph(["shapes", 0])
+    graph["reward"]["inputs"]["reward"] = "shapes-judge"
+    plain = server.run(graph)["scored"]["text"]
+    graph["score"]["inputs"]["prompt"] = "a ((red)) (circle:1.2)\u200b"
+    assert server.run(graph)["scored"]["text"] == plain
+    graph["text"]["inputs"]["text"] = "a (red:1.5) circle"
+    assert server.run(graph)["scored"]["text"] != plain
+    run = server.base / "output" / "tdpo" / "weighed"
+    assert (run / "prompts.txt").read_text(encoding="utf-8") == "a red circle\n"
+    assert json.loads((run / "comfyui-prompts.json").read_text()) == {"a red circle": "a (red:1.3) circle"}
+    same, other = (train_graph("weighed", prompts=f"a (red:{weight}) circle", epochs=3) for weight in (1.3, 1.4))
+    for again in (same, other):
+        again["reward"]["inputs"]["reward"] = "shapes-judge"
+    assert server.run(same) and server.status("weighed")["epoch"] == 3
+    assert "the weights in its prompts were different; change that back" in server.error(other)
+
+
 def test_a_run_recommends_a_lora_that_apply_takes(server):
     """Also a run that has finished before, which is not trained again."""
     told = server.run(train_graph("judged") | apply_graph(run=["train", 0], snapshot="recommended"))["info"]["text"]
@@ -175,6 +195,9 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
             "unknown setting 'xyzzy'; the config.toml of any run in output/tdpo lists them all",
         ),
         ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto"),
+        ({"prompts": "a {red|blue} circle"}, "the text of prompts has alternatives of dynamic prompts in line 1"),
+        ({"settings": "output.trackers = ['abacus']"}, "got tracker 'abacus'"),
+        ({"settings": "policy.warmup_updates = 99"}, "policy.warmup_updates 99 (in settings) for a run of 12 updates"),
         ({"mode": "later"}, "got mode 'later'; expected one of wait, background"),
         ({"resume": 5}, "got resume '5'; expected one of continue, new"),
         ({"run_name": "nobody", "resume": "as it is"}, "expected one of those in output/tdpo"),
@@ -186,7 +209,18 @@ def test_hostile_inputs_to_train_are_one_sentence(server, changes, message):
     graph = train_graph("hostile", **changes)
     error = server.error(graph)
     assert message in error and "\n" not in error and len(error) < 500
-    assert folders(server) - before <= {"hostile"}
+    assert folders(server) == before
+
+
+@pytest.mark.parametrize("reward", ["jpeg-compressibility", "shapes-gold"])
+def test_every_reward_trains_with_the_default_algorithm(server, reward):
+    """Also those without an image encoder for the critic."""
+    graph = train_graph(f"by-{reward}", algorithm="tdpo-g", epochs=1)
+    graph["reward"]["inputs"]["reward"] = reward
+    server.run(graph)
+    assert server.status(f"by-{reward}")["state"] == "finished"
+    told = f"reward '{reward}' has no image encoder, so the critic uses that of 'shapes-match'"
+    assert told in server.log.read_text()
 
 
 @pytest.mark.parametrize(

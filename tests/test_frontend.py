@@ -4,6 +4,7 @@ real frontend and server.
 
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -187,6 +188,20 @@ def test_ticks_are_round_inside_and_few(evaluate, low, high, count):
     assert float(f"{ticks[1] - ticks[0]:.0e}") == pytest.approx(ticks[1] - ticks[0])  # one digit
 
 
+def test_labels_of_ticks_have_room_and_differ(evaluate):
+    """A label is 10 pixels high; two of the usual ticks are 9 apart at the least height of an axis."""
+    lows, sizes = (3.05, 3.1, 0.0123, -0.004, -1e-5, 0, -2, 990.5), (0.0005, 0.003, 0.029, 0.58, 2.9, 5.8, 41)
+    axes = list(itertools.product(lows, sizes, (26, 40, 52, 90, 200)))
+    ask = f"{json.dumps(axes)}.map(([low, size, height]) => m.ticksWithRoom(low, low + size, height))"
+    for (low, size, height), ticks, words in zip(axes, *evaluate(f"[{ask}, {ask}.map(m.labels)]"), strict=True):
+        assert len(ticks) >= 2 and low - 1e-9 * size <= ticks[0] and ticks[-1] <= low + size + 1e-9 * size
+        assert (ticks[1] - ticks[0]) / size * height >= 12 - 1e-6
+        assert len(set(words)) == len(words), words
+        numbers = [float(word.replace("\N{MINUS SIGN}", "-")) for word in words]
+        assert numbers == pytest.approx(ticks, abs=0.05 * size, rel=0)
+        assert not any(number == 0 and "\N{MINUS SIGN}" in word for word, number in zip(words, numbers, strict=True))
+
+
 @pytest.mark.parametrize(("low", "high"), [(1, 2), (1, 15), (1, 100), (1, 9999)])
 def test_epochs_are_whole(evaluate, low, high):
     ticks = evaluate(f"m.ticks({low}, {high}, 6, true)")
@@ -220,6 +235,9 @@ def test_limits_are_never_empty(evaluate):
         ("m.duration(-3)", ""),
         ("m.number(5.1432)", "5.14"),
         ("m.number(-0.128)", "\N{MINUS SIGN}0.13"),
+        ("m.number(-0.004)", "\N{MINUS SIGN}0.004"),
+        ("m.number(-0)", "0.00"),
+        ("m.number(0.58 - 0.68)", "\N{MINUS SIGN}0.10"),
         ("m.number(1234.5)", "1235"),
         ("m.number(1e-5)", "1.0e\N{MINUS SIGN}5"),
         ("m.number(NaN)", "\N{EN DASH}"),
@@ -228,6 +246,13 @@ def test_limits_are_never_empty(evaluate):
         ("m.reading([{ value: 5.14, spread: 1.2 }])", "5.14"),
         ("m.reading([{ value: 5.14, spread: 1.2 }, { value: 6.74, spread: 1 }])", "6.74 (+1.33 SD)"),
         ("m.reading([{ value: 0.8, spread: 0 }, { value: 0.7, spread: 0 }])", "0.70 (\N{MINUS SIGN}0.10)"),
+        ("m.reading([{ value: 5, spread: 1 }, { value: 4.999, spread: 1 }])", "5.00 (0.00 SD)"),
+        ("m.reading([{ value: 5, spread: 1 }, { value: 4.99, spread: 1 }])", "4.99 (\N{MINUS SIGN}0.010 SD)"),
+        ("m.labels([-0.5, 0, 0.5])", ["\N{MINUS SIGN}0.5", "0.0", "0.5"]),
+        ("m.labels([0, 2e-5])", ["0", "2e\N{MINUS SIGN}5"]),
+        ("m.heading('gold', 'held out', '0.58', 300)", ["gold", "held out"]),
+        ("m.heading('shapes-aesthetic', 'trained on', '6.20 (+1.00 SD)', 264)", ["shapes-aesth…", "trained on"]),
+        ("m.heading('shapes-aesthetic', 'trained on', '6.20 (+1.00 SD)', 200)", ["shapes-aesthe…", ""]),
         ("m.position({ state: 'running', epoch: 4, epochs: 15 })", "Epoch 5 of 15"),
         ("m.position({ state: 'running', epoch: 15, epochs: 15 })", "Epoch 15 of 15"),
         ("m.position({ state: 'stopped', epoch: 4, epochs: 15 })", "4 of 15 epochs"),
@@ -532,7 +557,7 @@ def shared_tab(browser, server) -> Iterator[Tab]:
 @pytest.fixture
 def tab(shared_tab) -> Iterator[Tab]:
     """A page whose server knows the runs in `tab.told`, and fails while `tab.down`."""
-    shared_tab.told, shared_tab.down, shared_tab.asked = [dict(TOLD)], False, []
+    shared_tab.told, shared_tab.down, shared_tab.asked, shared_tab.epochs = [dict(TOLD)], False, [], EPOCHS
 
     def answer(route: Any) -> None:
         path = route.request.url.split("/tdpo/")[1]
@@ -542,7 +567,7 @@ def tab(shared_tab) -> Iterator[Tab]:
         elif path == "runs":
             route.fulfill(json={"runs": shared_tab.told})
         elif "metrics" in path:
-            route.fulfill(json={"metrics": EPOCHS, "next": 6})
+            route.fulfill(json={"metrics": shared_tab.epochs, "next": 6})
         elif "/samples/" in path or "/strengths/" in path:
             route.fulfill(body=SQUARE, content_type="image/png")
         elif path.endswith("/stop"):
@@ -651,17 +676,37 @@ def test_every_word_can_be_read(tab, palette):
     assert {text: ratio for text, ratio in contrasts if ratio < 4.5} == {}
 
 
-def test_nothing_is_cut_off_or_overlaps(tab):
+# Epochs with numbers that are near zero, near one another, and between two round ones.
+AWKWARD = [
+    {
+        "epoch": n,
+        "reward/r/mean": 3.05 + n / 2000,
+        "reward/r/std": 0.0003,
+        "eval/gold/mean": -0.004 - n * 1e-5,
+        "eval/judge/mean": 3.3 + n / 2.5,
+    }
+    for n in range(1, 7)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "epochs"), [("large", 1100, EPOCHS), ("small", 100, EPOCHS), ("awkward", 100, AWKWARD)]
+)
+def test_nothing_is_cut_off_or_overlaps(tab, name, height, epochs):
+    """In the smallest node, the axes have their least height."""
+    tab.told[0] |= {"id": name}  # the page remembers the epochs of a run
+    tab.epochs = epochs
     for width in (320, 420, 640, 900):
-        show(tab, train_node(1, size=[width, 1100]))
+        show(tab, train_node(1, size=[width, height]))
         tab.wait_for_epochs(6)
         tab.page.wait_for_timeout(300)
-        screenshot(tab, f"width-{width}")
+        screenshot(tab, f"{name}-{width}")
         found = tab.page.evaluate("""() => {
           const panel = document.querySelector(".tdpo-panel").getBoundingClientRect();
           const elements = [...document.querySelectorAll(".tdpo-chart text")];
           const texts = elements.map((e) => ({ t: e.textContent, b: e.getBoundingClientRect() }));
-          const out = texts.filter(({ b }) => b.left < panel.left || b.right > panel.right || b.bottom > panel.bottom);
+          const chart = document.querySelector(".tdpo-chart").getBoundingClientRect();
+          const out = texts.filter(({ b }) => b.left < chart.left || b.right > panel.right || b.bottom > panel.bottom);
           const over = texts.filter(({ b }, i) => texts.slice(0, i).some(({ b: o }) =>
             b.left < o.right && o.left < b.right && b.top + 3 < o.bottom && o.top + 3 < b.bottom));
           return [...out, ...over].map(({ t }) => t);

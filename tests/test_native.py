@@ -30,6 +30,13 @@ def test_the_copy_of_a_decoder_asks_nothing_of_comfyui(kind):
     assert found[f"{kind}, varies by"] > 0.05
 
 
+def test_weights_in_a_prompt_are_for_clip_as_in_comfyuis_own_node():
+    found = ask("weights")
+    assert found["prompt"] == "a red circle"
+    assert found["off its line"] == 0
+    assert found["off its words"] > 0.05  # a weight of 1.5 moves embeddings of size 1
+
+
 def test_the_training_thread_asks_nothing_of_comfyui():
     assert ask("thread") == {"state": "finished", "error": None, "table": "True"}
 

@@ -79,10 +79,10 @@ def test_the_critic_is_the_one_wired_in():
 
 
 def test_prompts_are_the_text_or_the_set():
-    assert wanted(text=" a red circle \n\n a blue square\n").prompts() == ["a red circle", "a blue square"]
-    assert wanted(text="  \n ", prompt_set="shapes-unseen").prompts() == load_prompts("shapes-unseen")
-    assert wanted().prompts() == load_prompts("shapes")
-    assert wanted(shapes=False).prompts() == load_prompts("simple-animals")
+    assert wanted(text=" a red circle \n\n a blue square\n").prompts().words == ["a red circle", "a blue square"]
+    assert wanted(text="  \n ", prompt_set="shapes-unseen").prompts().words == load_prompts("shapes-unseen")
+    assert wanted().prompts().words == load_prompts("shapes")
+    assert wanted(shapes=False).prompts().words == load_prompts("simple-animals")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from fake_training import PLACE, begin, runs_in, wanted
 
 from comfy_tdpo.nodes.runs import answers, resume
+from comfy_tdpo.nodes.runs.marks import mark
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
@@ -135,12 +136,24 @@ def test_the_token_changes_with_what_a_node_would_give(runs):
     assert token(runs, "one", wait=True) == token(runs, "one", wait=False) == ""
     stop_after(runs, 1)
     stopped = token(runs, "one", wait=True)
-    assert stopped == "one stopped 1"
+    assert stopped.startswith("one stopped 1, ")
     finish(runs)
     assert token(runs, "one", wait=False) == "one finished 2"
     assert token(runs, "one", wait=True) == "", "a node that waited has given it all"
     stop_after(runs, 1, "one-2", seed=3)
-    assert token(runs, "one", wait=True) == "one-2 stopped 1"
+    assert token(runs, "one", wait=True).startswith("one-2 stopped 1, "), "settings may be those of the second"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_queueing_again_resumes_a_run_that_ends_in_the_same_epoch_twice(runs, wait):
+    """ComfyUI does not ask a node again whose token is that of its last execution."""
+    stop_after(runs, 1)
+    for how in ("continue", "new"):
+        assert token(runs, "one", wait, how) != token(runs, "one", wait, how)
+    assert token(runs, "one", wait, "as it is") == token(runs, "one", wait, "as it is") == "one stopped 1"
+    finish(runs, "one-2", seed=3)
+    assert token(runs, "one", wait) != token(runs, "one", wait), "the first may go on"
+    assert token(runs, "one", wait, "new") == token(runs, "one", wait, "new"), "the second one is given again"
 
 
 # --- where it stands
@@ -234,7 +247,8 @@ def test_a_run_that_ended_on_overoptimisation_is_finished_until_it_is_to_train_o
     status = runs.status(run)
     assert (status["state"], status["epoch"], status["epochs"]) == ("finished", 2, 4)
     assert status["message"].endswith(
-        "Ended after epoch 2 of 4, saved. To train on, remove stop_on_overoptimisation from settings."
+        "Ended after epoch 2 of 4, saved. "
+        "To train on, set stop_on_overoptimisation (in settings) to false and queue the graph."
     )
     assert is_done(run, wanted(epochs=4, settings=RULE.format("true")).config())
     assert not is_done(run, wanted(epochs=4, settings=RULE.format("false")).config())
@@ -256,6 +270,19 @@ def test_the_states_of_a_run(runs):
     job.wait(30)
     assert runs.status(run)["state"] == "stopped"
     assert "after epoch 1 of 2, saved. Queue the graph to resume" in runs.status(run)["message"]
+
+
+def test_what_can_be_done_meanwhile_depends_on_who_waits(runs):
+    go = threading.Semaphore(1)
+    job = begin(runs, go=go)
+    run = runs.find("one")
+    while job.status.epoch < 1:
+        job.wait(0.01)
+    assert "Training. Queue the graph to sample from the newest epoch. Stop when" in runs.status(run)["message"]
+    mark(run, PLACE, True, "")
+    assert "Training. The graph goes on when it ends. Stop when" in runs.status(run)["message"]
+    job.stop()
+    assert job.wait(30).state == "stopped"
 
 
 def test_a_run_that_nobody_holds_was_interrupted_and_remembers_its_node(runs):

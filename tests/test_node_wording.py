@@ -1,6 +1,7 @@
 """The trainer's messages as users of the nodes read them: in words of widgets and wires, not of the command line."""
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,40 +16,111 @@ from comfy_tdpo.nodes.comfy.scoring import score
 from comfy_tdpo.nodes.runs import answers, wording
 from comfy_tdpo.nodes.runs.resume import difference
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+from comfy_tdpo.nodes.runs.settings import INPUTS, NUMBERS
 from comfy_tdpo.nodes.runs.start import prepare, start, wait_for
 from comfy_tdpo.nodes.runs.wording import in_words_of_nodes, words_of_nodes
 from comfy_tdpo.rewards import weights
 from comfy_tdpo.trainer.config import leaf_fields
+from comfy_tdpo.trainer.config.changes import changeable
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 IMAGE = torch.zeros(1, 64, 64, 3)
 
-# Modules that speak on the command line and nowhere else, and what nobody but they may say.
-COMMAND_LINE = ("__main__.py", "arguments.py", "build.py", "console.py", "function.py", "score.py")
-FOREIGN = r"(?<![\w-])--[a-z]|\beval_rewards\b|\breward_weights\b|python:module|run directory"
-FOREIGN += r"|(?<!\()\b(policy|critic)\.lr\b"
+# Modules none of whose texts can reach a node.
+COMMAND_LINE = {
+    "trainer/__main__.py": "the command line itself",
+    "trainer/terminal/": "the command line's output",
+    "comfy_tdpo/shapes/build.py": "a command that makes the world of Shapes",
+    "comfy_tdpo/rewards/function.py": "users' functions, which are for the command line alone",
+    "trainer/alarm.py": "for the log and the summary; the node has sentences of its own",
+    "nodes/runs/wording.py": "the translation itself, full of what it translates",
+}
+# What placeholders stand for, by their expression; anything else becomes X.
+FILLED = {
+    "role": ["rewards", "eval_rewards"],
+    "folders": ["", "at '/m/tdpo_rewards/a.pt', or "],
+    "reason": ["you have no permission to write to '/m'", "'/m/x' is a file"],
+    "remedy": ["choose another", "mount or create that, or choose another"],
+    "', '.join(changeable())": [", ".join(changeable())],
+    "', '.join(changed[:TOLD])": ["kl.gate was False and is True"],
+    "' or '.join(meant)": ["policy.lr", "kl.gate", "micro_batch", "eval_rewards", "rewards"],
+    "_SAME": ["expected the same"],
+    "name": ["X", "guard_images", "gate"],
+}
+FOREIGN = r"(?<![\w-])--[a-z]|\beval_rewards\b|\breward_weights\b|python:module|run directory|command.line"
+FOREIGN += r"|(?<!\()\b(policy|critic)\.lr\b|\brewards (?:was|is)\b|\bmean rewards\b|\bfolder .*choose another$"
+# Names that cannot be meant as ordinary words, of settings with neither a widget nor a wire.
+TELLING = [name for name, _ in leaf_fields() if re.search("[._]", name)]
+TELLING = [name for name in TELLING if name not in {*wording.WIRES, *wording.WIDGETS, *INPUTS, *NUMBERS}]
+NUMBER = r"(?: -?[\dX][\d.e-]*)?"
 
 
-def messages() -> Iterator[str]:
-    """Every text in the trainer and the library but docstrings, with X for what is filled in."""
-    for path in sorted([*(ROOT / "trainer").rglob("*.py"), *(ROOT / "comfy_tdpo").rglob("*.py")]):
-        if path.name in COMMAND_LINE:
+def messages(folders=("trainer", "comfy_tdpo", "nodes")) -> Iterator[str]:
+    """Every text in these folders but docstrings and what describes settings and inputs, with placeholders filled."""
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        if str(path.relative_to(ROOT)).startswith(tuple(COMMAND_LINE)):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         passed_over = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
         for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg in ("description", "tooltip", "summary"):
+                passed_over |= {id(part) for part in ast.walk(node.value)}
+        for node in ast.walk(tree):
+            if id(node) in passed_over:
+                continue
             if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "X" for part in node.values]
                 passed_over |= {id(part) for part in node.values}
-                yield "".join(map(str, parts))
-            elif isinstance(node, ast.Constant) and " " in str(node.value) and id(node) not in passed_over:
-                yield str(node.value)
+                yield from filled(node)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+                yield node.value
 
 
-def test_no_message_of_the_trainers_speaks_of_the_command_line():
+def filled(text: ast.JoinedStr) -> Iterator[str]:
+    """The texts that an f-string stands for."""
+    parts = [
+        [part.value] if isinstance(part, ast.Constant) else FILLED.get(ast.unparse(part.value), ["X"])
+        for part in text.values
+    ]
+    yield from map("".join, itertools.product(*parts))
+
+
+def untold(text: str) -> list[str]:
+    """The settings that `text` names as only the command line knows them."""
+    named = [name for name in TELLING if re.search(rf"""(?<![\w./'"-]){re.escape(name)}(?![\w'"=)]|[.-]\w)""", text)]
+    widgets = "|".join(map(re.escape, wording.WIDGETS))
+    known = re.findall(rf"""(?<![\w./'"(-])(?:{widgets})(?![\w'"]|[.-]\w)""", text)
+    marks = (rf"{{}}{NUMBER} \(in settings", r"\({} in settings", r"{} = ")
+    return known + [name for name in named if not any(re.search(mark.format(re.escape(name)), text) for mark in marks)]
+
+
+def test_no_message_speaks_of_the_command_line():
     foreign = [message for message in messages() if re.search(FOREIGN, message)]
-    assert len(foreign) > 5, "there are some to find"
+    assert len(foreign) > 15, "there are some to find"
     assert [text for message in foreign if re.search(FOREIGN, text := in_words_of_nodes(message))] == []
+
+
+def test_every_setting_that_a_message_names_is_a_widget_a_wire_or_in_settings():
+    found = {message: untold(message) for message in messages() if untold(message)}
+    assert len(found) > 25, "there are some to find"
+    assert {text: left for message in found if (left := untold(text := in_words_of_nodes(message)))} == {}
+
+
+def test_what_the_live_node_says_needs_no_translation():
+    for message in messages(["nodes/runs"]):
+        if not message.startswith((" ", "(")) and re.match(r"[A-Z].*\.$", message):
+            assert in_words_of_nodes(message) == message
+
+
+def test_what_is_reworded_stays_as_it_is():
+    for message in map(in_words_of_nodes, messages()):
+        assert in_words_of_nodes(message) == message
+
+
+def test_every_node_rewords_its_errors():
+    for path in (ROOT / "nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "execute":
+                assert [ast.unparse(by) for by in node.decorator_list] == ["classmethod", "words_of_nodes()"], path
 
 
 @pytest.mark.parametrize(
@@ -148,7 +220,7 @@ def test_a_folder_that_is_no_runs(tmp_path):
     (run.path / "notes.txt").touch()
     said = raised(lambda: prepare(runs, run, want.config(), want.prompts()))
     holds = f"got a run_name whose folder is {str(run.path)!r}, which holds 'notes.txt'"
-    assert said == f"{holds}; expected a new or empty one: choose another name"
+    assert said == f"{holds}; expected a new or empty one: give the run another name"
 
 
 def test_the_browser_is_told_so_too(tmp_path):

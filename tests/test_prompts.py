@@ -43,6 +43,7 @@ READ = {
     "pages and separators": ("a\fb\u2028c\u2029d\ve", ["a", "b", "c", "d", "e"]),
     "DOS's end of a file": (b"a fox\r\n\x1a", ["a fox"]),
     "spaces and blank lines": ("\n  a fox \u00a0\n\t\n\nb\n\n", ["a fox", "b"]),
+    "signs that are not seen": ("a\u00a0fox\u200b\n\u200b\n\u00ada bear", ["a fox", "a bear"]),
     "comments": ("# animals\na fox # 1\n  #b\nc", ["a fox # 1", "c"]),
     "the same twice": ("a\nb\na\n", ["a", "b", "a"]),
     "brackets": (
@@ -124,7 +125,7 @@ REFUSED = {
     "settings of an image": ("x.txt", "a fox\nSteps: 20, Seed: 1", "settings of an image's metadata in line 2"),
     "comments of other languages": ("x.txt", "// mine\na fox\n; b", "a comment in line 1 and 1 more, '//'"),
     "a fence": ("x.txt", "```\na fox\n```\n", "has no word in line 1, only '```'"),
-    "a space that is not seen": ("x.txt", "a fox\n\u200b\n", "has no word in line 2, only '\\u200b'"),
+    "signs alone": ("x.txt", "a fox\n...\n", "has no word in line 2, only '...'"),
     "a tab": ("x.txt", "a fox\t1.0\n", "control characters or halves of characters in line 1, '\\t'"),
     "YAML": ("x.yaml", "- a fox", "got YAML as prompts"),
     "half a character": ("x.json", r'["a \ud83e fox"]', "halves of characters in item 1"),

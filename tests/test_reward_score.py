@@ -47,6 +47,18 @@ def test_sixteen_bits_are_what_eight_are(tmp_path, capsys):
     assert eight == sixteen
 
 
+def test_a_prompt_is_read_as_plain_words(files, capsys):
+    """As in a file of prompts: signs that nobody sees are left out, and markup is refused."""
+    asked = ["score", "--reward", "shapes-judge", files[0], "--prompt"]
+    for prompt in ("a red circle", "\ufeffa\u00a0red circle\u200b\n"):
+        assert main([*asked, prompt]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1::2]
+    assert first == second
+    assert main([*asked, "a (red:1.3) circle"]) == 2
+    said = capsys.readouterr().err
+    assert "--prompt has a weight of a user interface in the prompt, '(red:1.3)'; expected plain words" in said
+
+
 def test_a_photo_is_turned_as_its_camera_says(tmp_path, capsys):
     picture = Image.fromarray(np.arange(64 * 48 * 3).reshape(64, 48, 3).astype(np.uint8))
     exif = Image.Exif()

@@ -15,6 +15,7 @@ from PIL import Image
 from small_rewards import CPU, WITH_ENCODER, save_small_weights, use_small_architectures
 from toy import Brightness, lora_of, new_run, same, timeless, toy_config, toy_training
 
+from comfy_tdpo.methods.encoder import encoder_of
 from comfy_tdpo.rewards import (
     REWARDS,
     RewardError,
@@ -22,6 +23,7 @@ from comfy_tdpo.rewards import (
     check_reward,
     encoder_name,
     function,
+    has_encoder,
     load_reward,
     load_rewards,
     reward_class,
@@ -316,9 +318,43 @@ def test_the_log_names_the_encoder_the_critic_reads(tmp_path, caplog):
     assert 'encoder = "shapes-alignment"' in (tmp_path / "run" / "config.toml").read_text()
 
 
-def test_a_reward_without_an_encoder_asks_for_one(tmp_path):
-    with pytest.raises(ValueError, match="'jpeg-compressibility' has no image encoder .* set critic.encoder"):
-        assembled(tmp_path, rewards={"jpeg-compressibility": 1.0})
+@pytest.mark.parametrize(
+    ("changes", "encoder"),
+    [
+        ({"rewards": {"jpeg-compressibility": 1.0}}, "shapes-aesthetic"),
+        ({"rewards": {"shapes-gold": 1.0}}, "shapes-aesthetic"),
+        ({"rewards": {"shapes-gold": 1.0}, "algorithm": "tdpo-g", "guards": ["shapes-match"]}, "shapes-match"),
+        ({"rewards": {"shapes-gold": 1.0, "shapes-judge": 0.1}}, "shapes-judge"),
+    ],
+)
+def test_a_critic_without_the_rewards_encoder_takes_another_and_says_so(tmp_path, caplog, changes, encoder):
+    training = assembled(tmp_path, **changes)
+    assert training.method.critic.encoder.name.endswith(encoder)
+    found = [record.message for record in caplog.records if "has no image encoder" in record.message]
+    chosen = encoder not in changes["rewards"]
+    assert (f"so the critic uses that of '{encoder}'" in "".join(found)) == chosen == bool(found)
+
+
+def test_without_anything_of_shapes_it_is_the_smallest_one():
+    config = make_config("sd15", overrides={"rewards": {"imagereward": 1.0}, "guards": ["hpsv2"]})
+    assert encoder_of(config) == "hpsv2"
+    config = make_config("sd14-aesthetic", overrides={"rewards": {"jpeg-compressibility": 1.0}})
+    assert encoder_of(config) == "clipscore"
+    asked = {"rewards": {"jpeg-compressibility": 1.0}, "reward_weights": {"clipscore": "/a/b"}}
+    assert make_config("sd14-aesthetic", overrides=asked).reward_weights == {"clipscore": "/a/b"}
+    assert encoder_of(make_config("shapes", overrides={"rewards": {"shapes-gold": 1.0}})) == "shapes-match"
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_the_names_of_rewards_without_an_encoder_are_those_of_the_classes(name):
+    """A class that has one knows its width when it is made, or says it itself."""
+    assert has_encoder(name) == (getattr(reward_class(name), "embed_dim", "unknown yet") is not None)
+    assert not has_encoder("python:module:function")
+
+
+def test_a_reward_without_an_encoder_cannot_lend_it():
+    with pytest.raises(ValueError, match="critic.encoder is 'shapes-gold', which has no image encoder; set it to"):
+        make_config("shapes", overrides={"critic": {"encoder": "shapes-gold"}})
 
 
 # --- rewards that fail

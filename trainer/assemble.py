@@ -41,7 +41,7 @@ def assemble(
         ValueError: something it names cannot be loaded; nothing has been trained or written.
     """
     # accelerate's mixed precision is process-wide, so each policy sets its own.
-    accelerator = Accelerator(cpu=cpu, log_with=_trackers(config.output.trackers), project_dir=str(run.path))
+    accelerator = Accelerator(cpu=cpu, log_with=check_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
     how = (accelerator.device, config.reward_precision, config.reward_weights)
     if config.output.recommend:
@@ -63,7 +63,7 @@ def _check_processes(found: int) -> None:
         )
 
 
-def _trackers(names: list[str]) -> list[str] | None:
+def check_trackers(names: list[str]) -> list[str] | None:
     """Accelerate silently drops a tracker whose package is missing; here that is an error."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in names:

@@ -49,6 +49,16 @@ class Stopped(Exception):
     """The stop event was set; raised between micro-batches or, with several processes, between epochs."""
 
 
+def check_warmup(config: TrainConfig, updates: int) -> None:
+    """Raise ValueError if a run of `updates` updates an epoch ends before its learning rate has its full value."""
+    warmup, total = config.policy.warmup_updates, config.epochs * updates
+    if warmup >= total:
+        raise ValueError(
+            f"got policy.warmup_updates {warmup} for a run of {total} updates; expected fewer: lower "
+            "policy.warmup_updates or raise epochs"
+        )
+
+
 class Training:
     """One run, independent of threads and terminals: `epochs` yields metrics, `stop` ends it, `watch` sees progress.
 
@@ -80,7 +90,7 @@ class Training:
         self.stopped = False
         self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
-        self._check_warmup()
+        check_warmup(config, len(self.method.groups(1)))
         self.overoptimisation = Overoptimisation(config.overoptimisation, self.prompts)
         self.state = TrainState(
             self.context, self.method, self.overoptimisation, identity(config, policy, self.prompts)
@@ -121,15 +131,6 @@ class Training:
         if samples % processes:
             raise ValueError(f"got {samples} samples for {processes} processes; expected a multiple of {processes}")
         return samples // processes
-
-    def _check_warmup(self) -> None:
-        """Raise ValueError if the run ends before the learning rate has reached its full value."""
-        warmup, updates = self.config.policy.warmup_updates, self.config.epochs * len(self.method.groups(1))
-        if warmup >= updates:
-            raise ValueError(
-                f"got policy.warmup_updates {warmup} for a run of {updates} updates; expected fewer: lower "
-                "policy.warmup_updates or raise epochs"
-            )
 
     # --- the epochs -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ..rollout import Trajectories
 from . import Metrics, TensorGroup, objectives
 from .context import Context
 from .critic import TemporalCritic
+from .encoder import encoder_of
 from .step_regression import StepRegression
 from .window import window
 
@@ -47,7 +48,6 @@ class CriticTraining:
             trained = window(context.config.policy, self.policy.process.stochastic)
             self.steps = min(self.steps, int(trained.nonzero().max()) + 2)
         self.encoder = self._encoder()
-        logger.info("the critic uses the image encoder of %s", encoder_name(self.encoder))
         self.network = TemporalCritic(
             self._width(),
             self.config.activation,
@@ -59,14 +59,23 @@ class CriticTraining:
         self.regression: StepRegression | None = None
 
     def _encoder(self) -> RewardModel:
-        config, name = self.context.config, self.config.encoder
-        how = (self.policy.device, config.reward_precision, config.reward_weights)
-        model = load_reward(name, *how) if name else self.context.reward
+        """The reward whose encoder the critic uses; the log names it, as a warning if it was chosen in place of the
+        training reward's."""
+        context, config, name = self.context, self.context.config, encoder_of(self.context.config)
+        if context.reward.embed_dim and not self.config.encoder:
+            logger.info("the critic uses the image encoder of %s", encoder_name(context.reward))
+            return context.reward
+        model = load_reward(name, self.policy.device, config.reward_precision, config.reward_weights)
         if model.embed_dim is None:
             raise ValueError(
-                f"reward {model.name!r} has no image encoder for the critic; set critic.encoder to a reward that "
-                "has one, or choose an algorithm without a critic (ddpo-2, ddpo-100)"
+                f"reward {name!r} has no image encoder for the critic; set critic.encoder to a reward that has one, or "
+                "choose an algorithm without a critic (ddpo-2, ddpo-100)"
             )
+        if self.config.encoder:
+            logger.info("the critic uses the image encoder of %s", name)
+        else:
+            told = "reward %r has no image encoder, so the critic uses that of %r; critic.encoder chooses another"
+            logger.warning(told, context.reward.name, name)
         return model
 
     # --- what it reads

@@ -91,7 +91,9 @@ class CriticSettings(OptimizerSettings):
         description="how far updates may move the critic's prediction from its old value, in normalised reward",
     )
     encoder: Annotated[str | None, Unset] = Field(
-        default=None, description="reward whose image encoder the critic uses; none means the training reward's"
+        default=None,
+        description="reward whose image encoder the critic uses; none means the training reward's or, if it has none, "
+        "that of a guard or of a small reward",
     )
     image_size: Annotated[int | None, Unset] = Field(
         default=None,

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ..rewards import has_encoder
 from ..settings import MethodSettings, Positive, Rate, Unset
+from .encoder import encoder_of
 from .sections import ClippedPolicySettings, CriticSettings, KLSettings, MomentsSettings, NeuronSettings
 
 
@@ -71,6 +73,11 @@ class PolicyGradientSettings(MethodSettings):
         if self.moments.min_count > self.moments.buffer_size:
             raise ValueError(
                 "moments.min_count is larger than moments.buffer_size, so it would never be reached; lower it"
+            )
+        if self.critic.encoder and not has_encoder(self.critic.encoder):
+            raise ValueError(
+                f"critic.encoder is {self.critic.encoder!r}, which has no image encoder; set it to a reward that has "
+                "one, or to none"
             )
         if self.neurons.reset != "none" and not self.critic.enabled:
             raise ValueError("neurons.reset needs a critic; set it to none, or set critic.enabled to true")
@@ -150,4 +157,4 @@ class PolicyGradientSettings(MethodSettings):
 
     @property
     def further_rewards(self) -> list[str]:
-        return [self.critic.encoder] if self.critic.encoder else []
+        return [encoder_of(self)] if self.critic.enabled or self.critic.encoder else []

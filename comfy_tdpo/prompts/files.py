@@ -5,8 +5,8 @@
 - .csv, .tsv: a header with one of COLUMNS; fields separated by commas, semicolons or tabs.
 - .json: an array of prompts, or of objects with one of COLUMNS as a key. .jsonl, .ndjson: the same, one per line.
 
-A prompt that occurs twice is drawn twice as often. In tables, whitespace inside a prompt is reduced to single spaces.
-Nothing else is changed or skipped: prompts that cannot be used word for word are rejected.
+A prompt that occurs twice is drawn twice as often. Signs that nobody sees are left out, and whitespace inside a prompt
+is reduced to single spaces. Nothing else is changed or skipped: prompts that cannot be used word for word are rejected.
 """
 
 import csv
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..clean_text import clean, one_line
 from ..user_files import read_text
 from .markup import check_words, foreign_text
 
@@ -47,32 +48,35 @@ def read_prompts(path: Path) -> list[str]:
         )
     text = read_text(path)
     try:
-        found = list(_READERS.get(suffix, _lines)(text))
+        found = list(_READERS.get(suffix, prompt_lines)(text))
         if not found:
             raise ValueError("holds no prompt; expected one per line (lines that begin with # are comments)")
         if suffix not in _READERS:
             if reason := foreign_text([prompt for _, prompt in found], text):
                 raise ValueError(reason)
+            check_words(found)
+            found = [(place, one_line(prompt)) for place, prompt in found]
         else:
-            found = [(place, _one_line(place, prompt)) for place, prompt in found]
-        check_words(found)
+            found = [(place, _text(place, prompt)) for place, prompt in found]
+            check_words(found)
     except ValueError as error:
         raise ValueError(f"prompts '{path}' {error}") from error
     return [prompt for _, prompt in found]
 
 
-def _lines(text: str) -> Iterator[Found]:
-    for number, line in enumerate(text.splitlines(), 1):
+def prompt_lines(text: str) -> Iterator[Found]:
+    """The lines of `text` that are neither empty nor comments, each with its number."""
+    for number, line in enumerate(clean(text).split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield f"line {number}", line.strip()
 
 
-def _one_line(place: str, prompt: Any) -> str:
+def _text(place: str, prompt: Any) -> str:
     if not isinstance(prompt, str):
         raise ValueError(f"has {prompt!r:.60} in {place}; expected a prompt as text")
     if not prompt.strip():
         raise ValueError(f"has no prompt in {place}; fill it in or remove the {place.split()[0]}")
-    return " ".join(prompt.split())
+    return one_line(prompt)
 
 
 # --- tables

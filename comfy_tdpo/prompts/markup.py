@@ -12,7 +12,7 @@ from collections.abc import Sequence
 _MARKUP = tuple(
     (re.compile(sign), what, remedy)
     for sign, what, remedy in (
-        (r"(?:^|\s)--[a-z]+\b", "options of another program", "remove them; settings are given on the command line"),
+        (r"(?:^|\s)--[a-z]+\b", "options of another program", "remove them; they are settings and not words"),
         (r"\{[^{}]*\|[^{}]*\}", "alternatives of dynamic prompts", "write each alternative as a prompt of its own"),
         (r"__[\w*/.-]+__", "a wildcard", "write each choice as a prompt of its own"),
         (r"<[a-z]\w*:[^<>]*>", "a tag of a user interface", "remove it"),
@@ -35,17 +35,14 @@ _QUOTED = re.compile(r"""(?:"[^"]*"|'[^']*'|“[^“”]*”),?""")
 _HEADER = re.compile(r"(?:[\w ]+[,;\t])*(?:prompts?|captions?)(?:[,;\t][\w ]+)*", re.IGNORECASE)
 
 
-def check_words(prompts: Sequence[tuple[str, str]]) -> None:
+def check_words(prompts: Sequence[tuple[str, str]], expected: str = "plain words, read as they are") -> None:
     """Raise ValueError if any of the (place, prompt) pairs contains markup of another program, or nothing to draw."""
     for sign, what, remedy in _MARKUP:
         found = [(place, match[0]) for place, prompt in prompts if (match := sign.search(prompt))]
         if found:
             (place, example), others = found[0], len(found) - 1
             also = f" and {others} more" if others else ""
-            raise ValueError(
-                f"has {what} in {place}{also}, {example.strip(' ')!r:.60}; expected plain words, read as they are: "
-                f"{remedy}"
-            )
+            raise ValueError(f"has {what} in {place}{also}, {example.strip(' ')!r:.60}; expected {expected}: {remedy}")
     for place, prompt in prompts:
         if not any(unicodedata.category(sign)[0] in "LN" or unicodedata.category(sign) == "So" for sign in prompt):
             raise ValueError(f"has no word in {place}, only {prompt!r:.60}; expected a prompt: remove the line")

@@ -76,6 +76,9 @@ REWARDS = {
     "shapes-gold": "comfy_tdpo.rewards.shapes:ShapesGold",
 }
 
+# Those without an image encoder that a critic could use; users' functions have none either.
+WITHOUT_ENCODER = {"imagereward", "jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"}
+
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name for each
 
 
@@ -90,6 +93,11 @@ def check_reward(name: str) -> None:
         check_function(name)
     elif name not in REWARDS:
         raise ValueError(f"got reward {name!r}; expected one of {', '.join(REWARDS)}, or python:module:function")
+
+
+def has_encoder(name: str) -> bool:
+    """Whether the reward `name` has an image encoder that a critic could use."""
+    return not is_function(name) and name not in WITHOUT_ENCODER
 
 
 def reward_class(name: str) -> RewardClass:
@@ -201,8 +209,8 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
 
     if not torch.isfinite(images).all():
         raise RewardError(
-            f"got images that are not finite for reward {model.name!r}; the model that generated them overflows: use "
-            "precision fp32, or another VAE"
+            f"got images that are not finite for reward {model.name!r}; the model that generated them overflows: set "
+            "precision to fp32, or use another VAE"
         )
     try:
         return checked(model.name, model.score(images, prompts), images)

@@ -21,6 +21,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from comfy_tdpo.clean_text import one_line
 from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
@@ -29,6 +30,8 @@ from ...trainer.assemble import DTYPES, assemble, policy_settings
 from ...trainer.config import TrainConfig
 from ...trainer.job import TrainingFactory
 from ...trainer.recommend.options import unseen_prompts
+from ..runs.checks import check_run
+from ..runs.prompts import Prompts
 from ..runs.settings import Wanted
 from .decoder import ComfyDecoder
 from .shapes_out import is_shapes
@@ -65,14 +68,17 @@ class Wires:
         check_plain(self.model.model.diffusion_model)
         return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
 
-    def factory(self, config: TrainConfig, prompts: list[str], device: torch.device) -> TrainingFactory:
+    def factory(self, config: TrainConfig, prompts: Prompts, device: torch.device) -> TrainingFactory:
         """A factory of the Training, with copies of the three models.
 
         Raises:
-            ValueError: the three do not belong together, or weights are not finite.
+            ValueError: the three do not belong together, weights are not finite, or the run could not start.
         """
-        more = unseen_prompts(config, prompts, prompts)[0] if config.output.recommend else []
-        encode, decode = EncodedPrompts(self.clip, [*prompts, *more], device), ComfyDecoder(self.vae, self.model)
+        more = unseen_prompts(config, prompts.words, prompts.words)[0] if config.output.recommend else []
+        texts = {words: prompts.for_clip(words) for words in [*prompts.words, *more]}
+        encode, decode = EncodedPrompts(self.clip, texts, device), ComfyDecoder(self.vae, self.model)
+        scheduler = scheduler_of(self.model)
+        check_run(config, prompts.words, scheduler, StableDiffusion.process, decode.factor)
         expected = diffusers_config(self.model)["cross_attention_dim"]
         if encode.width != expected:
             raise ValueError(
@@ -80,7 +86,7 @@ class Wires:
                 "MODEL's checkpoint"
             )
         unet = diffusers_unet(self.model, DTYPES[config.precision])
-        make_policy = partial(_policy, unet, scheduler_of(self.model), encode, decode)
+        make_policy = partial(_policy, unet, scheduler, encode, decode)
         return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
 
 
@@ -198,16 +204,17 @@ class EncodedPrompts:
     """A PromptEncoder with prompts that a CLIP encoded in advance, as a training must not load models by itself.
 
     Args:
-        clip: the CLIP; prompts: all that will ever be needed; the empty one is always included.
+        clip: the CLIP; texts: what it reads for each prompt that will ever be needed; the empty one is always included.
         device: where to return the embeddings, which are kept in main memory.
 
     Raises:
         ValueError: an embedding is not finite.
     """
 
-    def __init__(self, clip: comfy.sd.CLIP, prompts: list[str], device: torch.device):
+    def __init__(self, clip: comfy.sd.CLIP, texts: dict[str, str], device: torch.device):
         self._device = device
-        embeds = {prompt: clip.encode_from_tokens(clip.tokenize(prompt)) for prompt in dict.fromkeys([*prompts, ""])}
+        texts = {"": ""} | {one_line(prompt): text for prompt, text in texts.items()}
+        embeds = {prompt: clip.encode_from_tokens(clip.tokenize(text)) for prompt, text in texts.items()}
         for prompt, embed in embeds.items():
             check_embeds(prompt, embed, clip.cond_stage_model)
         # long prompts have longer embeddings; repeating a whole embedding does not change cross-attention
@@ -223,4 +230,5 @@ class EncodedPrompts:
         return self._embeds[""].shape[-1]
 
     def __call__(self, prompts: list[str]) -> TensorConditioning:
-        return TensorConditioning(states=torch.stack([self._embeds[prompt] for prompt in prompts]).to(self._device))
+        states = torch.stack([self._embeds[one_line(prompt)] for prompt in prompts])
+        return TensorConditioning(states=states.to(self._device))

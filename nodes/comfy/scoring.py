@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comfy_tdpo.rewards import load_rewards, score_images
 
+from ..runs.prompts import read_lines
 from ..runs.reward_choice import RewardChoice
 
 SCORED_AT_ONCE = 16
@@ -29,10 +30,10 @@ def device_with_room() -> torch.device:
 
 
 def prompt_of_each(text: str, images: int) -> list[str]:
-    """One prompt per image: the lines of `text`, or its only line for all."""
+    """The words of each image's prompt: those of the lines of `text`, or of its only line for all."""
     if not images:
         raise ValueError("got no images; expected at least one to score")
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    lines = [words for words, _ in read_lines(text, "prompt")] or [""]
     if len(lines) not in (1, images):
         raise ValueError(f"got {len(lines)} prompts for {images} images; expected one line for all, or one per image")
     return lines * images if len(lines) == 1 else lines

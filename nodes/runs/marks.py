@@ -20,10 +20,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Mark:
-    """Where the run was last started, None for a run of the command line; because: why it has its name, or empty."""
+    """Where the run was last started, None for a run of the command line.
+
+    wait: whether that graph waits for its end; because: why the run has its name, or empty.
+    """
 
     node: str | None = None
     workflow: str | None = None
+    wait: bool = False
     because: str = ""
 
 
@@ -34,8 +38,8 @@ def workflow_id(extra_pnginfo: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def mark(run: RunFolder, place: Place, because: str) -> None:
-    text = json.dumps(asdict(Mark(place.node, place.workflow, because)))
+def mark(run: RunFolder, place: Place, wait: bool, because: str) -> None:
+    text = json.dumps(asdict(Mark(place.node, place.workflow, wait, because)))
     write_atomically(run.path / MARK, lambda file: file.write_text(text, encoding="utf-8"))
 
 
@@ -43,6 +47,6 @@ def mark_of(run: RunFolder) -> Mark:
     """The run's mark; an empty one if it has none, or one that somebody edited."""
     try:
         found: Any = json.loads((run.path / MARK).read_text(encoding="utf-8"))
-        return Mark(str(found["node"]), found.get("workflow"), str(found.get("because", "")))
+        return Mark(str(found["node"]), found.get("workflow"), found.get("wait") is True, str(found.get("because", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Mark()

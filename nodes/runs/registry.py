@@ -102,7 +102,7 @@ class Runs:
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
-        told = [self.told(mark.because), _of_overoptimisation(run, status), advice(status)]
+        told = [self.told(mark.because), _of_overoptimisation(run, status), advice(status, mark.wait)]
         return status | {"message": " ".join(filter(None, told))}
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
@@ -202,8 +202,8 @@ def _of_folder(metrics: list[EpochMetrics], config: TrainConfig) -> Fields:
     return NOTHING_DONE | done | {"overoptimised": alarm.since if alarm else None}
 
 
-def advice(status: Fields) -> str:
-    """What the user can do next; shown in the node."""
+def advice(status: Fields, waits: bool) -> str:
+    """What the user can do next; shown in the node. `waits`: whether its graph waits for the training to end."""
     state, epoch, epochs = status["state"], status["epoch"], status["epochs"]
     match state:
         case "waiting" if status["waits_for"]:
@@ -213,12 +213,13 @@ def advice(status: Fields) -> str:
         case "waiting" | "running" if epoch == 0:
             return "Training. The curve starts when the first epoch ends."
         case "waiting" | "running":
-            return "Training. Queue the graph to sample from the newest epoch, or stop when the images look right."
+            use = "The graph goes on when it ends." if waits else "Queue the graph to sample from the newest epoch."
+            return f"Training. {use} Stop when the images look right."
         case "stopping":
             return "Stops after the current step, then saves."
         case "finished" if epoch < epochs:
             ended = f"Ended after epoch {epoch} of {epochs}, saved."
-            return f"{ended} To train on, remove stop_on_overoptimisation from settings."
+            return f"{ended} To train on, set stop_on_overoptimisation (in settings) to false and queue the graph."
         case "finished":
             return "Finished. Load LoRA lists its LoRA; TDPO LoRA Apply applies it. Raise epochs to train longer."
         case "stopped" | "interrupted" if epoch == 0:

@@ -3,9 +3,12 @@
 Runs with the same settings, including the seed, give the same results, so there is no need to tell such runs apart.
 """
 
+from comfy_tdpo.clean_text import one_line
+
 from ...trainer.config import TrainConfig, plain_values
 from ...trainer.config.changes import differences, may_change
 from ...trainer.run import RunFolder
+from .prompts import Prompts, written_in
 from .settings import INPUTS, NUMBERS
 
 # The name of a MODEL includes a digest of its weights, so it always counts. A run keeps its prompts in its own files,
@@ -13,7 +16,7 @@ from .settings import INPUTS, NUMBERS
 ALWAYS, NEVER = ("model",), ("prompts", "grid_prompts")
 
 
-def difference(run: RunFolder, config: TrainConfig, prompts: list[str]) -> str:
+def difference(run: RunFolder, config: TrainConfig, prompts: Prompts) -> str:
     """What in `config` and `prompts` keeps `run` from resuming with them; empty if nothing does.
 
     Of several differences, one that an input or a wire of the node sets is named first.
@@ -25,7 +28,16 @@ def difference(run: RunFolder, config: TrainConfig, prompts: list[str]) -> str:
         name = min(counting, key=lambda name: (name not in (*INPUTS, *NUMBERS), name))
         old, new = found[name]
         return f"{name} was {old!r} and is {new!r}"
-    return "" if run.prompts(before) == prompts else "its prompts were different"
+    return _difference_of_prompts([one_line(prompt) for prompt in run.prompts(before)], written_in(run.path), prompts)
+
+
+def _difference_of_prompts(words: list[str], written: dict[str, str], now: Prompts) -> str:
+    """The same for prompts: the `words` that a run keeps, and those of them that were `written` otherwise."""
+    if words == now.words:
+        return "" if written == now.written else "the weights in its prompts were different"
+    if now.written and words == [now.for_clip(own) for own in now.words]:
+        return "its rewards read the weights in its prompts as words, as version 0.1.0 did"
+    return "its prompts were different"
 
 
 def resumed(before: TrainConfig, config: TrainConfig) -> TrainConfig:

@@ -1,5 +1,6 @@
 """Which run a Train node refers to, and when the node would give a new result."""
 
+import time
 from dataclasses import dataclass
 
 from ...trainer.alarm import ends_early
@@ -8,10 +9,13 @@ from ...trainer.job import ENDED
 from ...trainer.recommend.files import is_current
 from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
-from .combos import AS_IT_IS, NEW, RECOMMENDED
+from .combos import AS_IT_IS, CONTINUE, NEW, RECOMMENDED
 from .names import check_run_name, later_name
+from .prompts import Prompts
 from .registry import Runs
 from .resume import difference
+
+UNFINISHED = ("failed", "stopped", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Choice:
     because: str = ""
 
 
-def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: list[str]) -> Choice:
+def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: Prompts) -> Choice:
     """The run the node refers to.
 
     Raises:
@@ -36,7 +40,7 @@ def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: lis
     return _same_or_next(runs, name, config, prompts)
 
 
-def _same_or_next(runs: Runs, name: str, config: TrainConfig, prompts: list[str]) -> Choice:
+def _same_or_next(runs: Runs, name: str, config: TrainConfig, prompts: Prompts) -> Choice:
     """The first of name, name-2, ... that has these settings, or may take them, or is free."""
     number, because = 1, ""
     while runs.exists(later_name(name, number)):
@@ -49,7 +53,7 @@ def _same_or_next(runs: Runs, name: str, config: TrainConfig, prompts: list[str]
     return Choice(runs.folder(later_name(name, number)), because)
 
 
-def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: list[str]) -> RunFolder:
+def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: Prompts) -> RunFolder:
     """The first free one of name, name-2, ...; or the last existing one, if it is blank or already trains the same."""
     number = 1
     while runs.exists(later_name(name, number)):
@@ -82,19 +86,23 @@ def is_done(run: RunFolder, config: TrainConfig) -> bool:
     return not config.output.recommend or is_current(run)
 
 
-def token(runs: Runs, name: str, wait: bool) -> str:
+def token(runs: Runs, name: str, wait: bool, resume: str = CONTINUE) -> str:
     """A text that changes whenever a Train node with this run name would give a new result.
 
-    If the node waits, a missing run and a finished one count as the same: it gives the finished run in both cases.
+    If the node waits, a missing run and a finished one count as the same: it gives the finished run in both cases. A
+    run that ended before its time is resumed whenever the graph is queued, also if it ends in the same epoch again.
     """
-    states = []
-    number = 1
+    states: list[str] = []
+    number, unfinished = 1, False
     while runs.exists(later_name(name, number)):
         run = runs.folder(later_name(name, number))
         status = runs.status(run)
+        unfinished = status["state"] in UNFINISHED or (unfinished and resume != NEW)  # a new one follows the last
         if not (wait and status["state"] == "finished"):
             states.append(f"{status['id']} {status['state']} {status['epoch']}")
         if run.recommended_lora.is_file():
             states.append(f"{status['id']} {RECOMMENDED} {run.recommended_lora.stat().st_mtime_ns}")
         number += 1
+    if unfinished and resume != AS_IT_IS:
+        states.append(str(time.monotonic_ns()))
     return ", ".join(states)

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from comfy_tdpo.clean_text import clean
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 from comfy_tdpo.settings import NONE
 
 from ...trainer.config import Fields, TrainConfig, make_config, override
 from ...trainer.config.toml_files import parse_toml
 from .combos import AUTO, check_choice
+from .prompts import Prompts, read_prompts
 from .reward_choice import RewardChoice, joined
 
 SHAPES, OTHER = "shapes", "sd15"  # presets: for the embedded world, and for other models
@@ -16,6 +18,14 @@ INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
     *("prompts", "grid_prompts", "seed"),
 )
+# What to do about those of them that the node calls otherwise, or has no input for.
+ELSEWHERE = {
+    "rewards": "a wire has them: connect a TDPO Reward Model to reward",
+    "eval_rewards": "a wire has them: connect a TDPO Reward Model to held_out",
+    "reward_weights": "an input has them: use weights of TDPO Reward Model",
+    "prediction_type": "the MODEL knows it: remove it from settings",
+    "grid_prompts": "sample grids show the prompts that are trained on: remove it from settings",
+}
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: the preset's value
 
 
@@ -66,10 +76,10 @@ class Wanted:
         config = make_config(preset, None, values)
         return override(override(config, self._critic(config)), self._more())
 
-    def prompts(self) -> list[str]:
+    def prompts(self) -> Prompts:
         """The training prompts: the lines of the text, or the set if there are none."""
-        lines = [line.strip() for line in self.text.splitlines() if line.strip()]
-        return lines or load_prompts(self.config().prompts)
+        written = read_prompts(self.text, "prompts")
+        return written if written.words else Prompts(load_prompts(self.config().prompts))
 
     def _critic(self, config: TrainConfig) -> Fields:
         """The settings of the critic on the wire, for the algorithm's own `config`."""
@@ -85,12 +95,13 @@ class Wanted:
 
     def _more(self) -> Fields:
         try:
-            more = parse_toml(self.settings)
+            more = parse_toml(clean(self.settings))
         except ValueError as error:
             raise ValueError(
                 f"got settings that are not TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8"
             ) from error
         for name in (*INPUTS, *NUMBERS):
             if name in more:
-                raise ValueError(f"got {name!r} among the settings; the node has an input or a wire for it: use that")
+                where = ELSEWHERE.get(name, f"the node has an input or a wire for it: use {name}")
+                raise ValueError(f"got {name!r} among the settings; {where}")
         return more

@@ -56,9 +56,10 @@ def _recommended(run: RunFolder, latest: Found) -> Found:
 
 def _of_epoch(run: RunFolder, kept: dict[int, Path], epoch: int) -> Path:
     if epoch not in kept:
+        known = ", ".join(map(str, sorted(kept)))
         raise ValueError(
-            f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of those it has "
-            f"({', '.join(map(str, sorted(kept)))}): lower output.samples_every in Train's settings to keep more"
+            f"run {run.path.name!r} has no snapshot of epoch {epoch}; expected one of those it has ({known}): lower "
+            "output.samples_every (in settings of TDPO-R Train) to keep more"
         )
     return kept[epoch]
 

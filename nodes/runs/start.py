@@ -13,6 +13,7 @@ from ...trainer.run import RunFolder
 from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, PROMPTS
 from .marks import Place, mark
+from .prompts import Prompts, keep_written
 from .registry import Fields, Runs, finite
 from .resume import resumed
 from .select import is_blank
@@ -31,7 +32,7 @@ def job_under_way(runs: Runs, run: RunFolder) -> Job | None:
     return job if job is not None and job.status.state not in ENDED else None
 
 
-def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str]) -> None:
+def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: Prompts) -> None:
     """Create the folder of a new run, or update the configuration of one that resumes; `choose` has compared them."""
     if (run.path / CONFIG).exists() and not is_blank(runs, run):
         with run.lock():
@@ -40,14 +41,15 @@ def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: list[str])
     blank = (run.path / CONFIG).exists()  # it has never trained, so nothing is lost
     if not blank:
         run.check_free()
-    write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts), encoding="utf-8"))
+    write_atomically(run.path / PROMPTS, lambda file: file.write_text("\n".join(prompts.words), encoding="utf-8"))
     config = config.model_copy(update={"prompts": str(run.path / PROMPTS)})
-    if not blank:
+    if blank:
+        with run.lock():
+            run.sample_grid(0).unlink(missing_ok=True)
+            run.configure(config)
+    else:
         run.create(config)
-        return
-    with run.lock():
-        run.sample_grid(0).unlink(missing_ok=True)
-        run.configure(config)
+    keep_written(run.path, prompts)
 
 
 def start(
@@ -57,13 +59,14 @@ def start(
     device: torch.device,
     place: Place,
     tell: Tell,
+    wait: bool = False,
     because: str = "",
 ) -> Job:
     """Train on a separate thread, which calls `tell` with the details of each event tdpo.progress.
 
-    because: why the run has another name than the node's, or empty.
+    wait: whether the graph waits for the end; because: why the run has another name than the node's, or empty.
     """
-    mark(run, place, because)
+    mark(run, place, wait, because)
     job = Job(run, factory, device)
     job.subscribe(lambda event, status: _keep(runs, run, event))
     job.subscribe(Teller(runs, run, tell))

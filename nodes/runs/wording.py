@@ -51,12 +51,24 @@ ADVICE = [
     (r"or put it into a folder, .*?and say where: reward_weights \S+=FOLDER", "or put it into models/tdpo_rewards"),
     (r"(as the weights of reward \S+, which has none); remove that setting", rf"\1; set {WEIGHTS} to 'auto'"),
     (r"\bgive the right path\b", f"choose the right file in {WEIGHTS}"),
-    (r"\brun directory (.+?); resume it with --resume, or choose another", r"run folder \1; choose another run_name"),
+    (r"\brun directory (.+?); resume it with --resume, or choose another", r"run folder \1; give the run another name"),
     (
         r"\bgot run directory (.+?); expected a new or empty folder: choose another",
-        r"got a run_name whose folder is \1; expected a new or empty one: choose another name",
+        r"got a run_name whose folder is \1; expected a new or empty one: give the run another name",
     ),
+    (r"(you have no permission to write to .+?); choose another\b", r"\1; allow ComfyUI to write there"),
+    (r"( cannot be created: .+?(?:; |, or ))choose another\b", r"\1give the run another name"),
+    (r"\bchoose one on another disk\b", "move ComfyUI's output folder to another disk"),
     (r"\brun directory\b", "run folder"),
+    (r"it is a command-line option, --\S+: remove it from the file", "the node has none such: remove it from settings"),
+    (r"\bdid you mean rewards\b", "did you mean the wire reward"),
+    (r"\bwhich is in rewards too\b", "which is in reward too"),
+    (r"\badd it to rewards\b", "connect it to reward"),
+    (
+        r"expected prediction_type v_prediction: set it if .*? in the model's scheduler_config.json",
+        "expected a model that predicts v: connect the MODEL through ComfyUI's ModelSamplingDiscrete, with "
+        "v_prediction if the model was trained that way and without zsnr otherwise",
+    ),
     (r"\bstart a new run\b(?! \(set resume)", "start a new run (set resume to 'new')"),
 ]
 
@@ -65,7 +77,14 @@ _CALLED_OTHERWISE = re.compile(
     rf"""(?<![\w.(/'"-])({"|".join(map(re.escape, WIRES | WIDGETS))})(?!\w|[.-]\w)""",
 )
 _IN_SETTINGS = {name for name, _ in leaf_fields()} - {*WIRES, *WIDGETS, *INPUTS, *NUMBERS}
-_SET = re.compile(rf"\bset ({'|'.join(map(re.escape, sorted(_IN_SETTINGS)))})\b(?! \(in settings\)|[.-]\w)")
+_TELLING = "|".join(re.escape(name) for name in sorted(_IN_SETTINGS) if re.search(r"[._]", name))
+_PLAIN = "|".join(name for name in sorted(_IN_SETTINGS) if not re.search(r"[._]", name))  # also ordinary words
+_NUMBER = r"(?: -?\d[\d.]*(?:e-?\d+)?)?"
+_NAMED = re.compile(
+    rf"""(?<![\w.(/'"-])({_TELLING}){_NUMBER}(?![\w'"]|[.-]\w| = | \(in settings)"""
+    rf"""|\bset ({_PLAIN})\b(?! = | \(in settings)|(?<![\w.'"-])({_PLAIN})(?= (?:was|lists|is empty)\b)"""
+)
+_MARKED = re.compile(rf"\b({_TELLING}|{_PLAIN}){_NUMBER} \(in settings|\(({_TELLING}|{_PLAIN}) in settings")
 
 
 def in_words_of_nodes(text: str) -> str:
@@ -74,12 +93,26 @@ def in_words_of_nodes(text: str) -> str:
         text = re.sub(pattern, advice, text)
     text = _OPTION.sub(lambda match: OPTIONS.get(match[1], match[1].replace("-", "_")), text)
     text = _CALLED_OTHERWISE.sub(_called, text)
-    return _SET.sub(r"set \1 (in settings)", text)
+    return _marked(text)
 
 
 def _called(match: re.Match[str]) -> str:
     name = match[1]
     return WIRES[name] if name in WIRES else f"{WIDGETS[name]} ({name} in settings)"
+
+
+def _marked(text: str) -> str:
+    """`text` with a note at the first mention of each setting that has neither a widget nor a wire."""
+    known = {name for names in _MARKED.findall(text) for name in names}
+
+    def mark(match: re.Match[str]) -> str:
+        name = next(filter(None, match.groups()))
+        if name in known:
+            return match[0]
+        known.add(name)
+        return f"{match[0]} (in settings)"
+
+    return _NAMED.sub(mark, text)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 // Small multiples: one pair of axes per reward, as their units differ, above a shared epoch axis.
 
-import { curves, lastShown, limits, limitsWithBand, ticks } from "./model.js";
-import { number, reading, scale, shortened, spoken } from "./model.js";
+import { curves, lastShown, limits, limitsWithBand, ticks, ticksWithRoom } from "./model.js";
+import { heading, labels, reading, scale, spoken } from "./model.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const LEFT = 40, RIGHT = 10, TITLE = 20, GAP = 10, FOOTER = 30; // pixels
-const VALUE = 100; // pixels for the value to the right of a name
+const RIGHT = 10, TITLE = 20, GAP = 10, FOOTER = 30; // pixels
+const LEAST = 40, DIGIT = 6.6; // pixels for the labels of the values, and for each sign of them
 const SMALLEST = 26; // minimum height of the axes of a held-out reward; those of the training reward are twice as high
 
 /** The minimum height at which a chart of `count` curves is readable. */
@@ -35,7 +35,6 @@ export class Chart {
     Object.assign(this, { status, metrics, width, height, picked });
     this.curves = curves(status, metrics);
     this.epochs = [1, lastShown(status.epochs, metrics.at(-1)?.epoch ?? 1)];
-    this.x = scale(this.epochs, [LEFT, width - RIGHT]);
     this.element.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.element.setAttribute("aria-label", spoken(status, metrics));
     this.#render();
@@ -61,35 +60,45 @@ export class Chart {
     const free = this.height - FOOTER - this.curves.length * (TITLE + GAP);
     const share = Math.max(free, 0) / shares.reduce((a, b) => a + b, 0);
     let top = 0;
-    const parts = this.curves.map((curve, i) => {
-      const axes = { top: top + TITLE, bottom: top + TITLE + shares[i] * share };
-      top = axes.bottom + GAP;
-      return this.#panel(curve, axes);
+    const panels = this.curves.map((curve, i) => {
+      const height = shares[i] * share;
+      const panel = { ...this.#yTicks(curve, height), top: top + TITLE, bottom: top + TITLE + height };
+      top = panel.bottom + GAP;
+      return panel;
     });
+    const longest = Math.max(0, ...panels.flatMap(({ words }) => words.map((word) => word.length)));
+    this.left = Math.max(LEAST, 6 + DIGIT * longest);
+    this.x = scale(this.epochs, [this.left, this.width - RIGHT]);
+    const parts = this.curves.map((curve, i) => this.#panel(curve, panels[i]));
     this.element.replaceChildren(...parts, this.#epochAxis(top - GAP));
   }
 
-  #panel({ name, trained, points }, { top, bottom }) {
+  #yTicks({ trained, points }, height) {
     const domain = trained ? limitsWithBand(points) : limits(points);
+    const marks = points.length ? ticksWithRoom(...domain, height) : [];
+    return { domain, marks, words: labels(marks) };
+  }
+
+  #panel({ name, trained, points }, { domain, marks, words, top, bottom }) {
     const y = scale(domain, [bottom, top]);
     const at = this.#indexAt(points);
-    const value = shape("text", { x: this.width - RIGHT, y: top - 6, class: "tdpo-value" }, reading(points, at));
+    const read = reading(points, at);
+    const value = shape("text", { x: this.width - RIGHT, y: top - 6, class: "tdpo-value" }, read);
     const kind = trained ? "tdpo-trained" : "tdpo-held-out";
-    const group = shape("g", { class: kind }, this.#heading(name, trained, top - 6), value);
-    if (points.length) group.append(...this.#yAxis(domain, y, bottom - top));
+    const group = shape("g", { class: kind }, this.#heading(name, trained, read, top - 6), value);
+    group.append(...this.#yAxis(marks, words, y));
     group.append(...this.#overoptimised(top, bottom));
-    group.append(shape("line", { x1: LEFT, x2: this.width - RIGHT, y1: bottom, y2: bottom, class: "tdpo-axis" }));
+    group.append(shape("line", { x1: this.left, x2: this.width - RIGHT, y1: bottom, y2: bottom, class: "tdpo-axis" }));
     if (points.length) group.append(...this.#curve(points, at, y, trained), ...this.#pointer(top, bottom));
     return group;
   }
 
-  #heading(name, trained, y) {
+  #heading(name, trained, value, y) {
     const role = trained ? "trained on" : "held out";
-    const room = this.width - LEFT - RIGHT - VALUE;
-    const short = shortened(name, room - 6 * (role.length + 2));
-    const quiet = shape("tspan", { class: "tdpo-quiet", dx: 6 }, role);
+    const [short, shown] = heading(name, role, value, this.width - this.left - RIGHT);
+    const quiet = shape("tspan", { class: "tdpo-quiet", dx: 6 }, shown);
     const whole = shape("title", {}, `${name}, ${role}`);
-    return shape("text", { x: LEFT, y, class: "tdpo-name" }, short, quiet, whole);
+    return shape("text", { x: this.left, y, class: "tdpo-name" }, short, quiet, whole);
   }
 
   get #marked() {
@@ -101,10 +110,10 @@ export class Chart {
     return this.#marked === null || found < 0 ? points.length - 1 : found;
   }
 
-  #yAxis(domain, y, height) {
-    return ticks(...domain, Math.max(2, Math.floor(height / 24))).flatMap((tick) => [
-      shape("line", { x1: LEFT, x2: this.width - RIGHT, y1: round(y(tick)), y2: round(y(tick)), class: "tdpo-grid" }),
-      shape("text", { x: LEFT - 6, y: round(y(tick)) + 3.5, class: "tdpo-tick tdpo-end" }, number(tick)),
+  #yAxis(marks, words, y) {
+    return marks.flatMap((mark, i) => [
+      shape("line", { x1: this.left, x2: this.width - RIGHT, y1: round(y(mark)), y2: round(y(mark)), class: "tdpo-grid" }),
+      shape("text", { x: this.left - 6, y: round(y(mark)) + 3.5, class: "tdpo-tick tdpo-end" }, words[i]),
     ]);
   }
 
@@ -134,12 +143,12 @@ export class Chart {
   }
 
   #epochAxis(top) {
-    const marks = ticks(...this.epochs, Math.max(2, Math.floor((this.width - LEFT - RIGHT) / 48)), true);
-    const labels = marks.map((tick) =>
+    const marks = ticks(...this.epochs, Math.max(2, Math.floor((this.width - this.left - RIGHT) / 48)), true);
+    const numbers = marks.map((tick) =>
       shape("text", { x: round(this.x(tick)), y: top + 14, class: "tdpo-tick tdpo-middle" }, String(tick)),
     );
     const words = this.#marked === null ? "epoch" : `epoch ${this.#marked}`;
-    const middle = (LEFT + this.width - RIGHT) / 2;
-    return shape("g", {}, ...labels, shape("text", { x: middle, y: top + 27, class: "tdpo-tick tdpo-middle" }, words));
+    const middle = (this.left + this.width - RIGHT) / 2;
+    return shape("g", {}, ...numbers, shape("text", { x: middle, y: top + 27, class: "tdpo-tick tdpo-middle" }, words));
   }
 }

@@ -113,6 +113,17 @@ export function ticks(low, high, count, whole = false) {
   return found.filter((_, i) => i % stride === 0);
 }
 
+const APART = 12; // pixels between two labels, so that they do not overlap
+
+/** The ticks of an axis of `height` pixels, with room for the label of each. */
+export function ticksWithRoom(low, high, height) {
+  const found = ticks(low, high, Math.max(2, Math.floor(height / 24)));
+  const apart = ((found[1] - found[0]) / (high - low)) * height;
+  if (!(apart < APART)) return found;
+  const finer = ticks(low, high, 8);
+  return [finer[0], finer.at(-1)];
+}
+
 /** The limits of an axis that shows all points with some margin; never empty. */
 export function limits(points) {
   if (!points.length) return [0, 1];
@@ -140,11 +151,36 @@ export function number(value) {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   const extreme = size >= 1e5 || (size > 0 && size < 1e-3);
-  const text = extreme ? value.toExponential(1) : value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 2);
-  return text.replaceAll("-", MINUS);
+  const decimals = size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.0995 || size === 0 ? 2 : 3;
+  return (extreme ? value.toExponential(1) : value.toFixed(decimals)).replaceAll("-", MINUS);
 }
 
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
+
+/** A change in standard deviations, to a hundredth; what rounds to zero has no sign. */
+export const inDeviations = (value) => (Math.abs(value) < 0.005 ? "0.00" : signed(value)) + " SD";
+
+/** The labels of ticks, with as many decimals as they need. */
+export function labels(marks) {
+  const exact = (decimals) => marks.every((mark) => Math.abs(Number(mark.toFixed(decimals)) - mark) <= 1e-9 * size);
+  const size = Math.max(...marks.map(Math.abs));
+  const decimals = [0, 1, 2, 3, 4, 5].find(exact);
+  const scientific = decimals === undefined || size >= 1e5 || size < 1e-3;
+  return marks.map((mark) => (scientific ? exponential(mark, marks) : mark.toFixed(decimals)).replaceAll("-", MINUS));
+}
+
+function exponential(mark, marks) {
+  const digits = [0, 1, 2].find((d) => new Set(marks.map((other) => other.toExponential(d))).size === marks.length);
+  return mark === 0 ? "0" : mark.toExponential(digits ?? 2);
+}
+
+/** The name and the role of a curve, as much of both as fits to the left of its value in `width` pixels. */
+export function heading(name, role, value, width, size = 6.3) {
+  const room = width - size * (value.length + 2);
+  const withRole = room - size * (role.length + 1);
+  if (withRole >= size * Math.min(name.length, 8)) return [shortened(name, withRole), role];
+  return [shortened(name, room), ""];
+}
 
 export function duration(seconds) {
   if (!Number.isFinite(seconds) || seconds < 0) return "";
@@ -161,7 +197,7 @@ export function reading(points, at = points.length - 1) {
   const moved = change(points, at);
   if (!moved) return number(points[at].value);
   const { difference, deviations } = moved;
-  return `${number(points[at].value)} (${deviations === null ? signed(difference) : `${signed(deviations)} SD`})`;
+  return `${number(points[at].value)} (${deviations === null ? signed(difference) : inDeviations(deviations)})`;
 }
 
 /** `text`, cut to fit `width` pixels at `size` pixels per character. */

@@ -118,7 +118,7 @@ def unseen_prompts(
         return prompts, f"{source} ({len(prompts)} prompts, {known or 'none'} of them trained on)"
     if unseen := [prompt for prompt in dict.fromkeys(shown) if prompt not in set(trained)]:
         return unseen, f"the prompts of the sample grids ({len(unseen)}, none of them trained on)"
-    return list(dict.fromkeys(trained)), "the training prompts, since no others are known; --prompts names others"
+    return list(dict.fromkeys(trained)), "the training prompts, since no others are known"
 
 
 def _counterpart(config: TrainConfig, trained: list[str]) -> str | None:

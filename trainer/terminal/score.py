@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from comfy_tdpo.clean_text import one_line
+from comfy_tdpo.prompts.markup import check_words
 from comfy_tdpo.rewards import (
     PRECISIONS,
     RewardError,
@@ -58,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"one of {', '.join(reward_names())}, or python:module:function; may be repeated",
     )
-    parser.add_argument("--prompt", default="", help="prompt the images were made from; some rewards need none")
+    parser.add_argument(
+        "--prompt",
+        default="",
+        help="prompt the images were made from, as plain words without weights; some rewards need none",
+    )
     parser.add_argument(
         "--reward-weights", default="", metavar="NAME=PATH,...", help="files or folders to load rewards from"
     )
@@ -70,14 +76,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score(args: argparse.Namespace) -> None:
     paths = _paths(args.images)
-    weights, device = _weights(args), Accelerator().device
+    weights, prompt, device = _weights(args), _prompt(args.prompt), Accelerator().device
     models = [load_reward(name, device, args.reward_precision, weights) for name in args.reward]
     for model in models:
-        model.check_prompts([args.prompt])
+        model.check_prompts([prompt])
     _print("image", *args.reward)
     rows = []
     for path in paths:
-        rows.append(_scores(models, read_image(path).to(device), args.prompt))
+        rows.append(_scores(models, read_image(path).to(device), prompt))
         _row(str(path), rows[-1])
     if len(rows) > 1:
         table = torch.stack(rows).double()
@@ -111,6 +117,17 @@ def _weights(args: argparse.Namespace) -> dict[str, str]:
                 f"got --reward-weights {args.reward_weights!r}; expected NAME=PATH,... for rewards given by --reward"
             )
     return weights
+
+
+def _prompt(text: str) -> str:
+    """The prompt on one line; ValueError if it has the markup of another program, which rewards would read as words."""
+    prompt = one_line(text)
+    if prompt:
+        try:
+            check_words([("the prompt", prompt)])
+        except ValueError as error:
+            raise ValueError(f"--prompt {error}") from error
+    return prompt
 
 
 @torch.no_grad()

@@ -1,0 +1,29 @@
+"""Which reward's image encoder the critic uses.
+
+The paper's critic shares the encoder of the training reward. Some rewards have none: JPEG, a program, a user's
+function. Then the critic takes that of a guard, which is loaded anyway, or else a small one. Held-out rewards lend
+none, so that they stay independent witnesses.
+"""
+
+from typing import Any
+
+from ..rewards import has_encoder
+
+OF_SHAPES, OF_PHOTOS = "shapes-aesthetic", "clipscore"  # ships with the package; the smallest of the others
+
+
+def encoder_of(config: Any) -> str:
+    """The name of the reward whose encoder the critic of a run of `config` uses.
+
+    In a sum of training rewards, it is the first that has one.
+    """
+    if config.critic.encoder:
+        return config.critic.encoder
+    candidates = [*config.trained_on, *config.guards]
+    return next(filter(has_encoder, candidates), OF_SHAPES if _is_of_shapes(config) else OF_PHOTOS)
+
+
+def _is_of_shapes(config: Any) -> bool:
+    """Whether a run trains on the embedded world; in a graph, its MODEL has another name than "shapes"."""
+    names = [*config.trained_on, *config.guards, *config.measured]
+    return config.model == "shapes" or any(name.startswith("shapes-") for name in names)
