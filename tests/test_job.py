@@ -29,8 +29,11 @@ def test_a_job_trains_to_its_end_and_says_so(make_job):
     job, events = make_job(), []
     assert (job.status.state, job.status.epoch, job.status.lora) == ("waiting", 0, None)
     job.subscribe(lambda event, status: events.append((event, status.epoch, status.state)))
+    early: list[float] = []
+    job.subscribe(lambda event, status: early.append(status.eta_s) if status.eta_s and not status.epoch else None)
     job.start()
     status = job.wait(timeout=120)
+    assert early and all(eta > 0 for eta in early), "an estimate before the first epoch ends"
     assert (status.state, status.epoch, status.epochs, status.error) == ("finished", 3, 3, None)
     assert status.metrics == job.run.metrics()[-1]
     assert status.lora == job.run.latest_lora and status.lora.exists()

@@ -19,7 +19,7 @@ from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
     "id node workflow state epoch epochs phase phase_done phase_total waits_for eta_s reward eval_rewards "
-    "samples_epoch grids kept strengths use lora error overoptimised message"
+    "plan samples_epoch grids kept strengths use lora error overoptimised message"
 )
 
 
@@ -198,6 +198,19 @@ def test_a_status_has_what_the_browser_reads(runs):
     assert (runs.find("one").path / "plots" / "reward.png").exists()
     runs.find("one").latest_lora.unlink()
     assert runs.lora_name(runs.find("one")) is None, "what lies there is not from this run"
+
+
+def test_the_cost_is_said_before_the_first_epoch(runs):
+    """With the preset's values where the node has 0."""
+    go = threading.Semaphore(0)
+    job = begin(runs, "one", go)
+    message = runs.status(runs.find("one"))["message"]
+    assert message == (
+        "8 images of 10 steps in 2 epochs, at 64 px with guidance 3, for a LoRA of rank 16 with learning rate 0.0005. "
+        "The curve starts when the first epoch ends."
+    )
+    job.stop()
+    job.wait(30)
 
 
 def test_load_lora_lists_the_recommended_lora_while_there_is_one(runs):

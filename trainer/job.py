@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from .alarm import alarm_of
+from .pace import Pace
 from .run import EpochMetrics, RunFolder
 from .turns import Turns
 
@@ -31,7 +32,8 @@ class Status:
 
     waits_for: the id of the job that trains on the device while this one waits for its turn; else None;
     epoch: finished epochs of `epochs`; phase: what the current epoch is doing, `phase_done` of `phase_total`;
-    eta_s: seconds the remaining epochs will take at the pace of the latest ones, None before the first has finished;
+    eta_s: seconds the remaining epochs will take at the pace of the latest ones; during the first, an estimate that
+    counts that epoch too, None before its first micro-batch is done;
     lora: the newest LoRA file, None before there is one; error: one sentence if the state is "failed";
     overoptimised: the epoch since which the run overoptimises, None if it does not.
     """
@@ -68,6 +70,7 @@ class Job:
         self.device = _numbered(device)
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._subscribers: list[Subscriber] = []
+        self._pace, self._began = Pace(), 0.0
         self._thread = threading.Thread(target=self._work, name=f"tdpo-{self.id}", daemon=True)
         config, metrics = run.config, run.metrics()
         lora = run.latest_lora if run.latest_lora.exists() else None
@@ -137,6 +140,7 @@ class Job:
     def _train(self) -> bool:
         self._change("phase", state="running", phase="loading")
         training = self._factory(self.run, self._stop, self._watch)
+        self._began = time.monotonic()
         for metrics in training.epochs():
             lora = self.run.latest_lora if self.run.latest_lora.exists() else None
             changes = {"metrics": metrics, "lora": lora, "overoptimised": _since([metrics]), "eta_s": self._eta()}
@@ -157,7 +161,11 @@ class Job:
         return False
 
     def _watch(self, phase: str, done: int, total: int) -> None:
-        self._change("phase", phase=phase, phase_done=done, phase_total=total)
+        self._pace.see(phase, done, total, time.monotonic())
+        changes: dict[str, Any] = {}
+        if not self.run.metrics() and (epoch := self._pace.epoch()) is not None:
+            changes["eta_s"] = max(self.status.epochs * epoch - (time.monotonic() - self._began), 0.0)
+        self._change("phase", phase=phase, phase_done=done, phase_total=total, **changes)
 
     def _eta(self) -> float | None:
         """Seconds for the remaining epochs, at the mean pace of the last five."""

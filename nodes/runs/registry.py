@@ -95,10 +95,11 @@ class Runs:
         try:
             config, job = run.config, self.job(run)
             status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.measured}
+            status["plan"] = plan_of(config)
             status |= _of_job(job) if job else _of_folder(run.metrics(), config)
             status["use"] = comparison.best_use(run, status["overoptimised"])
         except (ValueError, OSError) as error:
-            status |= {"reward": "", "eval_rewards": [], **NOTHING_DONE, "use": None, "state": "failed"}
+            status |= {"reward": "", "eval_rewards": [], **NOTHING_DONE, "use": None, "plan": "", "state": "failed"}
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
@@ -183,6 +184,14 @@ def _of_job(job: Job) -> Fields:
     }
 
 
+def plan_of(config: TrainConfig) -> str:
+    """What the run costs and with which settings, those of the preset included."""
+    images = f"{config.epochs * config.samples_per_epoch:,} images of {config.steps} steps"
+    how = f"at {config.resolution} px with guidance {config.guidance:g}"
+    lora = f"for a LoRA of rank {config.policy.rank} with learning rate {config.policy.lr:g}"
+    return f"{images} in {config.epochs} epochs, {how}, {lora}"
+
+
 NOTHING_DONE: Fields = {
     "epoch": 0,
     "epochs": 0,
@@ -211,7 +220,7 @@ def advice(status: Fields, waits: bool) -> str:
                 f"Waits for run {status['waits_for']!r} to end, then starts by itself. Stop takes it out of the queue."
             )
         case "waiting" | "running" if epoch == 0:
-            return "Training. The curve starts when the first epoch ends."
+            return f"{status['plan']}. The curve starts when the first epoch ends."
         case "waiting" | "running":
             use = "The graph goes on when it ends." if waits else "Queue the graph to sample from the newest epoch."
             return f"Training. {use} Stop when the images look right."

@@ -1,0 +1,27 @@
+"""How long a run will take, from its first micro-batch on."""
+
+import pytest
+
+from comfy_tdpo.trainer.pace import UPDATING, Pace
+
+
+def test_the_first_micro_batch_gives_an_estimate_and_the_updates_correct_it():
+    pace = Pace()
+    assert pace.epoch() is None
+    pace.see("drawing samples", 0, 16, now=0.0)
+    pace.see("sampling", 0, 96, now=10.0)
+    assert pace.epoch() is None
+    pace.see("sampling", 24, 96, now=13.0)
+    assert pace.epoch() == pytest.approx(12 * (1 + UPDATING))
+    pace.see("sampling", 72, 96, now=18.0)
+    assert pace.epoch() == pytest.approx(8 / 72 * 96 * (1 + UPDATING))
+    pace.see("updating", 0, 20, now=22.0)
+    pace.see("updating", 5, 20, now=24.0)
+    assert pace.epoch() == pytest.approx(8 / 72 * 96 + 8)
+
+
+def test_a_resumed_epoch_is_measured_from_where_it_goes_on():
+    pace = Pace()
+    pace.see("sampling", 48, 96, now=100.0)
+    pace.see("sampling", 72, 96, now=106.0)
+    assert pace.epoch() == pytest.approx(24 * (1 + UPDATING))
