@@ -13,7 +13,8 @@ from typing import Any
 
 import comfyui
 import pytest
-from comfyui import ROOT, Server
+from backends import ROOT
+from comfyui import Server
 
 WEB = ROOT / "nodes" / "web"
 
