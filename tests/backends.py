@@ -1,4 +1,4 @@
-"""The versions of ComfyUI that tests run against: where they lie, how they start, and what they answer to a question."""
+"""The versions of ComfyUI that tests run against: where they lie, how they start, and what they answer."""
 
 import json
 import os
