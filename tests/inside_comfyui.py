@@ -1,18 +1,24 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT QUESTION, one of
-shapes|sd2|sd1|decoders|thread|quantised|scaled|refusals|damaged, lora FILE, baked SNAPSHOT FILE STRENGTH, blended FILE
+python tests/inside_comfyui.py CHECKOUT QUESTION, a question being one of
+shapes|sd2|sd1|decoders|thread|quantised|scaled|needs|refusals|damaged,
+lora FILE, baked SNAPSHOT FILE STRENGTH, blended FILE
 """
 
+import ast
+import asyncio
 import copy
+import inspect
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _, CHECKOUT, QUESTION, *FILES = sys.argv
@@ -27,7 +33,10 @@ if (Path(CHECKOUT) / "comfy_compatibility").is_dir():  # the fork's own: only so
     from comfy_compatibility.vanilla import prepare_vanilla_environment
 
     prepare_vanilla_environment()
+else:
+    import utils.install_util  # noqa: F401 - as main.py does, before `nodes` puts a folder with another `utils` first
 
+import comfy.lora_convert  # noqa: E402
 import comfy.model_base  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
@@ -36,16 +45,19 @@ import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.taesd.taesd  # noqa: E402
 import comfy.utils  # noqa: E402
+import comfy_api.latest  # noqa: E402
 import folder_paths  # noqa: E402
 import numpy  # noqa: E402
 import torch  # noqa: E402
+from aiohttp.web import RouteTableDef  # noqa: E402
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import comfy_tdpo.nodes  # noqa: E402
 from comfy_tdpo.models.components import load_components  # noqa: E402
 from comfy_tdpo.models.shipped import CONFIGS  # noqa: E402
 from comfy_tdpo.models.stable_diffusion import Autoencoder, ClipText  # noqa: E402
-from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
+from comfy_tdpo.nodes.comfy import models_in, needs, shapes_out  # noqa: E402
 from comfy_tdpo.nodes.comfy.decoder import ComfyDecoder  # noqa: E402
 from comfy_tdpo.nodes.comfy.weights_in import check_plain  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
@@ -524,6 +536,59 @@ def scale_entries(name: str, scale: Tensor) -> dict[str, Tensor]:
     return {f"{name}_scale": scale, name.removesuffix("weight") + "comfy_quant": torch.tensor(form, dtype=torch.uint8)}
 
 
+# --- the list of names that we use
+
+
+def needs_() -> dict[str, Any]:
+    """What of the list is not here, which of its calls would be refused, and what a start says that lacks something."""
+    from server import PromptServer
+
+    told = MethodType(PromptServer.send_sync, object())
+    PromptServer.instance = SimpleNamespace(loop=None, routes=RouteTableDef(), send_sync=told)
+    return {
+        "missing": needs.missing_names(),
+        "calls refused": [line for line in needs.NEEDS.split("\n") if "(" in line and not is_taken(line)],
+        "lacking": {
+            "convert_lora": start_without(comfy.lora_convert, "convert_lora"),
+            "Custom": start_without(comfy_api.latest.io, "Custom"),
+        },
+    }
+
+
+def is_taken(line: str) -> bool:
+    """Whether the call in a line fits the signature of what it calls."""
+    call = ast.parse(line, mode="eval").body
+    try:
+        inspect.signature(needs.find(line.partition("(")[0])).bind(
+            *[None for _ in call.args], **{keyword.arg: None for keyword in call.keywords}
+        )
+    except TypeError:
+        return False
+    return True
+
+
+def start_without(owner: Any, name: str) -> dict[str, Any]:
+    """How many nodes there are if ComfyUI lacks a name, and what its log then says."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("comfy_tdpo").addHandler(handler)
+    kept = getattr(owner, name)
+    delattr(owner, name)
+    try:
+        nodes = asyncio.run(ask_for_nodes())
+    finally:
+        setattr(owner, name, kept)
+        logging.getLogger("comfy_tdpo").removeHandler(handler)
+    return {"nodes": len(nodes), "log": lines}
+
+
+async def ask_for_nodes() -> list:
+    for name in [name for name in sys.modules if name.startswith("comfy_tdpo.nodes.") and "needs" not in name]:
+        del sys.modules[name]  # as at a start
+    return await (await comfy_tdpo.nodes.comfy_entrypoint()).get_node_list()
+
+
 # --- what is refused
 
 
@@ -622,6 +687,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
     questions |= {"baked": baked, "blended": blended, "decoders": decoders, "thread": thread}
-    questions |= {"quantised": quantised, "scaled": scaled}
+    questions |= {"quantised": quantised, "scaled": scaled, "needs": needs_}
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))
