@@ -122,7 +122,7 @@ class Server:
     def ended(self, prompt_id: str) -> dict:
         """What the history has of a prompt, once it has ended: its messages by name, and its outputs."""
         entry = wait_until(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), "the end of a prompt")
-        return {"messages": dict(entry["status"]["messages"]), "outputs": entry["outputs"]}
+        return {"messages": _messages(entry["status"]), "outputs": entry["outputs"]}
 
     def run(self, graph: dict) -> dict:
         """Queue a graph and wait for its success; its outputs by node."""
@@ -188,6 +188,15 @@ class Events:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _messages(status: dict) -> dict[str, Any]:
+    """What the history says of how a prompt went, by the names of the messages."""
+    if all(isinstance(message, list) for message in status["messages"]):
+        return dict(status["messages"])
+    # the fork's own: names alone, and behind a colon what failed
+    parts = [message.partition(": ") for message in status["messages"]]
+    return {name: {"exception_message": reason} for name, _, reason in parts}
 
 
 def _free_port() -> int:
