@@ -54,6 +54,8 @@ NEWER = Backend(
     asks=True,
 )
 BACKENDS = (OLDEST, NEWER)
+# The newest frontend, unpacked from its wheel; each of them comes with one of its own
+FRONTEND = _checkout("COMFYUI_FRONTEND_PATH", "frontend-1.58")
 
 # For `parametrize`: each of them, skipped where it is not there
 EACH = [
