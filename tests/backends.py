@@ -6,6 +6,7 @@ import subprocess
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -68,6 +69,7 @@ EACH = [
 def ask(*question: str, backend: Backend = OLDEST) -> dict[str, Any]:
     """What inside_comfyui.py answers under ComfyUI's own Python."""
     command = [backend.python, ROOT / "tests" / "inside_comfyui.py", backend.checkout, *question]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    with TemporaryDirectory() as folder:
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])

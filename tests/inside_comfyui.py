@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 _, CHECKOUT, QUESTION, *FILES = sys.argv
 sys.path[:0] = [CHECKOUT, str(ROOT)]
-sys.argv[1:] = ["--cpu"]
+sys.argv[1:] = ["--cpu", "--base-directory", str(Path.cwd())]  # where it makes folders
 
 import comfy.options  # noqa: E402
 
