@@ -722,12 +722,13 @@ WIRE = """() => {
 @in_each
 def test_a_name_on_a_wire_is_not_the_one_in_the_widget(tab):
     """A finished run of another name than the widget's is not shown, unless a wire decides about the name."""
-    tab.told = [TOLD | {"state": "finished"}]
-    show(tab)
+    finished = {"id": "wired", "node": "7", "state": "finished"}
+    tab.told = [TOLD | finished]
+    show(tab, train_node(7))
     assert tab.page.locator(".tdpo-hint").is_visible()
     tab.page.evaluate(WIRE)
-    tell(tab, state="finished")
-    assert tab.page.locator(".tdpo-run").get_attribute("title") == "made up"
+    tell(tab, **finished)
+    assert tab.page.locator(".tdpo-run").get_attribute("title") == "wired"
 
 
 SPY = """() => {
