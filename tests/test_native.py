@@ -1,5 +1,7 @@
 """Native models of ComfyUI and ours are the same; checked under the Python of a real ComfyUI, where there is one."""
 
+from types import SimpleNamespace
+
 import comfyui
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.lora import UNetLora
+from comfy_tdpo.nodes.comfy.weights_in import layout_of
 from comfy_tdpo.shapes import WORLD
 
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
@@ -136,6 +139,11 @@ def test_the_name_of_a_quantised_model_is_that_of_its_values(backend):
     assert ask("scaled", backend=backend)["name"] and ask("scaled", backend=backend)["name while loaded"]
     found = ask("quantised")
     assert found["name"] and found["name while patched"] and found["name by the scale"]
+
+
+def test_a_kind_is_known_by_its_name_of_late_2025_too():
+    assert [layout_of(SimpleNamespace(**{name: "A"})) for name in ("_layout_cls", "_layout_type")] == ["A", "A"]
+    assert layout_of(torch.zeros(1)) == ""
 
 
 @pytest.mark.parametrize(
