@@ -1,7 +1,7 @@
-"""Cancels in ComfyUI at random moments: `python benchmarks/cancel.py --times 20`.
+"""Cancels in ComfyUI at random moments: `python benchmarks/cancel.py --times 20 --comfyui 0.10`.
 
-Starts a real ComfyUI (as the tests do: COMFYUI_PATH, or ~/comfy/ComfyUI) whose layers look for a Cancel as those of
-0.3.65 and later do. Then, as often as asked:
+Starts a real ComfyUI, one of those that the tests run against, whose layers look for a Cancel as those of 0.3.65 and
+later do. Then, as often as asked:
 
 - wait: a training is cancelled; its prompt must end as interrupted, its LoRA must apply, and the run must go on.
 - background: while a run trains in the background, another prompt that samples is cancelled; that prompt must end as
@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from comfyui import MISSING, Server, apply_graph, sample_graph, train_graph, wait_until
+from backends import BACKENDS, OLDEST
+from comfyui import Server, apply_graph, sample_graph, train_graph, wait_until
 
 LONGEST = 6.0  # seconds after its start in which a prompt is cancelled: models are loaded in the first two
 
@@ -29,12 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--comfyui", choices=[backend.name for backend in BACKENDS], default=OLDEST.name)
     args = parser.parse_args()
-    if MISSING:
-        parser.error(MISSING)
+    (backend,) = [backend for backend in BACKENDS if backend.name == args.comfyui]
+    if backend.missing:
+        parser.error(backend.missing)
     moments = random.Random(args.seed)
-    print(date.today())
-    with tempfile.TemporaryDirectory() as folder, Server(Path(folder), check=True) as server:
+    print(date.today(), "ComfyUI", backend.name)
+    with tempfile.TemporaryDirectory() as folder, Server(Path(folder), check=True, backend=backend) as server:
         for name, attempt in (("wait", cancel_training), ("background", cancel_another)):
             right = sum(attempt(server, i, moments.uniform(0, LONGEST)) for i in range(args.times))
             print(f"{name}: {right} of {args.times}", flush=True)
@@ -71,7 +74,7 @@ def cancel_another(server: Server, i: int, moment: float) -> bool:
 
 def cancel(server: Server, prompt: str, moment: float) -> dict:
     """What the history says of a prompt that is cancelled some seconds after its start."""
-    wait_until(lambda: any(entry[1] == prompt for entry in server.get("/queue")["queue_running"]), "its start")
+    wait_until(lambda: prompt in str(server.get("/queue")["queue_running"]), "its start")
     time.sleep(moment)
     server.post("/interrupt")
     return server.ended(prompt)

@@ -1,10 +1,43 @@
 """Node schemas, one file per node; `comfy/` holds all code that uses ComfyUI, `runs/` the graph's view of runs."""
 
+import logging
+from typing import Any
+
+from .comfy.needs import missing_names
+
+_log = logging.getLogger(__name__)
+
 
 async def comfy_entrypoint():
     """The extension that ComfyUI loads. ComfyUI is imported here, so that this package can be imported without it."""
     from comfy_api.latest import ComfyExtension, io
 
+    nodes = _nodes_or_a_line()
+
+    class Extension(ComfyExtension):
+        async def get_node_list(self) -> list[type[io.ComfyNode]]:
+            return nodes
+
+    return Extension()
+
+
+def _nodes_or_a_line() -> list[Any]:
+    """The nodes; if ComfyUI lacks something, a line in its log that names it, and the nodes that load without it."""
+    missing = missing_names()
+    if missing:
+        _log.error(
+            f"TDPO: this ComfyUI has no {', '.join(missing)}; expected 0.3.64 or a later version that has: update "
+            "ComfyUI, or this pack if ComfyUI is newer"
+        )
+    try:
+        return _nodes()
+    except (ImportError, AttributeError):
+        if not missing:
+            raise
+        return []
+
+
+def _nodes() -> list[Any]:
     from .apply_lora import ApplyLoRA
     from .comfy.folders import register_rewards_folder
     from .comfy.routes import register_routes
@@ -17,9 +50,4 @@ async def comfy_entrypoint():
 
     register_rewards_folder()
     register_routes()
-
-    class Extension(ComfyExtension):
-        async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            return [RewardModel, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]
-
-    return Extension()
+    return [RewardModel, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]

@@ -1,24 +1,19 @@
 """A real ComfyUI server for tests, started in a folder of its own with the pack in it and asked over the network."""
 
 import json
-import os
 import socket
 import struct
-import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import children
+from backends import OLDEST, ROOT, Backend
 
-ROOT = Path(__file__).parent.parent
-CHECKOUT = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
-PYTHON = CHECKOUT / ".venv" / "bin" / "python"
-MISSING = f"no ComfyUI with an environment: {PYTHON} is missing" if not PYTHON.exists() else ""
+MISSING = OLDEST.missing
 
 PATIENCE = 300  # seconds for what takes a few on a quiet machine
 
@@ -30,15 +25,6 @@ def wait_until(true: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.1)
     return found
-
-
-@cache
-def ask(*question: str) -> dict[str, Any]:
-    """What inside_comfyui.py answers under ComfyUI's own Python."""
-    command = [PYTHON, ROOT / "tests" / "inside_comfyui.py", CHECKOUT, *question]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 CHECK = """
@@ -63,22 +49,23 @@ class Server:
     """A running server; everything it writes lies in `base`.
 
     With `check`, each layer of ComfyUI first looks whether the user has cancelled, as it does from 0.3.65 on.
+    `flags` are more arguments for ComfyUI.
     """
 
-    def __init__(self, base: Path, check: bool = False):
-        self.base, self.log = base, base / "log.txt"
+    def __init__(self, base: Path, check: bool = False, *, backend: Backend = OLDEST, flags: tuple[str, ...] = ()):
+        self.base, self.log, self.backend = base, base / "log.txt", backend
         for folder in ("custom_nodes", "models/loras", "user", "input"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         pack = base / "custom_nodes" / "tdpo-under-test"
         if not pack.exists():
             pack.symlink_to(ROOT, target_is_directory=True)
-        if check:
+        if check and not backend.asks:
             (base / "custom_nodes" / "check.py").write_text(CHECK)
         self.port = _free_port()
-        flags = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
-        flags += ["--disable-api-nodes", "--disable-auto-launch"]
+        command = [*backend.command(base), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--disable-api-nodes", "--disable-auto-launch", *flags]
         with self.log.open("a") as log:
-            self.process = children.start([PYTHON, "main.py", *flags], cwd=CHECKOUT, stdout=log, stderr=log)
+            self.process = children.start(command, cwd=backend.checkout, stdout=log, stderr=log)
         try:
             wait_until(self._is_up, "the server")
         except BaseException:
@@ -135,7 +122,7 @@ class Server:
     def ended(self, prompt_id: str) -> dict:
         """What the history has of a prompt, once it has ended: its messages by name, and its outputs."""
         entry = wait_until(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), "the end of a prompt")
-        return {"messages": dict(entry["status"]["messages"]), "outputs": entry["outputs"]}
+        return {"messages": _messages(entry["status"]), "outputs": entry["outputs"]}
 
     def run(self, graph: dict) -> dict:
         """Queue a graph and wait for its success; its outputs by node."""
@@ -201,6 +188,15 @@ class Events:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _messages(status: dict) -> dict[str, Any]:
+    """What the history says of how a prompt went, by the names of the messages."""
+    if all(isinstance(message, list) for message in status["messages"]):
+        return dict(status["messages"])
+    # the fork's own: names alone, and behind a colon what failed
+    parts = [message.partition(": ") for message in status["messages"]]
+    return {name: {"exception_message": reason} for name, _, reason in parts}
 
 
 def _free_port() -> int:

@@ -1,29 +1,43 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui.py CHECKOUT shapes|sd2|sd1|decoders|thread|weights|refusals|damaged,
-or ... CHECKOUT lora FILE, or ... CHECKOUT baked SNAPSHOT FILE STRENGTH, or ... CHECKOUT blended FILE,
-or ... CHECKOUT syntax LINE...
+python tests/inside_comfyui.py CHECKOUT QUESTION, a question being one of
+shapes|sd2|sd1|decoders|thread|weights|quantised|scaled|needs|refusals|damaged,
+lora FILE, baked SNAPSHOT FILE STRENGTH, blended FILE, syntax LINE...
 """
 
+import ast
+import asyncio
 import copy
+import inspect
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from threading import Event
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _, CHECKOUT, QUESTION, *FILES = sys.argv
 sys.path[:0] = [CHECKOUT, str(ROOT)]
-sys.argv[1:] = ["--cpu"]
+sys.argv[1:] = ["--cpu", "--base-directory", str(Path.cwd())]  # where it makes folders
 
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+if (Path(CHECKOUT) / "comfy_compatibility").is_dir():  # the fork's own: only so does it have `nodes` and `folder_paths`
+    from comfy_compatibility.vanilla import prepare_vanilla_environment
+
+    prepare_vanilla_environment()
+else:
+    import utils.install_util  # noqa: F401 - as main.py does, before `nodes` puts a folder with another `utils` first
+
+import comfy.lora_convert  # noqa: E402
 import comfy.model_base  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
@@ -32,16 +46,21 @@ import comfy.sd  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.taesd.taesd  # noqa: E402
 import comfy.utils  # noqa: E402
+import comfy_api.latest  # noqa: E402
 import folder_paths  # noqa: E402
+import numpy  # noqa: E402
 import torch  # noqa: E402
+from aiohttp.web import RouteTableDef  # noqa: E402
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import comfy_tdpo.nodes  # noqa: E402
 from comfy_tdpo.models.components import load_components  # noqa: E402
 from comfy_tdpo.models.shipped import CONFIGS  # noqa: E402
 from comfy_tdpo.models.stable_diffusion import Autoencoder, ClipText  # noqa: E402
-from comfy_tdpo.nodes.comfy import models_in, shapes_out  # noqa: E402
+from comfy_tdpo.nodes.comfy import models_in, needs, shapes_out  # noqa: E402
 from comfy_tdpo.nodes.comfy.decoder import ComfyDecoder  # noqa: E402
+from comfy_tdpo.nodes.comfy.weights_in import check_plain  # noqa: E402
 from comfy_tdpo.nodes.runs.prompts import Prompts  # noqa: E402
 from comfy_tdpo.shapes import WORLD  # noqa: E402
 
@@ -196,7 +215,7 @@ def sd2() -> dict[str, float]:
     return both_ways(model, models_in.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
 
 
-def small_sd2() -> comfy.model_patcher.ModelPatcher:
+def small_sd2(quantised: bool = False) -> comfy.model_patcher.ModelPatcher:
     depths = [1, 1, 1, 0]
     config = {
         "image_size": 32,
@@ -218,7 +237,9 @@ def small_sd2() -> comfy.model_patcher.ModelPatcher:
         "legacy": False,
     }
     family = SmallSD2(config)
-    family.set_inference_dtype(torch.float32, None)
+    family.set_inference_dtype(torch.float32, torch.float32 if quantised else None)
+    if quantised:  # as ComfyUI marks a family whose file is in scaled float8, until 0.3.65 and since
+        family.scaled_fp8, family.quant_config = torch.float8_e4m3fn, {"mixed_ops": True}
     base = family.get_model({})
     draw_weights(base.diffusion_model)
     return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
@@ -392,6 +413,220 @@ def apply_again(model, file: str):
     return patched
 
 
+# --- weights that are kept in another form than they stand for
+
+LAYER = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+KEY = f"diffusion_model.{LAYER}.weight"
+
+
+class Coded(Tensor):
+    """As a later ComfyUI's QuantizedTensor: float8 codes and a scale; it claims another dtype and has no storage."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: float, layout: str = "TensorCoreFP8E4M3Layout"):
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.bfloat16, device=codes.device)
+
+    def __init__(self, codes: Tensor, scale: float, layout: str = "TensorCoreFP8E4M3Layout"):
+        self.codes, self.scale, self._layout_cls = codes, scale, layout
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten._to_copy, torch.ops.aten.clone), func
+        return cls(args[0].codes.clone(), args[0].scale, args[0]._layout_cls)
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() * self.scale
+
+
+def quantised() -> dict[str, float | bool | str]:
+    """How far what is read is from the codes times the scale, in every form in which a MODEL may keep a weight."""
+    model, (codes, scale, change) = small_sd2(), quantised_parts()
+    layer, truth = model.model.get_submodule(f"diffusion_model.{LAYER}"), codes.float() * scale
+    plain_name = models_in.model_name(model)
+    put(layer, Coded(codes, scale))
+    list_more(layer)
+    refuse_to_load(model)
+    found: dict[str, float | bool | str] = {"coded": difference(read(model), truth)}
+    found["copied"] = difference(read(model), truth)  # the first reading has changed nothing
+    name = models_in.model_name(model)
+    found["name"] = len({plain_name, name, models_in.model_name(model)}) == 2
+    layer.convert_weight = lambda weight, inplace=False: weight.dequantize() if isinstance(weight, Coded) else weight
+    found["converted by its layer"] = difference(read(model), truth)
+    tuned = model.clone()
+    tuned.add_patches({KEY: ("diff", (change,))}, 0.5)
+    found["with a LoRA"] = difference(read(tuned), truth + 0.5 * change)
+    model.backup[KEY] = SimpleNamespace(weight=layer.weight)
+    put(layer, torch.full_like(truth, 7.0))
+    found["patched meanwhile"] = difference(read(tuned), truth + 0.5 * change)
+    found["name while patched"] = models_in.model_name(model) == name
+    del model.backup[KEY]
+    put(layer, Coded(codes, 2 * scale))
+    found["name by the scale"] = models_in.model_name(model) != name
+    put(layer, torch.empty(codes.shape, device="meta"))
+    found["absent from the file"] = difference(read(tuned), 0.5 * change)
+    models_in.model_name(model)
+    del layer.convert_weight
+    return found | {"read-only": difference(*mapped(model, layer))} | quantised_refusals(layer, codes, scale)
+
+
+def quantised_parts() -> tuple[Tensor, float, Tensor]:
+    """Codes in float8, their scale, and what a LoRA changes; codes alone would be far too large."""
+    scale = 2.0**-9 * 1.25
+    return (64 * drawn(64, 64)).to(torch.float8_e4m3fn), scale, 0.1 * drawn(64, 64)
+
+
+def put(layer: nn.Module, weight: Tensor) -> None:
+    del layer.weight
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def read(model) -> Tensor:
+    return models_in.baked_weights(model, torch.float32)[f"{LAYER}.weight"]
+
+
+def list_more(layer: nn.Module) -> None:
+    """Its state_dict has names that are none of its attributes, which ComfyUI's get_key_patches cannot bear."""
+    lists = layer.state_dict
+
+    def state_dict(*args, **kwargs):
+        listed = lists(*args, **kwargs)
+        listed |= {f"{kwargs.get('prefix', '')}{name}": torch.ones(()) for name in ("weight_scale", "comfy_quant")}
+        return listed
+
+    layer.state_dict = state_dict
+
+
+def refuse_to_load(model) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("the MODEL was loaded")
+
+    for name in ("load", "patch_model", "partially_load"):
+        setattr(model, name, refuse)
+
+
+def mapped(model, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """What is read of a weight that is a view of a read-only file, to which the process cannot write, and its truth."""
+    truth = drawn(64, 64)
+    with NamedTemporaryFile() as file, warnings.catch_warnings(action="ignore"):  # torch warns of read-only memory
+        truth.numpy().tofile(file.name)
+        view = torch.from_numpy(numpy.memmap(file.name, numpy.float32, mode="r", shape=(64, 64)))
+        layer.weight = nn.Parameter(view, requires_grad=False)
+        layer.convert_weight = lambda weight, inplace=False: weight.mul_(2) if inplace else weight * 2
+        found = read(model)
+        models_in.model_name(model)
+        put(layer, truth)
+        del layer.convert_weight
+    return found, 2 * truth
+
+
+def quantised_refusals(layer: nn.Module, codes: Tensor, scale: float) -> dict[str, str]:
+    found = {}
+    for kind in ("TensorCoreNVFP4Layout", "TensorCoreMXFP8Layout", "TensorWiseINT8Layout", "TensorCoreFP8E5M2Layout"):
+        put(layer, Coded(codes, scale, kind))
+        found[kind] = refusal(lambda: check_plain(layer))
+    put(layer, codes)
+    found["float8"] = refusal(lambda: check_plain(layer))
+    layer.scale_weight = torch.tensor(scale)
+    found["float8 of another loader"] = refusal(lambda: check_plain(layer))
+    return found
+
+
+def scaled() -> dict[str, float | bool]:
+    """The same for a MODEL that ComfyUI itself has made of a file in scaled float8, with the layers of its version."""
+    network = small_sd2().model.diffusion_model
+    plain = network.state_dict()
+    truth, state = dict(plain), dict(plain)
+    for name in [f"{path}.weight" for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]:
+        scale = plain[name].abs().max() / 448
+        state[name] = (plain[name] / scale).to(torch.float8_e4m3fn)
+        truth[name] = state[name].float() * scale
+        state |= scale_entries(name, scale)
+    model = small_sd2(quantised=True)
+    model.model.diffusion_model.load_state_dict(state)
+    kept = model.model.diffusion_model.get_parameter(f"{LAYER}.weight")
+    change = 0.1 * drawn(64, 64)
+    tuned = model.clone()
+    tuned.add_patches({KEY: ("diff", (change,))}, 0.5)
+    found = {"plain": furthest(model, truth), "name": models_in.model_name(model) != models_in.model_name(tuned)}
+    name, weight = models_in.model_name(tuned), f"{LAYER}.weight"
+    tuned_truth = truth | {weight: truth[weight] + 0.5 * change}
+    found["with a LoRA"] = furthest(tuned, tuned_truth)
+    found |= both_ways(model, models_in.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
+    tuned.patch_model(device_to=CPU)
+    found["while loaded"] = furthest(tuned, tuned_truth)
+    found["name while loaded"] = models_in.model_name(tuned) == name
+    tuned.unpatch_model(device_to=CPU)
+    codes = getattr(kept, "_qdata", kept)
+    found["the codes are as before"] = bool((codes.float() == state[weight].float()).all())
+    return found
+
+
+def furthest(model, truth: dict[str, Tensor]) -> float:
+    baked = models_in.baked_weights(model, torch.float32)
+    return max(difference(baked[name], weight) for name, weight in truth.items())
+
+
+def scale_entries(name: str, scale: Tensor) -> dict[str, Tensor]:
+    """What a file has beside a weight in float8, as each version of ComfyUI reads it."""
+    if hasattr(comfy.ops, "scaled_fp8_ops"):
+        return {name.removesuffix("weight") + "scale_weight": scale}
+    form = list(json.dumps({"format": "float8_e4m3fn"}).encode())
+    return {f"{name}_scale": scale, name.removesuffix("weight") + "comfy_quant": torch.tensor(form, dtype=torch.uint8)}
+
+
+# --- the list of names that we use
+
+
+def needs_() -> dict[str, Any]:
+    """What of the list is not here, which of its calls would be refused, and what a start says that lacks something."""
+    from server import PromptServer
+
+    told = MethodType(PromptServer.send_sync, object())
+    PromptServer.instance = SimpleNamespace(loop=None, routes=RouteTableDef(), send_sync=told)
+    return {
+        "missing": needs.missing_names(),
+        "calls refused": [line for line in needs.NEEDS.split("\n") if "(" in line and not is_taken(line)],
+        "lacking": {
+            "convert_lora": start_without(comfy.lora_convert, "convert_lora"),
+            "Custom": start_without(comfy_api.latest.io, "Custom"),
+        },
+    }
+
+
+def is_taken(line: str) -> bool:
+    """Whether the call in a line fits the signature of what it calls."""
+    call = ast.parse(line, mode="eval").body
+    try:
+        inspect.signature(needs.find(line.partition("(")[0])).bind(
+            *[None for _ in call.args], **{keyword.arg: None for keyword in call.keywords}
+        )
+    except TypeError:
+        return False
+    return True
+
+
+def start_without(owner: Any, name: str) -> dict[str, Any]:
+    """How many nodes there are if ComfyUI lacks a name, and what its log then says."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("comfy_tdpo").addHandler(handler)
+    kept = getattr(owner, name)
+    delattr(owner, name)
+    try:
+        nodes = asyncio.run(ask_for_nodes())
+    finally:
+        setattr(owner, name, kept)
+        logging.getLogger("comfy_tdpo").removeHandler(handler)
+    return {"nodes": len(nodes), "log": lines}
+
+
+async def ask_for_nodes() -> list:
+    for name in [name for name in sys.modules if name.startswith("comfy_tdpo.nodes.") and "needs" not in name]:
+        del sys.modules[name]  # as at a start
+    return await (await comfy_tdpo.nodes.comfy_entrypoint()).get_node_list()
+
+
 # --- what is refused
 
 
@@ -441,12 +676,6 @@ def broken(network: nn.Module, name: str) -> None:
         network.get_parameter(name).view(-1)[1] = torch.nan
 
 
-class Coded(Tensor):
-    """As a later ComfyUI's QuantizedTensor, as far as it is asked before it is refused."""
-
-    _layout_cls = "TensorCoreFP8Layout"
-
-
 def damaged() -> dict[str, str]:
     """What a user reads who wires in weights that are NaN, or no numbers."""
     from comfy_tdpo.trainer.config import make_config
@@ -467,7 +696,7 @@ def damaged() -> dict[str, str]:
     def coded(model, network) -> None:
         layer = network.out[2]
         del layer.weight
-        layer.weight = nn.Parameter(Coded(torch.zeros(4, 4)), requires_grad=False)
+        layer.weight = nn.Parameter(Coded(torch.zeros(4, 4), 1.0, "TensorCoreNVFP4Layout"), requires_grad=False)
 
     def bytes_(model, network) -> None:
         network.out[2].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
@@ -496,6 +725,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
     questions |= {"baked": baked, "blended": blended, "decoders": decoders, "thread": thread}
-    questions |= {"syntax": syntax, "weights": weights}
+    questions |= {"syntax": syntax, "weights": weights, "quantised": quantised, "scaled": scaled, "needs": needs_}
     with torch.no_grad():
         print(json.dumps(questions[QUESTION](*FILES)))

@@ -10,12 +10,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfyui
 import pytest
-from comfyui import ROOT, Server
+from backends import FRONTEND, ROOT
+from comfyui import Server
 from PIL import Image
 
 WEB = ROOT / "nodes" / "web"
@@ -394,6 +395,7 @@ LOOK_AT = """async (type) => {
   canvas.ds.offset = [60 - node.pos[0], 100 - node.pos[1]];
   canvas.setDirty(true, true);
 }"""
+RUN_BUTTON = "button[data-testid=queue-button], [data-testid=queue-button] button"  # around it until 1.28 or later
 CHANGE = """(values) => {
   for (const { widgets } of window.app.graph.nodes)
     for (const widget of widgets ?? []) if (widget.name in values) widget.value = values[widget.name];
@@ -419,11 +421,32 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
+FRONTENDS = {"bundled": (), "newest": ("--front-end-root", str(FRONTEND))}
+no_newest = pytest.mark.skipif(not FRONTEND.is_dir(), reason=f"no newest frontend: {FRONTEND} is missing")
+
+
+def shown_by(frontend: str, renderer: str) -> Any:
+    """A parameter: which frontend shows the nodes, and how."""
+    marks = no_newest if frontend == "newest" else ()
+    return pytest.param((frontend, renderer), id=f"{frontend}-{renderer}", marks=marks)
+
+
+NEWEST = [shown_by("newest", renderer) for renderer in RENDERERS]
+
+
 @pytest.fixture(scope="module")
-def server(browser, tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("frontend"))
+def servers(browser, tmp_path_factory) -> Iterator[Callable[[str], Server]]:
+    """A frontend -> the server with it, one for all tests."""
+    started: dict[str, Server] = {}
+
+    def server(frontend: str) -> Server:
+        if frontend not in started:
+            started[frontend] = Server(tmp_path_factory.mktemp("frontend"), flags=FRONTENDS[frontend])
+        return started[frontend]
+
     yield server
-    server.end()
+    for server in started.values():
+        server.end()
 
 
 class Tab:
@@ -481,8 +504,10 @@ def screenshot(tab: Tab, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("renderer", RENDERERS)
-def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, server, renderer):
+@pytest.mark.parametrize("shown", [shown_by("bundled", "LiteGraph"), shown_by("bundled", "Vue"), *NEWEST])
+def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, servers, shown):
+    frontend, renderer = shown
+    server = servers(frontend)
     tab = Tab(browser, server, **{"Comfy.VueNodes.Enabled": RENDERERS[renderer]})
     page = tab.page
     tab.open()
@@ -494,12 +519,12 @@ def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, server, re
     page.evaluate(CHANGE, SMALL | {"run_name": renderer})
     tab.look_at_train()
 
-    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    page.locator(RUN_BUTTON).first.click()
     first = tab.wait_for_epochs(2)
     tab.wait_for_epochs(first + 2)
     assert tab.state == "Training"
     assert page.locator(".tdpo-samples img").last.get_attribute("alt").startswith("Sample images ")
-    screenshot(tab, f"{renderer}-training")
+    screenshot(tab, f"{frontend}-{renderer}-training")
 
     page.reload()
     page.wait_for_function(READY)
@@ -515,7 +540,7 @@ def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, server, re
     tab.wait_for_state("Stopped")
     assert not page.get_by_role("button", name="Stop", exact=True).is_visible()
     assert "Stopped after epoch" in page.locator(".tdpo-message").text_content()
-    screenshot(tab, f"{renderer}-stopped")
+    screenshot(tab, f"{frontend}-{renderer}-stopped")
     assert server.status(renderer)["state"] == "stopped"
     assert tab.problems == []
     page.close()
@@ -547,16 +572,35 @@ def graph_of(*nodes: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def shared_tab(browser, server) -> Iterator[Tab]:
-    tab = Tab(browser, server, **{"Comfy.VueNodes.Enabled": False})
-    tab.open()
+def tabs(browser, servers) -> Iterator[Callable[[str, str], Tab]]:
+    """A frontend and how it shows nodes -> its page, one for all tests."""
+    opened: dict[tuple[str, str], Tab] = {}
+
+    def tab(frontend: str, renderer: str) -> Tab:
+        if (frontend, renderer) not in opened:
+            tab = Tab(browser, servers(frontend), **{"Comfy.VueNodes.Enabled": RENDERERS[renderer]})
+            tab.open()
+            opened[frontend, renderer] = tab
+        return opened[frontend, renderer]
+
     yield tab
-    tab.page.close()
+    for tab in opened.values():
+        tab.page.close()
+
+
+@pytest.fixture
+def shared_tab(tabs, request) -> Tab:
+    return tabs(*getattr(request, "param", ("bundled", "LiteGraph")))
+
+
+# For tests of what a later frontend could change
+in_each = pytest.mark.parametrize("shared_tab", [shown_by("bundled", "LiteGraph"), *NEWEST], indirect=True)
 
 
 @pytest.fixture
 def tab(shared_tab) -> Iterator[Tab]:
     """A page whose server knows the runs in `tab.told`, and fails while `tab.down`."""
+    shared_tab.problems.clear()
     shared_tab.told, shared_tab.down, shared_tab.asked, shared_tab.epochs = [dict(TOLD)], False, [], EPOCHS
 
     def answer(route: Any) -> None:
@@ -610,6 +654,7 @@ def test_before_any_run_there_is_a_quiet_hint(tab):
     assert not tab.page.locator(".tdpo-body").is_visible()
 
 
+@in_each
 def test_what_is_seen_of_a_run(tab):
     show(tab)
     tab.wait_for_epochs(6)
@@ -628,6 +673,7 @@ def test_what_is_seen_of_a_run(tab):
     assert tab.page.locator(".tdpo-chart").get_attribute("aria-label").startswith("training reward r: 5.20 in epoch 1")
     bars = tab.page.get_by_role("progressbar").evaluate_all("(bars) => bars.map((bar) => bar.ariaValueNow)")
     assert bars == ["60", "50"]
+    assert tab.problems == []
 
 
 def test_the_epochs_that_overoptimise_are_shaded(tab):
@@ -824,6 +870,50 @@ def test_each_node_shows_its_own_run_and_a_copy_none(tab):
     assert sorted(names) == ["", "a", "b"]
 
 
+WIRE = """() => {
+  const { graph } = window.app;
+  const source = window.LiteGraph.createNode("PrimitiveString");
+  graph.add(source);
+  const train = graph.nodes.find((node) => node.type === "TDPOTrain");
+  source.connect(0, train, train.inputs.findIndex((input) => input.name === "run_name"));
+}"""
+
+
+@in_each
+def test_a_name_on_a_wire_is_not_the_one_in_the_widget(tab):
+    """A finished run of another name than the widget's is not shown, unless a wire decides about the name."""
+    finished = {"id": "wired", "node": "7", "state": "finished"}
+    tab.told = [TOLD | finished]
+    show(tab, train_node(7))
+    assert tab.page.locator(".tdpo-hint").is_visible()
+    tab.page.evaluate(WIRE)
+    tell(tab, **finished)
+    assert tab.page.locator(".tdpo-run").get_attribute("title") == "wired"
+
+
+SPY = """() => {
+  const { graph } = window.app;
+  const slot = Object.getPrototypeOf(graph.nodes[0].inputs[0]);
+  const link = Object.getOwnPropertyDescriptor(slot, "link");
+  window.readers = [];
+  const get = function () { window.readers.push(new Error().stack); return link.get.call(this); };
+  Object.defineProperty(slot, "link", { ...link, get });
+  graph.nodes[0].inputs[0].link;
+}"""
+
+
+@pytest.mark.parametrize("shared_tab", NEWEST, indirect=True)
+def test_the_pack_reads_nothing_that_is_deprecated(tab):
+    """The frontend warns once a page, whoever is the first to read it, and does so itself: so each reader is noted."""
+    show(tab)
+    tab.page.evaluate(SPY)
+    show(tab)
+    tell(tab, epoch=7)
+    readers = tab.page.evaluate("() => window.readers")
+    assert readers and [stack for stack in readers if "tdpo" in stack] == []
+
+
+@in_each
 def test_what_a_node_shows_is_not_part_of_prompt_or_workflow(tab):
     show(tab)
     inputs = tab.page.evaluate("async () => Object.keys((await window.app.graphToPrompt()).output[1].inputs)")
@@ -831,8 +921,10 @@ def test_what_a_node_shows_is_not_part_of_prompt_or_workflow(tab):
     assert "tdpo_live" not in inputs and "run_name" in inputs
     assert len(values) == 16  # the fifteen widgets of the schema, and ComfyUI's own behind the seed
     assert values[12] == "fixed"
+    assert tab.problems == []
 
 
+@in_each
 def test_a_node_in_a_subgraph_shows_its_run(tab):
     tab.told[0] |= {"node": "12:3"}
     show(tab, train_node(3), train_node(4, 650))
@@ -850,6 +942,7 @@ def test_a_node_in_a_subgraph_shows_its_run(tab):
     tab.page.evaluate("() => window.app.canvas.setGraph(window.app.graph.rootGraph ?? window.app.graph)")
 
 
+@in_each
 def test_events_move_it_and_a_removed_node_no_longer_listens(tab):
     show(tab)
     tab.wait_for_epochs(6)
@@ -887,6 +980,7 @@ def test_a_server_that_went_away_is_told_and_one_that_is_back_is_asked(tab):
     assert not tab.page.locator(".tdpo-problem").is_visible()
 
 
+@in_each
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "workflows").glob("*.json")))
 def test_a_workflow_opens_without_a_complaint_and_is_saved_as_it_was(shared_tab, name):
     shared_tab.problems.clear()

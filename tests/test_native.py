@@ -1,29 +1,37 @@
 """Native models of ComfyUI and ours are the same; checked under the Python of a real ComfyUI, where there is one."""
 
+from types import SimpleNamespace
+
 import comfyui
 import pytest
 import torch
-from comfyui import ask
+from backends import EACH, ask
 from safetensors.torch import load_file, save_file
 
 from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.lora import UNetLora
+from comfy_tdpo.nodes.comfy.weights_in import layout_of
 from comfy_tdpo.shapes import WORLD
 
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
 
 
+in_each = pytest.mark.parametrize("backend", EACH)
+
+
+@in_each
 @pytest.mark.parametrize("part", ["text", "native unet", "unet from native", "decoder", "native vae", "alpha_bar"])
-def test_shapes_is_the_same_inside_and_outside_of_comfyui(part):
+def test_shapes_is_the_same_inside_and_outside_of_comfyui(part, backend):
     # float32 of size up to 5 through some twenty layers, in another order: measured 1e-6, with other group norms 0.7
-    assert ask("shapes")[part] <= 1e-5
-    assert ask("shapes")["scale of the output"] > 1
+    assert ask("shapes", backend=backend)[part] <= 1e-5
+    assert ask("shapes", backend=backend)["scale of the output"] > 1
 
 
+@in_each
 @pytest.mark.parametrize("kind", ["KL", "KL in bf16", "TAESD"])
-def test_the_copy_of_a_decoder_asks_nothing_of_comfyui(kind):
+def test_the_copy_of_a_decoder_asks_nothing_of_comfyui(kind, backend):
     """It runs on the training thread, where a question takes the user's Cancel from the executor."""
-    found = ask("decoders")
+    found = ask("decoders", backend=backend)
     assert found[f"{kind}, layers of ComfyUI"] == 0
     # attention in another order, in float32, and by two units of bf16 at 1
     assert found[kind] <= (1e-6 if kind != "KL in bf16" else 2**-6)
@@ -68,11 +76,12 @@ def lora_file(tmp_path_factory) -> str:
     return str(path)
 
 
+@in_each
 @pytest.mark.parametrize("by", ["Apply", "diffusers", "baked in"])
-def test_a_lora_is_the_same_whoever_applies_it(lora_file, by):
+def test_a_lora_is_the_same_whoever_applies_it(lora_file, by, backend):
     # float32 again; the LoRA is added to the weights here and to the activations there
-    assert ask("lora", lora_file)[by] <= 1e-5
-    assert ask("lora", lora_file)["what it changes"] > 0.1
+    assert ask("lora", lora_file, backend=backend)[by] <= 1e-5
+    assert ask("lora", lora_file, backend=backend)["what it changes"] > 0.1
 
 
 def test_a_baked_strength_is_that_strength_in_comfyui(lora_file, tmp_path):
@@ -86,10 +95,11 @@ def test_a_baked_strength_is_that_strength_in_comfyui(lora_file, tmp_path):
     assert found["what strength changes"] > 0.02
 
 
+@in_each
 @pytest.mark.parametrize("schedule", ["linear", "power_2", "step_0.6", "until_0.5"])
-def test_a_blended_lora_has_at_each_step_the_strength_of_its_schedule(lora_file, schedule):
+def test_a_blended_lora_has_at_each_step_the_strength_of_its_schedule(lora_file, schedule, backend):
     """Every step of a real sampling, against the LoRA in the weights at the strength of that step; one pass a step."""
-    found = ask("blended", lora_file)
+    found = ask("blended", lora_file, backend=backend)
     assert (found[f"{schedule}, first step is the base's"] == 0) == (schedule != "until_0.5")
     assert found[f"{schedule}, passes"] == 10, "one pass a step, for both halves of the guidance"
     # float32 of latents up to 15, beyond what 0.15 steps more or less make
@@ -99,6 +109,63 @@ def test_a_blended_lora_has_at_each_step_the_strength_of_its_schedule(lora_file,
 
 def test_a_models_name_tells_it_from_others(lora_file):
     assert ask("lora", lora_file)["names differ"] and ask("lora", lora_file)["names repeat"]
+
+
+# --- weights that are kept in another form than they stand for: exact, as a float8 code times a float32 has one value
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "coded",
+        "copied",
+        "converted by its layer",
+        "with a LoRA",
+        "patched meanwhile",
+        "absent from the file",
+        "read-only",
+    ],
+)
+def test_a_weight_is_read_whatever_comfyui_keeps_it_as(form):
+    assert ask("quantised")[form] == 0
+
+
+@in_each
+@pytest.mark.parametrize("form", ["plain", "with a LoRA", "while loaded"])
+def test_float8_with_scales_is_multiplied_out(form, backend):
+    """In the layers of each version, with a LoRA on the MODEL or not, and while ComfyUI has it patched in."""
+    found = ask("scaled", backend=backend)
+    assert found[form] == 0 and found["the codes are as before"]
+    # float32 through some hundred layers, in another order; codes alone would be a thousand times larger
+    assert found["unet from native"] <= 1e-5 and found["scale of the output"] > 1
+
+
+@in_each
+def test_the_name_of_a_quantised_model_is_that_of_its_values(backend):
+    """It is the same while a LoRA is patched in, and another with other scales."""
+    assert ask("scaled", backend=backend)["name"] and ask("scaled", backend=backend)["name while loaded"]
+    found = ask("quantised")
+    assert found["name"] and found["name while patched"] and found["name by the scale"]
+
+
+def test_a_kind_is_known_by_its_name_of_late_2025_too():
+    assert [layout_of(SimpleNamespace(**{name: "A"})) for name in ("_layout_cls", "_layout_type")] == ["A", "A"]
+    assert layout_of(torch.zeros(1)) == ""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("TensorCoreNVFP4Layout", "is stored as TensorCoreNVFP4Layout; expected weights in fp32, fp16, bf16 or float8"),
+        ("TensorCoreMXFP8Layout", "is stored as TensorCoreMXFP8Layout; expected weights in fp32"),
+        ("TensorWiseINT8Layout", "is stored as TensorWiseINT8Layout; expected weights in fp32"),
+        ("float8 of another loader", "is stored as float8 with a scale_weight that only its own loader can apply"),
+        ("TensorCoreFP8E5M2Layout", "was not refused"),
+        ("float8", "was not refused"),
+    ],
+)
+def test_which_forms_are_refused(what, message):
+    assert message in ask("quantised")[what]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +199,7 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(what, message):
             "got a CLIP whose weight clip_l.transformer.text_model.final_layer_norm.weight holds",
         ),
         ("NaN in the VAE", "got a VAE whose weight decoder.conv_in.weight holds NaN or infinity (1 of"),
-        ("quantised", "got a MODEL that is quantised: out.2.weight is stored as TensorCoreFP8Layout; expected weights"),
+        ("quantised", "got a MODEL that is quantised: out.2.weight is stored as TensorCoreNVFP4Layout; expected"),
         ("integers", "got a MODEL that is quantised: out.2.weight is stored as uint8; expected weights in fp32"),
         ("as it is", "was not refused"),
         ("NaN in the VAE's encoder", "was not refused"),  # it only decodes

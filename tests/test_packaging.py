@@ -28,8 +28,8 @@ ARROW = {
     "nodes/comfy": {"comfy_tdpo", "trainer", "nodes/runs", "nodes/comfy", "comfy_api", "ComfyUI"},
     "nodes": {"comfy_tdpo", "trainer", "nodes/runs", "nodes/comfy", "nodes", "comfy_api"},
 }
-COMFYUI = {"comfy", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras"}
-COMFYUI |= {"execution", "folder_paths", "nodes", "server"}
+COMFYUI = {"comfy", "comfy_api", "comfy_compatibility", "comfy_config", "comfy_execution", "comfy_extras"}
+COMFYUI |= {"execution", "folder_paths", "nodes", "server", "utils"}
 COMFYUI |= {"aiohttp"}  # which its server is made of
 
 # import name -> distribution, where the two differ.

@@ -13,7 +13,8 @@ import comfyui
 import psutil
 import pytest
 import standin
-from comfyui import PYTHON, ROOT, Server
+from backends import OLDEST, ROOT
+from comfyui import Server
 from PIL import Image
 from test_node_schemas import NODES
 
@@ -265,7 +266,7 @@ def test_those_for_stable_diffusion_run(server, monkeypatch):
     (loader,) = nodes_of(load(SD15[0]), "CheckpointLoaderSimple")
     path = folder / loader["widgets_values"][0]
     script = MAKE_CHECKPOINT.format(root=str(ROOT), benchmarks=str(ROOT / "benchmarks"), path=str(path))
-    subprocess.run([PYTHON, "-c", script], check=True)
+    subprocess.run([OLDEST.python, "-c", script], check=True)
     rewards = server.base / "models" / "tdpo_rewards"
     make_reward_files(rewards)
     small = {

@@ -58,7 +58,8 @@ def _after_clearing(factory: TrainingFactory, device: torch.device) -> TrainingF
 
 def tell(detail: dict[str, Any]) -> None:
     """Send an event to every browser, from any thread."""
-    PromptServer.instance.send_sync("tdpo.progress", detail)
+    if not PromptServer.instance.loop.is_closed():  # as it is while ComfyUI ends, in versions that use asyncio.run
+        PromptServer.instance.send_sync("tdpo.progress", detail)
 
 
 # --- quitting ---------------------------------------------------------------------------------------------------------

@@ -5,21 +5,18 @@ copies belong to the caller. They are made outside of inference mode, in which C
 cannot be trained.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from comfy_tdpo.clean_text import one_line
 from comfy_tdpo.models.conditioning import TensorConditioning
@@ -33,9 +30,10 @@ from ...trainer.recommend.options import unseen_prompts
 from ..runs.checks import check_run
 from ..runs.prompts import Prompts
 from ..runs.settings import Wanted
+from .baked import baked_weights, model_name
 from .decoder import ComfyDecoder
 from .shapes_out import is_shapes
-from .weights_in import check_baked, check_embeds, check_plain
+from .weights_in import check_embeds, check_plain
 
 SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
 
@@ -138,48 +136,6 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
         "use_linear_projection": config.get("use_linear_in_transformer", False),
         "norm_num_groups": groups,
     }
-
-
-def baked_weights(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies of the U-Net's weights, patched in float32 as ComfyUI would patch them, in `dtype` on the CPU.
-
-    Raises:
-        ValueError: one is not finite.
-    """
-    prefix, weights = "diffusion_model.", {}
-    for key, ((weight, convert), *patches) in model.get_key_patches(prefix).items():
-        weight = weight.to("cpu", torch.float32, copy=True)
-        if convert is not None:
-            weight = convert(weight, inplace=True)
-        baked = comfy.lora.calculate_weight(patches, weight.clone(), key) if patches else weight
-        check_baked(weight, baked, dtype, key.removeprefix(prefix))
-        weights[key.removeprefix(prefix)] = baked.to(dtype)
-    return weights
-
-
-def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
-    """The name of a MODEL in a run's configuration: its family and a digest of its weights and the LoRAs on them.
-
-    It tells models apart, but no model can be loaded by it.
-    """
-    digest = hashlib.sha256()
-    for key, ((weight, _), *patches) in model.get_key_patches("diffusion_model.").items():
-        for value in _values((key, weight, patches)):
-            digest.update(value)
-    return f"comfyui:{type(model.model.model_config).__name__}:{digest.hexdigest()[:12]}"
-
-
-def _values(part: Any) -> Iterator[bytes]:
-    """What identifies a weight or a patch: the first values of each tensor, and every number."""
-    if isinstance(part, Tensor):
-        yield part.flatten()[:256].float().cpu().numpy().tobytes()
-    elif isinstance(part, list | tuple):
-        for item in part:
-            yield from _values(item)
-    elif hasattr(part, "weights"):  # of a LoRA
-        yield from _values(part.weights)
-    elif isinstance(part, int | float | str):
-        yield repr(part).encode()
 
 
 def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:

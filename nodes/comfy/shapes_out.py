@@ -1,6 +1,7 @@
 """The Shapes model as native MODEL, CLIP and VAE, for ComfyUI's own sampler, encoder and decoder."""
 
 from functools import partial
+from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management
@@ -118,13 +119,16 @@ def _native_clip(text_encoder: CLIPTextModel) -> comfy.sd.CLIP:
         max_length=length,
         embedding_size=config.hidden_size,
     )
-    network = partial(
-        comfy.sd1_clip.SDClipModel,
-        textmodel_json_config=config.to_dict(),
-        max_length=length,
-        special_tokens=special,
-        return_projected_pooled=False,
-    )
+    ours = {
+        "textmodel_json_config": config.to_dict(),
+        "max_length": length,
+        "special_tokens": special,
+        "return_projected_pooled": False,
+    }
+
+    def network(**given: Any) -> comfy.sd1_clip.SDClipModel:
+        return comfy.sd1_clip.SDClipModel(**(given | ours))  # some versions give a textmodel_json_config of None
+
     target = comfy.supported_models_base.ClipTarget(
         partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer),
         partial(comfy.sd1_clip.SD1ClipModel, clip_model=network),

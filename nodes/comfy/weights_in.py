@@ -1,34 +1,51 @@
-"""Checks the weights of a MODEL, CLIP or VAE: they must be finite numbers, and not quantised."""
+"""Checks the weights of a MODEL, CLIP or VAE: they must be finite, and numbers that can be read without ComfyUI."""
 
 import torch
 from torch import Tensor, nn
 
 from comfy_tdpo.models.weights import is_finite
 
+# ComfyUI's names for float8 with one scale; others are refused by their names, such as TensorCoreNVFP4Layout
+FLOAT8_LAYOUTS = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M2Layout")
 ENCODER = ("encoder.", "taesd_encoder.", "quant_conv.")  # of a VAE; undefined if its file has no encoder
 
 
 def check_plain(network: nn.Module) -> None:
-    """Raise ValueError, which names the weight, if a MODEL's network is quantised in a way that only ComfyUI can undo.
+    """Raise ValueError, which names the weight, if a MODEL's network is quantised in a way that cannot be undone.
 
-    float8 is accepted: its values are ordinary numbers, and ComfyUI multiplies them by their scales, if there are any.
+    float8 is accepted: its values are ordinary numbers, which are multiplied by their scales, if there are any.
     """
-    for name, weight in [*network.named_parameters(), *network.named_buffers()]:
-        if how := _quantised(name, weight):
-            raise ValueError(
-                f"got a MODEL that is quantised: {name} is stored as {how}; expected weights in fp32, fp16, bf16 or "
-                "float8: load the fp16 or bf16 version of its checkpoint"
-            )
+    for path, module in network.named_modules():
+        for name, weight in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if how := _quantised(module, name, weight):
+                raise ValueError(
+                    f"got a MODEL that is quantised: {path}.{name} is stored as {how}; expected weights in fp32, fp16, "
+                    "bf16 or float8: load the fp16 or bf16 version of its checkpoint"
+                )
 
 
-def _quantised(name: str, weight: Tensor) -> str:
-    if layout := getattr(weight, "_layout_cls", None):  # of ComfyUI's QuantizedTensor, whatever its dtype says
-        return getattr(layout, "__name__", str(layout))
+def _quantised(module: nn.Module, name: str, weight: Tensor) -> str:
+    if layout := layout_of(weight):
+        return "" if layout in FLOAT8_LAYOUTS else layout
     if kind := getattr(weight, "tensor_type", None):  # of the GGUF nodes
         return f"GGUF {getattr(kind, 'name', kind)}"
     if name.endswith(("weight", "bias")) and not weight.is_floating_point():
         return str(weight.dtype).removeprefix("torch.")
-    return ""
+    return _scaled_elsewhere(module) if name == "weight" and weight.element_size() == 1 else ""
+
+
+def layout_of(weight: Tensor) -> str:
+    """The kind of a QuantizedTensor of ComfyUI, whatever its dtype says; empty for any other tensor."""
+    layout = getattr(weight, "_layout_cls", None) or getattr(weight, "_layout_type", "")  # the latter in late 2025
+    return getattr(layout, "__name__", str(layout))
+
+
+def _scaled_elsewhere(module: nn.Module) -> str:
+    """What a layer's float8 codes need that ComfyUI's `convert_weight` would not give them; empty if nothing."""
+    if hasattr(module, "convert_weight"):
+        return ""
+    scales = [name for name in ("scale_weight", "weight_scale") if getattr(module, name, None) is not None]
+    return f"float8 with a {scales[0]} that only its own loader can apply" if scales else ""
 
 
 def check_baked(wire_weight: Tensor, baked: Tensor, dtype: torch.dtype, name: str) -> None:

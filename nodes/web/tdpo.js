@@ -104,7 +104,8 @@ class LiveView {
 /** The name of the node's run; null if it comes from a wire. */
 function runName(node) {
   const isRunName = ({ name }) => name === "run_name";
-  if (node.inputs?.find(isRunName)?.link != null) return null;
+  const input = node.inputs?.findIndex(isRunName) ?? -1;
+  if (input >= 0 && node.isInputConnected(input)) return null;
   return node.widgets?.find(isRunName)?.value ?? null;
 }
 

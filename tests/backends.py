@@ -1,0 +1,75 @@
+"""The versions of ComfyUI that tests run against: where they lie, how they start, and what they answer."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A checkout of ComfyUI with an environment `.venv` in it.
+
+    start: what starts its server, up to the folder for everything that it writes; flags: what else it needs.
+    asks: whether each of its layers looks for a Cancel.
+    """
+
+    name: str
+    checkout: Path
+    start: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    asks: bool = field(kw_only=True)
+
+    @property
+    def python(self) -> Path:
+        return self.checkout / ".venv" / "bin" / "python"
+
+    @property
+    def missing(self) -> str:
+        """Why its tests are skipped; empty if it is there."""
+        return f"no ComfyUI {self.name} with an environment: {self.python} is missing" * (not self.python.exists())
+
+    def command(self, base: Path) -> list[str]:
+        return [str(self.python), *self.start, str(base), *self.flags]
+
+
+def _checkout(variable: str, name: str) -> Path:
+    return Path(os.environ.get(variable, Path.home() / "comfy" / name))
+
+
+OLDEST = Backend("0.3.64", _checkout("COMFYUI_PATH", "ComfyUI"), ("main.py", "--base-directory"), asks=False)
+# A fork of 0.10 that can be installed as a package; as such it also loads node packs, and lists files it could download
+NEWER = Backend(
+    "0.10",
+    _checkout("COMFYUI_NEWER_PATH", "ComfyUI-0.10"),
+    ("-m", "comfy.cmd.main", "--cwd"),
+    ("--disable-known-models",),
+    asks=True,
+)
+BACKENDS = (OLDEST, NEWER)
+# The newest frontend, unpacked from its wheel; each of them comes with one of its own
+FRONTEND = _checkout("COMFYUI_FRONTEND_PATH", "frontend-1.58")
+
+# For `parametrize`: each of them, skipped where it is not there
+EACH = [
+    pytest.param(backend, id=backend.name, marks=pytest.mark.skipif(bool(backend.missing), reason=backend.missing))
+    for backend in BACKENDS
+]
+
+
+@cache
+def ask(*question: str, backend: Backend = OLDEST) -> dict[str, Any]:
+    """What inside_comfyui.py answers under ComfyUI's own Python."""
+    command = [backend.python, ROOT / "tests" / "inside_comfyui.py", backend.checkout, *question]
+    with TemporaryDirectory() as folder:
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
