@@ -579,10 +579,12 @@ def scale_entries(name: str, scale: Tensor) -> dict[str, Tensor]:
 
 def needs_() -> dict[str, Any]:
     """What of the list is not here, which of its calls would be refused, and what a start says that lacks something."""
+    from execution import PromptQueue
     from server import PromptServer
 
     told = MethodType(PromptServer.send_sync, object())
-    PromptServer.instance = SimpleNamespace(loop=None, routes=RouteTableDef(), send_sync=told)
+    queue = SimpleNamespace(set_flag=MethodType(PromptQueue.set_flag, object()))
+    PromptServer.instance = SimpleNamespace(loop=None, routes=RouteTableDef(), send_sync=told, prompt_queue=queue)
     return {
         "missing": needs.missing_names(),
         "calls refused": [line for line in needs.NEEDS.split("\n") if "(" in line and not is_taken(line)],

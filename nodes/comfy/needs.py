@@ -70,6 +70,7 @@ comfy_api.latest.io.ComfyNode
 comfy_api.latest.io.Custom(_)
 comfy_api.latest.io.Float.Input(_, default=_, min=_, max=_, step=_, round=_, tooltip=_)
 comfy_api.latest.io.Float.Output(_, display_name=_, is_output_list=_, tooltip=_)
+comfy_api.latest.io.Hidden.extra_pnginfo
 comfy_api.latest.io.Hidden.unique_id
 comfy_api.latest.io.Image.Input(_, tooltip=_)
 comfy_api.latest.io.Image.Output(_, display_name=_, tooltip=_)
@@ -90,6 +91,7 @@ folder_paths.get_full_path(_, _)
 folder_paths.get_output_directory()
 folder_paths.models_dir
 server.PromptServer.instance.loop
+server.PromptServer.instance.prompt_queue.set_flag(_, _)
 server.PromptServer.instance.routes
 server.PromptServer.instance.send_sync(_, _)
 """  # noqa: E501
