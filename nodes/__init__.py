@@ -12,6 +12,7 @@ async def comfy_entrypoint():
     from .reward_model import RewardModel
     from .score_images import ScoreImages
     from .shapes_model import ShapesModel
+    from .taste import Taste
     from .temporal_critic import TemporalCritic
     from .train import Train
 
@@ -20,6 +21,6 @@ async def comfy_entrypoint():
 
     class Extension(ComfyExtension):
         async def get_node_list(self) -> list[type[io.ComfyNode]]:
-            return [RewardModel, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]
+            return [RewardModel, Taste, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]
 
     return Extension()

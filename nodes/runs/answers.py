@@ -1,11 +1,13 @@
-"""Answers to HTTP requests about runs: a status code, and JSON or a picture."""
+"""Answers to HTTP requests about runs and tastes: a status code, and JSON or a picture."""
 
 from collections.abc import Callable
 from typing import Any
 
 from .registry import NoSuchRun, NotRunning, Runs
+from .tastes import NoSuchTaste, tastes_beside
+from .voting import add_vote, parsed
 
-STATUS = {NoSuchRun: 404, NotRunning: 409}
+STATUS = {NoSuchRun: 404, NoSuchTaste: 404, NotRunning: 409}
 
 
 def answer(runs: Runs, ask: Callable[[], Any]) -> tuple[int, Any]:
@@ -34,6 +36,14 @@ def picture(runs: Runs, name: str, which: str) -> tuple[int, Any]:
 
 def stop(runs: Runs, name: str) -> tuple[int, Any]:
     return answer(runs, lambda: runs.stop(runs.find(name)))
+
+
+def taste(runs: Runs, name: str) -> tuple[int, Any]:
+    return answer(runs, lambda: tastes_beside(runs).status(name))
+
+
+def vote(runs: Runs, name: str, body: str) -> tuple[int, Any]:
+    return answer(runs, lambda: add_vote(tastes_beside(runs), runs, name, parsed(body)))
 
 
 def _epoch(text: str) -> int:

@@ -6,6 +6,7 @@ from ...trainer.job import ENDED
 from ...trainer.recommend.files import is_current
 from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
+from ...trainer.run.tastes import changed_tastes
 from .combos import AS_IT_IS, NEW, RECOMMENDED
 from .names import check_run_name, later_name
 from .registry import Runs
@@ -31,6 +32,11 @@ def choose(runs: Runs, name: str, resume: str, config: TrainConfig, prompts: lis
                 f"run {name!r} was started with other settings: {changed}; change that back to resume it, set resume "
                 f"to '{NEW}' to start {later_name(name, 2)!r}, or choose another run name"
             )
+        if is_done(run, config) and (voted := changed_tastes(run, config)):
+            raise ValueError(
+                f"run {name!r} has finished, and {voted}; set resume to '{NEW}' to train on the votes of now, or to "
+                f"'{AS_IT_IS}' to use the run"
+            )
     return run
 
 
@@ -41,7 +47,8 @@ def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: list[st
         number += 1
     if number > 1:
         last = runs.folder(later_name(name, number - 1))
-        if is_blank(runs, last) or (_is_settled(runs, last) and not difference(last, config, prompts)):
+        same = not difference(last, config, prompts) and not changed_tastes(last, config)
+        if is_blank(runs, last) or (_is_settled(runs, last) and same):
             return last
     return runs.folder(later_name(name, number))
 

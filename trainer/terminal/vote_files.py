@@ -17,8 +17,6 @@ from PIL import Image
 
 from comfy_tdpo.user_files import read_text
 
-COLUMNS = ("image", "rating", "prompt")
-
 
 @dataclass(frozen=True)
 class Opinion:
@@ -78,8 +76,8 @@ def _rows(text: str) -> list[tuple[str, str, str, str]]:
             if row and len(row) != len(columns):
                 raise ValueError(f"has {len(row)} fields in line {reader.line_num}; expected {len(columns)}")
             if row:
-                named = dict(zip(columns, row, strict=True))
-                rows.append((f"line {reader.line_num}", *(named.get(name, "").strip() for name in COLUMNS)))
+                named = dict(zip(columns, map(str.strip, row), strict=True))
+                rows.append((f"line {reader.line_num}", named["image"], named["rating"], named.get("prompt", "")))
     except csv.Error as error:
         raise ValueError(
             f"cannot be parsed at line {reader.line_num}: {error}; put double quotes around texts"
