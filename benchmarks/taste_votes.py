@@ -3,8 +3,9 @@
 Simulated artists vote on pictures that the base model of Shapes draws for its training prompts. What an artist truly
 prefers is a function that the taste does not see; the taste reads pictures by encoder A. Three kinds of artist:
 
-- visible: the share of the picture that the shapes cover, and how warm their colours are (red against blue), measured
-  on the pixels by a program; whether more or less of each is liked is drawn by the seed;
+- visible: the share of the picture that the shapes cover, and how bright its ground is, measured on the pixels by a
+  program; whether more or less of each is liked is drawn by the seed. Most prompts leave both open, so that a model can
+  give the artist what the prompt allows;
 - hidden: a random direction in the embedding space of encoder B, that of shapes-judge;
 - both: the visible parts, and the hidden one at half their weight. Each part is in its standard deviation.
 
@@ -128,8 +129,8 @@ class Artist:
 
     @torch.no_grad()
     def _parts(self, images: Tensor) -> Tensor:
-        """Coverage, warmth and the hidden part, (B, 3)."""
-        visible = torch.stack([covered(images), warmth(images)], dim=1).double() * self.signs
+        """Coverage, brightness and the hidden part, (B, 3)."""
+        visible = torch.stack([covered(images), brightness(images)], dim=1).double() * self.signs
         return torch.cat([visible, (self.judge.embed(images).double() @ self.direction)[:, None]], dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -139,21 +140,19 @@ class Artist:
         """Only pictures count."""
 
 
-def figures(images: Tensor) -> Tensor:
-    """1 where a pixel differs from the ground, which is the median of the border's pixels, else 0: (B, H, W)."""
+def ground(images: Tensor) -> Tensor:
+    """The median of the border's pixels, (B, 3, 1, 1)."""
     border = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=-1)
-    ground = border.median(-1).values[..., None, None]
-    return ((images - ground).abs().amax(1) > 0.2).float()
+    return border.median(-1).values[..., None, None]
 
 
 def covered(images: Tensor) -> Tensor:
-    return figures(images).mean((1, 2))
+    """The share of pixels that differ from the ground."""
+    return ((images - ground(images)).abs().amax(1) > 0.2).float().mean((1, 2))
 
 
-def warmth(images: Tensor) -> Tensor:
-    """Red minus blue, the mean over the figures' pixels."""
-    figure = figures(images)
-    return ((images[:, 0] - images[:, 2]) * figure).sum((1, 2)) / figure.sum((1, 2)).clamp(min=1)
+def brightness(images: Tensor) -> Tensor:
+    return ground(images).mean((1, 2, 3))
 
 
 # --- votes ------------------------------------------------------------------------------------------------------------

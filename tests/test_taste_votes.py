@@ -118,7 +118,9 @@ def test_a_line_that_is_no_vote_is_one_sentence_with_its_number(taste, line, com
     taste.append(VOTES[:1])
     with (taste.path / "votes.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(ValueError, match=rf"votes '.*votes.jsonl', line 2: .*{complaint}.*; correct or remove") as error:
+    with pytest.raises(
+        ValueError, match=rf"votes '.*votes.jsonl', line 2: .*{complaint}.*; correct or remove"
+    ) as error:
         taste.votes()
     assert "\n" not in str(error.value)
 
