@@ -9,7 +9,16 @@ import pytest
 from comfyui import Events, Server, apply_graph, sample_graph, train_graph, wait_until
 from safetensors.torch import load_file, save_file
 
-NODES = ["RewardModel", "TemporalCritic", "Train", "NeuronInspector", "ApplyLoRA", "ScoreImages", "ShapesModel"]
+NODES = [
+    "RewardModel",
+    "Taste",
+    "TemporalCritic",
+    "Train",
+    "NeuronInspector",
+    "ApplyLoRA",
+    "ScoreImages",
+    "ShapesModel",
+]
 
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
 
