@@ -246,8 +246,8 @@ def head(command: str) -> list[str]:
         f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python "
         f"{platform.python_version()}, torch {torch.__version__}. Rank correlation (Spearman) of the taste with the "
         f"true preference, on {FRESH} fresh pictures of prompts that were not voted on: mean over {len(SEEDS)} seeds "
-        "with the 95 % interval of the mean, and the lowest. Every seed is another artist with other votes. The benchmark's "
-        "docstring says what the artists prefer and how noisy their votes are.",
+        "with the 95 % interval of the mean, and the lowest. Every seed is another artist with other votes. The "
+        "benchmark's docstring says what the artists prefer and how noisy their votes are.",
         "",
         "| artist | votes | kind | rank correlation | lowest | pairs right | expected |",
         "|---|---|---|---|---|---|---|",

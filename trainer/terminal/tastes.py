@@ -4,6 +4,7 @@ The settings keep the name and, apart from it, the path: `taste:tastes/mine` bec
 `reward_weights taste:mine=/.../tastes/mine`.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def taste_path(text: str) -> Path:
     path = user_path(text)
     if path.name == VOTES:
         return path.parent
-    return TASTES / path if len(path.parts) == 1 and not path.exists() else path
+    is_name = not {"/", os.sep} & set(text)
+    return TASTES / path if is_name and not path.exists() else path
 
 
 class Paths:
