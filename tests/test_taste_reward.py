@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from small_rewards import save_small_weights, use_small_architectures
 from toy import timeless
 
 from comfy_tdpo.rewards import RewardModel, function, load_reward, load_rewards, score_images
 from comfy_tdpo.tastes.folder import TasteFolder
+from comfy_tdpo.tastes.names import usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb
 from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.alarm import unguarded
@@ -133,8 +135,8 @@ def test_its_path_is_kept_apart_from_its_name(taste, capsys, tmp_path, given):
 
 def test_it_may_have_any_role(taste, capsys, tmp_path):
     shutil.copytree(taste.path, tmp_path / "other")
-    flags = ["--eval-reward", "taste:dark", "--guard", "taste:other", "--critic.encoder", "taste:dark"]
-    text = printed_config(capsys, *flags, "--overoptimisation.reward", "taste:dark")
+    flags = ["--eval-reward", "taste:dark", "--guard", "taste:other", "--critic.encoder", "taste:tastes/dark"]
+    text = printed_config(capsys, *flags, "--overoptimisation.reward", "taste:./tastes/dark")
     for line in ('eval_rewards = [\n    "taste:dark"', 'guards = [\n    "taste:other"', 'encoder = "taste:dark"'):
         assert line in text
     scaled = printed_config(capsys, "--reward", "taste:dark", "--reward-scales", "taste:dark=2")
@@ -239,3 +241,18 @@ def test_where_a_taste_is_may_change_and_what_it_is_may_not(taste):
     config = {"rewards": {"taste:dark": 1.0}, "reward_weights": {"taste:dark": "/a"}, "algorithm": "tdpo-g"}
     moved = config | {"reward_weights": {"taste:dark": "/b"}}
     assert list(differences(moved, config)) == ["reward_weights"]
+
+
+def test_a_taste_of_other_pictures_reads_by_clip_from_the_files_given(tmp_path, monkeypatch):
+    use_small_architectures(monkeypatch)
+    files = {"aesthetic": save_small_weights(tmp_path / "weights")["aesthetic"]}
+    photos = TasteFolder.create(tmp_path / "photos", usual_encoder(96, 80))
+    pictures = torch.rand(6, 3, 96, 80, generator=torch.Generator().manual_seed(1))
+    photos.append([Thumb(photos.keep(picture), float(i % 2)) for i, picture in enumerate(pictures)])
+    files["taste:photos"] = str(photos.path)
+    reward, clip = load_reward("taste:photos", CPU, weights=files), load_reward("aesthetic", CPU, weights=files)
+    assert reward.encoder is clip and reward.embed_dim == clip.embed_dim
+    scores = reward.score(pictures, [""] * 6)
+    assert scores[1::2].min() > scores[::2].max(), "it has learned what it was told"
+    config = make_config("sd15", overrides={"rewards": {"taste:photos": 1.0}, "reward_weights": files})
+    assert config.reward_weights == files

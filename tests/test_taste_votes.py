@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -82,6 +83,16 @@ def test_the_last_vote_on_a_picture_counts_and_repeats_add_nothing(taste):
     assert taste.counted() == [Thumb("a.png", 0.0), Pair("b.png", "a.png")]
 
 
+def test_a_vote_waits_for_the_one_before(taste):
+    voter = threading.Thread(target=taste.append, args=(VOTES,))
+    with FileLock(taste.path / ".lock"):
+        voter.start()
+        voter.join(0.3)
+        assert voter.is_alive() and taste.votes() == []
+    voter.join(30)
+    assert taste.votes() == VOTES
+
+
 def test_many_may_vote_at_once(taste):
     def vote(voter: int) -> None:
         for i in range(10):
@@ -133,6 +144,10 @@ def test_pictures_are_kept_once_and_exactly(taste):
     assert taste.keep(picture(0)) == name != taste.keep(picture(1))
     assert torch.equal(taste.picture(name), picture(0))
     assert len(list((taste.path / "images").iterdir())) == 2, "and nothing half written"
+    levels = torch.full((3, 4, 4), 100.4)
+    levels[0] += 0.2
+    seen = taste.picture(taste.keep(levels / 255)) * 255
+    assert seen.round()[:, 0, 0].tolist() == [101, 100, 100], "rounded to the nearest level"
 
 
 def test_an_encoder_is_fixed(taste):

@@ -128,11 +128,9 @@ class TasteFolder:
 
     def keep(self, picture: Tensor) -> str:
         """Save a picture, unless the taste has it already; the name of its file."""
-        levels = (picture.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
-        digest = hashlib.sha256(repr(levels.shape).encode() + levels.tobytes()).hexdigest()
-        path = self.path / IMAGES / f"{digest[:32]}.png"
+        path = self.path / IMAGES / file_of(picture)
         if not path.exists():
-            write_safely(path, Image.fromarray(levels).save)
+            write_safely(path, Image.fromarray(_levels(picture)).save)
         return path.name
 
     def picture(self, name: str) -> Tensor:
@@ -147,6 +145,17 @@ class TasteFolder:
                 f"its votes from {VOTES}"
             ) from error
         return torch.from_numpy(levels).permute(2, 0, 1).float() / 255
+
+
+def file_of(picture: Tensor) -> str:
+    """The name of a picture's file, which derives from its pixels."""
+    levels = _levels(picture)
+    return hashlib.sha256(repr(levels.shape).encode() + levels.tobytes()).hexdigest()[:32] + ".png"
+
+
+def _levels(picture: Tensor) -> np.ndarray:
+    """Levels of 8 bits, (H, W, 3)."""
+    return (picture.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
 
 
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:

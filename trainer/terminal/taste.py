@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from comfy_tdpo.rewards import RewardError, reward_names
-from comfy_tdpo.tastes.folder import TasteFolder
+from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import name_of, usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb, Vote
 from comfy_tdpo.user_files import user_path
 
 from ..config.parsing import named_values
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
-from .image_files import check_image, read_image
+from .image_files import read_image
 from .streams import say
 from .tastes import TASTES, taste_path
 from .vote_files import Opinion, opinions_in, opinions_of
@@ -104,27 +104,32 @@ def _vote(args: argparse.Namespace) -> tuple[TasteFolder, int]:
         from comfy_tdpo.rewards.taste import check_encoder  # takes seconds to import
 
         check_encoder(args.encoder)
-    for opinion in opinions:
-        check_image(opinion.path)
     return keep_opinions(taste.path, opinions, args.encoder)
 
 
 def keep_opinions(path: Path, opinions: list[Opinion], encoder: str | None = None) -> tuple[TasteFolder, int]:
     """Add `opinions` to the taste at `path`, made if there is none; returns it, and how many votes were new."""
+    votes = _votes_of(opinions)
     taste = TasteFolder(path)
     if not taste.exists:
         encoder = encoder or usual_encoder(*read_image(opinions[0].path).shape[-2:])
     taste = TasteFolder.create(path, encoder or taste.encoder)
+    for opinion in opinions:
+        taste.keep(read_image(opinion.path)[0])
+    return taste, taste.append(votes)
+
+
+def _votes_of(opinions: list[Opinion]) -> list[Vote]:
+    """One vote per picture; ValueError if a file is no picture, or a picture has different votes."""
     votes: dict[str, tuple[Path, Thumb]] = {}
     for opinion in opinions:
-        vote = Thumb(taste.keep(read_image(opinion.path)[0]), opinion.liked, opinion.prompt)
+        vote = Thumb(file_of(read_image(opinion.path)[0]), opinion.liked, opinion.prompt)
         other, before = votes.setdefault(vote.image, (opinion.path, vote))
         if before.liked != vote.liked:
             raise ValueError(
-                f"got {opinion.path} and {other}, the same picture, with different votes; expected one: remove "
-                "the other"
+                f"got {opinion.path} and {other}, the same picture, with different votes; expected one: remove the other"
             )
-    return taste, taste.append([vote for _, vote in votes.values()])
+    return [vote for _, vote in votes.values()]
 
 
 # --- what the taste is like -------------------------------------------------------------------------------------------
