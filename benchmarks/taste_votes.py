@@ -55,6 +55,10 @@ TRAINED, SEED = 100, 1  # votes and seed of the training
 T_95 = 2.093  # Student's t with 19 degrees of freedom, for 95 % intervals of means over the seeds
 LAST = 3  # epochs whose mean is the end of the run
 TRUE = "true preference"
+UNREACHABLE = (
+    "An artist who goes by what the prompts fix, such as the colours of the shapes, gains much less: "
+    "[the log](../docs/LOG.md) has such a run."
+)
 
 
 def main() -> None:
@@ -283,7 +287,7 @@ def course(metrics: list[EpochMetrics]) -> list[str]:
         means = [line[f"{key}/mean"] for line in metrics]
         end = statistics.fmean(means[-LAST:])
         lines.append(f"| {name} | {means[0]:.3f} | {end:.3f} | {(end - means[0]) / metrics[0][f'{key}/std']:+.2f} |")
-    return lines
+    return [*lines, "", UNREACHABLE]
 
 
 if __name__ == "__main__":

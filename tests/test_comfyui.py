@@ -127,6 +127,25 @@ def test_a_run_that_was_cancelled_in_its_first_images_goes_on(server):
     assert server.status("early")["state"] == "finished"
 
 
+def test_votes_on_the_samples_of_a_run_become_a_reward(server):
+    server.run(train_graph("voted"))
+    for col, liked in enumerate((True, False)):
+        place = {"run": "voted", "epoch": server.status("voted")["samples_epoch"], "row": 0, "col": col}
+        status, told = server.post("/tdpo/tastes/mine/votes", {"picture": place, "liked": liked})
+        assert (status, told["votes"]) == (200, col + 1)
+    assert server.get("/tdpo/tastes/mine") == told
+    status, answer = server.post("/tdpo/tastes/mine/votes", {"picture": place | {"row": 9}, "liked": True})
+    assert status == 400 and "expected rows 0 to 0" in answer["error"]
+    assert server.raw("/tdpo/tastes/nobody")[0] == 404
+    graph = train_graph("on taste") | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "mine", "weight": 1.0}}}
+    server.run(graph)
+    assert server.status("on taste")["reward"] == "taste:mine"
+    assert "no guard holds it" in server.status("on taste")["message"], "tdpo-r has none"
+    assert "expected a name of 1 to 80" in server.error(
+        graph | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "../x", "weight": 1.0}}}
+    )
+
+
 def test_a_background_run_trains_while_other_graphs_sample(server):
     graph = train_graph("behind", epochs=500, mode="background") | apply_graph(run=["train", 0])
     assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet, the model is unchanged"]

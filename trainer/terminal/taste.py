@@ -127,7 +127,8 @@ def _votes_of(opinions: list[Opinion]) -> list[Vote]:
         other, before = votes.setdefault(vote.image, (opinion.path, vote))
         if before.liked != vote.liked:
             raise ValueError(
-                f"got {opinion.path} and {other}, the same picture, with different votes; expected one: remove the other"
+                f"got {opinion.path} and {other}, the same picture, with different votes; expected one: remove "
+                "the other"
             )
     return [vote for _, vote in votes.values()]
 
