@@ -137,10 +137,10 @@ def test_votes_on_the_samples_of_a_run_become_a_reward(server):
     status, answer = server.post("/tdpo/tastes/mine/votes", {"picture": place | {"row": 9}, "liked": True})
     assert status == 400 and "expected rows 0 to 0" in answer["error"]
     assert server.raw("/tdpo/tastes/nobody")[0] == 404
-    graph = train_graph("on taste") | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "mine", "weight": 1.0}}}
+    graph = train_graph("on-taste") | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "mine", "weight": 1.0}}}
     server.run(graph)
-    assert server.status("on taste")["reward"] == "taste:mine"
-    assert "no guard holds it" in server.status("on taste")["message"], "tdpo-r has none"
+    assert server.status("on-taste")["reward"] == "taste:mine"
+    assert "no guard holds it" in server.status("on-taste")["message"], "tdpo-r has none"
     assert "expected a name of 1 to 80" in server.error(
         graph | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "../x", "weight": 1.0}}}
     )
