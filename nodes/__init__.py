@@ -45,9 +45,10 @@ def _nodes() -> list[Any]:
     from .reward_model import RewardModel
     from .score_images import ScoreImages
     from .shapes_model import ShapesModel
+    from .taste import Taste
     from .temporal_critic import TemporalCritic
     from .train import Train
 
     register_rewards_folder()
     register_routes()
-    return [RewardModel, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]
+    return [RewardModel, Taste, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]

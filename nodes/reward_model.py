@@ -41,7 +41,11 @@ class RewardModel(io.ComfyNode):
                     tooltip="The reward's file in models/tdpo_rewards. auto: looks for its published name there and in "
                     "the Hugging Face cache, then downloads it. Shapes and JPEG rewards have no file.",
                 ),
-                Reward.Input("also", optional=True, tooltip="Another TDPO Reward Model; its weighted reward is added."),
+                Reward.Input(
+                    "also",
+                    optional=True,
+                    tooltip="Another TDPO Reward Model or a TDPO Taste; its weighted reward is added.",
+                ),
             ],
             outputs=[
                 Reward.Output(

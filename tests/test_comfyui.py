@@ -10,7 +10,16 @@ from backends import EACH, OLDEST, Backend, ask
 from comfyui import Events, Server, apply_graph, sample_graph, train_graph, wait_until
 from safetensors.torch import load_file, save_file
 
-NODES = ["RewardModel", "TemporalCritic", "Train", "NeuronInspector", "ApplyLoRA", "ScoreImages", "ShapesModel"]
+NODES = [
+    "RewardModel",
+    "Taste",
+    "TemporalCritic",
+    "Train",
+    "NeuronInspector",
+    "ApplyLoRA",
+    "ScoreImages",
+    "ShapesModel",
+]
 
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)
 
@@ -163,6 +172,25 @@ def test_a_run_that_was_cancelled_in_its_first_images_goes_on(server):
     assert (status["state"], status["epoch"]) == ("stopped", 0) and "saved" not in status["message"]
     server.run(train_graph("early"))
     assert server.status("early")["state"] == "finished"
+
+
+def test_votes_on_the_samples_of_a_run_become_a_reward(server):
+    server.run(train_graph("voted"))
+    for col, liked in enumerate((True, False)):
+        place = {"run": "voted", "epoch": server.status("voted")["samples_epoch"], "row": 0, "col": col}
+        status, told = server.post("/tdpo/tastes/mine/votes", {"picture": place, "liked": liked})
+        assert (status, told["votes"]) == (200, col + 1)
+    assert server.get("/tdpo/tastes/mine") == told
+    status, answer = server.post("/tdpo/tastes/mine/votes", {"picture": place | {"row": 9}, "liked": True})
+    assert status == 400 and "expected rows 0 to 0" in answer["error"]
+    assert server.raw("/tdpo/tastes/nobody")[0] == 404
+    graph = train_graph("on-taste") | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "mine", "weight": 1.0}}}
+    server.run(graph)
+    assert server.status("on-taste")["reward"] == "taste:mine"
+    assert "no guard holds it" in server.status("on-taste")["message"], "tdpo-r has none"
+    assert "expected a name of 1 to 80" in server.error(
+        graph | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "../x", "weight": 1.0}}}
+    )
 
 
 @in_each

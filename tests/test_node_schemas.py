@@ -14,6 +14,7 @@ from comfy_tdpo.trainer import config
 
 NODES = {
     "TDPORewardModel": "reward_model.RewardModel",
+    "TDPOTaste": "taste.Taste",
     "TDPOTemporalCritic": "temporal_critic.TemporalCritic",
     "TDPOTrain": "train.Train",
     "TDPONeuronInspector": "neuron_inspector.NeuronInspector",

@@ -60,6 +60,10 @@ def _command(argv: Sequence[str]) -> int:
         from .terminal.recommend import main as recommend
 
         return recommend(argv[1:])
+    if argv[:1] == ["taste"]:
+        from .terminal.taste import main as taste
+
+        return taste(argv[1:])
     args = parse(argv)
     try:
         return _print_config(args) if args.print_config else _train(args)
@@ -158,6 +162,8 @@ def _check_not_moved(run: RunFolder, config: TrainConfig) -> None:
             "NEW"
         )
     for name, path in config.reward_weights.items():
+        if run.taste(name).exists():  # the run has a copy of its own
+            continue
         if path == before.reward_weights.get(name) and _is_lost(path):
             raise ValueError(
                 f"the weights of reward {name!r} of this run, {path!r}, do not exist; if they were moved, resume with: "

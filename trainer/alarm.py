@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from comfy_tdpo.tastes.names import is_taste
+
 from .config import TrainConfig
 from .metrics import reward_names
 from .run import EpochMetrics, RunFolder
@@ -44,6 +46,20 @@ def lora_before(run: RunFolder, since: int) -> Path | None:
     with the LoRA of epoch `since` - 2.
     """
     return next((run.lora(e) for e in range(since - 2, 0, -1) if run.lora(e).is_file()), None)
+
+
+def unguarded(config: TrainConfig) -> str:
+    """What a training on a taste lacks, and what to do; empty if it lacks nothing, or trains on no taste."""
+    tastes = [name for name in config.trained_on if is_taste(name)]
+    guarded = bool(config.guards) and getattr(config, "guard_penalty", 0) > 0
+    lacking = (
+        [] if guarded else ["no guard holds it: choose algorithm tdpo-g and set guards to a reward that reads prompts"]
+    )
+    if config.overoptimisation.reward is None:
+        lacking.append("no held-out reward is watched: set overoptimisation.reward to one")
+    if not tastes or not lacking:
+        return ""
+    return f"{tastes[0]} is learned from few votes and soon overoptimised, but {', and '.join(lacking)}"
 
 
 def told(run: RunFolder, metrics: list[EpochMetrics], config: TrainConfig) -> str:

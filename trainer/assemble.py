@@ -17,6 +17,7 @@ from comfy_tdpo.shapes import WORLD
 from .config import TrainConfig
 from .recommend.options import held_out_reward
 from .run import RunFolder
+from .run.tastes import weights_of
 from .state import Watch
 from .training import Training
 
@@ -43,7 +44,7 @@ def assemble(
     # accelerate's mixed precision is process-wide, so each policy sets its own.
     accelerator = Accelerator(cpu=cpu, log_with=check_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
-    how = (accelerator.device, config.reward_precision, config.reward_weights)
+    how = (accelerator.device, config.reward_precision, weights_of(run, config))
     if config.output.recommend:
         held_out_reward(config)  # rather now than after the training
     reward = load_rewards(config.rewards, *how, config.reward_scales)

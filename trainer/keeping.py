@@ -8,6 +8,7 @@ import torch
 
 from comfy_tdpo import __version__
 from comfy_tdpo.methods.context import Context
+from comfy_tdpo.rewards.taste import Taste
 from comfy_tdpo.rollout import Decoder, draw_images
 
 from .config import TrainConfig, leaf_fields
@@ -16,6 +17,7 @@ from .plots.image_grid import save_image_grid
 from .run import EpochMetrics, RunFolder, TrainingError
 from .run.checkpoint import remove_partial
 from .run.files import write_atomically
+from .run.tastes import keep_tastes
 from .state import TrainState, Watch
 
 
@@ -25,7 +27,8 @@ class Keeper:
 
     Args:
         config, decoder, state, watch: the training's; run: its folder.
-        reward: the name of the training reward; grid_prompts: the prompts of a sample grid's images.
+        reward: the name of the training reward; tastes: those among the rewards, by name.
+        grid_prompts: the prompts of a sample grid's images.
     """
 
     config: TrainConfig
@@ -33,6 +36,7 @@ class Keeper:
     state: TrainState
     run: RunFolder
     reward: str
+    tastes: dict[str, Taste]
     grid_prompts: list[str]
     watch: Watch
 
@@ -88,6 +92,7 @@ class Keeper:
         remove_partial(self.run.checkpoints)
         self.run.write_metrics(self.state.metrics)
         self.run.keep_changes(self.config)
+        keep_tastes(self.run, self.tastes)
         if restored:
             self._keep_lora(self.run.latest_lora)
 

@@ -30,9 +30,10 @@ from comfy_tdpo.optimizers import adamw, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel
+from comfy_tdpo.rewards.taste import tastes_among
 from comfy_tdpo.rollout import Decoder, Trajectories
 
-from .alarm import SINCE, told
+from .alarm import SINCE, told, unguarded
 from .config import TrainConfig
 from .epoch_metrics import reward_metrics, update_metrics
 from .keeping import Keeper
@@ -40,6 +41,7 @@ from .overoptimisation import Overoptimisation
 from .run import EpochMetrics, RunFolder
 from .run.identity import identity
 from .run.neuron_log import append_neurons
+from .run.tastes import told_of_changes
 from .state import TrainState, Watch
 
 logger = logging.getLogger(__name__)
@@ -92,16 +94,21 @@ class Training:
         self.method = make_method(config.algorithm, self.context)
         check_warmup(config, len(self.method.groups(1)))
         self.overoptimisation = Overoptimisation(config.overoptimisation, self.prompts)
+        tastes = tastes_among([reward, *eval_rewards.values(), *guards.values()])
         self.state = TrainState(
-            self.context, self.method, self.overoptimisation, identity(config, policy, self.prompts)
+            self.context, self.method, self.overoptimisation, identity(config, policy, self.prompts, tastes)
         )
         grid_prompts = run.grid_prompts(config)
-        self._warn_of_long_prompts([*self.prompts, *grid_prompts])
-        self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, grid_prompts, self.watch)
+        self._warn(describe_unread(self.policy.model, [*self.prompts, *grid_prompts]))
+        self._warn(unguarded(config))
+        self._warn(told_of_changes(run, config))
+        self.keeper = Keeper(
+            config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts, self.watch
+        )
 
-    def _warn_of_long_prompts(self, prompts: list[str]) -> None:
-        if self.accelerator.is_main_process and (unread := describe_unread(self.policy.model, prompts)):
-            logger.warning("%s", unread)
+    def _warn(self, text: str | None) -> None:
+        if self.accelerator.is_main_process and text:
+            logger.warning("%s", text)
 
     def _context(
         self, reward: RewardModel, eval_rewards: dict[str, RewardModel], guards: dict[str, RewardModel]

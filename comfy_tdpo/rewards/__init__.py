@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..registry import look_up
+from ..tastes.names import check_taste, is_taste
 from .answers import RewardError, checked
 from .function import check_function, is_function
 from .options import Options
@@ -91,8 +92,12 @@ def check_reward(name: str) -> None:
     """Raise ValueError if there is no reward `name`."""
     if is_function(name):
         check_function(name)
+    elif is_taste(name):
+        check_taste(name)
     elif name not in REWARDS:
-        raise ValueError(f"got reward {name!r}; expected one of {', '.join(REWARDS)}, or python:module:function")
+        raise ValueError(
+            f"got reward {name!r}; expected one of {', '.join(REWARDS)}, taste:NAME, or python:module:function"
+        )
 
 
 def has_encoder(name: str) -> bool:
@@ -101,7 +106,7 @@ def has_encoder(name: str) -> bool:
 
 
 def reward_class(name: str) -> RewardClass:
-    """The class of the reward `name`."""
+    """The class of the reward `name`, which is no taste."""
     check_reward(name)
     return look_up("comfy_tdpo.rewards.function:UserFunction" if is_function(name) else REWARDS[name])
 
@@ -109,18 +114,24 @@ def reward_class(name: str) -> RewardClass:
 def load_reward(
     name: str, device: torch.device, precision: str = "fp32", weights: Mapping[str, str] | None = None
 ) -> RewardModel:
-    """The reward `name` on `device`. Later calls return the same instance as long as it is in use.
+    """The reward `name` on `device`. Later calls return the same instance as long as it is in use; of a taste, whose
+    votes may have grown, the encoder alone.
 
     precision: "fp32" or "bf16", for its encoder.
-    weights: name -> file or folder, for rewards whose weights should not be searched for or downloaded.
+    weights: name -> file or folder, for tastes, and for rewards whose weights should not be searched for or downloaded.
     Raises ValueError if the reward cannot be loaded.
     """
     import torch
 
-    path = (weights or {}).get(name)
-    dtype = getattr(torch, PRECISIONS[precision])
+    given = (weights or {}).get(name)
+    path = Path(given).expanduser() if given else None
     device = torch.empty(0, device=device).device  # makes "cuda" and "cuda:0" the same key
-    return _load(name, Options(device, dtype, Path(path).expanduser() if path else None))
+    if is_taste(name):
+        check_taste(name)
+        from .taste import load_taste
+
+        return load_taste(name, path, device, precision, weights)
+    return _load(name, Options(device, getattr(torch, PRECISIONS[precision]), path))
 
 
 @shared_while_used

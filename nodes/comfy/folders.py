@@ -9,6 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ..runs.registry import Runs
+from ..runs.tastes import Tastes, tastes_beside
 
 REWARDS = "tdpo_rewards"
 REWARD_SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -18,6 +19,11 @@ def all_runs() -> Runs:
     """The runs in ComfyUI's output folder; their LoRAs go where its own Load LoRA looks."""
     loras, *_ = folder_paths.get_folder_paths("loras")
     return Runs(Path(folder_paths.get_output_directory()).resolve() / "tdpo", Path(loras).resolve())
+
+
+def all_tastes() -> Tastes:
+    """The tastes in ComfyUI's output folder."""
+    return tastes_beside(all_runs())
 
 
 # --- LoRAs ------------------------------------------------------------------------------------------------------------

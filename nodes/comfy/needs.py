@@ -72,7 +72,7 @@ comfy_api.latest.io.Float.Input(_, default=_, min=_, max=_, step=_, round=_, too
 comfy_api.latest.io.Float.Output(_, display_name=_, is_output_list=_, tooltip=_)
 comfy_api.latest.io.Hidden.extra_pnginfo
 comfy_api.latest.io.Hidden.unique_id
-comfy_api.latest.io.Image.Input(_, tooltip=_)
+comfy_api.latest.io.Image.Input(_, optional=_, tooltip=_)
 comfy_api.latest.io.Image.Output(_, display_name=_, tooltip=_)
 comfy_api.latest.io.Int.Input(_, default=_, min=_, max=_, step=_, tooltip=_)
 comfy_api.latest.io.LoraModel.Output(_, display_name=_, tooltip=_)

@@ -1,4 +1,4 @@
-"""The HTTP routes through which the browser asks about runs."""
+"""The HTTP routes through which the browser asks about runs, and votes."""
 
 import asyncio
 from collections.abc import Callable
@@ -42,6 +42,14 @@ def register_routes() -> None:
     @routes.post("/tdpo/runs/{id}/stop")
     async def stop(request: web.Request) -> web.Response:
         return await _respond("stop", request.match_info["id"])
+
+    @routes.get("/tdpo/tastes/{name}")
+    async def taste(request: web.Request) -> web.Response:
+        return await _respond("taste", request.match_info["name"])
+
+    @routes.post("/tdpo/tastes/{name}/votes")
+    async def vote(request: web.Request) -> web.Response:
+        return await _respond("vote", request.match_info["name"], await request.text())
 
 
 async def _respond(question: str, *arguments: str) -> web.Response:

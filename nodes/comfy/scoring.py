@@ -71,6 +71,11 @@ def opaque(images: Tensor) -> Tensor:
     return colours * alpha + (1 - alpha)
 
 
+def pictures_of(images: Tensor | None) -> list[Tensor]:
+    """ComfyUI's images one by one, (3, H, W) each; none if nothing is connected."""
+    return [] if images is None else list(opaque(images).movedim(-1, 1))
+
+
 def _split(prompts: list[str]) -> list[list[str]]:
     return [prompts[i : i + SCORED_AT_ONCE] for i in range(0, len(prompts), SCORED_AT_ONCE)]
 

@@ -1,12 +1,14 @@
-"""Answers to HTTP requests about runs: a status code, and JSON or a picture."""
+"""Answers to HTTP requests about runs and tastes: a status code, and JSON or a picture."""
 
 import re
 from collections.abc import Callable
 from typing import Any
 
 from .registry import NoSuchRun, NotRunning, Runs
+from .tastes import NoSuchTaste, tastes_beside
+from .voting import add_vote, parsed
 
-STATUS = {NoSuchRun: 404, NotRunning: 409}
+STATUS = {NoSuchRun: 404, NoSuchTaste: 404, NotRunning: 409}
 
 
 def answer(runs: Runs, ask: Callable[[], Any]) -> tuple[int, Any]:
@@ -43,6 +45,14 @@ def at_strength(runs: Runs, name: str, epoch: str, strength: str) -> tuple[int, 
 
 def stop(runs: Runs, name: str) -> tuple[int, Any]:
     return answer(runs, lambda: runs.stop(runs.find(name)))
+
+
+def taste(runs: Runs, name: str) -> tuple[int, Any]:
+    return answer(runs, lambda: tastes_beside(runs).status(name))
+
+
+def vote(runs: Runs, name: str, body: str) -> tuple[int, Any]:
+    return answer(runs, lambda: add_vote(tastes_beside(runs), runs, name, parsed(body)))
 
 
 def _epoch(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Names of runs: each is a valid folder name on every system, and cannot point outside the folder of runs."""
+"""Names of runs and of tastes: each is a valid folder name on every system, and cannot point outside their folder."""
 
 import re
 
@@ -17,12 +17,20 @@ def check_run_name(name: str) -> str:
     return name
 
 
-def problem_with(name: str) -> str:
-    """Why `name` is not a valid run name; empty if it is."""
+def check_taste_name(name: object) -> str:
+    """`name` itself; ValueError if it is not a valid name of a taste."""
+    problem = problem_with(name, "taste") if isinstance(name, str) else f"got taste {name!r:.40}; {EXPECTED}"
+    if problem:
+        raise ValueError(problem)
+    return str(name)
+
+
+def problem_with(name: str, what: str = "run name") -> str:
+    """Why `name` is not a valid name of a run, or of what `what` says; empty if it is."""
     if not re.fullmatch(r"[^\W_]([\w .+-]*[\w+-])?", name) or len(name.encode()) > LONGEST:
-        return f"got run name {_shown(name)}; {EXPECTED}"
+        return f"got {what} {_shown(name)}; {EXPECTED}"
     if _RESERVED.fullmatch(name):
-        return f"got run name {_shown(name)}, which Windows reserves for a device; {EXPECTED}"
+        return f"got {what} {_shown(name)}, which Windows reserves for a device; {EXPECTED}"
     return ""
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from comfy_tdpo.rewards import name_of_sum
+from comfy_tdpo.tastes.names import PREFIX
 
-from ...trainer.alarm import alarm_of, ends_early, lora_before
+from ...trainer.alarm import alarm_of, ends_early, lora_before, unguarded
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, find_job
 from ...trainer.run import EpochMetrics, RunFolder
@@ -103,8 +104,18 @@ class Runs:
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
-        told = [self.told(mark.because), _of_overoptimisation(run, status), advice(status, mark.wait)]
+        overoptimised, advised = _of_overoptimisation(run, status), advice(status, mark.wait)
+        told = [self.told(mark.because), overoptimised, advised, self._of_tastes(run, status)]
         return status | {"message": " ".join(filter(None, told))}
+
+    def _of_tastes(self, run: RunFolder, status: Fields) -> str:
+        """What a run on a taste lacks, and whether the taste has other votes now; empty if it trains on none."""
+        if status["error"] or PREFIX not in status["reward"]:
+            return ""
+        from ...trainer.run.tastes import told_of_changes  # slow to import
+
+        lacking, changed = unguarded(run.config), told_of_changes(run, run.config)
+        return " ".join(f"{self.told(text)[:1].upper()}{self.told(text)[1:]}." for text in (lacking, changed) if text)
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
         new = [finite(line) for line in run.metrics() if line["epoch"] > after]

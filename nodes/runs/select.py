@@ -9,6 +9,7 @@ from ...trainer.job import ENDED
 from ...trainer.recommend.files import is_current
 from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
+from ...trainer.run.tastes import changed_tastes
 from .combos import AS_IT_IS, CONTINUE, NEW, RECOMMENDED
 from .names import check_run_name, later_name
 from .prompts import Prompts
@@ -45,12 +46,20 @@ def _same_or_next(runs: Runs, name: str, config: TrainConfig, prompts: Prompts) 
     number, because = 1, ""
     while runs.exists(later_name(name, number)):
         run = runs.folder(later_name(name, number))
-        changed = "" if is_blank(runs, run) else difference(run, config, prompts)
-        if not changed:
+        why = "" if is_blank(runs, run) else _why_another(run, config, prompts)
+        if not why:
             break
-        because = f"Run {run.path.name!r} has other settings: {changed}."
+        because = f"Run {run.path.name!r} {why}."
         number += 1
     return Choice(runs.folder(later_name(name, number)), because)
+
+
+def _why_another(run: RunFolder, config: TrainConfig, prompts: Prompts) -> str:
+    """Why what is asked for cannot be the run, as a clause about it; empty if it can."""
+    if changed := difference(run, config, prompts):
+        return f"has other settings: {changed}"
+    voted = changed_tastes(run, config) if is_done(run, config) else ""
+    return f"has finished, and {voted}" if voted else ""
 
 
 def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: Prompts) -> RunFolder:
@@ -60,7 +69,8 @@ def _newest_or_free(runs: Runs, name: str, config: TrainConfig, prompts: Prompts
         number += 1
     if number > 1:
         last = runs.folder(later_name(name, number - 1))
-        if is_blank(runs, last) or (_is_settled(runs, last) and not difference(last, config, prompts)):
+        same = not difference(last, config, prompts) and not changed_tastes(last, config)
+        if is_blank(runs, last) or (_is_settled(runs, last) and same):
             return last
     return runs.folder(later_name(name, number))
 

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from comfy_tdpo.methods import ALGORITHMS, settings_class
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.registry import entry
-from comfy_tdpo.rewards import check_reward
+from comfy_tdpo.rewards import check_reward, reward_names
 from comfy_tdpo.settings import (
     MAY_CHANGE,
     NONE,
@@ -22,6 +22,7 @@ from comfy_tdpo.settings import (
     Unset,
     leaves,
 )
+from comfy_tdpo.tastes.names import is_taste
 from comfy_tdpo.user_files import user_path
 
 from .messages import check_text, explain
@@ -95,7 +96,10 @@ class TrainConfig(MethodSettings):
     )
     reward_weights: Annotated[
         dict[str, Annotated[str, Field(min_length=1)]], Pairs, AfterValidator(_absolute), MAY_CHANGE
-    ] = Field(default={}, description="files or folders to load rewards from instead of the hub; NAME=PATH,...")
+    ] = Field(
+        default={},
+        description="files or folders to load rewards from instead of the hub, and those of tastes; NAME=PATH,...",
+    )
     reward_precision: Literal["fp32", "bf16"] = Field(default="fp32", description="precision of the rewards' encoders")
     prompts: str = Field(
         default="shapes",
@@ -184,11 +188,23 @@ class TrainConfig(MethodSettings):
         used = [*self.rewards, *self.measured, *self.guards, *self.further_rewards]
         for name in used:
             check_reward(name)
+        if tastes := [name for name in used if is_taste(name)]:
+            self._check_folders(tastes)
+            used += reward_names()  # a taste reads through the encoder of one of them, which its folder names
         for name in self.reward_scales.keys() - set(self.rewards):
             raise ValueError(f"reward_scales names {name}, which is not trained on; remove it, or add it to rewards")
         for name in self.reward_weights.keys() - set(used):
             raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
+
+    def _check_folders(self, tastes: list[str]) -> None:
+        """Raise ValueError for a taste whose folder is not given."""
+        for name in tastes:
+            if name not in self.reward_weights:
+                raise ValueError(
+                    f"got reward {name!r} without its folder; expected where its votes are: reward_weights "
+                    f"{name}=FOLDER"
+                )
 
     def _check_guard_names(self) -> None:
         """Raise ValueError for a guard that has another role too: it would not be independent of what it guards."""

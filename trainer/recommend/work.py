@@ -12,6 +12,7 @@ from ..config import TrainConfig
 from ..run import RunFolder
 from ..run.files import write_atomically
 from ..run.loras import read_lora
+from ..run.tastes import weights_of
 from ..state import Watch
 from .choice import Outcome, Recommendation, judge
 from .files import FRONTIER, PICTURE, Cell, Table, cells_of, image_file, write_choice
@@ -52,7 +53,7 @@ def recommend(
         cells = cells_of(run, options.strengths)
         tell(f"{len(cells) - 1} LoRAs and the base model, {options.images} images each; prompts: {source}")
         table = Table(run.recommendation)
-        training, held_out = _load_rewards(config, name, device)
+        training, held_out = _load_rewards(run, config, name, device)
         for reward in (training, held_out):
             reward.check_prompts(prompts)
         policy = policy or _load_policy(config, device)
@@ -74,8 +75,10 @@ def recommend(
         return found
 
 
-def _load_rewards(config: TrainConfig, held_out: str, device: torch.device) -> tuple[RewardModel, RewardModel]:
-    how = (device, config.reward_precision, config.reward_weights)
+def _load_rewards(
+    run: RunFolder, config: TrainConfig, held_out: str, device: torch.device
+) -> tuple[RewardModel, RewardModel]:
+    how = (device, config.reward_precision, weights_of(run, config))
     return load_rewards(config.rewards, *how, config.reward_scales), load_reward(held_out, *how)
 
 

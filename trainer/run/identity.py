@@ -1,4 +1,6 @@
-"""What identifies a run, and therefore must not change when it resumes: its settings, its model and its prompts."""
+"""What identifies a run, and therefore must not change when it resumes: its settings, its model, its prompts and the
+tastes that it is scored by.
+"""
 
 import hashlib
 import math
@@ -8,6 +10,7 @@ import torch
 
 from comfy_tdpo import __version__
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.rewards.taste import Taste
 
 from ..config import TrainConfig, plain_values
 from ..config.changes import changeable, differences, may_change, unknown
@@ -18,8 +21,10 @@ SCHEDULE_TOLERANCE = 1e-4
 TOLD = 5  # differences listed in a message
 
 
-def identity(config: TrainConfig, policy: DiffusionPolicy, prompts: list[str]) -> dict[str, Any]:
-    """The identity of a run, as plain values for a checkpoint."""
+def identity(
+    config: TrainConfig, policy: DiffusionPolicy, prompts: list[str], tastes: dict[str, Taste]
+) -> dict[str, Any]:
+    """The identity of a run, as plain values for a checkpoint; `tastes` are those among its rewards, by name."""
     return {
         "version": __version__,
         "settings": plain_values(config),
@@ -29,6 +34,7 @@ def identity(config: TrainConfig, policy: DiffusionPolicy, prompts: list[str]) -
             "schedule": [float(f"{value:.6g}") for value in policy.model.schedule.tolist()],
         },
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "tastes": {name: taste.fitted.fingerprint for name, taste in tastes.items()},
     }
 
 
@@ -57,6 +63,12 @@ def check_same(now: dict[str, Any], before: dict[str, Any], policy: DiffusionPol
             raise ValueError(
                 f"got {'a different model' if part == 'model' else 'different prompts'} from when the run started; "
                 f"{_SAME}: restore the {part}, or start a new run"
+            )
+    for name, fingerprint in before.get("tastes", {}).items():  # older versions have none
+        if now["tastes"].get(name) != fingerprint:
+            raise ValueError(
+                f"got another taste {name!r} from when the run started; {_SAME}: restore the run's folder tastes, or "
+                "start a new run"
             )
 
 

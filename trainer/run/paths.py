@@ -8,10 +8,13 @@ lora/epoch-0010.safetensors    and lora/latest.safetensors
 lora/recommended.safetensors   the LoRA to use, with its strength baked in
 recommendation/                how it was chosen, see trainer/recommend
 checkpoints/epoch-0010/        exact state
+tastes/NAME.safetensors        the tastes it is scored by, fitted to the votes there were when it started
 plots/*.png
 """
 
 from pathlib import Path
+
+from comfy_tdpo.tastes.names import FITTED, PREFIX
 
 CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
 LOCK = ".lock"
@@ -44,6 +47,10 @@ class RunPaths:
 
     def sample_grid(self, epoch: int) -> Path:
         return self.path / "samples" / f"{epoch_name(epoch)}.png"
+
+    def taste(self, name: str) -> Path:
+        """The run's own copy of the taste that is the reward `name`."""
+        return self.path / "tastes" / f"{name.removeprefix(PREFIX)}{FITTED}"
 
     def plot(self, name: str) -> Path:
         return self.path / "plots" / f"{name}.png"

@@ -18,6 +18,7 @@ from ..config.changes import changeable
 from ..config.messages import nearest
 from ..config.parsing import weighted
 from . import WRONG_INPUT
+from .tastes import with_named_tastes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Align a diffusion model with a reward using TDPO-R (arXiv 2402.08552). "
         "Without arguments, it trains on Shapes, the toy world that ships with the package, in a few minutes.",
         epilog="To find the LoRA of a run to use, see `recommend --help`; to score image files with rewards, see "
-        "`score --help`.",
+        "`score --help`; to make a reward of pictures you like and dislike, see `taste --help`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
@@ -56,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help=f"training reward; may be repeated: {', '.join(reward_names())}",
+        help=f"training reward; may be repeated: {', '.join(reward_names())}, taste:FOLDER",
     )
     where.add_argument(
         "--eval-reward",
@@ -156,7 +157,11 @@ def given(args: argparse.Namespace) -> list[str]:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line, as nested values."""
+    """The settings given on the command line, as nested values.
+
+    Raises:
+        ValueError: a reward's weight is no number, or a taste does not exist.
+    """
     values: dict[str, Any] = {}
     for key, value in vars(args).items():
         if key.startswith("set:"):
@@ -171,4 +176,4 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         values["eval_rewards"] = args.eval_reward
     if args.guard:
         values["guards"] = args.guard
-    return values
+    return with_named_tastes(values)

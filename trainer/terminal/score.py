@@ -29,6 +29,7 @@ from comfy_tdpo.rewards.function import allow_functions
 from ..config.parsing import named_values
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
 from .image_files import check_image, read_image
+from .tastes import Paths
 
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME",
-        help=f"one of {', '.join(reward_names())}, or python:module:function; may be repeated",
+        help=f"one of {', '.join(reward_names())}, taste:FOLDER, or python:module:function; may be repeated",
     )
     parser.add_argument(
         "--prompt",
@@ -76,11 +77,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score(args: argparse.Namespace) -> None:
     paths = _paths(args.images)
-    weights, prompt, device = _weights(args), _prompt(args.prompt), Accelerator().device
-    models = [load_reward(name, device, args.reward_precision, weights) for name in args.reward]
+    tastes, prompt, device = Paths(_weights(args)), _prompt(args.prompt), Accelerator().device
+    names = [tastes.named(name) for name in args.reward]
+    models = [load_reward(name, device, args.reward_precision, tastes.known) for name in names]
     for model in models:
         model.check_prompts([prompt])
-    _print("image", *args.reward)
+    _print("image", *names)
     rows = []
     for path in paths:
         rows.append(_scores(models, read_image(path).to(device), prompt))

@@ -1,0 +1,88 @@
+"""The tastes in ComfyUI's output folder: their names, their votes, and the reward that each is."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from comfy_tdpo.tastes.folder import TasteFolder
+from comfy_tdpo.tastes.names import PREFIX, VOTES, usual_encoder
+from comfy_tdpo.tastes.votes import Pair, Thumb
+
+from .combos import AUTO
+from .names import check_taste_name
+from .registry import Fields, Runs
+from .reward_choice import RewardChoice
+
+FOLDER = "tdpo_tastes"
+
+
+class NoSuchTaste(ValueError):
+    """A valid name that no taste has."""
+
+
+@dataclass(frozen=True)
+class Tastes:
+    """All tastes; `root` is the folder that contains them."""
+
+    root: Path
+
+    def folder(self, name: object) -> TasteFolder:
+        """The folder of a taste, whether it exists or not."""
+        return TasteFolder(self.root / check_taste_name(name))
+
+    def find(self, name: object) -> TasteFolder:
+        """The taste of that name; NoSuchTaste if there is none, ValueError if the name is invalid."""
+        taste = self.folder(name)
+        if not taste.exists:
+            raise NoSuchTaste(
+                f"got taste {name!r}, which has no votes; expected one of those in output/{FOLDER}: connect liked and "
+                "disliked pictures to TDPO Taste"
+            )
+        return taste
+
+    def status(self, name: str) -> Fields:
+        """How many votes of each kind the taste has, and its encoder."""
+        taste = self.find(name)
+        votes = taste.counted()
+        liked = [vote.liked for vote in votes if isinstance(vote, Thumb)]
+        return {
+            "name": name,
+            "encoder": taste.encoder,
+            "votes": len(votes),
+            "liked": liked.count(1.0),
+            "disliked": liked.count(0.0),
+            "pairs": sum(isinstance(vote, Pair) for vote in votes),
+        }
+
+    def state(self, name: str) -> str:
+        """A text that changes with every vote."""
+        votes = self.folder(name).path / VOTES
+        return hashlib.sha256(votes.read_bytes()).hexdigest() if votes.is_file() else ""
+
+    def vote(self, name: object, liked: list[Tensor], disliked: list[Tensor], encoder: str = AUTO) -> TasteFolder:
+        """The taste of that name, made if there are pictures to make it of, with votes on these pictures, (3, H, W)."""
+        pictures = [*liked, *disliked]
+        if not pictures:
+            return self.find(name)
+        taste = self.made(name, pictures[0], encoder)
+        taste.append([Thumb(taste.keep(picture), float(i < len(liked))) for i, picture in enumerate(pictures)])
+        return taste
+
+    def made(self, name: object, picture: Tensor, encoder: str = AUTO) -> TasteFolder:
+        """The taste of that name; if there is none, a new one, whose encoder suits the picture, (3, H, W)."""
+        taste = self.folder(name)
+        if encoder == AUTO:
+            encoder = taste.encoder if taste.exists else usual_encoder(*picture.shape[-2:])
+        return TasteFolder.create(taste.path, encoder)
+
+
+def tastes_beside(runs: Runs) -> Tastes:
+    """The tastes in the output folder that holds `runs` too."""
+    return Tastes(runs.root.parent / FOLDER)
+
+
+def with_taste(choice: RewardChoice, name: str, taste: TasteFolder, weight: float) -> RewardChoice:
+    """`choice` and a taste."""
+    return choice.with_reward(PREFIX + name, weight, str(taste.path))

@@ -1,0 +1,104 @@
+"""A reward made of the user's own choices."""
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from comfy_tdpo.rewards import reward_names
+
+from .comfy.sockets import CATEGORY, Reward
+from .runs.combos import AUTO, check_choice
+from .runs.reward_choice import RewardChoice
+from .runs.wording import words_of_nodes
+
+ENCODERS = [AUTO, *(name for name in reward_names() if not name.startswith("jpeg-"))]
+
+
+class Taste(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TDPOTaste",
+            display_name="TDPO Taste",
+            category=CATEGORY,
+            description="A reward that learns what you like. Every picture you connect is a vote, and votes are kept: "
+            "connect more later, or none to use the taste as it is. About a hundred votes make a usable reward.",
+            inputs=[
+                io.String.Input(
+                    "name",
+                    default="my taste",
+                    tooltip="The name of the taste, and of its folder in output/tdpo_tastes.",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.1,
+                    round=0.0001,
+                    tooltip="The taste is multiplied by this in a sum. Weights of held-out rewards are ignored.",
+                ),
+                io.Image.Input("liked", optional=True, tooltip="Pictures you like. A picture counts once."),
+                io.Image.Input(
+                    "disliked",
+                    optional=True,
+                    tooltip="Pictures you do not like. If you have voted on a picture before, the last vote counts.",
+                ),
+                io.Combo.Input(
+                    "encoder",
+                    ENCODERS,
+                    default=AUTO,
+                    optional=True,
+                    tooltip="The reward whose image encoder reads the pictures; fixed by the first vote. auto: that of "
+                    "Shapes if the first picture has 64 x 64 pixels, else CLIP ViT-L/14, that of 'aesthetic'.",
+                ),
+                Reward.Input(
+                    "also", optional=True, tooltip="A TDPO Reward Model or another TDPO Taste; its reward is added."
+                ),
+            ],
+            outputs=[
+                Reward.Output(
+                    "rewards",
+                    display_name="reward",
+                    tooltip="For TDPO-R Train, TDPO Score Images, or the 'also' of another TDPO Reward Model.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        from .runs.names import check_taste_name
+
+        try:
+            return name is None or bool(check_taste_name(name))  # None: it comes along a wire, and later
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str | None, **_: Any) -> str | float:
+        from .comfy.folders import all_tastes
+        from .runs.names import problem_with
+
+        if name is None or problem_with(name):
+            return float("nan")  # equals nothing, so that the node runs whenever it is queued
+        return all_tastes().state(name)
+
+    @classmethod
+    @words_of_nodes()
+    def execute(
+        cls,
+        name: str,
+        weight: float,
+        liked: Tensor | None = None,
+        disliked: Tensor | None = None,
+        encoder: str = AUTO,
+        also: RewardChoice | None = None,
+    ) -> io.NodeOutput:
+        from .comfy.folders import all_tastes
+        from .comfy.scoring import pictures_of
+        from .runs.tastes import with_taste
+
+        check_choice("encoder", encoder, ENCODERS)
+        taste = all_tastes().vote(name, pictures_of(liked), pictures_of(disliked), encoder)
+        return io.NodeOutput(with_taste(also or RewardChoice({}), name, taste, weight))
