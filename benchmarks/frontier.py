@@ -57,8 +57,8 @@ SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
 SCORES = SEEING | {"scores": True, "gae_lambda": 0.7}
 PAPER = {"algorithm": "tdpo-r"}
 RANK_2 = {"rank": 2, "alpha": 8}
-SMALL = {"policy": RANK_2 | {"train_until": 0.8}, "guard_penalty": 2.5}
-OTHER_GUARD = {"guards": ["shapes-alignment"], "overoptimisation": {"reward": "shapes-match"}}
+MATCH = {"guards": ["shapes-match"], "guard_penalty": 2.0, "overoptimisation": {"reward": "shapes-alignment"}}
+SMALL = MATCH | {"policy": RANK_2 | {"train_until": 0.8}, "guard_penalty": 2.5}
 ADAPTING = {"guard_penalty": 1.5, "guard_credit": True, "guard_images": 8, "guard_adaptation": 0.5, "guard_slack": 0.2}
 GROUPS = {"samples_per_prompt": 4, "moments": {"baseline": "group"}}
 KL_TARGET = {"coefficient": 0.03, "target": 50.0, "controller": "proportional-integral"}
@@ -83,10 +83,12 @@ VARIANTS = {
     "tdpo": Variant("the paper's critic", {"algorithm": "tdpo"}),
     "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER),
     "recipe": Variant("a critic that sees, and a guard", recipe()),
-    "recipe, window": Variant("the same without the last fifth of the steps", recipe(policy={"train_until": 0.8})),
-    "recipe, other guard": Variant("the same with shapes-alignment as the guard", recipe(**OTHER_GUARD)),
-    "recipe, milder guard": Variant("and a penalty of 1.5 instead of 2", recipe(**OTHER_GUARD, guard_penalty=1.5)),
-    "recipe, rank 2": Variant("without the last fifth, a LoRA of rank 2, penalty 2.5", recipe(**SMALL)),
+    "recipe, penalty 2": Variant("the same with a penalty of 2 instead of 1.5", recipe(guard_penalty=2.0)),
+    "recipe, match": Variant("with penalty 2, and shapes-match as the guard", recipe(**MATCH)),
+    "recipe, match, window": Variant(
+        "that without the last fifth of the steps", recipe(**MATCH, policy={"train_until": 0.8})
+    ),
+    "recipe, match, rank 2": Variant("that with a LoRA of rank 2, alpha 8, and penalty 2.5", recipe(**SMALL)),
     # the critic
     "seeing": Variant("TDPO-R whose critic sees", seeing()),
     "seeing, no reset": Variant("the same without resets", seeing(algorithm="tdpo")),

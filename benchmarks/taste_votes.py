@@ -272,8 +272,10 @@ def spread_of(values: list[float]) -> str:
 
 def course(metrics: list[EpochMetrics]) -> list[str]:
     names = {"reward/taste:artist": "the taste, trained on", f"eval/{TRUE}": TRUE}
-    names |= {f"eval/shapes-{name}": f"shapes-{name}, held out" for name in ("judge", "alignment", "gold")}
-    names |= {"guard/shapes-match": "shapes-match, the guard"}
+    roles = {"eval": "held out", "guard": "the guard"}
+    for role, name in (key.split("/")[:2] for key in metrics[0] if key.endswith("/mean")):
+        if role in roles and name != TRUE:
+            names[f"{role}/{name}"] = f"{name}, {roles[role]}"
     lines = [
         "",
         f"A training on the taste of the artist `both` of seed {SEED} after {TRAINED} thumbs: preset `shapes`, "

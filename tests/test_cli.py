@@ -64,7 +64,7 @@ def test_it_prints_lines_and_a_summary_and_nothing_else(finished):
     assert training == "training shapes with tdpo-g on cpu, 4 samples per epoch"
     assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert "shapes-gold (held out)" in process.stdout
-    assert "shapes-match (guard)" in process.stdout
+    assert "shapes-alignment (guard)" in process.stdout
     assert "load_lora_weights" in process.stdout
 
 

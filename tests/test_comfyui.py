@@ -276,7 +276,7 @@ def test_every_reward_trains_with_the_default_algorithm(server, reward):
     graph["reward"]["inputs"]["reward"] = reward
     server.run(graph)
     assert server.status(f"by-{reward}")["state"] == "finished"
-    told = f"reward '{reward}' has no image encoder, so the critic uses that of 'shapes-match'"
+    told = f"reward '{reward}' has no image encoder, so the critic uses that of 'shapes-alignment'"
     assert told in server.log.read_text()
 
 

@@ -50,7 +50,7 @@ def test_later_layers_win(tmp_path):
 
 def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
     """And of no other algorithm: the paper's, on the same presets, know no guard."""
-    for preset, guard in {"shapes": "shapes-match", "sd15": "clipscore"}.items():
+    for preset, guard in {"shapes": "shapes-alignment", "sd15": "clipscore"}.items():
         config = make_config(preset)
         assert (config.algorithm, config.guards, config.guard_credit) == ("tdpo-g", [guard], True)
         assert (config.critic.reads, config.critic.prompt, config.critic.step) == ("clean", True, True)
@@ -61,11 +61,14 @@ def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
 
 @pytest.mark.parametrize("role", ["rewards", "eval_rewards", "guards"])
 def test_a_role_that_is_given_takes_a_reward_from_the_presets(role):
-    given = {"shapes-match": 1.0} if role == "rewards" else ["shapes-match"]
-    assert make_config("shapes", overrides={role: given}).guards == (["shapes-match"] if role == "guards" else [])
-    given = {"shapes-alignment": 1.0} if role == "rewards" else ["shapes-alignment"]
-    watched = make_config("shapes", overrides={role: given}).overoptimisation.reward
-    assert watched == ("shapes-alignment" if role == "eval_rewards" else None)
+    def config(name: str):
+        return make_config("shapes", overrides={role: {name: 1.0} if role == "rewards" else [name]})
+
+    guarded, watched = config("shapes-alignment"), config("shapes-match")
+    assert guarded.guards == (["shapes-alignment"] if role == "guards" else [])
+    assert guarded.overoptimisation.reward == "shapes-match"
+    assert watched.guards == (["shapes-match"] if role == "guards" else ["shapes-alignment"])
+    assert watched.overoptimisation.reward == ("shapes-match" if role == "eval_rewards" else None)
 
 
 def test_another_model_than_shapes_begins_from_its_own_preset(tmp_path):

@@ -93,8 +93,8 @@ def test_a_run_without_an_epoch_has_no_plots_but_a_figure(tmp_path):
 
 
 def test_each_reward_has_a_panel_the_training_reward_first():
-    panels = reward_panels(epochs(2, **{"guard/shapes-match/mean": 0.4}), make_config())
-    titles = ["shapes-aesthetic", "shapes-match", "shapes-judge", "shapes-gold"]
+    panels = reward_panels(epochs(2, **{"guard/shapes-alignment/mean": 0.4}), make_config())
+    titles = ["shapes-aesthetic", "shapes-alignment", "shapes-judge", "shapes-gold"]
     assert [panel.title for panel in panels] == titles
     assert [panel.subtitle.split(":")[0] for panel in panels] == ["trained on", "guard", "held out", "held out"]
     assert [line.band for panel in panels for line in panel.lines] == ["reward/shapes-aesthetic/std", None, None, None]

@@ -342,7 +342,7 @@ def test_without_anything_of_shapes_it_is_the_smallest_one():
     assert encoder_of(config) == "clipscore"
     asked = {"rewards": {"jpeg-compressibility": 1.0}, "reward_weights": {"clipscore": "/a/b"}}
     assert make_config("sd14-aesthetic", overrides=asked).reward_weights == {"clipscore": "/a/b"}
-    assert encoder_of(make_config("shapes", overrides={"rewards": {"shapes-gold": 1.0}})) == "shapes-match"
+    assert encoder_of(make_config("shapes", overrides={"rewards": {"shapes-gold": 1.0}})) == "shapes-alignment"
 
 
 @pytest.mark.parametrize("name", REWARDS)

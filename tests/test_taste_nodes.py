@@ -239,7 +239,7 @@ def test_a_picture_that_is_no_such_grid_is_refused(tmp_path):
 def test_a_train_node_takes_a_taste(tastes):
     choice = with_taste(RewardChoice({}), "mine", voted(tastes), 1.0)
     config = wanted(reward=choice).config()
-    assert config.rewards == {"taste:mine": 1.0} and config.guards == ["shapes-match"]
+    assert config.rewards == {"taste:mine": 1.0} and config.guards == ["shapes-alignment"]
     assert config.reward_weights == {"taste:mine": str(tastes.root / "mine")}
     with pytest.raises(ValueError, match="got reward 'taste:../x'; expected taste:NAME"):
         wanted(settings='guards = ["taste:../x"]').config()

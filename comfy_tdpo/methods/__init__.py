@@ -114,7 +114,7 @@ ALGORITHMS = {
                 "weight_decay": 1e-2,
             },
             "neurons": {"reset": "none"},
-            "guard_penalty": 2.0,
+            "guard_penalty": 1.5,
             "guard_credit": True,
             "policy": {"timestep_order": "denoising", "lr_schedule": "cosine"},
         },
