@@ -305,6 +305,30 @@ def test_a_page_that_comes_late_asks_for_what_it_missed(store):
     assert state == [["GET /tdpo/runs", "GET /tdpo/runs/a/metrics?after=0"], [1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("place", "cell"),
+    [
+        ((0, 50), {"row": 0, "col": 0}),
+        ((199, 149), {"row": 1, "col": 3}),
+        ((100, 49), None),
+        ((100, 150), None),
+        ((51, 101), {"row": 1, "col": 1}),
+    ],
+)
+def test_which_image_of_a_grid_is_clicked(evaluate, place, cell):
+    """A grid of 2 x 4 images, twice as wide as high, in a square of 200 pixels: from 50 to 150 in height."""
+    x, y = place
+    box, image = "{width: 200, height: 200}", "{width: 640, height: 320}"
+    assert evaluate(f"m.cellAt({{x: {x}, y: {y}}}, {box}, {image}, [2, 4])") == cell
+
+
+@pytest.mark.parametrize(
+    ("reward", "taste"), [("taste:mine", "mine"), ("2 taste:my own / 3 + x", "my own"), ("x", "my taste")]
+)
+def test_votes_go_to_the_taste_that_is_trained_on(evaluate, reward, taste):
+    assert evaluate(f"m.tasteOf({json.dumps({'reward': reward})})") == taste
+
+
 @pytest.mark.parametrize(("epoch", "grid"), [(None, 6), (7, 6), (5, 3), (0, 0), (-1, None)])
 def test_which_grid_belongs_to_an_epoch(evaluate, epoch, grid):
     assert evaluate(f"m.gridOf([0, 3, 6], {json.dumps(epoch)})") == grid
@@ -557,7 +581,7 @@ TOLD = {
     "state": "running", "epoch": 6, "epochs": 10, "phase": "sampling", "phase_done": 48,
     "phase_total": 96, "eta_s": 75.0, "reward": "r", "eval_rewards": ["gold", "judge"], "samples_epoch": None,
     "lora": None, "error": None, "message": "Training.", "grids": [0, 3, 6], "kept": [3, 6], "use": None,
-    "strengths": {"6": [0.5, 1.0]},
+    "strengths": {"6": [0.5, 1.0]}, "grid_shape": [2, 4],
 }  # fmt: skip
 
 
@@ -614,6 +638,9 @@ def tab(shared_tab) -> Iterator[Tab]:
             route.fulfill(json={"metrics": shared_tab.epochs, "next": 6})
         elif "/samples/" in path or "/strengths/" in path:
             route.fulfill(body=SQUARE, content_type="image/png")
+        elif path.endswith("/votes"):
+            shared_tab.votes.append((path, route.request.post_data_json))
+            route.fulfill(json={"name": "mine", "votes": len(shared_tab.votes)})
         elif path.endswith("/stop"):
             route.fulfill(status=400, json={"error": "<b>no</b>"})
         else:
@@ -621,6 +648,8 @@ def tab(shared_tab) -> Iterator[Tab]:
 
     shared_tab.page.route("**/tdpo/runs**", answer)
     shared_tab.page.route("**/tdpo/runs/**", answer)
+    shared_tab.page.route("**/tdpo/tastes/**", answer)
+    shared_tab.votes = []
     yield shared_tab
     shared_tab.load(graph_of())
     shared_tab.page.unroute_all()
@@ -847,6 +876,34 @@ def test_before_and_after_are_compared_at_any_strength(tab):
     dialog.get_by_role("button", name="Use epoch 6, strength 0.5").click()
     assert apply_values(tab) == ["epoch", 6, 0.5]
     assert dialog.count() == 0
+
+
+def test_images_are_voted_on_with_a_click(tab):
+    show(tab)
+    tab.wait_for_epochs(6)
+    tab.page.get_by_role("button", name="Compare").click()
+    dialog = tab.page.locator(".tdpo-comparison")
+    dialog.get_by_label("Name of the taste").fill("mine")
+    stage = dialog.locator(".tdpo-stage")
+    box = stage.bounding_box()
+    stage.click(position={"x": box["width"] * 0.9, "y": box["height"] * 0.9})
+    assert tab.votes == [], "the divider moves"
+    dialog.get_by_label("Divider").fill("50")
+    dialog.get_by_role("button", name="Like", exact=False).first.click()
+    stage.click(position={"x": box["width"] * 0.9, "y": box["height"] * 0.9})
+    dialog.get_by_role("button", name="Dislike").click()
+    stage.click(position={"x": box["width"] * 0.1, "y": box["height"] * 0.2})
+    tab.page.wait_for_function("() => document.querySelectorAll('.tdpo-marks span').length === 2")
+    assert tab.votes == [
+        ("tastes/mine/votes", {"picture": {"run": "made up", "epoch": 6, "row": 1, "col": 3}, "liked": True}),
+        ("tastes/mine/votes", {"picture": {"run": "made up", "epoch": 0, "row": 0, "col": 0}, "liked": False}),
+    ]
+    assert dialog.locator(".tdpo-marks span").all_text_contents() == ["♥", "✕"]
+    assert "2 votes in taste mine" in dialog.inner_text()
+    screenshot(tab, "votes")
+    dialog.get_by_label("Strength").select_option("0.5")
+    assert dialog.get_by_role("button", name="Dislike").is_disabled(), "those are no images of a grid"
+    dialog.get_by_role("button", name="Close").click()
 
 
 def test_words_from_the_server_are_never_html(tab):

@@ -19,7 +19,7 @@ from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
     "id node workflow state epoch epochs phase phase_done phase_total waits_for eta_s reward eval_rewards "
-    "plan samples_epoch grids kept strengths use lora error overoptimised message"
+    "plan grid_shape samples_epoch grids kept strengths use lora error overoptimised message"
 )
 
 
@@ -188,7 +188,7 @@ def test_a_status_has_what_the_browser_reads(runs):
     }
     expected |= {
         "reward": "shapes-aesthetic",
-        "eval_rewards": ["shapes-alignment"],
+        "eval_rewards": ["shapes-match"],
         "lora": "tdpo/one.safetensors",
         "eta_s": 0.0,
     }
@@ -225,7 +225,7 @@ def test_load_lora_lists_the_recommended_lora_while_there_is_one(runs):
     assert not shared.exists() and (runs.loras / "tdpo" / "one.safetensors").is_file()
 
 
-RULE = 'stop_on_overoptimisation = {}\noveroptimisation.reward = "shapes-alignment"'
+RULE = 'stop_on_overoptimisation = {}\noveroptimisation.reward = "shapes-match"'
 
 
 def overoptimise(runs, epochs, settings):
@@ -245,9 +245,9 @@ def test_a_run_that_overoptimises_says_what_to_use(runs):
     job._jobs.clear()  # as after a restart
     status = runs.status(run)
     assert (status["state"], status["epoch"], status["overoptimised"]) == ("interrupted", 2, 3)
-    assert status["eval_rewards"] == ["shapes-alignment"]
+    assert status["eval_rewards"] == ["shapes-match"]
     assert status["message"].startswith(
-        "Overoptimisation since epoch 3: the training reward rose while the held-out shapes-alignment fell. Use the "
+        "Overoptimisation since epoch 3: the training reward rose while the held-out shapes-match fell. Use the "
         "snapshot of epoch 1, or a later one at a lower strength. Interrupted after epoch 2 of 4, saved. Queue"
     )
 

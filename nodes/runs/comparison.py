@@ -23,6 +23,13 @@ def grids(run: RunFolder) -> list[int]:
     return _epochs((run.path / "samples").glob("epoch-*.png"))
 
 
+def grid_shape_of(run: RunFolder) -> list[int]:
+    """Rows and columns of the run's sample grids, whose places votes name."""
+    from ...trainer.plots.image_grid import grid_shape  # slow to import
+
+    return list(grid_shape(len(run.grid_prompts(run.config))))
+
+
 def kept(run: RunFolder) -> list[int]:
     """The epochs whose LoRA is kept."""
     return _epochs((run.path / "lora").glob("epoch-*.safetensors"))

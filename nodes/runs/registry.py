@@ -97,10 +97,19 @@ class Runs:
             config, job = run.config, self.job(run)
             status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.measured}
             status["plan"] = plan_of(config)
+            status["grid_shape"] = comparison.grid_shape_of(run)
             status |= _of_job(job) if job else _of_folder(run.metrics(), config)
             status["use"] = comparison.best_use(run, status["overoptimised"])
         except (ValueError, OSError) as error:
-            status |= {"reward": "", "eval_rewards": [], **NOTHING_DONE, "use": None, "plan": "", "state": "failed"}
+            status |= {
+                "reward": "",
+                "eval_rewards": [],
+                **NOTHING_DONE,
+                "use": None,
+                "plan": "",
+                "grid_shape": None,
+                "state": "failed",
+            }
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])

@@ -93,6 +93,21 @@ export function gridOf(grids, epoch) {
   return known.length ? Math.max(...known) : null;
 }
 
+/**
+ * The row and column of the image at a place in a grid that is shown in the middle of a `box`, as large as fits; null
+ * beside the grid. `place` and `box` are in pixels of the screen, `image` has the grid's own size.
+ */
+export function cellAt(place, box, image, [rows, columns]) {
+  const scale = Math.min(box.width / image.width, box.height / image.height);
+  const x = (place.x - (box.width - image.width * scale) / 2) / (image.width * scale);
+  const y = (place.y - (box.height - image.height * scale) / 2) / (image.height * scale);
+  if (x < 0 || x >= 1 || y < 0 || y >= 1) return null;
+  return { row: Math.floor(y * rows), col: Math.floor(x * columns) };
+}
+
+/** The name of the taste that a run trains on, or the name of a new one. */
+export const tasteOf = ({ reward }) => reward?.match(/taste:(.+?)(?= [/+] |$)/)?.[1] ?? "my taste";
+
 // --- scales
 
 /** A function from the domain [a, b] to the range [c, d]. */

@@ -93,7 +93,7 @@ export class Panel {
     this.after = new Samples();
     this.use = makeButton("tdpo-button");
     this.useEpoch = makeButton("tdpo-button");
-    this.compare = makeButton("tdpo-button", "Compare…");
+    this.compare = makeButton("tdpo-button", "Compare and vote…");
     this.message = make("p", "tdpo-message", { role: "status" });
     this.problem = make("p", "tdpo-problem", { role: "alert" });
     this.body = make(

@@ -15,6 +15,14 @@ async function ask(route, options) {
   return answer;
 }
 
+/** Add a vote to a taste; returns the taste's status, or throws an Error that says why not. */
+export const vote = (taste, fields) =>
+  ask(`tastes/${encodeURIComponent(taste)}/votes`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(fields),
+  });
+
 const runRoute = (id, rest = "") => `runs/${encodeURIComponent(id)}${rest}`;
 
 /** The URL of the sample grid of an epoch, which never changes; 0 is before training. */

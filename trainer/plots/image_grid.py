@@ -15,7 +15,7 @@ def save_image_grid(images: Tensor, path: Path) -> None:
     """Save images, float (B, 3, H, W) in [0, 1], as one near-square PNG with thin white gaps."""
     pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     count, height, width = pixels.shape[:3]
-    rows, columns = _shape(count)
+    rows, columns = grid_shape(count)
     gap = _gap(width)
     grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, image in enumerate(pixels):
@@ -32,7 +32,7 @@ def image_in_grid(path: Path, count: int, row: int, column: int) -> tuple[int, T
     Raises:
         ValueError: there is no image at that place, or the file is no such grid.
     """
-    rows, columns = _shape(count)
+    rows, columns = grid_shape(count)
     index = row * columns + column
     if not (0 <= row < rows and 0 <= column < columns and index < count):
         raise ValueError(
@@ -55,7 +55,7 @@ def image_in_grid(path: Path, count: int, row: int, column: int) -> tuple[int, T
     return index, torch.from_numpy(levels[top : top + height, left : left + width]).permute(2, 0, 1).float() / 255
 
 
-def _shape(count: int) -> tuple[int, int]:
+def grid_shape(count: int) -> tuple[int, int]:
     """Rows and columns."""
     columns = math.ceil(math.sqrt(count))
     return math.ceil(count / columns), columns
