@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 ROOT = Path(__file__).parent.parent
-THUMBNAIL, GROUND = (640, 400), "#222222"
+THUMBNAIL, GROUND = (512, 512), "#222222"
 VIEW = {"width": 1600, "height": 1000}
 MINUTES = 20  # that a workflow may take
 
@@ -55,7 +55,8 @@ FIT = """async (titles) => {
 
 @dataclass(frozen=True)
 class Picture:
-    """What the thumbnail of a workflow shows: the titles of nodes or groups, all where there are none."""
+    """What the thumbnail of a workflow shows: the images of the nodes of those titles, side by side, after a run;
+    without a run, the groups of those titles, or the whole graph if there are none."""
 
     titles: tuple[str, ...] = ()
     is_run: bool = True
@@ -91,7 +92,8 @@ def take(page: Any, server: str, name: str, picture: Picture) -> None:
     page.evaluate(OPEN, json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
     if picture.is_run:
         run(page)
-    shown = ImageOps.pad(screenshot(page, picture.titles).convert("RGB"), THUMBNAIL, color=GROUND)
+    shown = images_of(page, server, picture.titles) if picture.is_run else screenshot(page, picture.titles)
+    shown = ImageOps.pad(shown.convert("RGB"), THUMBNAIL, color=GROUND)
     shown.save(ROOT / "workflows" / f"{name}.jpg", quality=88)
     if name == "shapes_quickstart":
         screenshot(page, ("TDPO-R Train",)).save(ROOT / "docs" / "images" / "live-node.png", optimize=True)
@@ -110,6 +112,31 @@ def run(page: Any) -> None:
         })""".replace("MINUTES", str(MINUTES))
     )
     page.wait_for_timeout(3000)
+
+
+# The files that the node of a title has shown.
+SHOWN = """(title) => {
+  const { graph, nodeOutputs } = window.app;
+  return nodeOutputs[graph.nodes.find((node) => node.title === title).id].images;
+}"""
+
+
+def images_of(page: Any, server: str, titles: tuple[str, ...]) -> Image.Image:
+    """The images that those nodes have shown, in a square: each node's in columns of its own."""
+    parts = []
+    for title in titles:
+        files = page.evaluate(SHOWN, title)
+        bodies = [page.request.get(f"{server}/view", params=file).body() for file in files]
+        parts.append([Image.open(io.BytesIO(body)).convert("RGB") for body in bodies])
+    rows = max(int(len(part) ** 0.5) for part in parts)
+    columns = max(rows // len(parts), 1)  # of each node
+    width, height = parts[0][0].size
+    sheet = Image.new("RGB", (len(parts) * columns * width + 8 * (len(parts) - 1), rows * height), GROUND)
+    for i, part in enumerate(parts):
+        left = i * (columns * width + 8)
+        for j, image in enumerate(part[: rows * columns]):
+            sheet.paste(image, (left + j % columns * width, j // columns * height))
+    return sheet
 
 
 def screenshot(page: Any, titles: tuple[str, ...]) -> Image.Image:

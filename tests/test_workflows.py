@@ -151,7 +151,7 @@ def test_names_of_runs_and_ids_of_train_nodes_are_not_used_twice():
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_it_has_a_thumbnail(name):
     with Image.open(FOLDER / f"{name}.jpg") as picture:
-        assert picture.format == "JPEG" and picture.width >= 400
+        assert picture.format == "JPEG" and picture.width == picture.height >= 400
     assert (FOLDER / f"{name}.jpg").stat().st_size < 150_000
 
 
