@@ -218,11 +218,13 @@ def test_it_runs(server, name):
 def test_the_quickstart_raises_the_reward_of_the_images(server):
     """As it ships, through ComfyUI's own KSampler: by at least one standard deviation of the images before."""
     workflow = load("shapes_quickstart")
-    outputs = server.run(prompt_of(workflow, server.get("/object_info"), run_name="as it ships"))
-    texts = {
-        node["title"].split(":")[0]: outputs[str(node["id"])]["text"][0] for node in nodes_of(workflow, "PreviewAny")
-    }
-    before, after = ([float(line.split(": ")[1]) for line in texts[w].splitlines()[1:]] for w in ("Before", "After"))
+    prompt = prompt_of(workflow, server.get("/object_info"), run_name="as it ships")
+    scorers = [str(node["id"]) for node in nodes_of(workflow, "TDPOScoreImages")]  # before, after
+    for id in scorers:
+        prompt[f"text {id}"] = {"class_type": "PreviewAny", "inputs": {"source": [id, 1]}}
+    outputs = server.run(prompt)
+    texts = [outputs[f"text {id}"]["text"][0] for id in scorers]
+    before, after = ([float(line.split(": ")[1]) for line in text.splitlines()[1:]] for text in texts)
     assert len(before) == len(after) == 16
     gain = (statistics.fmean(after) - statistics.fmean(before)) / statistics.pstdev(before)
     assert gain >= 1, (before, after)
