@@ -329,7 +329,7 @@ class Notebook(GeneralTracker):
 
 def test_trackers_hear_of_every_epoch_and_of_the_end(tmp_path, monkeypatch):
     path = tmp_path / "run"
-    monkeypatch.setattr("comfy_tdpo.trainer.assemble._trackers", lambda names: [Notebook("comfy_tdpo", path)])
+    monkeypatch.setattr("comfy_tdpo.trainer.assemble.check_trackers", lambda names: [Notebook("comfy_tdpo", path)])
     assert main(["--run-dir", str(path), *QUICK, "--output.trackers", "notebook", "--policy.lr", "0.003"]) == 0
     assert Notebook.told == ["start", 0.003, 1, 2, "finish"]
 
