@@ -5,14 +5,14 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from comfy_tdpo.rewards import reward_names
+from comfy_tdpo.rewards import has_encoder, reward_names
 
 from .comfy.sockets import CATEGORY, Reward
 from .runs.combos import AUTO, check_choice
 from .runs.reward_choice import RewardChoice
 from .runs.wording import words_of_nodes
 
-ENCODERS = [AUTO, *(name for name in reward_names() if not name.startswith("jpeg-"))]
+ENCODERS = [AUTO, *filter(has_encoder, reward_names())]
 
 
 class Taste(io.ComfyNode):

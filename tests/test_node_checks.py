@@ -23,6 +23,13 @@ def test_what_can_start_is_let_through(algorithm):
         ask(algorithm=algorithm, reward=RewardChoice({reward: 1.0}))
 
 
+def test_a_taste_is_let_through(tmp_path):
+    """It is made of files that only the training reads."""
+    taste = RewardChoice({"taste:mine": 1.0}, {"taste:mine": str(tmp_path)})
+    ask(reward=taste)
+    ask(held_out=taste)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

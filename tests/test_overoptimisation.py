@@ -209,21 +209,6 @@ def test_what_was_saved_goes_on_exactly(epoch):
     assert before + lines == _same_draws(epoch)
 
 
-def test_another_watched_reward_is_watched_from_then_on():
-    first = Overoptimisation(OveroptimisationSettings(reward="shapes-alignment"), NAMES)
-    assert "overoptimisation/since" in watched(FALLING, watch=first)[-1]
-    other = Overoptimisation(OveroptimisationSettings(reward="shapes-match"), NAMES)
-    other.load(first.tensors(), first.plain())
-    assert other.since is None and not other.tensors()
-    scores, prompts = drawn(FALLING, 0)
-    lines = [
-        other.end_epoch(15 + i, RISING[i].item(), scores[i], [NAMES[p] for p in prompts[i]])
-        for i in range(len(FALLING))
-    ]
-    since = next(line["overoptimisation/since"] for line in lines if "overoptimisation/since" in line)
-    assert 15 + 4 <= since <= 15 + 6, "as its scores alone say"
-
-
 def _same_draws(epoch: int) -> list[dict]:
     watch = Overoptimisation(OveroptimisationSettings(reward="shapes-alignment"), NAMES)
     return watched(FALLING[:epoch], watch=watch) + watched(FALLING, begin=epoch, watch=watch)

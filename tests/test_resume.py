@@ -12,6 +12,7 @@ from toy import Brightness, Contrast, lora_of, new_run, same, timeless, toy_conf
 
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import override
+from comfy_tdpo.trainer.overoptimisation import Overoptimisation
 from comfy_tdpo.trainer.run import RunFolder, TrainingError
 
 VARIANTS = {
@@ -160,6 +161,23 @@ def test_held_out_rewards_may_change_even_in_mid_epoch(tmp_path, make_policy):
     ]
     assert measured == [["eval/old/mean"], [], ["eval/shapes-match/mean"]], "half an epoch is not measured"
     assert len(again.overoptimisation.tensors()["scores"]) == 1
+
+
+def test_another_watched_reward_is_watched_from_then_on(tmp_path, make_policy, monkeypatch):
+    """And the old one's alarm rings no more."""
+    run = new_run(tmp_path / "run", epochs=2, overoptimisation={"reward": "shapes-judge"})
+    alarm = {"overoptimisation/since": 2, "overoptimisation/fall": 1.0, "overoptimisation/standard_errors": 9.0}
+    with monkeypatch.context() as patch:
+        end_epoch = Overoptimisation.end_epoch
+        patch.setattr(Overoptimisation, "end_epoch", lambda *epoch: end_epoch(*epoch) | alarm)
+        list(toy_training(run, make_policy, held_out={"shapes-judge": Brightness()}).epochs())
+    for watched, scores in (("shapes-judge", 3), ("shapes-match", 1)):
+        again = RunFolder(Path(shutil.copytree(run.path, tmp_path / watched)))
+        again.write_config(toy_config(epochs=3, overoptimisation={"reward": watched}))
+        training = toy_training(again, make_policy, held_out={watched: Brightness()})
+        list(training.epochs())
+        assert len(training.overoptimisation.tensors()["scores"]) == scores
+        assert any("overoptimisation/since" in line for line in again.metrics()) == (watched == "shapes-judge")
 
 
 def test_epochs_that_were_logged_but_not_checkpointed_are_logged_once(tmp_path, make_policy):

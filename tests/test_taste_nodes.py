@@ -1,6 +1,7 @@
 """Tastes in ComfyUI: the node's votes, those that a browser sends, and which run is meant after new votes."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
 import pytest
@@ -222,6 +223,21 @@ def test_what_a_grid_gives_back_is_what_went_in(tmp_path, count, size):
                 continue
             found[index] = torch.equal(image, drawn[index])
     assert found == dict.fromkeys(range(count), True)
+
+
+def test_a_picture_is_liked_or_disliked_but_not_both(tastes):
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="got 1 of the pictures both as liked and as disliked; expected each as one"):
+        tastes.vote("mine", [picture], [picture])
+    assert not tastes.folder("mine").exists
+
+
+def test_two_first_votes_at_once_are_both_kept(tastes):
+    pictures = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda picture: tastes.vote("mine", [picture], []), pictures))
+        list(pool.map(lambda picture: tastes.vote("mine", [pictures[0]], []), pictures))
+    assert len(tastes.find("mine").counted()) == 16
 
 
 def test_a_picture_that_is_no_such_grid_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """A run on a background thread: start, watch, stop, wait."""
 
+import gc
 import logging
 import threading
 import time
@@ -95,7 +96,8 @@ class Job:
         return replace(status, waits_for=first.id if first and first is not self else None)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call `subscriber(event, status)` on every event, from the job's thread; returns a function that unsubscribes.
+        """Call `subscriber(event, status)` on every event, from the thread of this job or of one that it waited for;
+        returns a function that unsubscribes.
 
         Exceptions of a subscriber are logged and affect neither the training nor other subscribers.
         """
@@ -125,15 +127,18 @@ class Job:
 
     def _work(self) -> None:
         self._change("phase")  # it may have to wait
+        outcome: dict[str, Any] = {"state": "failed", "error": "its thread was ended"}
         try:
             stopped = not _turns.wait(self.device, self, self._stop.is_set) or self._train()
-            outcome: dict[str, Any] = {"state": "stopped" if stopped else "finished"}
+            outcome = {"state": "stopped" if stopped else "finished"}
         except Exception as error:  # any error is reported through the job's status
             logger.exception("run %s failed", self.id)
             outcome = {"state": "failed", "error": _sentence(error)}
-        del self._factory  # and free whatever it holds on the device
-        _turns.leave(self.device, self)
-        self._change("end", **outcome)
+        finally:
+            del self._factory
+            _free(self.device)  # before the next job loads its models
+            _turns.leave(self.device, self)
+            self._change("end", **outcome)
         for job in _turns.everybody():
             job._change("phase")  # those that wait now wait for another one
 
@@ -182,6 +187,13 @@ class Job:
                 subscriber(event, status)
             except Exception:  # a subscriber's error must not end the training
                 logger.exception("a subscriber of run %s failed", self.id)
+
+
+def _free(device: torch.device) -> None:
+    """Free what an ended training held: it refers to itself, so it goes only when garbage is collected."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _since(metrics: list[EpochMetrics]) -> int | None:

@@ -211,13 +211,9 @@ class Overoptimisation:
         return {"scores": torch.stack(self._scores), "prompts": torch.stack(self._prompts), "training": training}
 
     def plain(self) -> dict[str, Any]:
-        known = {"std": self._std, "since": self.since, "best": self.best, "spare": self._spare}
-        return known | {"reward": self.settings.reward}
+        return {"std": self._std, "since": self.since, "best": self.best, "spare": self._spare}
 
     def load(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Restore what was saved, unless the run now watches another reward: that one is watched from here on."""
-        if plain.get("reward", self.settings.reward) != self.settings.reward:
-            return
         self._scores, self._prompts = list(tensors["scores"].cpu()), list(tensors["prompts"].cpu())
         self._training = tensors["training"].tolist()
         self._std, self.since, self.best = plain["std"], plain["since"], plain["best"]

@@ -81,11 +81,22 @@ class TrainState:
             average.load(tensors["policy_average"])
         on_device = {name: _to(context.policy.device, group) for name, group in tensors.items()}
         self.method.load_state(on_device, state)
-        if "overoptimisation" in tensors:
-            self.overoptimisation.load(tensors["overoptimisation"], state["overoptimisation"])
         context.epoch, context.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]
+        if _watched(state["identity"]) != _watched(self.identity):  # the other reward is watched from here on
+            self.metrics = [_without_alarm(line) for line in self.metrics]
+        elif "overoptimisation" in tensors:
+            self.overoptimisation.load(tensors["overoptimisation"], state["overoptimisation"])
         context.progress = _progress_from(on_device, state["updates"], prompts_of_epoch(context.epoch + 1))
         return True
+
+
+def _watched(identity: dict[str, Any]) -> Any:
+    """The reward that a run with this identity watches, as in its configuration; None for older versions."""
+    return identity["settings"].get("overoptimisation", {}).get("reward")
+
+
+def _without_alarm(metrics: EpochMetrics) -> EpochMetrics:
+    return {key: value for key, value in metrics.items() if not key.startswith("overoptimisation/")}
 
 
 def _tensors_of_progress(progress: Progress) -> dict[str, TensorGroup]:

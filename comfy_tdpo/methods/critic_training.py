@@ -65,7 +65,9 @@ class CriticTraining:
         if context.reward.embed_dim and not self.config.encoder:
             logger.info("the critic uses the image encoder of %s", encoder_name(context.reward))
             return context.reward
-        model = load_reward(name, self.policy.device, config.reward_precision, config.reward_weights)
+        model = context.guards.get(name) or load_reward(
+            name, self.policy.device, config.reward_precision, config.reward_weights
+        )
         if model.embed_dim is None:
             raise ValueError(
                 f"reward {name!r} has no image encoder for the critic; set critic.encoder to a reward that has one, or "

@@ -25,5 +25,6 @@ def encoder_of(config: Any) -> str:
 
 def _is_of_shapes(config: Any) -> bool:
     """Whether a run trains on the embedded world; in a graph, its MODEL has another name than "shapes"."""
-    names = [*config.trained_on, *config.guards, *config.measured]
-    return config.model == "shapes" or any(name.startswith("shapes-") for name in names)
+    names = [*config.trained_on, *config.guards]  # not those that are measured, which may change within a run
+    of_shapes = config.model == "shapes" or config.model.startswith("comfyui:Shapes")
+    return of_shapes or any(name.startswith("shapes-") for name in names)

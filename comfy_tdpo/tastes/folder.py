@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import torch
@@ -42,18 +43,21 @@ class TasteFolder:
             ValueError: there is one with another encoder, or something else is there.
         """
         taste = cls(path)
-        if (path / ABOUT).exists():
-            if taste.encoder != encoder:
+        if not taste.exists:
+            if path.exists() and (not path.is_dir() or any(file.name[0] != "." for file in path.iterdir())):
                 raise ValueError(
-                    f"got encoder {encoder!r} for the taste '{path}', which reads its pictures by {taste.encoder!r}; "
-                    "expected the same: leave the encoder out, or choose another name"
+                    f"got '{path}', which is no taste; expected a new or empty folder: choose another name"
                 )
-            return taste
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"got '{path}', which is no taste; expected a new or empty folder: choose another name")
-        path.mkdir(parents=True, exist_ok=True)
-        about = json.dumps({"format": FORMAT, "encoder": encoder}) + "\n"
-        write_safely(path / ABOUT, lambda file: file.write_text(about, encoding="utf-8"))
+            path.mkdir(parents=True, exist_ok=True)
+            with taste._locked():
+                if not taste.exists:  # nobody else has made it meanwhile
+                    about = json.dumps({"format": FORMAT, "encoder": encoder}) + "\n"
+                    write_safely(path / ABOUT, lambda file: file.write_text(about, encoding="utf-8"))
+        if taste.encoder != encoder:
+            raise ValueError(
+                f"got encoder {encoder!r} for the taste '{path}', which reads its pictures by {taste.encoder!r}; "
+                "expected the same: leave the encoder out, or choose another name"
+            )
         return taste
 
     @property
@@ -96,7 +100,11 @@ class TasteFolder:
         """
         with self._locked():
             last = {vote.images: vote for vote in self.votes()}
-            new = [vote for vote in votes if last.get(vote.images) != vote]
+            new = []
+            for vote in votes:
+                if last.get(vote.images) != vote:
+                    new.append(vote)
+                last[vote.images] = vote
             if new:
                 with (self.path / VOTES).open("ab") as file:
                     torn = file.tell() > 0 and not (self.path / VOTES).read_bytes().endswith(b"\n")
@@ -161,7 +169,7 @@ def _levels(picture: Tensor) -> np.ndarray:
 def write_safely(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` create a file beside `path`, flush it to disk, and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    beside = path.with_name(f".{path.stem}.{os.getpid()}-{get_ident()}.partial{path.suffix}")
     try:
         write(beside)
         with beside.open("rb+") as file:

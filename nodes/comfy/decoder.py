@@ -36,6 +36,9 @@ class ComfyDecoder:
         self._process_output, self._process_latents = vae.process_output, model.model.latent_format.process_out
         with torch.inference_mode(False):
             self.network = copy.deepcopy(vae.first_stage_model).requires_grad_(False).cpu()
+        for name in ("encoder", "taesd_encoder", "quant_conv"):  # it only decodes
+            if hasattr(self.network, name):
+                setattr(self.network, name, None)
         make_plain(self.network)
 
     def to(self, device: torch.device) -> "ComfyDecoder":

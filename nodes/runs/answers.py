@@ -8,14 +8,14 @@ from .registry import NoSuchRun, NotRunning, Runs
 from .tastes import NoSuchTaste, tastes_beside
 from .voting import add_vote, parsed
 
-STATUS = {NoSuchRun: 404, NoSuchTaste: 404, NotRunning: 409}
+STATUS: dict[type[Exception], int] = {NoSuchRun: 404, NoSuchTaste: 404, NotRunning: 409}
 
 
 def answer(runs: Runs, ask: Callable[[], Any]) -> tuple[int, Any]:
     """The HTTP status, and what `ask` returns or one sentence that says why it failed."""
     try:
         return 200, ask()
-    except ValueError as error:
+    except (ValueError, OSError, NotImplementedError) as error:  # the last: a file system without locks
         return STATUS.get(type(error), 400), {"error": runs.told(" ".join(str(error).split()))}
 
 

@@ -11,6 +11,7 @@ import torch
 from comfy_tdpo.methods.window import trained_steps
 from comfy_tdpo.process import make_process
 from comfy_tdpo.rewards import has_encoder, load_reward, reward_class
+from comfy_tdpo.tastes.names import is_taste
 
 from ...trainer.assemble import check_trackers
 from ...trainer.config import TrainConfig
@@ -38,7 +39,7 @@ def _check_rewards(config: TrainConfig, prompts: list[str]) -> None:
     """Rewards without files are loaded and asked; the others accept all prompts."""
     with torch.inference_mode(False):
         for name in {*config.trained_on, *config.measured, *config.guards}:
-            if not reward_class(name).sources:
+            if not is_taste(name) and not reward_class(name).sources:
                 load_reward(name, CPU, weights=config.reward_weights).check_prompts(prompts)
     if getattr(config, "favour_diversity", False) and not any(map(has_encoder, config.trained_on)):
         raise ValueError(

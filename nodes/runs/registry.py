@@ -91,7 +91,6 @@ class Runs:
             "samples_epoch": _newest_grid(run),
             "grids": comparison.grids(run),
             "kept": comparison.kept(run),
-            "strengths": comparison.strengths(run),
         }
         try:
             config, job = run.config, self.job(run)
@@ -100,12 +99,14 @@ class Runs:
             status["grid_shape"] = comparison.grid_shape_of(run)
             status |= _of_job(job) if job else _of_folder(run.metrics(), config)
             status["use"] = comparison.best_use(run, status["overoptimised"])
+            status["strengths"] = comparison.strengths(run)
         except (ValueError, OSError) as error:
             status |= {
                 "reward": "",
                 "eval_rewards": [],
                 **NOTHING_DONE,
                 "use": None,
+                "strengths": {},
                 "plan": "",
                 "grid_shape": None,
                 "state": "failed",
@@ -123,7 +124,10 @@ class Runs:
             return ""
         from ...trainer.run.tastes import told_of_changes  # slow to import
 
-        lacking, changed = unguarded(run.config), told_of_changes(run, run.config)
+        try:
+            lacking, changed = unguarded(run.config), told_of_changes(run, run.config)
+        except (ValueError, OSError) as error:  # a damaged taste must not hide the runs
+            return self.told(str(error))
         return " ".join(f"{self.told(text)[:1].upper()}{self.told(text)[1:]}." for text in (lacking, changed) if text)
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
@@ -252,7 +256,7 @@ def advice(status: Fields, waits: bool) -> str:
         case "finished":
             return "Finished. Load LoRA lists its LoRA; TDPO LoRA Apply applies it. Raise epochs to train longer."
         case "stopped" | "interrupted" if epoch == 0:
-            return "Ended in the first epoch. Queue the graph to resume."
+            return "Ended before an epoch had finished. Queue the graph to resume."
         case "failed":
             return "Failed. Fix what the error names, then queue the graph to resume from the last checkpoint."
     what = "Stopped" if state == "stopped" else "Interrupted"

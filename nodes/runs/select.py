@@ -91,7 +91,8 @@ def is_done(run: RunFolder, config: TrainConfig) -> bool:
     if not (run.path / CONFIG).exists():
         return False
     metrics = run.metrics()
-    if len(metrics) < config.epochs and not ends_early(metrics, config):
+    same_watch = run.config.overoptimisation.reward == config.overoptimisation.reward
+    if len(metrics) < config.epochs and not (same_watch and ends_early(metrics, config)):
         return False
     return not config.output.recommend or is_current(run)
 

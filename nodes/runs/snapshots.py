@@ -42,7 +42,8 @@ def find_snapshot(run: RunFolder, which: str, epoch: int) -> Found:
     names = reward_names(metrics, kind)
     if not names:
         return Found(latest.file, "no held-out reward was measured, so the latest")
-    return Found(kept[best_epoch(list(kept), metrics, f"{kind}/{names[0]}/mean")])
+    name = next((name for name in run.config.measured if kind == "eval" and name in names), names[0])
+    return Found(kept[best_epoch(list(kept), metrics, f"{kind}/{name}/mean")])
 
 
 def _recommended(run: RunFolder, latest: Found) -> Found:

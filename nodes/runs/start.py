@@ -1,6 +1,7 @@
 """Starts a run, reports its progress and waits for it; everything from ComfyUI is passed in."""
 
 import atexit
+import shutil
 import time
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, Status, TrainingFactory
 from ...trainer.run import RunFolder
 from ...trainer.run.files import write_atomically
-from ...trainer.run.paths import CONFIG, PROMPTS
+from ...trainer.run.paths import CONFIG, PROMPTS, TASTES
 from .marks import Place, mark
 from .prompts import Prompts, keep_written
 from .registry import Fields, Runs, finite
@@ -46,6 +47,7 @@ def prepare(runs: Runs, run: RunFolder, config: TrainConfig, prompts: Prompts) -
     if blank:
         with run.lock():
             run.sample_grid(0).unlink(missing_ok=True)
+            shutil.rmtree(run.path / TASTES, ignore_errors=True)
             run.configure(config)
     else:
         run.create(config)

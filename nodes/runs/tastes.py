@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from comfy_tdpo.tastes.folder import TasteFolder
+from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import PREFIX, VOTES, usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb
 
@@ -66,6 +66,12 @@ class Tastes:
         pictures = [*liked, *disliked]
         if not pictures:
             return self.find(name)
+        both = {file_of(picture) for picture in liked} & {file_of(picture) for picture in disliked}
+        if both:
+            raise ValueError(
+                f"got {len(both)} of the pictures both as liked and as disliked; expected each as one of the two: "
+                "remove it from one input"
+            )
         taste = self.made(name, pictures[0], encoder)
         taste.append([Thumb(taste.keep(picture), float(i < len(liked))) for i, picture in enumerate(pictures)])
         return taste

@@ -2,11 +2,12 @@
 
 const NODE = "TDPOApplyLoRA";
 
-/** The LoRA Apply nodes that take the run of a Train node; if none does, all in the workflow, as `all` lists them. */
+/** The LoRA Apply nodes that take the run of a Train node; if none does, those of `all` that take none. */
 export function applyNodes(train, all) {
   const is = (node) => node?.comfyClass === NODE;
   const wired = (train.getOutputNodes?.(0) ?? []).filter(is);
-  return wired.length ? wired : all.filter(is);
+  const isFree = (node) => !node.isInputConnected(node.inputs.findIndex(({ name }) => name === "run"));
+  return wired.length ? wired : all.filter((node) => is(node) && isFree(node));
 }
 
 /** Set the snapshot, epoch and strength of LoRA Apply nodes; returns a sentence that says what was done. */

@@ -57,7 +57,7 @@ export class Comparison {
     this.#take = take;
     setText(this.title, status.id);
     this.taste.value = tasteOf(status);
-    const shown = new Set([...status.grids, ...Object.keys(status.strengths).map(Number)]);
+    const shown = new Set([...status.grids, ...Object.keys(status.strengths ?? {}).map(Number)]);
     const epochs = [...shown].filter((n) => n > 0).sort((a, b) => a - b);
     this.epoch.replaceChildren(...epochs.map((n) => new Option(`epoch ${n}`, n, false, n === epoch)));
     this.cut.value = 50;
@@ -68,7 +68,7 @@ export class Comparison {
   }
 
   #chooseEpoch() {
-    const { grids, strengths } = this.#status;
+    const { grids, strengths = {} } = this.#status;
     const epoch = Number(this.epoch.value);
     const drawn = (strengths[epoch] ?? []).map((s) => new Option(`strength ${s}, unseen prompts`, s));
     const trained = grids.includes(epoch) ? [new Option(AS_TRAINED, "")] : [];
@@ -112,12 +112,14 @@ export class Comparison {
     const place = { x: event.clientX - box.left, y: event.clientY - box.top };
     const isBefore = place.x < (box.width * this.cut.value) / 100;
     const { naturalWidth: width, naturalHeight: height } = isBefore ? this.before : this.after;
-    const cell = cellAt(place, box, { width, height }, this.#status.grid_shape);
+    const isSeen = this.before.complete && this.after.complete; // else the images before them are still shown
+    const cell = isSeen && this.#status.grid_shape && cellAt(place, box, { width, height }, this.#status.grid_shape);
     if (!cell) return;
+    if (!this.taste.value.trim()) return setText(this.said, "Name the taste first.");
     const epoch = isBefore ? 0 : Number(this.epoch.value);
     const liked = this.#liked;
     try {
-      const { votes, name } = await vote(this.taste.value, { picture: { run: this.#status.id, epoch, ...cell }, liked });
+      const { votes, name } = await vote(this.taste.value.trim(), { picture: { run: this.#status.id, epoch, ...cell }, liked });
       this.#mark(place, box, liked);
       setText(this.said, `${votes} ${votes === 1 ? "vote" : "votes"} in taste ${name}. TDPO Taste makes them a reward.`);
     } catch (error) {

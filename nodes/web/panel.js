@@ -71,6 +71,7 @@ export class Panel {
   #run = null; // the id of the run that is shown
   #pointed = null; // the epoch under the pointer
   #picked = null; // the epoch that was clicked; another click on it lets go of it
+  #progress = ""; // the state and epoch that were last shown
   #taken = ""; // what was last taken over into LoRA Apply
   #refused = null; // why the last attempt to stop failed
   #asked = false; // whether a request to stop has not been answered yet
@@ -161,6 +162,9 @@ export class Panel {
   }
 
   #words(status) {
+    const now = `${status.id} ${status.state} ${status.epoch}`;
+    if (now !== this.#progress) this.#taken = ""; // what the server says is newer
+    this.#progress = now;
     const stopping = status.state === "stopping" || this.#asked;
     const shown = this.#asked ? { ...status, state: "stopping" } : status;
     this.element.dataset.state = shown.state;

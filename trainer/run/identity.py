@@ -65,7 +65,7 @@ def check_same(now: dict[str, Any], before: dict[str, Any], policy: DiffusionPol
                 f"{_SAME}: restore the {part}, or start a new run"
             )
     for name, fingerprint in before.get("tastes", {}).items():  # older versions have none
-        if now["tastes"].get(name) != fingerprint:
+        if now["tastes"].get(name, fingerprint) != fingerprint:  # one that was only measured may be gone
             raise ValueError(
                 f"got another taste {name!r} from when the run started; {_SAME}: restore the run's folder tastes, or "
                 "start a new run"

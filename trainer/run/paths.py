@@ -17,7 +17,7 @@ from pathlib import Path
 from comfy_tdpo.tastes.names import FITTED, PREFIX
 
 CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
-LOCK = ".lock"
+LOCK, TASTES = ".lock", "tastes"
 
 
 class RunPaths:
@@ -50,7 +50,7 @@ class RunPaths:
 
     def taste(self, name: str) -> Path:
         """The run's own copy of the taste that is the reward `name`."""
-        return self.path / "tastes" / f"{name.removeprefix(PREFIX)}{FITTED}"
+        return self.path / TASTES / f"{name.removeprefix(PREFIX)}{FITTED}"
 
     def plot(self, name: str) -> Path:
         return self.path / "plots" / f"{name}.png"
