@@ -187,7 +187,7 @@ def test_votes_on_the_samples_of_a_run_become_a_reward(server):
     graph = train_graph("on-taste") | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "mine", "weight": 1.0}}}
     server.run(graph)
     assert server.status("on-taste")["reward"] == "taste:mine"
-    assert "no guard holds it" in server.status("on-taste")["message"], "tdpo-r has none"
+    assert "it has no guard" in server.status("on-taste")["message"], "tdpo-r has none"
     assert "expected a name of 1 to 80" in server.error(
         graph | {"reward": {"class_type": "TDPOTaste", "inputs": {"name": "../x", "weight": 1.0}}}
     )

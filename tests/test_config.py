@@ -217,7 +217,7 @@ NO_TOML = [
     ('model = "shapes\n', "its quotes are not closed"),
     ("model = 'shapes", "its quotes are not closed"),
     ("model = \u201cshapes\u201d", "typographic quotes"),
-    ("epochs\u00a0= 3", "a space that is no plain one"),
+    ("epochs\u00a0= 3", "an unusual space or an invisible character"),
     ("gamma = .5", "a number needs a digit on both sides of its decimal point"),
     ("gamma = 0,5", "write a decimal point, not a comma"),
     ("[critic]\nenabled = True", "line 2, 'enabled = True': write true or false"),

@@ -105,7 +105,7 @@ def test_what_names_nothing_to_see_is_no_word(line, words):
         ("a\0 red circle", "has control characters or halves of characters in line 1"),
         ("a \ud83e fox", "has control characters or halves of characters in line 1"),
         ("a fox\n\nembedding:nice", "has no word in line 3"),
-        ("# a fox\n#b", "holds comments alone; expected a prompt"),
+        ("# a fox\n#b", "contains only comments; expected a prompt"),
     ],
 )
 def test_what_nothing_can_be_made_of_is_refused_before_there_is_a_folder(text, said, tmp_path):

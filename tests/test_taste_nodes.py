@@ -280,7 +280,7 @@ def test_new_votes_are_noticed(runs, tastes):
     assert because == "Run 'one' has finished, and taste:mine had 6 votes when the run started and has 12 now."
     message = runs.status(run)["message"]
     assert "Taste:mine had 6 votes when the run started and has 12 now" in message
-    assert "no guard holds it" in message and "no held-out reward is watched" in message
+    assert "it has no guard" in message and "no held-out reward is watched" in message
 
 
 def test_a_taste_that_is_not_there(tastes):

@@ -174,10 +174,10 @@ def test_a_taste_on_shapes_is_guarded_and_watched_by_default(taste):
     assert config.algorithm == "tdpo-g" and config.guards == ["shapes-alignment"] and config.guard_penalty > 0
     assert config.overoptimisation.reward == "shapes-match" and unguarded(config) == ""
     bare = make_config(overrides={"rewards": {"taste:dark": 1.0}, "guards": [], **where})
-    assert re.fullmatch("taste:dark is learned from few votes .*no guard holds it: .*", unguarded(bare))
+    assert re.fullmatch("taste:dark is learned from few votes .*it has no guard: .*", unguarded(bare))
     alone = {"algorithm": "tdpo-r", "overoptimisation": {"reward": "none"}}
     both = make_config(overrides={"rewards": {"taste:dark": 1.0}, **alone, **where})
-    assert "no guard holds it" in unguarded(both) and "no held-out reward is watched" in unguarded(both)
+    assert "it has no guard" in unguarded(both) and "no held-out reward is watched" in unguarded(both)
     assert unguarded(make_config(overrides={"guards": []})) == "", "only tastes are so small"
     photos = make_config("sd15", overrides={"rewards": {"taste:dark": 1.0}, **where})
     assert photos.guards == ["clipscore"] and photos.overoptimisation.reward == "imagereward"

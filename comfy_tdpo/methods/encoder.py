@@ -2,7 +2,7 @@
 
 The paper's critic shares the encoder of the training reward. Some rewards have none: JPEG, a program, a user's
 function. Then the critic takes that of a guard, which is loaded anyway, or else a small one. Held-out rewards lend
-none, so that they stay independent witnesses.
+none, so that they stay independent.
 """
 
 from typing import Any

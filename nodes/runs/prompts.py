@@ -65,7 +65,7 @@ def read_lines(text: str, widget: str) -> list[tuple[str, str]]:
     words = [words_of(line) for _, line in lines]
     try:
         if not lines and clean(text).strip():
-            raise ValueError("holds comments alone; expected a prompt, or no text: add one, or empty it")
+            raise ValueError("contains only comments; expected a prompt: add one, or delete the text")
         check_words([(place, own) for (place, _), own in zip(lines, words, strict=True)], EXPECTED)
     except ValueError as error:
         raise ValueError(f"the text of {widget} {error}") from error

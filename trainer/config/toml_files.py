@@ -15,7 +15,7 @@ LARGEST = 2**20  # bytes; a whole configuration has a few thousand
 _ADVICE = tuple(
     (re.compile(sign), advice)
     for sign, advice in (
-        (UNUSUAL, "it has a space that is no plain one, or a sign that nobody sees: type the line again"),
+        (UNUSUAL, "it has an unusual space or an invisible character: type the line again"),
         ("[\u201c\u201d\u201e\u2018\u2019]", "TOML does not accept typographic quotes: type \" or ' instead"),
         (
             r"=.*\"[^\"]*\\",
