@@ -131,7 +131,7 @@ class OveroptimisationSettings(Section):
             )
         if self.reward in guards:
             raise ValueError(
-                f"overoptimisation.reward is {self.reward!r}, which is a guard and so no independent witness; choose a "
+                f"overoptimisation.reward is {self.reward!r}, which is a guard and so not independent; choose a "
                 "different held-out reward, or none"
             )
         if stop and self.reward is None:

@@ -27,7 +27,7 @@ def test_what_is_watched_in_another_model_than_shapes_is_wired():
     held_out = RewardChoice({"imagereward": 1.0, "pickscore": 1.0})
     config = wanted(model="x", shapes=False, held_out=held_out).config()
     assert (config.overoptimisation.reward, config.guards) == ("imagereward", ["clipscore"])
-    assert wanted(held_out=RewardChoice({"shapes-gold": 1.0})).config().overoptimisation.reward == "shapes-alignment"
+    assert wanted(held_out=RewardChoice({"shapes-gold": 1.0})).config().overoptimisation.reward == "shapes-match"
 
 
 def test_what_is_asked_for_lies_over_the_preset():

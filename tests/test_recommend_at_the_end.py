@@ -90,7 +90,7 @@ def test_the_command_prints_a_table_and_writes_the_lora(trained, capsys):
     out, err = capsys.readouterr()
     assert "prompts: shapes-unseen (8 prompts, none of them trained on)" in err
     head, base, *rows = out.split("\n\n")[0].splitlines()
-    assert head.split() == ["LoRA", "strength", "shapes-aesthetic", "shapes-alignment", "change"]
+    assert head.split() == ["LoRA", "strength", "shapes-aesthetic", "shapes-match", "change"]
     assert base.split()[:2] == ["base", "-"]
     labels = [("epoch 1", "0.5"), ("epoch 1", "1"), ("epoch 2", "0.5"), ("epoch 2", "1")]
     assert [(" ".join(row.split()[:2]), row.split()[2]) for row in rows] == labels
@@ -103,7 +103,7 @@ def test_the_command_prints_a_table_and_writes_the_lora(trained, capsys):
     assert marked == [(chosen["snapshot"], f"{chosen['strength']:g}")]
     with safe_open(trained / "lora" / "recommended.safetensors", "pt") as file:
         assert file.metadata()["epoch"] == str(chosen["epoch"])
-        assert file.metadata()["held_out"] == "shapes-alignment"
+        assert file.metadata()["held_out"] == "shapes-match"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_training_that_recommends_says_what(trained, tmp_path, capsys, monkeyp
 
 
 def test_a_training_that_cannot_recommend_does_not_start(tmp_path, capsys):
-    rewards = ["--reward", "shapes-alignment", "--output.recommend", "true", "--eval-reward", "none"]
+    rewards = ["--reward", "shapes-match", "--output.recommend", "true", "--eval-reward", "none"]
     folder = str(tmp_path / "run")
     assert main(["--run-dir", folder, *QUICK, *rewards]) == 2
     assert "no held-out reward which may choose its LoRA" in capsys.readouterr().err

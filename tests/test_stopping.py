@@ -22,7 +22,7 @@ from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.terminal.summary import summary
 from comfy_tdpo.trainer.training import Training
 
-WATCHED = "shapes-alignment"
+WATCHED = "shapes-match"
 RULE = {"reward": WATCHED, "window": 1, "standard_errors": 1e-3, "fall": 0.0}
 EPOCHS = 5
 
