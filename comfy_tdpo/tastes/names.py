@@ -12,7 +12,7 @@ FITTED = ".safetensors"
 
 WORLD_SIDE = 64  # pixels of Shapes' pictures
 
-_PLAIN = re.compile(r"[^\W_]([\w .+-]*[\w+-])?")
+PLAIN_NAME = re.compile(r"[^\W_]([\w .+-]*[\w+-])?")
 
 
 def is_taste(name: str) -> bool:
@@ -21,7 +21,7 @@ def is_taste(name: str) -> bool:
 
 def check_taste(name: str) -> None:
     """Raise ValueError if `name`, which begins with the prefix, is not followed by a plain name."""
-    if not _PLAIN.fullmatch(name.removeprefix(PREFIX)):
+    if not PLAIN_NAME.fullmatch(name.removeprefix(PREFIX)):
         raise ValueError(
             f"got reward {name[:100]!r}; expected taste:NAME with letters, digits, spaces and . _ - + in the name: say "
             "where its folder is by reward_weights"

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ...trainer.alarm import lora_before
+from ...trainer.config import TrainConfig
 from ...trainer.recommend.files import IMAGES
 from ...trainer.run import RunFolder
 from ...trainer.run.loras import baked_strength, epoch_of
@@ -23,11 +24,11 @@ def grids(run: RunFolder) -> list[int]:
     return _epochs((run.path / "samples").glob("epoch-*.png"))
 
 
-def grid_shape_of(run: RunFolder) -> list[int]:
+def grid_shape_of(run: RunFolder, config: TrainConfig) -> list[int]:
     """Rows and columns of the run's sample grids, whose places votes name."""
     from ...trainer.plots.image_grid import grid_shape  # slow to import
 
-    return list(grid_shape(len(run.grid_prompts(run.config))))
+    return list(grid_shape(len(run.grid_prompts(config))))
 
 
 def kept(run: RunFolder) -> list[int]:

@@ -2,6 +2,8 @@
 
 import re
 
+from comfy_tdpo.tastes.names import PLAIN_NAME
+
 LONGEST = 80  # bytes; systems allow 255, and Windows about as many for a whole path
 EXPECTED = (
     f"expected a name of 1 to {LONGEST} letters, digits, spaces and . _ - +, beginning with a letter or a digit and "
@@ -27,7 +29,7 @@ def check_taste_name(name: object) -> str:
 
 def problem_with(name: str, what: str = "run name") -> str:
     """Why `name` is not a valid name of a run, or of what `what` says; empty if it is."""
-    if not re.fullmatch(r"[^\W_]([\w .+-]*[\w+-])?", name) or len(name.encode()) > LONGEST:
+    if not PLAIN_NAME.fullmatch(name) or len(name.encode()) > LONGEST:
         return f"got {what} {_shown(name)}; {EXPECTED}"
     if _RESERVED.fullmatch(name):
         return f"got {what} {_shown(name)}, which Windows reserves for a device; {EXPECTED}"

@@ -82,21 +82,21 @@ class Runs:
 
     def status(self, run: RunFolder) -> Fields:
         """The run's status, from its job or, if there is none, from its folder."""
-        mark = mark_of(run)
+        mark, grids = mark_of(run), comparison.grids(run)
         status = {
             "id": run.path.name,
             "node": mark.node,
             "workflow": mark.workflow,
             "lora": self.lora_name(run),
-            "samples_epoch": _newest_grid(run),
-            "grids": comparison.grids(run),
+            "samples_epoch": grids[-1] if grids else None,
+            "grids": grids,
             "kept": comparison.kept(run),
         }
         try:
             config, job = run.config, self.job(run)
             status |= {"reward": name_of_sum(config.rewards, config.reward_scales), "eval_rewards": config.measured}
             status["plan"] = plan_of(config)
-            status["grid_shape"] = comparison.grid_shape_of(run)
+            status["grid_shape"] = comparison.grid_shape_of(run, config)
             status |= _of_job(job) if job else _of_folder(run.metrics(), config)
             status["use"] = comparison.best_use(run, status["overoptimised"])
             status["strengths"] = comparison.strengths(run)
@@ -125,10 +125,12 @@ class Runs:
         from ...trainer.run.tastes import told_of_changes  # slow to import
 
         try:
-            lacking, changed = unguarded(run.config), told_of_changes(run, run.config)
+            config = run.config
+            texts = [unguarded(config), told_of_changes(run, config)]
         except (ValueError, OSError) as error:  # a damaged taste must not hide the runs
             return self.told(str(error))
-        return " ".join(f"{self.told(text)[:1].upper()}{self.told(text)[1:]}." for text in (lacking, changed) if text)
+        sentences = [self.told(text) for text in texts if text]
+        return " ".join(f"{sentence[:1].upper()}{sentence[1:]}." for sentence in sentences)
 
     def metrics(self, run: RunFolder, after: int) -> Fields:
         new = [finite(line) for line in run.metrics() if line["epoch"] > after]
@@ -286,13 +288,8 @@ def finite(metrics: EpochMetrics) -> dict[str, float | None]:
 
 def newest_grid(run: RunFolder) -> Path | None:
     """The newest of the run's own sample grids; files with other names are ignored."""
-    drawn = [path for path in (run.path / "samples").glob("epoch-*.png") if epoch_in(path) is not None]
-    return max(drawn, default=None)
-
-
-def _newest_grid(run: RunFolder) -> int | None:
-    path = newest_grid(run)
-    return epoch_in(path) if path else None
+    grids = comparison.grids(run)
+    return run.sample_grid(grids[-1]) if grids else None
 
 
 def _samples(run: RunFolder) -> bytes:
