@@ -6,7 +6,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from ..recommend.options import IMAGES, STRENGTHS, TOLERANCE, Options
 from ..recommend.work import recommend
 from ..run import RunFolder
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
+from .command_parser import CommandParser
 from .streams import SafeStream, say
 
 RULE = (
@@ -56,13 +56,8 @@ def command(run: RunFolder) -> str:
     return shlex.join([sys.executable, "-m", str(__package__).rpartition(".")[0], "recommend", str(run.path)])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; `recommend --help` lists all options\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m comfy_tdpo.trainer recommend",
         description="Find the LoRA of a run to use, and the strength to use it at, and write it with its strength "
         "baked in as lora/recommended.safetensors. " + RULE,

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from comfy_tdpo.rewards import RewardError, reward_names
 from comfy_tdpo.tastes.folder import TasteFolder, file_of
@@ -14,6 +13,7 @@ from comfy_tdpo.user_files import user_path
 
 from ..config.parsing import named_values
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
+from .command_parser import CommandParser
 from .image_files import read_image
 from .streams import say
 from .tastes import TASTES, taste_path
@@ -35,13 +35,8 @@ def main(argv: Sequence[str]) -> int:
     return FINISHED
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(WRONG_INPUT, f"comfy_tdpo: {message}; `taste --help` lists all options\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m comfy_tdpo.trainer taste",
         description="Make a reward of pictures that you like and dislike, or add to it. The pictures are copied into "
         "the taste's folder. Prints how many votes the taste has and how sure it is; train on it with --reward "
