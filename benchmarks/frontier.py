@@ -38,7 +38,9 @@ REWARD, GOLD, JUDGE = "shapes-aesthetic", "shapes-gold", "shapes-judge"
 WATCHED = [JUDGE, GOLD]
 SMOOTHING = 3  # epochs that a point of a curve is the mean of
 LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
-AT = 1.0  # the level at which the page compares
+AT = 1.0  # the level at which the page compares with the baselines
+WORTH = (0.75, 1.0)  # the levels at which it compares a change with what it changes; more seeds reach the first
+ENOUGH = 4  # seeds for saying that a change helps or does not
 RECIPE, BASELINE, SLOWEST = "recipe", "ddpo-100", "ddpo-2"
 SEEDS = 5
 CONFIDENCE = 0.95
@@ -46,19 +48,21 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Variant:
-    """What is trained: an algorithm and the settings that differ from the preset's."""
+    """What is trained: an algorithm and the settings that differ from the preset's.
+
+    of: the variant that this one changes in one thing, or "" for the baselines.
+    """
 
     about: str
     settings: dict[str, Any] = field(default_factory=dict)
+    of: str = "tdpo-r"
 
 
 SEEING = {"reads": "clean", "prompt": True, "step": True, "architecture": "standardised", "activation": "relu"}
 SEEING |= {"history": 4, "weight_decay": 1e-2, "image_size": "none"}
 SCORES = SEEING | {"scores": True, "gae_lambda": 0.7}
 PAPER = {"algorithm": "tdpo-r"}
-RANK_2 = {"rank": 2, "alpha": 8}
 MATCH = {"guards": ["shapes-match"], "guard_penalty": 2.0, "overoptimisation": {"reward": "shapes-alignment"}}
-SMALL = MATCH | {"policy": RANK_2 | {"train_until": 0.8}, "guard_penalty": 2.5}
 ADAPTING = {"guard_penalty": 1.5, "guard_credit": True, "guard_images": 8, "guard_adaptation": 0.5, "guard_slack": 0.2}
 GROUPS = {"samples_per_prompt": 4, "moments": {"baseline": "group"}}
 KL_TARGET = {"coefficient": 0.03, "target": 50.0, "controller": "proportional-integral"}
@@ -77,50 +81,62 @@ def guarded(**more: Any) -> dict[str, Any]:
     return PAPER | {"guards": ["shapes-alignment"]} | more
 
 
-VARIANTS = {
-    "ddpo-2": Variant("no critic, one update for all steps", {"algorithm": "ddpo-2"}),
-    "ddpo-100": Variant("no critic, one update per step", {"algorithm": "ddpo-100"}),
-    "tdpo": Variant("the paper's critic", {"algorithm": "tdpo"}),
-    "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER),
-    "recipe": Variant("a critic that sees, and a guard", recipe()),
-    "recipe, penalty 2": Variant("the same with a penalty of 2 instead of 1.5", recipe(guard_penalty=2.0)),
-    "recipe, match": Variant("with penalty 2, and shapes-match as the guard", recipe(**MATCH)),
-    "recipe, match, window": Variant(
-        "that without the last fifth of the steps", recipe(**MATCH, policy={"train_until": 0.8})
-    ),
-    "recipe, match, rank 2": Variant("that with a LoRA of rank 2, alpha 8, and penalty 2.5", recipe(**SMALL)),
-    # the critic
-    "seeing": Variant("TDPO-R whose critic sees", seeing()),
-    "seeing, no reset": Variant("the same without resets", seeing(algorithm="tdpo")),
-    "seeing, dormant reset": Variant("the same, dormant neurons reset", seeing(neurons={"reset": "dormant"})),
-    "seeing, all reset": Variant("the same, all neurons reset", seeing(neurons={"reset": "all"})),
-    "gae": Variant("the same with lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9})),
-    "scores": Variant("the same with lambda 0.7 and the scores of each step", seeing(critic=SCORES)),
-    # the policy
-    "rank 2": Variant("LoRA of rank 2, alpha 8, instead of rank 16", PAPER | {"policy": RANK_2}),
-    "step-normalised": Variant("step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
-    "trust-region": Variant("trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
-    "groups": Variant("4 images a prompt, compared with each other", PAPER | GROUPS),
-    "window": Variant("only the first half of the steps trained", PAPER | {"policy": {"train_until": 0.5}}),
-    "share": Variant("half of the steps trained, drawn anew each epoch", PAPER | {"policy": {"train_share": 0.5}}),
-    "no guidance": Variant("trained without guidance", PAPER | {"guidance": 1.0, "eval_guidance": 3.0}),
-    "average": Variant("average of the LoRA, 0.9", PAPER | {"policy": {"ema": 0.9}}),
-    "cosine": Variant("the learning rate falls by half a cosine", PAPER | {"policy": {"lr_schedule": "cosine"}}),
-    # the KL
-    "kl": Variant("KL in the loss, 0.03 per nat", PAPER | {"kl": {"coefficient": 0.03}}),
-    "kl target": Variant("KL held at 50 nats", PAPER | {"kl": KL_TARGET}),
-    "kl by sigma": Variant(
-        "step-normalised ratio, KL weighted by sigma",
-        PAPER | {"policy": {"objective": "step-normalised"}, "kl": {"coefficient": 0.1, "weighting": "sigma"}},
-    ),
-    "kl reset": Variant("KL whose reference is reset every 4 epochs", PAPER | {"kl": KL_RESET}),
-    # guards
-    "guard": Variant("a guard's falls punished", guarded(guard_penalty=2.0)),
-    "guard, both ways": Variant("and its rises rewarded", guarded(guard_penalty=2.0, guard_credit=True)),
-    "guard, adapting": Variant("and a weight for each prompt", guarded(**ADAPTING)),
-    "gate": Variant("GARDO's gated KL", guarded(guard_penalty=0.0, kl={"coefficient": 0.3, "gate": True})),
-    "diversity": Variant("advantages that favour diversity", PAPER | GROUPS | {"favour_diversity": True}),
+PANELS = {  # of the figure
+    "Baselines": {
+        "ddpo-2": Variant("no critic, one update for all steps", {"algorithm": "ddpo-2"}, of=""),
+        "ddpo-100": Variant("no critic, one update per step", {"algorithm": "ddpo-100"}, of=""),
+        "tdpo": Variant("TDPO-R without resets", {"algorithm": "tdpo"}),
+        "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER, of=""),
+    },
+    "The recipe": {
+        "recipe": Variant("a critic that sees, and a guard's falls punished and rises rewarded", recipe()),
+        "recipe, penalty 2": Variant("a penalty of 2 instead of 1.5", recipe(guard_penalty=2.0), of="recipe"),
+        "recipe, match": Variant("shapes-match as the guard", recipe(**MATCH), of="recipe, penalty 2"),
+        "recipe, match, window": Variant(
+            "the last fifth of the steps not trained",
+            recipe(**MATCH, policy={"train_until": 0.8}),
+            of="recipe, match",
+        ),
+    },
+    "The critic": {
+        "seeing": Variant("a critic that sees", seeing()),
+        "seeing, no reset": Variant("without resets", seeing(algorithm="tdpo"), of="seeing"),
+        "seeing, dormant reset": Variant("dormant neurons reset", seeing(neurons={"reset": "dormant"}), of="seeing"),
+        "seeing, all reset": Variant("all neurons reset", seeing(neurons={"reset": "all"}), of="seeing"),
+        "gae": Variant("lambda 0.9", seeing(critic=SEEING | {"gae_lambda": 0.9}), of="seeing"),
+        "scores": Variant("lambda 0.7 and the scores of each step", seeing(critic=SCORES), of="seeing"),
+    },
+    "The policy step": {
+        "step-normalised": Variant("step-normalised ratio", PAPER | {"policy": {"objective": "step-normalised"}}),
+        "trust-region": Variant("trust-region mask", PAPER | {"policy": {"objective": "trust-region"}}),
+        "groups": Variant("4 images a prompt, compared with each other", PAPER | GROUPS),
+        "window": Variant("only the first half of the steps trained", PAPER | {"policy": {"train_until": 0.5}}),
+        "share": Variant("half of the steps trained, drawn anew each epoch", PAPER | {"policy": {"train_share": 0.5}}),
+        "no guidance": Variant("trained without guidance", PAPER | {"guidance": 1.0, "eval_guidance": 3.0}),
+        "average": Variant("average of the LoRA, 0.9", PAPER | {"policy": {"ema": 0.9}}),
+        "cosine": Variant("the learning rate falls by half a cosine", PAPER | {"policy": {"lr_schedule": "cosine"}}),
+    },
+    "The KL": {
+        "kl": Variant("KL in the loss, 0.03 per nat", PAPER | {"kl": {"coefficient": 0.03}}),
+        "kl target": Variant("held at 50 nats", PAPER | {"kl": KL_TARGET}, of="kl"),
+        "kl by sigma": Variant(
+            "KL in the loss, 0.1, weighted by sigma",
+            PAPER | {"policy": {"objective": "step-normalised"}, "kl": {"coefficient": 0.1, "weighting": "sigma"}},
+            of="step-normalised",
+        ),
+        "kl reset": Variant("the reference reset every 4 epochs", PAPER | {"kl": KL_RESET}, of="kl"),
+    },
+    "Guards": {
+        "guard": Variant("a guard's falls punished", guarded(guard_penalty=2.0)),
+        "guard, both ways": Variant(
+            "its rises rewarded, too", guarded(guard_penalty=2.0, guard_credit=True), of="guard"
+        ),
+        "guard, adapting": Variant("and a weight for each prompt", guarded(**ADAPTING), of="guard, both ways"),
+        "gate": Variant("GARDO's gated KL", guarded(guard_penalty=0.0, kl={"coefficient": 0.3, "gate": True})),
+        "diversity": Variant("advantages that favour diversity", PAPER | GROUPS | {"favour_diversity": True}, "groups"),
+    },
 }
+VARIANTS = {name: variant for panel in PANELS.values() for name, variant in panel.items()}
 
 
 # --- runs
@@ -255,9 +271,9 @@ def at_level(runs: Runs, name: str, of: str, level: float = AT) -> dict[int, flo
     return found
 
 
-def kept_more(runs: Runs, name: str, than: str, of: str) -> list[float]:
+def kept_more(runs: Runs, name: str, than: str, of: str, level: float = AT) -> list[float]:
     """By common seed, how much more of `of` is left at equal training reward than with `than`."""
-    ours, theirs = at_level(runs, name, of), at_level(runs, than, of)
+    ours, theirs = at_level(runs, name, of, level), at_level(runs, than, of, level)
     return [theirs[seed] - ours[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
 
@@ -286,16 +302,27 @@ def page(runs: Runs, found: list[dict[str, Any]]) -> str:
         *meaning(runs),
         "![Gold lost over training reward gained](frontier.png)",
         "",
+        "What each change is worth: how much more gold is left at equal training reward than with the variant that it "
+        "changes, seed by seed. A seed counts where both runs reach the gain.",
+        "",
+        "| variant | what is changed | of | " + " | ".join(f"{level:+.2f}, seeds" for level in WORTH) + " |",
+        "|---" * (len(WORTH) + 3) + "|",
+        *(
+            "| "
+            + " | ".join([name, VARIANTS[name].about, of, *(worth(runs, name, of, level) for level in WORTH)])
+            + " |"
+            for name, of in changes(runs)
+        ),
+        "",
         f"At a gain of {AT:+.1f}:",
         "",
-        "| variant | | seeds that reach it | reward queries | gold lost | judge lost | "
-        f"more gold left than {BASELINE} |",
-        "|---|---|---|---|---|---|---|",
+        f"| variant | seeds that reach it | reward queries | gold lost | judge lost | more gold left than {BASELINE} |",
+        "|---|---|---|---|---|---|",
     ]
     for name in runs:
         queries, gold, judge = (at_level(runs, name, of) for of in ("queries", GOLD, JUDGE))
         more = kept_more(runs, name, BASELINE, GOLD) if name != BASELINE and BASELINE in runs else []
-        cells = [name, VARIANTS[name].about, f"{len(queries)} of {len(runs[name])}", mean(queries, ".0f")]
+        cells = [name, f"{len(queries)} of {len(runs[name])}", mean(queries, ".0f")]
         cells += [mean(gold, ".3f"), mean(judge, ".3f"), with_interval(more)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Gold lost at each gain, and at the end of the run:", ""]
@@ -317,8 +344,18 @@ def page(runs: Runs, found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def changes(runs: Runs) -> list[tuple[str, str]]:
+    """Each variant with the one that it changes, where both have been run."""
+    return [(name, VARIANTS[name].of) for name in runs if VARIANTS[name].of in runs]
+
+
+def worth(runs: Runs, name: str, of: str, level: float) -> str:
+    more = kept_more(runs, name, of, GOLD, level)
+    return f"{with_interval(more)}, {len(more)}"
+
+
 def meaning(runs: Runs) -> list[str]:
-    """Two sentences, and what is missing; nothing until the recipe and its baselines have been run."""
+    """What the figures mean, and what is missing; nothing until the recipe and its baselines have been run."""
     if not {RECIPE, BASELINE, SLOWEST} <= runs.keys():
         return []
     more = kept_more(runs, RECIPE, BASELINE, GOLD)
@@ -327,14 +364,33 @@ def meaning(runs: Runs) -> list[str]:
         for of, form in ((GOLD, ".3f"), ("queries", ".0f"))
     )
     missing = [f"{name} ({len(runs.get(name, {}))})" for name in VARIANTS if len(runs.get(name, {})) < SEEDS]
-    lines = [
+    return [
         f"At a gain of {AT:+.1f}, the recipe has lost {gold[0]} of {GOLD}, {BASELINE} {gold[1]} and {SLOWEST} "
         f"{gold[2]}; seed by seed, the recipe has {with_interval(more)} more left than {BASELINE} "
         f"({len(more)} seeds on which both get there). To get there, the recipe takes {queries[0]} reward queries, "
         f"{BASELINE} {queries[1]} and {SLOWEST} {queries[2]}.",
         "",
+        *said_of_changes(runs),
+        *([f"Not run on {SEEDS} seeds yet: {', '.join(missing)}.", ""] if missing else []),
     ]
-    return [*lines, f"Not run on {SEEDS} seeds yet: {', '.join(missing)}.", ""] if missing else lines
+
+
+def said_of_changes(runs: Runs, level: float = WORTH[0]) -> list[str]:
+    """Which changes keep more gold at a gain, which less, and which make no difference that the seeds can show."""
+    found: dict[str, list[str]] = {"more": [], "less": [], "neither": []}
+    for name, of in changes(runs):
+        more = kept_more(runs, name, of, GOLD, level)
+        if len(more) >= ENOUGH:
+            middle, half = interval(more)
+            found["neither" if abs(middle) <= half else "more" if middle > 0 else "less"].append(name)
+    names = {kind: "; ".join(found[kind]) or "none" for kind in found}
+    count = sum(map(len, found.values()))
+    return [
+        f"Of {count} changes with {ENOUGH} seeds or more at a gain of {level:+.2f}, these keep more gold than what "
+        f"they change: {names['more']}. These keep less: {names['less']}. For the others, the interval holds 0: "
+        f"{names['neither']}. Of {count} intervals, {count * (1 - CONFIDENCE):.1f} would miss 0 by chance.",
+        "",
+    ]
 
 
 def mean(values: dict[int, float], form: str) -> str:
@@ -350,21 +406,30 @@ def with_interval(values: list[float]) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Gold lost over gain, the mean over seeds at each level that all of them reach."""
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    for index, (name, seeds) in enumerate(runs.items()):
-        levels = [0.1 * i for i in range(20)]
-        points = [(level, at_level(runs, name, GOLD, level)) for level in levels]
-        full = [(level, statistics.fmean(found.values())) for level, found in points if len(found) == len(seeds)]
-        style = ("-", "--", ":")[index // 10 % 3]
-        axes.plot(*zip(*full, strict=True), style, label=name, color=f"C{index % 10}")
-    axes.set_xlabel(f"{REWARD} gained, in standard deviations of the first epoch's")
-    axes.set_ylabel(f"{GOLD} lost")
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    """Gold lost over gain, the mean over seeds at each level that all of them reach; the recipe and tdpo-r in each
+    panel, in grey where they are not its own."""
+    figure, panels = pyplot.subplots(2, 3, figsize=(15, 9), sharex=True, sharey=True, layout="constrained")
+    for axes, (title, names) in zip(panels.flat, PANELS.items(), strict=True):
+        for name, style in ((RECIPE, "-"), (PAPER["algorithm"], ":")):
+            if name not in names and name in runs:
+                axes.plot(*curve_of(runs, name), style, label=name, color="0.6")
+        for index, name in enumerate(name for name in names if name in runs):
+            axes.plot(*curve_of(runs, name), "o-", markersize=3, label=name, color=f"C{index}")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower left", fontsize="small")
+    panels[0, 0].invert_yaxis()
+    figure.supxlabel(f"{REWARD} gained, in standard deviations of the first epoch's")
+    figure.supylabel(f"{GOLD} lost")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def curve_of(runs: Runs, name: str) -> tuple[list[float], list[float]]:
+    """Levels of gain that all seeds reach, and the mean of what is lost there."""
+    points = [(0.1 * i, at_level(runs, name, GOLD, 0.1 * i)) for i in range(20)]
+    full = [(level, statistics.fmean(found.values())) for level, found in points if len(found) == len(runs[name])]
+    return [level for level, _ in full], [value for _, value in full]
 
 
 if __name__ == "__main__":

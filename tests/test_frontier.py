@@ -87,12 +87,34 @@ def test_what_the_page_says_it_means(frontier):
         }
         for name, less in steps.items()
     }
-    said, _, missing, _ = frontier.meaning(runs)
+    said, _, _, _, missing, _ = frontier.meaning(runs)
     lost = [statistics.fmean(frontier.at_level(runs, name, frontier.GOLD).values()) for name in steps]
     assert "the recipe has lost {:.3f} of shapes-gold, ddpo-100 {:.3f} and ddpo-2 {:.3f};".format(*lost) in said
     assert f"has {lost[1] - lost[0]:+.3f} ± 0.000 more left than ddpo-100 (2 seeds" in said
     assert "tdpo (0)" in missing and "recipe (2)" in missing
     assert frontier.meaning({"recipe": runs["recipe"]}) == []
+
+
+def test_the_page_says_which_changes_help_which_harm_and_which_show_nothing(frontier):
+    base = curves(30)
+
+    def runs_losing(*by_seed: float) -> dict[int, dict[str, list[float]]]:
+        return {
+            seed: base | {frontier.GOLD: [value - less * i for i, value in enumerate(base["gold"])]}
+            for seed, less in enumerate(by_seed)
+        }
+
+    runs = {
+        "tdpo-r": runs_losing(0.02, 0.02, 0.02, 0.02),
+        "kl": runs_losing(0.01, 0.011, 0.009, 0.01),
+        "window": runs_losing(0.03, 0.031, 0.029, 0.03),
+        "cosine": runs_losing(0.01, 0.03, 0.01, 0.03),
+        "guard": runs_losing(0.0, 0.0, 0.0),  # one seed too few
+    }
+    said, _ = frontier.said_of_changes(runs)
+    assert "Of 3 changes" in said
+    assert "keep more gold than what they change: kl. These keep less: window." in said
+    assert "the interval holds 0: cosine." in said
 
 
 def test_settings_at_their_defaults_do_not_make_another_run(frontier):
