@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-ALGORITHMS = ("tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
+ALGORITHMS = ("tdpo-g", "tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
 UNLIKE = ("time/", "memory/")  # metrics in which runs of the same code may differ
 
 

@@ -111,8 +111,8 @@ class OveroptimisationSettings(Section):
     )
     standard_errors: Positive = Field(
         default=3.5,
-        description="standard errors that the held-out reward must have fallen by; lower values ring earlier, and more "
-        "often by chance",
+        description="standard errors that the held-out reward must have fallen by; with lower values a "
+        "run is said to overoptimise earlier, and more often by chance",
     )
     fall: float = Field(
         default=0.1,

@@ -18,8 +18,8 @@ class TemporalCritic(io.ComfyNode):
             display_name="TDPO Temporal Critic",
             category=CATEGORY,
             description="Sets how the critic of TDPO-R learns to predict the reward of a half-finished image, and "
-            "which of its neurons are reset to counter overoptimisation. The defaults are the paper's; that of "
-            "activation is from the authors' code.",
+            "which of its neurons are reset to counter overoptimisation. The defaults are the paper's, for tdpo-r; "
+            "that of activation is from the authors' code. For tdpo-g, see the help.",
             inputs=[
                 io.Combo.Input(
                     "activation",

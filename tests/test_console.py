@@ -252,7 +252,7 @@ def test_overoptimisation_is_a_training_reward_that_rises_while_a_held_out_one_f
     tmp_path, training, judge, expected
 ):
     text = make_summary(tmp_path, courses(training, judge)).replace("\n", " ")
-    assert ("Overoptimisation: shapes-aesthetic rose while the held-out shapes-judge fell" in text) == expected
+    assert ("shapes-aesthetic rose while the held-out shapes-judge fell" in text) == expected
     assert ("Overoptimisation" in text) == expected
 
 

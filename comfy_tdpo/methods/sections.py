@@ -53,7 +53,7 @@ class ClippedPolicySettings(PolicySettings):
     train_share: Rate = Field(
         default=1.0,
         description="fraction of the steps from policy.train_from to policy.train_until, at least one, that each epoch "
-        "trains; they are drawn anew for each epoch",
+        "trains; they are chosen at random for each epoch",
     )
 
     def bounds(self, steps: int) -> range:
@@ -70,11 +70,11 @@ class CriticSettings(OptimizerSettings):
         description="what the critic sees at each step: the decoded noisy latent (the paper), or the decoded clean "
         "latent that the model predicts from it",
     )
-    prompt: bool = Field(default=False, description="whether the critic also knows the prompt")
-    step: bool = Field(default=False, description="whether the critic also knows the step")
+    prompt: bool = Field(default=False, description="whether the critic also reads the prompt")
+    step: bool = Field(default=False, description="whether the critic also reads the step")
     scores: bool = Field(
         default=False,
-        description="whether the critic also knows how the training reward and the guards score what it sees, which "
+        description="whether the critic also reads how the training reward and the guards score what it sees, which "
         "evaluates them once more for each trained step and the one after; needs critic.reads clean and critic.history",
     )
     architecture: CriticArchitecture = Field(

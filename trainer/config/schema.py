@@ -66,7 +66,8 @@ class TrainConfig(MethodSettings):
 
     algorithm: str = Field(
         default=DEFAULT_ALGORITHM,
-        description="training algorithm; applies the values that the paper's Table 1 gives for it",
+        description="training algorithm, which brings values of its own; tdpo-g, the recipe, is the default of the "
+        "presets shapes and sd15",
     )
     model: Annotated[str, MAY_CHANGE] = Field(
         default="shapes",

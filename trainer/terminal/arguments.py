@@ -31,8 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m comfy_tdpo.trainer",
         usage="%(prog)s [--preset NAME] [--config FILE] [--run-dir DIR] [--reward NAME] [--SETTING VALUE ...]\n"
         "       %(prog)s --resume DIR [--epochs N]",
-        description="Align a diffusion model with a reward using TDPO-R (arXiv 2402.08552). "
-        "Without arguments, it trains on Shapes, the toy world that ships with the package, in a few minutes.",
+        description="Align a diffusion model with a reward, by TDPO-R (arXiv 2402.08552) or tdpo-g, a recipe with "
+        "guards. Without arguments, it trains on Shapes, the toy world that ships with the package, in a few minutes.",
         epilog="To find the LoRA of a run to use, see `recommend --help`; to score image files with rewards, see "
         "`score --help`; to make a reward of pictures you like and dislike, see `taste --help`.",
         allow_abbrev=False,
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"one of {', '.join(presets())} (default: shapes, or sd14-aesthetic for any other --model)",
+        help=f"one of {', '.join(presets())} (default: shapes, or sd15 for any other --model)",
     )
     where.add_argument("--config", type=_path, metavar="FILE", help="TOML file that overrides the preset")
     where.add_argument("--run-dir", type=_path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help=f"training reward; may be repeated: {', '.join(reward_names())}, taste:FOLDER",
+        help=f"training reward; may be repeated: {', '.join(reward_names())}, taste:NAME, python:module:function",
     )
     where.add_argument(
         "--eval-reward",
@@ -73,11 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     settings = parser.add_argument_group(
         "settings",
-        "the defaults are the paper's; the algorithm, the preset, --config and these options override them, in that "
-        "order",
+        "the defaults below are the paper's; the algorithm, the preset, --config and these options override them, in "
+        "that order; --print-config shows the values that a run would use",
     )
     for name, info in leaf_fields():
-        if name not in ("rewards", "eval_rewards", "guards"):
+        if name not in _REPEATED:
             # a switch without a value is turned on
             switch: dict[str, Any] = {"nargs": "?", "const": True} if info.annotation is bool else {}
             settings.add_argument(
@@ -113,6 +113,8 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+_REPEATED = {"rewards": "--reward", "eval_rewards": "--eval-reward", "guards": "--guard"}  # one value each time
+
 # Settings whose values are names in a registry that can be extended.
 _NAMES = {"algorithm": lambda: list(ALGORITHMS), "process": lambda: list(PROCESSES), "prompts": prompt_sets}
 
@@ -120,8 +122,14 @@ _NAMES = {"algorithm": lambda: list(ALGORITHMS), "process": lambda: list(PROCESS
 def flags_of(settings: Iterable[str]) -> str:
     """The options for these settings and whole sections, as text."""
     sections = {name for name, info in TrainConfig.model_fields.items() if section_of(info)}
-    flags = [f"--{name}{'.*' if name in sections else ''}".replace("_", "-") for name in settings]
+    flags = [_flag(name, name in sections) for name in settings]
     return f"{', '.join(flags[:-1])} and {flags[-1]}"
+
+
+def _flag(name: str, is_section: bool) -> str:
+    if name in _REPEATED:
+        return _REPEATED[name]
+    return f"--{name}{'.*' if is_section else ''}".replace("_", "-")
 
 
 def _help(name: str, info: Any) -> str:

@@ -125,7 +125,7 @@ def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
     fell = [course.name for course in fallen]
     if training.direction > 0 and fallen:
         return (
-            f"Overoptimisation: {training.name} rose while the held-out {_listed(fell)} fell. Later images score well "
+            f"{training.name} rose while the held-out {_listed(fell)} fell. Later images score well "
             "on the training reward at the expense of the others. Use an earlier LoRA of this run"
             f"{_earlier(run, fallen)}, train for fewer epochs, or add a KL penalty (--kl.coefficient)."
         )
