@@ -89,7 +89,12 @@ PANELS = {  # of the figure
         "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER, of=""),
     },
     "The recipe": {
-        "recipe": Variant("a critic that sees, and a guard's falls punished and rises rewarded", recipe()),
+        "recipe": Variant("a bundle: a critic that sees, no resets, a guard both ways, cosine", recipe()),
+        "recipe, no critic": Variant("without a critic", recipe(critic={"enabled": False}), of="recipe"),
+        "recipe, no guard": Variant("without a guard", recipe(guards=[]), of="recipe"),
+        "recipe, constant rate": Variant(
+            "a constant learning rate", recipe(policy={"lr_schedule": "constant"}), of="recipe"
+        ),
         "recipe, penalty 2": Variant("a penalty of 2 instead of 1.5", recipe(guard_penalty=2.0), of="recipe"),
         "recipe, match": Variant("shapes-match as the guard", recipe(**MATCH), of="recipe, penalty 2"),
         "recipe, match, window": Variant(
@@ -121,7 +126,7 @@ PANELS = {  # of the figure
         "kl target": Variant("held at 50 nats", PAPER | {"kl": KL_TARGET}, of="kl"),
         "kl by sigma": Variant(
             "KL in the loss, 0.1, weighted by sigma",
-            PAPER | {"policy": {"objective": "step-normalised"}, "kl": {"coefficient": 0.1, "weighting": "sigma"}},
+            PAPER | {"policy": {"objective": "step-normalised"}, "kl": {"coefficient": 0.1}},
             of="step-normalised",
         ),
         "kl reset": Variant("the reference reset every 4 epochs", PAPER | {"kl": KL_RESET}, of="kl"),
@@ -295,7 +300,7 @@ def page(runs: Runs, found: list[dict[str, Any]]) -> str:
         "`python benchmarks/frontier.py`",
         "",
         f"{days[0]} to {days[-1]}, {'; '.join(machines)}. Preset `shapes`, training reward {REWARD}. Each variant "
-        "changes one thing; runs of one seed share prompts and noise. Curves are means of the last "
+        "but the recipe changes one thing; runs of one seed share prompts and noise. Curves are means of the last "
         f"{SMOOTHING} epochs. Gains are in standard deviations of the first epoch's rewards; what is lost is below the "
         f"first epoch's mean. Intervals hold {CONFIDENCE:.0%} (Student's t over seeds).",
         "",

@@ -25,7 +25,7 @@ SETTINGS += ["--output.samples-every", "2", "--output.grid-images", "4"]
 VARIANTS = {
     "tdpo-g": "--algorithm tdpo-g",
     "tdpo-r": "--algorithm tdpo-r --neurons.every 2",
-    "normalised": "--algorithm tdpo-g --policy.objective step-normalised --kl.coefficient 0.03 --kl.weighting sigma "
+    "normalised": "--algorithm tdpo-g --policy.objective step-normalised --kl.coefficient 0.03 "
     "--kl.target 20 --kl.controller proportional-integral --policy.ema 0.9 --policy.lr-schedule cosine "
     "--policy.warmup-updates 3 --policy.train-until 0.8 --policy.train-share 0.7 --critic.gae-lambda 0.9 "
     "--guard-adaptation 0.5 --guard-images 2 --prompts shapes-complex",

@@ -1,63 +1,91 @@
 """The KL penalty restrains: its gradient against closed forms, and a policy that has drifted comes back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from toy import Brightness, fast_training, new_run, toy_config
 
-from comfy_tdpo.methods.advantages import returns, returns_with_later_kl
+from comfy_tdpo.methods.advantages import returns_with_later_kl
 from comfy_tdpo.methods.kl_control import ProportionalIntegral
+from comfy_tdpo.methods.kl_penalty import KLPenalty
+from comfy_tdpo.methods.objectives import policy_loss, step_normalised_log_ratio
 from comfy_tdpo.process.gaussian import gaussian_kl, log_prob
 from comfy_tdpo.rollout import denoise, draw_noise
 from comfy_tdpo.trainer.training import Training
 
-# --- the gradient, on a chain of two scalar steps
+# --- the gradient, on a chain of two steps, equal in each of N elements
 #
-# x_0 is given, x_{k+1} ~ N(a x_k + theta, s^2), and the base model's step is N(0, s^2), so that
-# KL_k(x_k) = (a x_k + theta)^2 / (2 s^2) depends on the state, and the first step moves the KL of the second.
+# x_0 is given, x_{k+1} ~ N(a x_k + theta, s_k^2), and the base model's step is N(0, s_k^2), so that in each element
+# KL_k(x_k) = (a x_k + theta)^2 / (2 s_k^2) depends on the state, and the first step moves the KL of the second.
 
-A, THETA, S, X0, SAMPLES = 0.8, 0.3, 0.5, 1.0, 400_000
+A, THETA, SIGMAS, X0, ELEMENTS, SAMPLES = 0.8, 0.3, (0.5, 0.8), 1.0, 4, 400_000
+COEFFICIENT, SCALE = 0.6, 1.7
 
 
-def expected_gradient() -> float:
-    """d/dtheta of E[KL_0 + KL_1], by hand."""
+def parts_of_the_gradient() -> tuple[float, float, float]:
+    """Those of d/dtheta of E[KL_0 + KL_1], by hand: of each step's own KL, and of KL_1 by way of step 0."""
     first = A * X0 + THETA
-    return (first + (A * first + THETA) * (A + 1)) / S**2
+    second = A * first + THETA
+    return tuple(
+        ELEMENTS * part for part in (first / SIGMAS[0] ** 2, second / SIGMAS[1] ** 2, A * second / SIGMAS[1] ** 2)
+    )
 
 
-def estimated_gradient(in_loss: bool, in_returns: bool) -> float:
-    """What the surrogate's gradient at the policy that sampled is, with the KL in either place or both."""
+def penalised_gradient(objective: str, form: str = "exact", **kl: str) -> float:
+    """The gradient of the policy's loss without a reward, at the policy that sampled, with temporal rewards divided by
+    SCALE: times SCALE * N / COEFFICIENT, so that it does not depend on these."""
+    config = toy_config(kl={"coefficient": COEFFICIENT, "form": form, **kl}, policy={"objective": objective})
+    process = SimpleNamespace(sigma=torch.tensor(SIGMAS))
+    penalty = KLPenalty(SimpleNamespace(config=config, policy=SimpleNamespace(process=process, latent_size=ELEMENTS)))
     theta = torch.tensor(THETA, requires_grad=True)
-    sigma = torch.full((SAMPLES, 1, 1, 1), S)
-    noise = torch.randn(2, SAMPLES, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    states = [torch.full((SAMPLES, 1, 1, 1), X0)]
+    shape = (SAMPLES, 1, 2, 2)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    states = [torch.full(shape, X0)]
     for k in range(2):
-        states.append((A * states[k] + THETA) + sigma * noise[k])
-    means = [A * states[k] + theta for k in range(2)]
-    kl = torch.stack([gaussian_kl(mean, torch.zeros_like(mean), sigma) for mean in means], dim=1)
-    penalties = kl.detach()
-    gains = (returns_with_later_kl if in_loss else returns)(torch.zeros(SAMPLES), penalties)
-    log_probs = torch.stack([log_prob(states[k + 1], means[k], sigma) for k in range(2)], dim=1)
+        states.append((A * states[k] + THETA) + SIGMAS[k] * noise[k])
+    means, stds = [A * states[k] + theta for k in range(2)], [torch.full((SAMPLES, 1, 1, 1), s) for s in SIGMAS]
+    kl_now = torch.stack([gaussian_kl(means[k], torch.zeros(shape), stds[k]) for k in range(2)], dim=1)
+    penalty.begin(kl_now.detach(), torch.zeros(SAMPLES), {})
+    temporal = penalty.returns(torch.zeros(SAMPLES), kl_now.detach(), gamma=1.0) / SCALE
     loss = torch.zeros(())
-    if in_returns:
-        loss = loss - (gains * log_probs).sum(1).mean()
-    if in_loss:
-        loss = loss + kl.sum(1).mean()
+    for k in range(2):
+        if objective == "clip":
+            log_ratio = log_prob(states[k + 1], means[k], stds[k])
+            log_ratio = log_ratio - log_ratio.detach()
+        else:
+            log_ratio = step_normalised_log_ratio(means[k], means[k].detach(), noise[k])
+        loss = loss + policy_loss(log_ratio.exp(), temporal[:, k], 1.0).mean()
+    if penalty.in_loss:
+        loss = loss + (penalty.loss_weights(torch.tensor(SCALE)) * kl_now).sum(1).mean()
     (gradient,) = torch.autograd.grad(loss, theta)
-    return gradient.item()
+    return gradient.item() * SCALE * ELEMENTS / COEFFICIENT
+
+
+# a sample's score-function term has a standard deviation below 100 here; five standard errors of 400,000
+NEAR = 0.8
 
 
 def test_loss_and_later_steps_returns_give_the_gradient_of_the_whole_kl():
-    # a sample's score-function term has a standard deviation of about 30 here; five standard errors of 400,000
-    assert estimated_gradient(in_loss=True, in_returns=True) == pytest.approx(expected_gradient(), abs=0.25)
+    assert penalised_gradient("clip") == pytest.approx(sum(parts_of_the_gradient()), abs=NEAR)
+
+
+def test_with_the_step_normalised_ratio_each_step_has_sigma_times_its_part():
+    first, second, later = parts_of_the_gradient()
+    expected = SIGMAS[0] * (first + later) + SIGMAS[1] * second
+    assert penalised_gradient("step-normalised") == pytest.approx(expected, abs=NEAR)
+    assert penalised_gradient("step-normalised", weighting="sigma") == pytest.approx(expected, abs=NEAR)
+    uniform = SIGMAS[0] * later + first + second
+    assert penalised_gradient("step-normalised", weighting="uniform") == pytest.approx(uniform, abs=NEAR)
+    assert abs(uniform - expected) > 5 * NEAR
 
 
 def test_returns_alone_lack_each_steps_own_term():
-    """The exact KL as a step's reward: its own term, (a x_k + theta) / s^2 in the mean, has no gradient there."""
-    first = A * X0 + THETA
-    own = (first + (A * first + THETA)) / S**2
-    assert estimated_gradient(in_loss=False, in_returns=True) == pytest.approx(expected_gradient() - own, abs=0.25)
-    assert own > 9
+    """The exact KL as a step's reward has no gradient at its own step, which is why it is a term of the loss."""
+    kl = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    assert returns_with_later_kl(torch.zeros(2), kl)[:, 1].tolist() == [0.0, 0.0]
+    assert penalised_gradient("clip", form="sampled") == pytest.approx(parts_of_the_gradient()[2], abs=NEAR)
 
 
 # --- a training

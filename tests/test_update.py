@@ -111,14 +111,21 @@ def test_the_gate_fails_where_latents_are_rounded_after_they_were_scored(make_tr
     assert drift[:, -1].min() > GATE, "the last step has the smallest sigma: every sample is out"
 
 
-def test_the_gate_is_a_metric(make_training):
-    training = make_training(samples_per_epoch=4, samples_per_update=4)
-    batch, targets = sampled(training)
-    batch.log_probs = batch.log_probs + 0.01
-    training.method.update_policy(batch, targets, *training.method.groups(1)[0])
-    # exp(-0.01) - 1, in float32 from log-probabilities of size 1
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_the_gate_is_a_metric_of_all_trained_steps(make_training, step, micro_batch):
+    """The log-probabilities of one step are off: exp(-0.01) - 1, in float32 from log-probabilities of size 1."""
+    training = make_training(samples_per_epoch=4, samples_per_update=4, micro_batch=micro_batch)
+    sampled(training)
+    (part,) = training.context.progress.parts
+    part.log_probs[:, step] += 0.01
+    first, second, *_ = training.method.groups(1)
+    training.method.update(first)
     drift = training.context.progress.maxima["policy/ratio_drift"].item()
     assert drift == pytest.approx(1 - 0.990050, abs=1e-5)
+    training.context.progress.updates += 1
+    training.method.update(second)  # by a policy that has moved
+    assert training.context.progress.maxima["policy/ratio_drift"].item() == drift
 
 
 @pytest.mark.parametrize(("resolution", "factor"), [(16, 64.0), (32, 16.0)])

@@ -28,7 +28,7 @@ class KLPenalty:
     """The KL penalty of a run.
 
     in_loss: whether each step's own KL is a term of the loss.
-    used, weights: the current epoch's coefficient, and what the KL of each step counts for, (B, T) or (T,).
+    used, chosen: the current epoch's coefficient, and what the KL of each sample counts for, (B, 1) or 1.
     """
 
     def __init__(self, context: Context):
@@ -39,7 +39,7 @@ class KLPenalty:
         self.controller: Controller = KLCoefficient(config.coefficient, config.target, config.horizon)
         if config.target is not None and config.controller == "proportional-integral":
             self.controller = ProportionalIntegral(config.coefficient, config.target)
-        self.used, self.weights = self.controller.value, self._step_weights
+        self.used, self.chosen = self.controller.value, torch.ones(())
         self.gate = Gate(config.gate_share, config.gate_window) if config.gate else None
         self.resets = self.last_reset = 0  # how many, and the epoch after which the last was
 
@@ -51,34 +51,37 @@ class KLPenalty:
     # --- targets
 
     def begin(self, kl: Tensor, rewards: Tensor, guards: Scores) -> None:
-        """Fix the epoch's coefficient and what each step's KL counts for, then adapt both for the next epoch.
+        """Fix the epoch's coefficient and what each sample's KL counts for, then adapt both for the next epoch.
 
         Args:
             kl: (B, T) in nats; rewards, guards: of the same samples, (B,).
         """
-        self.used, self.weights = self.controller.value, self._step_weights
+        self.used = self.controller.value
         if self.gate:
-            self.weights = self.gate(rewards, guards)[:, None] * self.weights
+            self.chosen = self.gate(rewards, guards)[:, None]
         self.controller.update(kl.sum(1).mean().item(), len(kl))
-
-    @property
-    def _step_weights(self) -> Tensor:
-        """What each step's KL counts for, (T,)."""
-        sigma = self.policy.process.sigma
-        return sigma if self.config.weighting == "sigma" else torch.ones_like(sigma)
 
     def returns(self, rewards: Tensor, kl: Tensor, gamma: float) -> Tensor:
         """G_k, (B, T), of normalised rewards (B,) and the KL of each step, (B, T) in nats."""
         returns_of = advantages.returns_with_later_kl if self.in_loss else advantages.returns
-        return returns_of(rewards, self.used * self.weights * kl, gamma)
+        return returns_of(rewards, self.used * self.chosen * kl, gamma)
 
     def loss_weights(self, scale: Tensor) -> Tensor:
         """What to multiply the KL of each step by in the loss, (B, T) or (T,).
 
         The policy's loss has a log-probability that is a mean over C * H * W elements and not their sum, and temporal
-        rewards that are divided by `scale`.
+        rewards that are divided by `scale`. Its gradient at step k is sigma_k times as large with the step-normalised
+        objective. The KL of later steps, in the returns, has these factors from the policy's loss itself.
         """
-        return self.used / (self.policy.latent_size * scale) * self.weights
+        return self.used / (self.policy.latent_size * scale) * self.chosen * self._step_weights
+
+    @property
+    def _step_weights(self) -> Tensor:
+        """What each step's KL counts for in the loss, (T,)."""
+        sigma = self.policy.process.sigma
+        normalised = self.context.config.policy.objective == "step-normalised"
+        weighting = self.config.weighting or ("sigma" if normalised else "uniform")
+        return sigma if weighting == "sigma" else torch.ones_like(sigma)
 
     # --- updates
 

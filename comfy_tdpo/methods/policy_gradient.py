@@ -144,6 +144,8 @@ class PolicyGradient:
         progress = self.context.progress
         batch, targets = progress.batch(), progress.targets
         assert targets is not None, "targets are computed before the updates"
+        if progress.updates == 0:
+            self._measure_drift(batch)
         self.update_policy(batch, targets, *group)
         if self.critic is not None:
             self.critic.update(batch, targets, *group)
@@ -171,8 +173,18 @@ class PolicyGradient:
         log_ratio = log_ratio.detach()
         context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
         context.add("policy/clip_fraction", share * clipped)
-        if context.progress.updates == 0:  # first update: the policy is still the one that sampled
-            context.raise_to("policy/ratio_drift", (log_ratio.exp() - 1).abs().max())
+
+    @torch.no_grad()
+    def _measure_drift(self, batch: Trajectories) -> None:
+        """Before the first update the policy is still the one that sampled, so that all ratios of Eq. 8 should be 1.
+
+        Measured on a few samples at each trained step: later steps have smaller sigmas, and so drift more.
+        """
+        size, (trained,) = self.context.micro_batch, self._trained(self.context.epoch + 1).nonzero(as_tuple=True)
+        pairs = torch.arange(-(-len(trained) // size) * size)  # all steps, in full micro-batches
+        for part in pairs.split(size):
+            _, log_ratio = self._step_now(batch, part % len(batch), trained[part % len(trained)])
+            self.context.raise_to("policy/ratio_drift", (log_ratio.exp() - 1).abs().max())
 
     def _policy_losses(
         self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step, log_ratio: Tensor, temporal_rewards: Tensor
@@ -201,7 +213,8 @@ class PolicyGradient:
 
     @cached_property
     def _median_std(self) -> float:
-        """The median std of the trained steps: what turns a clip range for ratios into one for normalised ratios."""
+        """The median std of the stochastic steps, trained or not: what turns a clip range for ratios into one for
+        normalised ratios."""
         return self.policy.process.sigma[self.policy.process.stochastic].median().item()
 
     def _step_now(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Step, Tensor]:

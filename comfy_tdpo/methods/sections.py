@@ -170,10 +170,11 @@ class KLSettings(Section):
         "later steps lowers the returns. With sampled, as in the paper, the log-ratio of each sample to the base model "
         "lowers the reward of its step, which is noisier. Choices",
     )
-    weighting: Literal["uniform", "sigma"] = Field(
-        default="uniform",
-        description="what the KL of a step counts for: the same at all steps (uniform), or in proportion to the step's "
-        "noise (sigma), which goes with policy.objective step-normalised",
+    weighting: Annotated[Literal["uniform", "sigma"] | None, Unset] = Field(
+        default=None,
+        description="what each step's own KL counts for in the loss: the same at all steps (uniform), or in proportion "
+        "to the step's noise (sigma), as the policy's gradient does with policy.objective step-normalised; none "
+        "chooses what goes with the objective. Choices",
     )
     target: Annotated[Positive | None, Unset] = Field(
         default=None,
