@@ -40,6 +40,7 @@ SMOOTHING = 3  # epochs that a point of a curve is the mean of
 LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
 AT = 1.0  # the level at which the page compares with the baselines
 WORTH = (0.75, 1.0)  # the levels at which it compares a change with what it changes; more seeds reach the first
+COLUMNS = (("queries", ".0f"), (GOLD, ".3f"), (JUDGE, ".3f"))
 ENOUGH = 4  # seeds for saying that a change helps or does not
 RECIPE, BASELINE, SLOWEST = "recipe", "ddpo-100", "ddpo-2"
 SEEDS = 5
@@ -295,7 +296,7 @@ def write_page(out: Path) -> None:
 def page(runs: Runs, found: list[dict[str, Any]]) -> str:
     days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
     lines = [
-        "# What keeps alignment honest",
+        "# What keeps alignment honest: shapes-gold left at equal training reward",
         "",
         "`python benchmarks/frontier.py`",
         "",
@@ -319,27 +320,46 @@ def page(runs: Runs, found: list[dict[str, Any]]) -> str:
             for name, of in changes(runs)
         ),
         "",
-        f"At a gain of {AT:+.1f}:",
+        f"At a gain of {AT:+.1f}. Where fewer seeds reach it, they are the ones that learned fastest, and means of "
+        "different seeds cannot be compared:",
         "",
         f"| variant | seeds that reach it | reward queries | gold lost | judge lost | more gold left than {BASELINE} |",
         "|---|---|---|---|---|---|",
     ]
     for name in runs:
-        queries, gold, judge = (at_level(runs, name, of) for of in ("queries", GOLD, JUDGE))
         more = kept_more(runs, name, BASELINE, GOLD) if name != BASELINE and BASELINE in runs else []
-        cells = [name, f"{len(queries)} of {len(runs[name])}", mean(queries, ".0f")]
-        cells += [mean(gold, ".3f"), mean(judge, ".3f"), with_interval(more)]
+        cells = [name, f"{len(at_level(runs, name, GOLD))} of {len(runs[name])}"]
+        cells += [found_at(runs, name, of, AT, form) for of, form in COLUMNS]
+        cells.append(with_interval(more))
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Gold lost at each gain, and at the end of the run:", ""]
+    lines += ["", "Gold lost at each gain, with the number of seeds that reach it if not all do; and at the end:", ""]
     lines += [
         "| variant | " + " | ".join(f"{level:+.2f}" for level in LEVELS) + " | end: gain | gold lost | judge lost |"
     ]
     lines += ["|---" * (len(LEVELS) + 4) + "|"]
     for name, seeds in runs.items():
-        cells = [mean(at_level(runs, name, GOLD, level), ".3f") for level in LEVELS]
+        cells = [found_at(runs, name, GOLD, level, ".3f") for level in LEVELS]
         for form, curve in (("+.2f", gains), (".3f", partial(lost, name=GOLD)), (".3f", partial(lost, name=JUDGE))):
             cells.append(f"{statistics.fmean(curve(epochs)[-1] for epochs in seeds.values()):{form}}")
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    lines += [
+        "",
+        f"The alarm (docs/overoptimisation.md), and how much {GOLD} had been lost by then, or by the end:",
+        "",
+    ]
+    lines += ["| variant | seeds with an alarm | gold lost at the alarm | gold lost at the end without one |"]
+    lines += ["|---|---|---|---|"]
+    for name, seeds in runs.items():
+        if make_config("shapes", overrides=VARIANTS[name].settings).overoptimisation.reward is None:
+            continue  # its guard is the reward that would be watched
+        rang = [lost(epochs, GOLD)[epochs["alarm"][0] - 1] for epochs in seeds.values() if epochs["alarm"]]
+        silent = [lost(epochs, GOLD)[-1] for epochs in seeds.values() if not epochs["alarm"]]
+        cells = [
+            name,
+            f"{len(rang)} of {len(seeds)}",
+            *(", ".join(f"{v:.3f}" for v in sorted(part)) for part in (rang, silent)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "The critic, mean of epochs 3 to the last:", ""]
     lines += ["| variant | explained variance | in the last third of the steps |", "|---|---|---|"]
     for name, seeds in runs.items():
@@ -363,20 +383,20 @@ def meaning(runs: Runs) -> list[str]:
     """What the figures mean, and what is missing; nothing until the recipe and its baselines have been run."""
     if not {RECIPE, BASELINE, SLOWEST} <= runs.keys():
         return []
-    more = kept_more(runs, RECIPE, BASELINE, GOLD)
-    gold, queries = (
-        [mean(at_level(runs, name, of), form) for name in (RECIPE, BASELINE, SLOWEST)]
-        for of, form in ((GOLD, ".3f"), ("queries", ".0f"))
-    )
+    more = {level: kept_more(runs, RECIPE, BASELINE, GOLD, level) for level in WORTH}
+    queries = [found_at(runs, name, "queries", WORTH[0], ".0f") for name in (RECIPE, BASELINE, SLOWEST)]
     missing = [f"{name} ({len(runs.get(name, {}))})" for name in VARIANTS if len(runs.get(name, {})) < SEEDS]
     return [
-        f"At a gain of {AT:+.1f}, the recipe has lost {gold[0]} of {GOLD}, {BASELINE} {gold[1]} and {SLOWEST} "
-        f"{gold[2]}; seed by seed, the recipe has {with_interval(more)} more left than {BASELINE} "
-        f"({len(more)} seeds on which both get there). To get there, the recipe takes {queries[0]} reward queries, "
+        f"How much more of {GOLD} the recipe has left than {BASELINE}, seed by seed: "
+        + "; ".join(
+            f"{with_interval(values)} at a gain of {level:+.2f}, which both reach on {len(values)} seeds"
+            for level, values in more.items()
+        )
+        + f". To gain {WORTH[0]}, the recipe takes {queries[0]} reward queries, each scored by its guard too, "
         f"{BASELINE} {queries[1]} and {SLOWEST} {queries[2]}.",
         "",
         *said_of_changes(runs),
-        *([f"Not run on {SEEDS} seeds yet: {', '.join(missing)}.", ""] if missing else []),
+        *([f"Not run on {SEEDS} seeds yet: {'; '.join(missing)}.", ""] if missing else []),
     ]
 
 
@@ -398,9 +418,13 @@ def said_of_changes(runs: Runs, level: float = WORTH[0]) -> list[str]:
     ]
 
 
-def mean(values: dict[int, float], form: str) -> str:
-    """The mean over seeds as text; a dash if no seed reached the level."""
-    return f"{statistics.fmean(values.values()):{form}}" if values else "-"
+def found_at(runs: Runs, name: str, of: str, level: float, form: str) -> str:
+    """The mean of `at_level` over seeds as text, with the number of seeds if not all reach the level."""
+    values = at_level(runs, name, of, level)
+    if not values:
+        return "-"
+    count = "" if len(values) == len(runs[name]) else f" ({len(values)})"
+    return f"{statistics.fmean(values.values()):{form}}{count}"
 
 
 def with_interval(values: list[float]) -> str:
@@ -424,7 +448,7 @@ def draw(runs: Runs, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left", fontsize="small")
     panels[0, 0].invert_yaxis()
-    figure.supxlabel(f"{REWARD} gained, in standard deviations of the first epoch's")
+    figure.supxlabel(f"{REWARD} gained, in standard deviations of the first epoch's rewards")
     figure.supylabel(f"{GOLD} lost")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -88,9 +88,11 @@ def test_what_the_page_says_it_means(frontier):
         for name, less in steps.items()
     }
     said, _, _, _, missing, _ = frontier.meaning(runs)
-    lost = [statistics.fmean(frontier.at_level(runs, name, frontier.GOLD).values()) for name in steps]
-    assert "the recipe has lost {:.3f} of shapes-gold, ddpo-100 {:.3f} and ddpo-2 {:.3f};".format(*lost) in said
-    assert f"has {lost[1] - lost[0]:+.3f} ± 0.000 more left than ddpo-100 (2 seeds" in said
+    for level in (0.75, 1.0):
+        lost = [statistics.fmean(frontier.at_level(runs, name, frontier.GOLD, level).values()) for name in steps]
+        more = f"{lost[1] - lost[0]:+.3f} ± 0.000 at a gain of {level:+.2f}"
+        assert f"{more}, which both reach on 2 seeds" in said
+    assert lost[1] > lost[0]
     assert "tdpo (0)" in missing and "recipe (2)" in missing
     assert frontier.meaning({"recipe": runs["recipe"]}) == []
 
