@@ -1,7 +1,7 @@
 """Makes the README's pictures from a finished run: `python benchmarks/readme_pictures.py runs/NAME`.
 
-Writes docs/shapes-reward.png, the run's own plot, and docs/shapes-before-after.png, its first and last sample
-grids.
+Writes docs/shapes-reward.png, the run's own plot, and docs/shapes-before-after.png, its first and last
+samples side by side.
 """
 
 import argparse
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from comfy_tdpo.trainer.plots.image_grid import grid_shape, image_in_grid
 from comfy_tdpo.trainer.run import RunFolder
 
 DOCS = Path(__file__).parent.parent / "docs"
-ENLARGED, GAP, TITLE = 2, 24, 36  # times; pixels between the grids and above them
+ENLARGED, COLUMNS, GAP, CAPTION = 2, 4, 20, 26  # times; pairs in a row; pixels between pairs and below them
 
 
 def main() -> None:
@@ -21,23 +22,31 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     run = RunFolder.open(parser.parse_args().run)
     shutil.copyfile(run.plot("reward"), DOCS / "shapes-reward.png")
-    last = len(run.metrics())
-    side_by_side(
-        {"before": run.sample_grid(0), f"after {last} epochs": run.sample_grid(last)}, DOCS / "shapes-before-after.png"
-    )
+    prompts = run.grid_prompts(run.config)
+    before, after = (images_of(run.sample_grid(epoch), len(prompts)) for epoch in (0, len(run.metrics())))
+    pairs(prompts, before, after).save(DOCS / "shapes-before-after.png", optimize=True)
 
 
-def side_by_side(grids: dict[str, Path], out: Path) -> None:
-    """The picture files of `grids`, of one size, next to each other under their names."""
-    pictures = {name: Image.open(path).convert("RGB") for name, path in grids.items()}
-    width, height = (ENLARGED * side for side in next(iter(pictures.values())).size)
-    sheet = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height + TITLE), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=20)
-    for i, (name, picture) in enumerate(pictures.items()):
-        left = i * (width + GAP)
-        draw.text((left, 4), name, "#333333", font)
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, TITLE))
-    sheet.save(out)
+def images_of(grid: Path, count: int) -> list[Image.Image]:
+    """The images of a sample grid, row by row."""
+    _, columns = grid_shape(count)
+    images = [image_in_grid(grid, count, *divmod(index, columns))[1] for index in range(count)]
+    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+
+
+def pairs(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
+    """Each prompt below its image from before, left, and after, right."""
+    side = ENLARGED * before[0].width
+    width, height = 2 * side + 2 + GAP, side + CAPTION + GAP
+    rows = -(-len(prompts) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * width - GAP, rows * height - GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for i, (prompt, *images) in enumerate(zip(prompts, before, after, strict=True)):
+        left, top = i % COLUMNS * width, i // COLUMNS * height
+        for j, image in enumerate(images):
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left + j * (side + 2), top))
+        draw.text((left + side, top + side + 3), prompt, "#333333", font, anchor="ma")
+    return sheet
 
 
 if __name__ == "__main__":
