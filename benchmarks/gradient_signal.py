@@ -122,7 +122,8 @@ def report(batch: Trajectories, sketches: Tensor) -> None:
         )
         line(name, "return", returns, sketches)
         for gae_lambda in LAMBDAS:
-            line(name, f"lambda {gae_lambda:g}", generalised_advantages(returns - values, 1.0, gae_lambda), sketches)
+            advantages = generalised_advantages(returns - values, 1.0, gae_lambda, range(steps))
+            line(name, f"lambda {gae_lambda:g}", advantages, sketches)
 
 
 def standardised(final: Tensor, steps: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Generalised advantage estimation: against its recursion, and on a chain whose values are known."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def test_the_sum_of_temporal_differences(generator, gae_lambda):
     for k in range(steps):
         for j in range(k, steps):
             expected[:, k] += (gamma * gae_lambda) ** (j - k) * differences[:, j]
-    got = generalised_advantages(returns - values, gamma, gae_lambda)
+    got = generalised_advantages(returns - values, gamma, gae_lambda, range(steps))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)  # float64 sums of five
 
 
@@ -28,7 +30,7 @@ def test_the_closed_form_of_undiscounted_advantages(generator, gae_lambda):
     """-V_k + (1 - lambda) sum_j lambda^(j-1) V_{k+j} + lambda^(T-1-k) R."""
     steps = 6
     values, reward = torch.randn(3, steps, generator=generator).double(), torch.randn(3, generator=generator).double()
-    got = generalised_advantages(reward[:, None] - values, 1.0, gae_lambda)
+    got = generalised_advantages(reward[:, None] - values, 1.0, gae_lambda, range(steps))
     for k in range(steps):
         later = [gae_lambda ** (j - 1) * values[:, k + j] for j in range(1, steps - k)]
         expected = -values[:, k] + (1 - gae_lambda) * sum(later) + gae_lambda ** (steps - 1 - k) * reward
@@ -48,7 +50,7 @@ def test_with_the_true_values_every_lambda_has_the_same_gradient_and_0_the_least
     rewards = states[:, -1:] + noise[:, -1:]
     variances = []
     for gae_lambda in (0.0, 0.5, 1.0):
-        products = generalised_advantages(rewards - states, 1.0, gae_lambda) * noise
+        products = generalised_advantages(rewards - states, 1.0, gae_lambda, range(4)) * noise
         # five standard errors of the mean
         tolerance = 5 * (products.var(0).max().item() / len(products)) ** 0.5
         torch.testing.assert_close(products.mean(0), torch.ones(4).double(), rtol=0, atol=tolerance)
@@ -60,11 +62,11 @@ def test_a_value_that_is_off_biases_all_but_lambda_1(generator):
     """With V_k = x_k + w x_k the bias is (1 - lambda) sum_j lambda^(j-1) E[w x_{k+j} z_k], and E[x_{k+j} z_k] = 1."""
     states, noise = chain(200_000, 4, generator)
     rewards, w, gae_lambda = states[:, -1:] + noise[:, -1:], 0.5, 0.6
-    products = generalised_advantages(rewards - (1 + w) * states, 1.0, gae_lambda) * noise
+    products = generalised_advantages(rewards - (1 + w) * states, 1.0, gae_lambda, range(4)) * noise
     bias = [w * (1 - gae_lambda) * sum(gae_lambda ** (j - 1) for j in range(1, 4 - k)) for k in range(4)]
     tolerance = 5 * (products.var(0).max().item() / len(products)) ** 0.5
     torch.testing.assert_close(products.mean(0), 1 + torch.tensor(bias).double(), rtol=0, atol=tolerance)
-    exact = generalised_advantages(rewards - (1 + w) * states, 1.0, 1.0) * noise
+    exact = generalised_advantages(rewards - (1 + w) * states, 1.0, 1.0, range(4)) * noise
     tolerance = 5 * (exact.var(0).max().item() / len(exact)) ** 0.5
     torch.testing.assert_close(exact.mean(0), torch.ones(4).double(), rtol=0, atol=tolerance)
 
@@ -75,6 +77,24 @@ def test_steps_that_the_critic_does_not_know_are_left_out(generator):
     expected, _ = temporal_rewards(returns[:, trained], residuals[:, trained], gae_lambda=0.7)
     got, _ = temporal_rewards(returns, residuals, trained, gae_lambda=0.7, known=trained)
     assert torch.equal(got[:, trained], expected)
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7])
+def test_a_step_that_is_left_out_is_discounted(generator, gae_lambda):
+    """With reward only at the end, which is gamma^(T-1-k) of it at step k: the double sum over the known steps."""
+    gamma, places, length = 0.8, [0, 1, 4], 6
+    known = torch.tensor([step in places for step in range(length)])
+    values = torch.randn(5, length, generator=generator).double()
+    reward = torch.randn(5, generator=generator).double()
+    returns = torch.stack([reward * gamma ** (length - 1 - k) for k in range(length)], 1)
+    ends = [gamma ** (after - before) * values[:, after] for before, after in pairwise(places)] + [returns[:, 4]]
+    differences = [end - values[:, place] for end, place in zip(ends, places, strict=True)]
+    expected = torch.zeros(5, 3).double()
+    for i in range(3):
+        for j in range(i, 3):
+            expected[:, i] += gamma ** (places[j] - places[i]) * gae_lambda ** (j - i) * differences[j]
+    got, std = temporal_rewards(returns, values, known, gamma, gae_lambda, known)
+    torch.testing.assert_close(got[:, known] * std, expected - expected.mean(), rtol=1e-12, atol=1e-12)  # float64
 
 
 def test_a_known_step_after_the_trained_ones_ends_their_noise(generator):

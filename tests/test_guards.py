@@ -306,6 +306,14 @@ def test_guards_are_measured(make_training):
         ({"guards": ["shapes-alignment"], "guard_slack": 0.5}, "guard_slack is for guard_adaptation, which is 0"),
         ({"guard_images": 8}, "guard_images is for the penalty of guards, but there is none"),
         ({"guards": ["shapes-alignment"], "guard_penalty": 0}, "but nothing uses them: set guard_penalty above 0 or"),
+        (
+            {
+                "guards": ["shapes-alignment"],
+                "samples_per_prompt": 2,
+                "moments": {"baseline": "group", "group_std": "none"},
+            },
+            "moments.group_std none leaves rewards in their own units, but guard_penalty is in normalised reward; set",
+        ),
         ({"kl": {"gate": True, "coefficient": 0.1}}, "kl.gate compares the training reward with guards, but guards is"),
         ({"guards": ["shapes-alignment"], "kl": {"gate": True}}, "kl.gate needs a KL penalty, but kl.coefficient is 0"),
     ],

@@ -281,6 +281,23 @@ def test_a_batch_is_the_same_whatever_the_micro_batch(make_policy, tmp_path):
     assert scores.unique().numel() > 100
 
 
+@torch.no_grad()
+def test_the_loras_neurons_are_scored_on_a_quarter_of_the_samples_whatever_the_micro_batch(make_policy, tmp_path):
+    training = toy_training(new_run(tmp_path / "run"), make_policy)
+    training._sample()
+    policy, context, states = training.policy, training.context, training.method.neurons
+    batch, seen = context.progress.batch(), []
+    states._scores = lambda recorder: seen.append(recorder.scores()) or seen[-1]
+    for context.micro_batch in (1, 2, 4):
+        states.of_policy(batch)
+    assert len(batch) == 8
+    with ActivationRecorder(lora_layers(policy.trainable.network)) as recorder:
+        for k in range(len(policy.process)):
+            policy.step(batch.latents[:2, k], torch.full((2,), k), policy.encode_prompts(batch.prompts[:2]))
+    for scores in seen:
+        torch.testing.assert_close(scores, recorder.scores(), rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
 # --- masks and their overlap
 
 NOW = {"a": torch.tensor([True, False, False, True]), "b": torch.tensor([False, False])}

@@ -4,6 +4,8 @@ Shapes: B samples, T denoising steps. With several processes, every tensor here 
 """
 
 from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -102,21 +104,26 @@ def temporal_rewards(
     """
     raw = returns - residuals
     if gae_lambda < 1:
-        raw[:, known] = generalised_advantages(raw[:, known], gamma, gae_lambda)
+        steps = torch.arange(raw.shape[1])[known].tolist()
+        raw[:, known] = generalised_advantages(raw[:, known], gamma, gae_lambda, steps)
     counting = raw[:, trained].contiguous()  # indexing may transpose it, and sums depend on the order
     std = counting.std(correction=0) + 1e-8
     return (raw - counting.mean()) / std, std
 
 
-def generalised_advantages(errors: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (arXiv 1506.02438), (B, T), from a critic's errors e_k = G_k - V_k, (B, T).
+def generalised_advantages(errors: Tensor, gamma: float, gae_lambda: float, steps: Sequence[int]) -> Tensor:
+    """Generalised advantage estimation (arXiv 1506.02438), (B, K), from a critic's errors e_k = G_k - V_k, (B, K), at K
+    increasing `steps`.
 
     With rewards r_k = G_k - gamma G_{k+1}, the temporal difference r_k + gamma V_{k+1} - V_k is e_k - gamma e_{k+1};
-    the advantage is the sum of those from k on, with weights (gamma lambda)^j.
+    the advantage is the sum of those from k on, with weights (gamma lambda)^j. Where `steps` leave out some, it goes
+    from one of them to the next: gamma counts for every step in between, lambda once.
     """
-    result, following = torch.empty_like(errors), torch.zeros_like(errors[:, 0])
+    discounts = [*(gamma ** (after - before) for before, after in pairwise(steps)), 0.0]
+    result = torch.empty_like(errors)
+    following = next_error = torch.zeros_like(errors[:, 0])
     for k in reversed(range(errors.shape[1])):
-        difference = errors[:, k] - (gamma * errors[:, k + 1] if k + 1 < errors.shape[1] else 0)
-        following = difference + gamma * gae_lambda * following
-        result[:, k] = following
+        difference = errors[:, k] - discounts[k] * next_error
+        following = difference + discounts[k] * gae_lambda * following
+        result[:, k], next_error = following, errors[:, k]
     return result

@@ -54,13 +54,19 @@ class NeuronStates:
         return (inputs[:, :1] if self.config.data == "first-step" else inputs).flatten(0, 1)
 
     def of_policy(self, batch: Trajectories) -> Metrics:
-        """Measure and reset the LoRA's neurons, on the first micro-batch of the epoch, at every step."""
+        """Measure and reset the LoRA's neurons, on the first of BATCHES parts of the epoch's samples, at every step.
+
+        The micro-batch only decides how many of these rows are in one forward pass.
+        """
         policy, size = self.context.policy, self.context.micro_batch
-        layers = neurons.lora_layers(policy.trainable.network)
-        conditioning = policy.encode_prompts(batch.prompts[:size])
+        layers, count = neurons.lora_layers(policy.trainable.network), max(1, len(batch) // BATCHES)
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
-            for k in range(len(policy.process)):
-                policy.step(batch.latents[:size, k], torch.full((size,), k, device=policy.device), conditioning)
+            for begin in range(0, count, size):
+                rows = slice(begin, min(begin + size, count))
+                latents, conditioning = batch.latents[rows], policy.encode_prompts(batch.prompts[rows])
+                for k in range(len(policy.process)):
+                    positions = torch.full((len(latents),), k, device=policy.device)
+                    policy.step(latents[:, k], positions, conditioning)
         metrics = self._measure("policy_neurons", self._scores(recorder), self.config.policy_threshold)
         masks = self._to_reset("policy_neurons", self.config.policy_reset)
         metrics |= self._reset("policy_neurons", masks, layers, self.context.optimizer)

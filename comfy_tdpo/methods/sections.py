@@ -225,7 +225,8 @@ class MomentsSettings(Section):
     group_std: Literal["batch", "group", "none"] = Field(
         default="batch",
         description="with moments.baseline group, the standard deviation that rewards are divided by: that of all the "
-        "epoch's rewards (batch), of the prompt's images alone (group), or none",
+        "epoch's rewards (batch), of the prompt's images alone (group), or none, with which kl.coefficient is in the "
+        "reward's own units",
     )
     buffer_size: Count = Field(
         default=32, description="how many of a prompt's latest rewards are used to normalise its rewards"
@@ -234,3 +235,8 @@ class MomentsSettings(Section):
         default=16,
         description="rewards a prompt needs before they are normalised by its own mean and std instead of the batch's",
     )
+
+    @property
+    def in_raw_units(self) -> bool:
+        """Whether rewards are not divided by a standard deviation."""
+        return self.baseline == "group" and self.group_std == "none"

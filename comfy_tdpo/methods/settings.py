@@ -134,6 +134,11 @@ class PolicyGradientSettings(MethodSettings):
                 f"guards lists {', '.join(guards)}, but nothing uses them: set guard_penalty above 0 or kl.gate to "
                 "true, or list them in eval_rewards to measure them only"
             )
+        if guards and self.guard_penalty and self.moments.in_raw_units:
+            raise ValueError(
+                "moments.group_std none leaves rewards in their own units, but guard_penalty is in normalised reward; "
+                "set moments.group_std to batch or group, or train without guards"
+            )
         if self.kl.gate and not guards:
             raise ValueError("kl.gate compares the training reward with guards, but guards is empty; add a guard")
 
