@@ -43,7 +43,8 @@ def lora_before(run: RunFolder, since: int) -> Path | None:
     """The last LoRA kept from before the held-out reward fell; None if there is none, as for the base model.
 
     The images of an epoch are drawn before its updates, so those of epoch `since` - 1, the last good ones, were drawn
-    with the LoRA of epoch `since` - 2.
+    with the LoRA of epoch `since` - 2. (If the run averages its LoRA, they were drawn with the weights themselves, and
+    the file holds their average, which lags behind.)
     """
     return next((run.lora(e) for e in range(since - 2, 0, -1) if run.lora(e).is_file()), None)
 

@@ -273,7 +273,8 @@ class Overoptimisation:
     def unneeded(self, epoch: int) -> list[int]:
         """The epochs, of those that `may_need` kept, whose LoRA is no longer needed after the latest `epoch`.
 
-        Needed are the LoRA that drew the images of epoch `best`, and those of the latest epochs, which may become it.
+        Needed are the LoRA of the epoch before `best`, which drew the images of `best` unless LoRAs are averaged, and
+        those of the latest epochs, which may become it.
         """
         recent = epoch - latest_epochs(self.settings, epoch + 1) if self.since is None else epoch + 1
         gone = [old for old in self._spare if old < recent and old != self.best - 1]
