@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from comfy_tdpo.settings import OveroptimisationSettings
@@ -11,6 +12,9 @@ from comfy_tdpo.trainer import overoptimisation
 from comfy_tdpo.trainer.overoptimisation import (
     Levels,
     Overoptimisation,
+    Ratios,
+    as_normal,
+    grouped_ratios,
     largest_fall,
     latest_epochs,
     levels,
@@ -26,29 +30,36 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def drawn(curve: Tensor, seed: int, prompt_std: float = 1.0, noise_std: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scores (E, N) of random prompts, and the prompts' numbers: the curve, an effect of each prompt, and noise."""
+def drawn(
+    curve: Tensor, seed: int, prompt_std: float = 1.0, noise_std: float = 1.0, each: int = 1, interaction: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Scores (E, N) of random prompts, and the prompts' numbers: the curve, an effect of each prompt, and noise.
+
+    each: images of a prompt in a row; interaction: standard deviation of the effect of a prompt in an epoch.
+    """
     g = generator(seed)
-    prompts = torch.randint(PROMPTS, (len(curve), SAMPLES), generator=g)
+    prompts = torch.randint(PROMPTS, (len(curve), SAMPLES // each), generator=g).repeat_interleave(each, dim=1)
     effects = prompt_std * torch.randn(PROMPTS, generator=g)
     noise = noise_std * torch.randn(prompts.shape, generator=g)
-    return curve[:, None].float() + effects[prompts] + noise, prompts
+    shared = interaction * torch.randn(len(curve), PROMPTS, generator=g)
+    return curve[:, None].float() + effects[prompts] + shared.gather(1, prompts) + noise, prompts
 
 
 # --- the levels
 
 
-def test_levels_are_those_of_dense_generalised_least_squares():
+@pytest.mark.parametrize(("prompt", "interaction"), [(0.7, 0.0), (0.7, 0.3), (0.0, 2.0)])
+def test_levels_are_those_of_dense_generalised_least_squares(prompt, interaction):
     scores, prompts = drawn(torch.arange(4.0), seed=0)
-    scores, ratio = scores[:, :20].double(), 0.7
-    prompts = prompts[:, :20]
+    scores, prompts = scores[:, :20].double(), prompts[:, :20] % 12
     x = torch.eye(4, dtype=torch.float64).repeat_interleave(20, dim=0)
     z = torch.nn.functional.one_hot(prompts.flatten(), PROMPTS).double()
-    inverse = torch.linalg.inv(torch.eye(80, dtype=torch.float64) + ratio * z @ z.T)
+    shared = prompt * z @ z.T + interaction * (z @ z.T) * (x @ x.T)  # one epoch and one prompt
+    inverse = torch.linalg.inv(torch.eye(80, dtype=torch.float64) + shared)
     covariance = torch.linalg.inv(x.T @ inverse @ x)
     mean = covariance @ x.T @ inverse @ scores.flatten()
     residual = scores.flatten() - x @ mean
-    found = levels_given(scores, prompts, ratio)
+    found = levels_given(scores, prompts, Ratios(prompt, interaction))
     torch.testing.assert_close(found.mean, mean)
     torch.testing.assert_close(found.covariance, covariance * (residual @ inverse @ residual) / (80 - 4))
 
@@ -80,12 +91,28 @@ def test_errors_are_as_large_as_they_say_and_smaller_than_those_of_plain_means()
     wrong, plain = [], []
     for seed in range(500):
         scores, prompts = drawn(torch.zeros(6), seed)
-        mean, covariance = levels(scores, prompts)
+        mean, covariance, _ = levels(scores, prompts)
         error = (covariance[5, 5] + covariance[0, 0] - 2 * covariance[0, 5]).sqrt()
         wrong.append((mean[5] - mean[0]) / error)
         plain.append((scores[5].mean() - scores[0].mean()) / error)
     assert torch.stack(wrong).std().item() == pytest.approx(1, abs=0.1)
     assert torch.stack(plain).std().item() > 1.2  # the variance of prompts adds to that of the noise
+
+
+def test_what_lasts_is_told_from_what_changes_with_the_epoch_or_called_the_latter():
+    """The effects of 45 prompts have a variance of 1 to 2 sqrt(2 / 45), and the interaction one of 0.5 squared."""
+    scores, prompts = drawn(torch.zeros(100), seed=3, each=4, interaction=0.5)
+    found = grouped_ratios(scores.double(), prompts)
+    assert found.prompt == pytest.approx(1, abs=0.4) and found.interaction == pytest.approx(0.25, abs=0.1)
+
+
+def test_few_degrees_of_freedom_count_less_as_student_says():
+    for freedom, within in ((4, 0.02), (12, 0.005), (60, 0.001)):  # how exact the approximation is
+        for t in (0.5, 2.0, 3.5, 6.0):
+            exact = stats.norm.isf(stats.t.sf(t, freedom))
+            assert as_normal(t, freedom) == pytest.approx(exact, rel=within)
+            assert as_normal(-t, freedom) == -as_normal(t, freedom)
+    assert as_normal(1e5, 12) < 30 and as_normal(3.5, math.inf) == 3.5
 
 
 # --- the rule, on curves with the noise of an epoch's mean
@@ -188,6 +215,40 @@ def test_a_run_longer_than_its_history_counts_epochs_from_its_start(monkeypatch)
     lines = watched(torch.cat([torch.zeros(20), FALLING]))
     since = next(line["overoptimisation/since"] for line in lines if "overoptimisation/since" in line)
     assert 25 <= since <= 27
+
+
+@pytest.mark.parametrize(("each", "interaction"), [(1, 0.0), (4, 0.0), (4, 0.5), (8, 0.5), (24, 0.3)])
+def test_images_of_one_prompt_that_share_an_effect_rarely_ring(each, interaction):
+    """What docs/overoptimisation.md states of flat curves: of 15 epochs at most 2 %, of 150 runs at most 3 ring."""
+    assert sum(rang(torch.zeros(15), seed, each, interaction) > 0 for seed in range(150)) <= 3
+
+
+def test_a_fall_is_noticed_with_several_images_of_a_prompt():
+    """Of a fall by 0.15 standard deviations of the noise in each epoch after the fifth."""
+    falling = torch.cat([torch.zeros(5), -0.15 * torch.arange(1.0, 11.0)])
+    found = [rang(falling, seed, each=4, interaction=0.3) for seed in range(50)]
+    assert min(found) > 5 and sum(found) / len(found) < 10
+
+
+def rang(curve: Tensor, seed: int, each: int, interaction: float) -> int:
+    """After which epoch a run with so many images of a prompt in a row meets the rule; 0 if never."""
+    scores, prompts = drawn(curve, seed, each=each, interaction=interaction)
+    watch = Overoptimisation(OveroptimisationSettings(reward="shapes-alignment"), NAMES, each)
+    for i, epoch in enumerate(scores):
+        watch.end_epoch(i + 1, RISING[i].item(), epoch, [NAMES[p] for p in prompts[i]])
+        if watch.since is not None:
+            return i + 1
+    return 0
+
+
+def test_one_prompt_an_epoch_has_no_verdict_unless_it_is_always_the_same():
+    def lines(names: list[str]) -> list[dict]:
+        watch = Overoptimisation(OveroptimisationSettings(reward="shapes-alignment"), names, samples_per_prompt=8)
+        scores = torch.randn(6, 8, generator=generator(0))
+        return [watch.end_epoch(i + 1, float(i), scores[i], [names[i % len(names)]] * 8) for i in range(6)]
+
+    assert lines(["a", "b", "c"]) == [{}] * 6
+    assert "overoptimisation/fall" in lines(["a"])[-1]
 
 
 def test_the_first_epochs_have_no_verdict_and_one_score_for_all_never_has():

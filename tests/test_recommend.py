@@ -152,6 +152,20 @@ def test_the_noise_is_the_same_for_all(run, policy, rewards, make_policy):
     assert found.chosen is None and not run.recommended_lora.exists()
 
 
+def test_the_base_model_is_drawn_without_a_lora_wherever_the_kl_is_measured_from(run, rewards, trained, make_policy):
+    """After a training whose reference was reset, the policy's `reference` is a tuned one."""
+    reward, _ = rewards()
+    policy = trained(9)
+    policy.kl_reference.reset()
+    found = recommend(run, QUICK, CPU, policy)
+    untrained = make_policy(steps=3, seed=1)
+    prompts = [draw.prompt for draw in draws_of(load_prompts("shapes-unseen"), 8)]
+    seeds = [(run.config.seed, "recommend", prompt, 0) for prompt in prompts]
+    with torch.no_grad():
+        images = draw_images(Decoder(untrained, 2), prompts, seeds, 2)
+    assert found.base.training == statistics.fmean(reward.score(images, prompts).tolist())
+
+
 def test_what_is_written_is_the_chosen_lora_with_its_strength_baked_in(run, policy, rewards):
     before = {name: weight.clone() for name, weight in policy.trainable.state().items()}
     found = recommend(run, QUICK, CPU, policy)
@@ -232,6 +246,12 @@ def test_a_run_stopped_in_mid_epoch_has_one_snapshot_more(run, make_policy):
     assert [cell.label for cell in cells_of(run, [1.0])] == ["base", "epoch 2", "epoch 3"]
     make_policy(trained=True, seed=1).trainable.export(run.latest_lora, {"epoch": "3"})
     assert [cell.label for cell in cells_of(run, [1.0])] == ["base", "epoch 2", "epoch 3", "latest"]
+
+
+def test_scores_of_the_base_model_are_not_taken_from_before_they_were_sure(tmp_path):
+    line = {"epoch": 0, "strength": 0.0, "lora": "", "prompt": "a", "noise": 0, "scores": {"held": 1.0}}
+    (tmp_path / "table.jsonl").write_text(json.dumps(line) + "\n")
+    assert Table(tmp_path).scores(BASE, Draw("a", 0)) == {}
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -93,7 +93,7 @@ class Training:
         self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
         check_warmup(config, len(self.method.groups(1)))
-        self.overoptimisation = Overoptimisation(config.overoptimisation, self.prompts)
+        self.overoptimisation = Overoptimisation(config.overoptimisation, self.prompts, config.samples_per_prompt)
         tastes = tastes_among([reward, *eval_rewards.values(), *guards.values()])
         self.state = TrainState(
             self.context, self.method, self.overoptimisation, identity(config, policy, self.prompts, tastes)

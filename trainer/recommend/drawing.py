@@ -90,7 +90,7 @@ class Artist:
     def _applied(self, cell: Cell) -> AbstractContextManager[None]:
         """Apply a cell's LoRA at its strength; inside the block, the policy is what the cell says."""
         if cell.file is None:
-            return self.policy.reference()
+            return self.policy.trainable.reference()  # `policy.reference` may be a tuned one
         self.policy.trainable.load_exported(read_lora(cell.file), cell.strength)
         return nullcontext()
 
