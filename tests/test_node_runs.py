@@ -8,7 +8,7 @@ import pytest
 from fake_training import PLACE, begin, runs_in, wanted
 
 from comfy_tdpo.nodes.runs import answers, resume
-from comfy_tdpo.nodes.runs.marks import mark
+from comfy_tdpo.nodes.runs.marks import mark, mark_unheeded
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
@@ -105,6 +105,23 @@ def test_more_epochs_go_on_and_fewer_are_enough(runs):
     finish(runs, epochs=4)
     assert [line["epoch"] for line in runs.find("one").metrics()] == [1, 2, 3, 4]
     assert is_done(runs.find("one"), wanted(epochs=3).config())
+
+
+def test_settings_queued_during_a_training_are_named_until_it_takes_them(runs):
+    job = begin(runs, go=threading.Semaphore(0))
+    run, asked = runs.find("one"), wanted(epochs=3, settings="micro_batch = 2").config()
+    mark_unheeded(run, resume.unheeded(run, asked))
+    assert runs.status(run)["message"].endswith(
+        "It was queued with other settings while it trained: epochs was 2 and is 3; micro_batch (in settings) was 24 "
+        "and is 2. Queue the graph again when it has ended."
+    )
+    mark_unheeded(run, resume.unheeded(run, wanted().config()))
+    assert "queued with other" not in runs.status(run)["message"], "the settings were set back"
+    mark_unheeded(run, resume.unheeded(run, asked))
+    job.stop()
+    assert job.wait(30).state == "stopped"
+    finish(runs, epochs=3, settings="micro_batch = 2")
+    assert runs.status(run)["message"].startswith("Finished.")
 
 
 def test_a_run_goes_on_with_files_that_have_moved(runs):

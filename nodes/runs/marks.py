@@ -1,7 +1,7 @@
 """Which Train node a run belongs to, in a file of the run's folder."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...trainer.run import RunFolder
@@ -22,13 +22,15 @@ class Place:
 class Mark:
     """Where the run was last started, None for a run of the command line.
 
-    wait: whether that graph waits for its end; because: why the run has its name, or empty.
+    wait: whether that graph waits for its end; because: why the run has its name, or empty; unheeded: what was queued
+    with other settings while it trained, or empty.
     """
 
     node: str | None = None
     workflow: str | None = None
     wait: bool = False
     because: str = ""
+    unheeded: str = ""
 
 
 def workflow_id(extra_pnginfo: Any) -> str | None:
@@ -39,7 +41,18 @@ def workflow_id(extra_pnginfo: Any) -> str | None:
 
 
 def mark(run: RunFolder, place: Place, wait: bool, because: str) -> None:
-    text = json.dumps(asdict(Mark(place.node, place.workflow, wait, because)))
+    _write(run, Mark(place.node, place.workflow, wait, because))
+
+
+def mark_unheeded(run: RunFolder, changes: str) -> None:
+    """Note what the settings queued last would change in the run, which trains on with those it was started with."""
+    before = mark_of(run)
+    if changes != before.unheeded:
+        _write(run, replace(before, unheeded=changes))
+
+
+def _write(run: RunFolder, made: Mark) -> None:
+    text = json.dumps(asdict(made))
     write_atomically(run.path / MARK, lambda file: file.write_text(text, encoding="utf-8"))
 
 
@@ -47,6 +60,7 @@ def mark_of(run: RunFolder) -> Mark:
     """The run's mark; an empty one if it has none, or one that somebody edited."""
     try:
         found: Any = json.loads((run.path / MARK).read_text(encoding="utf-8"))
-        return Mark(str(found["node"]), found.get("workflow"), found.get("wait") is True, str(found.get("because", "")))
+        texts = [str(found.get(name, "")) for name in ("because", "unheeded")]
+        return Mark(str(found["node"]), found.get("workflow"), found.get("wait") is True, *texts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Mark()
