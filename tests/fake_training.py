@@ -69,6 +69,8 @@ def begin(
     """A job on a run of that name, started."""
     run, want = runs.folder(name), wanted(**asked)
     prepare(runs, run, want.config(), want.prompts())
-    return start(
-        runs, run, lambda run, stop, watch: FakeTraining(run, stop, watch, go), CPU, PLACE, tell, because=because
-    )
+
+    def factory(run: RunFolder, stop: threading.Event, watch) -> FakeTraining:
+        return FakeTraining(run, stop, watch, go)
+
+    return start(runs, run, factory, CPU, PLACE, tell, because=because, widgets=want.widgets)

@@ -173,6 +173,16 @@ def test_settings_queued_during_a_training_are_told_and_taken_by_a_graph_that_wa
     assert (status["state"], status["epoch"]) == ("finished", 22) and status["message"].startswith("Finished.")
 
 
+def test_a_finished_run_is_given_from_the_cache_although_another_of_its_name_was_stopped(server):
+    prompt = server.queue(train_graph("beside", epochs=500))
+    server.until("beside", lambda status: status["epoch"] >= 1)
+    server.post("/interrupt")
+    assert "execution_interrupted" in server.ended(prompt)["messages"]
+    other = train_graph("beside", seed=5)
+    assert server.run(other)["train"] == {"tdpo_run": ["beside-2"]}
+    assert "train" in server.ended(server.queue(other))["messages"]["execution_cached"]["nodes"]
+
+
 def test_a_run_that_was_cancelled_in_its_first_images_goes_on(server):
     """Or takes other settings, as nothing was trained by these."""
     prompt = server.queue(train_graph("early", samples_per_epoch=64, steps=20))

@@ -8,7 +8,7 @@ import pytest
 from fake_training import PLACE, begin, runs_in, wanted
 
 from comfy_tdpo.nodes.runs import answers, resume
-from comfy_tdpo.nodes.runs.marks import mark, mark_unheeded
+from comfy_tdpo.nodes.runs.marks import MARK, mark, mark_unheeded
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
@@ -171,6 +171,24 @@ def test_queueing_again_resumes_a_run_that_ends_in_the_same_epoch_twice(runs, wa
     finish(runs, "one-2", seed=3)
     assert token(runs, "one", wait) != token(runs, "one", wait), "the first may go on"
     assert token(runs, "one", wait, "new") == token(runs, "one", wait, "new"), "the second one is given again"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_stopped_run_with_other_widgets_does_not_run_the_node_again(runs, wait):
+    """Else everything behind the node would run again too, at each queueing, for a run that the node does not mean."""
+    stop_after(runs, 1)
+    finish(runs, "one-2", seed=3)
+
+    def asked(**changes):
+        widgets = wanted(**changes).widgets | {"model": None, "prompts": None}  # None: it comes along a wire
+        return token(runs, "one", wait, "continue", widgets)
+
+    assert asked(seed=3) == asked(seed=3), "one-2 is finished"
+    assert asked(epochs=1) == asked(epochs=1), "one has as many epochs"
+    assert asked() != asked(), "one goes on"
+    assert asked(seed=None) != asked(seed=None), "which one is not known yet"
+    (runs.find("one").path / MARK).write_text('{"node": "1"}')
+    assert asked(seed=3) != asked(seed=3), "an older version started it and kept no widgets"
 
 
 # --- where it stands

@@ -45,7 +45,8 @@ def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, plac
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         _save_before_quitting()
-        job = start(runs, run, _after_clearing(factory, device), device, place, tell, wait, choice.because)
+        after = _after_clearing(factory, device)
+        job = start(runs, run, after, device, place, tell, wait, choice.because, wanted.widgets)
     if wait:
         bar = comfy.utils.ProgressBar(100 * config.epochs)
         status = wait_for(job, bar.update_absolute)

@@ -1,7 +1,7 @@
 """Which Train node a run belongs to, in a file of the run's folder."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...trainer.run import RunFolder
@@ -23,7 +23,7 @@ class Mark:
     """Where the run was last started, None for a run of the command line.
 
     wait: whether that graph waits for its end; because: why the run has its name, or empty; unheeded: what was queued
-    with other settings while it trained, or empty.
+    with other settings while it trained, or empty; widgets: the values of the node's that decide which run it means.
     """
 
     node: str | None = None
@@ -31,6 +31,7 @@ class Mark:
     wait: bool = False
     because: str = ""
     unheeded: str = ""
+    widgets: dict[str, Any] = field(default_factory=dict)
 
 
 def workflow_id(extra_pnginfo: Any) -> str | None:
@@ -40,8 +41,8 @@ def workflow_id(extra_pnginfo: Any) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def mark(run: RunFolder, place: Place, wait: bool, because: str) -> None:
-    _write(run, Mark(place.node, place.workflow, wait, because))
+def mark(run: RunFolder, place: Place, wait: bool, because: str, widgets: dict[str, Any] | None = None) -> None:
+    _write(run, Mark(place.node, place.workflow, wait, because, widgets=widgets or {}))
 
 
 def mark_unheeded(run: RunFolder, changes: str) -> None:
@@ -61,6 +62,7 @@ def mark_of(run: RunFolder) -> Mark:
     try:
         found: Any = json.loads((run.path / MARK).read_text(encoding="utf-8"))
         texts = [str(found.get(name, "")) for name in ("because", "unheeded")]
-        return Mark(str(found["node"]), found.get("workflow"), found.get("wait") is True, *texts)
+        widgets = dict(found.get("widgets", {}))
+        return Mark(str(found["node"]), found.get("workflow"), found.get("wait") is True, *texts, widgets)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Mark()
