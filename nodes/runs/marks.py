@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from comfy_tdpo.atomic_files import write_atomically
+
 from ...trainer.run import RunFolder
-from ...trainer.run.files import write_atomically
 
 MARK = "comfyui.json"
 
@@ -61,8 +62,9 @@ def mark_of(run: RunFolder) -> Mark:
     """The run's mark; an empty one if it has none, or one that somebody edited."""
     try:
         found: Any = json.loads((run.path / MARK).read_text(encoding="utf-8"))
-        texts = [str(found.get(name, "")) for name in ("because", "unheeded")]
+        because, unheeded = (str(found.get(name, "")) for name in ("because", "unheeded"))
         widgets = dict(found.get("widgets", {}))
-        return Mark(str(found["node"]), found.get("workflow"), found.get("wait") is True, *texts, widgets)
+        wait, workflow = found.get("wait") is True, found.get("workflow")
+        return Mark(str(found["node"]), workflow, wait, because, unheeded, widgets)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Mark()

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.rewards import name_of_sum
 from comfy_tdpo.tastes.names import PREFIX
 
@@ -18,7 +19,6 @@ from ...trainer.alarm import alarm_of, ends_early, lora_before, unguarded
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, find_job
 from ...trainer.run import EpochMetrics, RunFolder
-from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, epoch_in
 from . import comparison
 from .marks import mark_of

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from comfy_tdpo.atomic_files import write_atomically
+
 from ...trainer import job as jobs
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, Status, TrainingFactory
 from ...trainer.run import RunFolder
-from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, PROMPTS, TASTES
 from .marks import Place, mark
 from .prompts import Prompts, keep_written
