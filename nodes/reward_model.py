@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from comfy_tdpo.rewards import reward_names
 
 from .comfy.folders import look_in_rewards_folder, reward_file, reward_file_names
-from .comfy.sockets import CATEGORY, Reward
+from .comfy.sockets import CATEGORY, in_a_sum, sum_of_rewards
 from .runs.combos import AUTO, check_choice
 from .runs.reward_choice import RewardChoice
 from .runs.wording import words_of_nodes
@@ -14,6 +14,7 @@ from .runs.wording import words_of_nodes
 class RewardModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        weight, also = in_a_sum()
         return io.Schema(
             node_id="TDPORewardModel",
             display_name="TDPO Reward Model",
@@ -24,15 +25,7 @@ class RewardModel(io.ComfyNode):
                 io.Combo.Input(
                     "reward", reward_names(), default="shapes-aesthetic", tooltip="The reward that scores the images."
                 ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=-1000.0,
-                    max=1000.0,
-                    step=0.1,
-                    round=0.0001,
-                    tooltip="The reward is multiplied by this in a sum. Weights of held-out rewards are ignored.",
-                ),
+                weight,
                 io.Combo.Input(
                     "weights",
                     [AUTO, *reward_file_names()],
@@ -41,19 +34,9 @@ class RewardModel(io.ComfyNode):
                     tooltip="The reward's file in models/tdpo_rewards. auto: looks for its published name there and in "
                     "the Hugging Face cache, then downloads it. Shapes and JPEG rewards have no file.",
                 ),
-                Reward.Input(
-                    "also",
-                    optional=True,
-                    tooltip="Another TDPO Reward Model or a TDPO Taste; its weighted reward is added.",
-                ),
+                also,
             ],
-            outputs=[
-                Reward.Output(
-                    "rewards",
-                    display_name="reward",
-                    tooltip="For TDPO-R Train, TDPO Score Images, or the 'also' of another TDPO Reward Model.",
-                )
-            ],
+            outputs=[sum_of_rewards()],
         )
 
     @classmethod

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from comfy_tdpo.rewards import has_encoder, reward_names
 
-from .comfy.sockets import CATEGORY, Reward
+from .comfy.sockets import CATEGORY, in_a_sum, sum_of_rewards
 from .runs.combos import AUTO, check_choice
 from .runs.reward_choice import RewardChoice
 from .runs.wording import words_of_nodes
@@ -18,6 +18,7 @@ ENCODERS = [AUTO, *filter(has_encoder, reward_names())]
 class Taste(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        weight, also = in_a_sum()
         return io.Schema(
             node_id="TDPOTaste",
             display_name="TDPO Taste",
@@ -30,15 +31,7 @@ class Taste(io.ComfyNode):
                     default="my taste",
                     tooltip="The name of the taste, and of its folder in output/tdpo_tastes.",
                 ),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=-1000.0,
-                    max=1000.0,
-                    step=0.1,
-                    round=0.0001,
-                    tooltip="The taste is multiplied by this in a sum. Weights of held-out rewards are ignored.",
-                ),
+                weight,
                 io.Image.Input("liked", optional=True, tooltip="Pictures you like. A picture counts once."),
                 io.Image.Input(
                     "disliked",
@@ -53,17 +46,9 @@ class Taste(io.ComfyNode):
                     tooltip="The reward whose image encoder reads the pictures; fixed by the first vote. auto: that of "
                     "Shapes if the first picture has 64 x 64 pixels, else CLIP ViT-L/14, that of 'aesthetic'.",
                 ),
-                Reward.Input(
-                    "also", optional=True, tooltip="A TDPO Reward Model or another TDPO Taste; its reward is added."
-                ),
+                also,
             ],
-            outputs=[
-                Reward.Output(
-                    "rewards",
-                    display_name="reward",
-                    tooltip="For TDPO-R Train, TDPO Score Images, or the 'also' of another TDPO Reward Model.",
-                )
-            ],
+            outputs=[sum_of_rewards()],
         )
 
     @classmethod

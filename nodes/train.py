@@ -175,14 +175,14 @@ class Train(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, run_name: str | None, mode: str | None, resume: str | None = None, **_: Any
+        cls, run_name: str | None, mode: str | None, resume: str | None = None, **others: Any
     ) -> str | float:
         if run_name is None:
             return float("nan")  # equals nothing, so that the node runs whenever it is queued
         from .comfy.folders import all_runs
         from .runs.select import token
 
-        return token(all_runs(), run_name, mode == WAIT, resume or CONTINUE)
+        return token(all_runs(), run_name, mode == WAIT, resume or CONTINUE, others)
 
     @classmethod
     @words_of_nodes()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.nodes.runs.marks import Place
 from comfy_tdpo.nodes.runs.registry import Runs
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
@@ -15,7 +16,6 @@ from comfy_tdpo.nodes.runs.settings import Wanted
 from comfy_tdpo.nodes.runs.start import prepare, start
 from comfy_tdpo.trainer.job import Job
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
-from comfy_tdpo.trainer.run.files import write_atomically
 
 REWARD, CPU = "shapes-aesthetic", torch.device("cpu")
 PLACE = Place("7", "a workflow")
@@ -69,6 +69,8 @@ def begin(
     """A job on a run of that name, started."""
     run, want = runs.folder(name), wanted(**asked)
     prepare(runs, run, want.config(), want.prompts())
-    return start(
-        runs, run, lambda run, stop, watch: FakeTraining(run, stop, watch, go), CPU, PLACE, tell, because=because
-    )
+
+    def factory(run: RunFolder, stop: threading.Event, watch) -> FakeTraining:
+        return FakeTraining(run, stop, watch, go)
+
+    return start(runs, run, factory, CPU, PLACE, tell, because=because, widgets=want.widgets)

@@ -201,6 +201,7 @@ WRONG = {
     "no model at all": (["--model", ""], "model: got ''"),
     "a reward twice": (["--reward", "shapes-gold", "--reward", "shapes-gold=2"], "'shapes-gold' twice"),
     "a weight beyond reason": (["--reward", "shapes-aesthetic=1e308"], "rewards.shapes-aesthetic: got 1e+308"),
+    "a guard that only evaluates": (["--guard", "shapes-judge"], "which may only evaluate"),
     "a held-out reward that is trained on": (["--eval-reward", "shapes-aesthetic"], "which is trained on"),
     "a prompt for a file": (["--prompts", "a red circle " * 3000], "got prompts 'a red circle"),
     "an unknown tracker": (["--output.trackers", "abacus"], "got tracker 'abacus'"),

@@ -162,6 +162,27 @@ def test_cancel_saves_and_queueing_again_goes_on(server):
     assert outputs["info"]["text"] == [f"run cancelled, after epoch {status['epoch'] + 1}, strength 1"]
 
 
+def test_settings_queued_during_a_training_are_told_and_taken_by_a_graph_that_waits(server):
+    server.run(train_graph("amended", epochs=20, mode="background"))
+    server.run(train_graph("amended", epochs=22, mode="background"))
+    told = "It was queued with other settings while it trained: epochs was 20 and is 22. Queue the graph again"
+    status = server.status("amended")
+    assert (status["epochs"], told in status["message"]) == (20, True), status
+    assert server.run(train_graph("amended", epochs=22))["train"] == {"tdpo_run": ["amended"]}
+    status = server.status("amended")
+    assert (status["state"], status["epoch"]) == ("finished", 22) and status["message"].startswith("Finished.")
+
+
+def test_a_finished_run_is_given_from_the_cache_although_another_of_its_name_was_stopped(server):
+    prompt = server.queue(train_graph("beside", epochs=500))
+    server.until("beside", lambda status: status["epoch"] >= 1)
+    server.post("/interrupt")
+    assert "execution_interrupted" in server.ended(prompt)["messages"]
+    other = train_graph("beside", seed=5)
+    assert server.run(other)["train"] == {"tdpo_run": ["beside-2"]}
+    assert "train" in server.ended(server.queue(other))["messages"]["execution_cached"]["nodes"]
+
+
 def test_a_run_that_was_cancelled_in_its_first_images_goes_on(server):
     """Or takes other settings, as nothing was trained by these."""
     prompt = server.queue(train_graph("early", samples_per_epoch=64, steps=20))

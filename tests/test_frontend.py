@@ -626,6 +626,7 @@ def tab(shared_tab) -> Iterator[Tab]:
     """A page whose server knows the runs in `tab.told`, and fails while `tab.down`."""
     shared_tab.problems.clear()
     shared_tab.told, shared_tab.down, shared_tab.asked, shared_tab.epochs = [dict(TOLD)], False, [], EPOCHS
+    shared_tab.no_samples = False
 
     def answer(route: Any) -> None:
         path = route.request.url.split("/tdpo/")[1]
@@ -636,6 +637,8 @@ def tab(shared_tab) -> Iterator[Tab]:
             route.fulfill(json={"runs": shared_tab.told})
         elif "metrics" in path:
             route.fulfill(json={"metrics": shared_tab.epochs, "next": 6})
+        elif "/samples/" in path and shared_tab.no_samples:
+            route.abort()
         elif "/samples/" in path or "/strengths/" in path:
             route.fulfill(body=SQUARE, content_type="image/png")
         elif path.endswith("/votes"):
@@ -831,6 +834,19 @@ def apply_values(tab: Tab) -> list:
         }""",
         names,
     )
+
+
+def test_samples_that_failed_to_load_are_requested_again(tab):
+    """Also of a run that has ended, of which no event tells."""
+    tab.no_samples, tab.told = True, [TOLD | {"state": "stopped"}]
+    show(tab)
+    failed = "(image) => image.src && image.complete && image.closest('.tdpo-samples').hidden"
+    tab.page.wait_for_function(f"() => [...document.querySelectorAll('.tdpo-samples img')].every({failed})")
+    tab.no_samples = False
+    tab.page.wait_for_function("() => document.querySelectorAll('.tdpo-samples:not([hidden])').length === 2")
+    assert [path for path in tab.asked if "/samples/" in path] == 2 * [
+        f"GET runs/made%20up/samples/{epoch}" for epoch in (0, 6)
+    ]
 
 
 def test_one_click_takes_the_recommended_lora_or_an_epoch_over(tab):

@@ -300,6 +300,8 @@ def test_guards_are_measured(make_training):
             "guards lists 'shapes-alignment', which is in eval_rewards too; remove it",
         ),
         ({"guards": ["shapes-alignment", "shapes-alignment"]}, "guards lists a reward twice"),
+        ({"guards": ["shapes-gold"]}, "guards lists 'shapes-gold', which may only evaluate what others"),
+        ({"guards": ["shapes-judge"]}, "guards lists 'shapes-judge', which may only evaluate what others"),
         ({"guards": ["shapes-alinement"]}, "got reward 'shapes-alinement'; expected one of"),
         ({"guards": ["shapes-alignment"], "guard_images": 1}, "guard_images is 1, too few"),
         ({"guards": ["shapes-alignment"], "guard_adaptation": 0.5}, "guard_adaptation needs a level for each prompt"),
@@ -325,5 +327,7 @@ def test_contradictions_are_one_sentence(settings, message):
 
 
 def test_a_held_out_reward_of_the_preset_may_become_a_guard():
-    config = make_config("shapes", overrides={"guards": "shapes-judge"})
-    assert (config.guards, config.eval_rewards) == (["shapes-judge"], ["shapes-gold"])
+    config = make_config("sd14-pickscore", overrides={"algorithm": "tdpo-g", "guards": "imagereward"})
+    assert (config.guards, config.eval_rewards) == (["imagereward"], [])
+    config = make_config("shapes", overrides={"guards": "shapes-match"})
+    assert (config.guards, config.overoptimisation.reward) == (["shapes-match"], None)

@@ -101,6 +101,7 @@ def test_prompts_are_the_text_or_the_set():
         ({"settings": "prediction_type = 'sample'"}, "got 'prediction_type' among the settings"),
         ({"settings": "policy.what = 1"}, "unknown setting 'policy.what'"),
         ({"settings": "policy = 1"}, "policy: got 1"),
+        ({"settings": "guards = ['shapes-gold']"}, "guards lists 'shapes-gold', which may only evaluate"),
         ({"settings": "reward_weights = {}"}, "got 'reward_weights' among the settings"),
         ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto, complex"),
     ],

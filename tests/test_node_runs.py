@@ -8,7 +8,7 @@ import pytest
 from fake_training import PLACE, begin, runs_in, wanted
 
 from comfy_tdpo.nodes.runs import answers, resume
-from comfy_tdpo.nodes.runs.marks import mark
+from comfy_tdpo.nodes.runs.marks import MARK, mark, mark_unheeded
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
@@ -107,6 +107,23 @@ def test_more_epochs_go_on_and_fewer_are_enough(runs):
     assert is_done(runs.find("one"), wanted(epochs=3).config())
 
 
+def test_settings_queued_during_a_training_are_named_until_it_takes_them(runs):
+    job = begin(runs, go=threading.Semaphore(0))
+    run, asked = runs.find("one"), wanted(epochs=3, settings="micro_batch = 2").config()
+    mark_unheeded(run, resume.unheeded(run, asked))
+    assert runs.status(run)["message"].endswith(
+        "It was queued with other settings while it trained: epochs was 2 and is 3; micro_batch (in settings) was 24 "
+        "and is 2. Queue the graph again when it has ended."
+    )
+    mark_unheeded(run, resume.unheeded(run, wanted().config()))
+    assert "queued with other" not in runs.status(run)["message"], "the settings were set back"
+    mark_unheeded(run, resume.unheeded(run, asked))
+    job.stop()
+    assert job.wait(30).state == "stopped"
+    finish(runs, epochs=3, settings="micro_batch = 2")
+    assert runs.status(run)["message"].startswith("Finished.")
+
+
 def test_a_run_goes_on_with_files_that_have_moved(runs):
     def reward(folder):
         return RewardChoice({}).with_reward("hpsv2", 1.0, f"{folder}/HPS_v2_compressed.pt")
@@ -154,6 +171,24 @@ def test_queueing_again_resumes_a_run_that_ends_in_the_same_epoch_twice(runs, wa
     finish(runs, "one-2", seed=3)
     assert token(runs, "one", wait) != token(runs, "one", wait), "the first may go on"
     assert token(runs, "one", wait, "new") == token(runs, "one", wait, "new"), "the second one is given again"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_stopped_run_with_other_widgets_does_not_run_the_node_again(runs, wait):
+    """Else everything behind the node would run again too, at each queueing, for a run that the node does not mean."""
+    stop_after(runs, 1)
+    finish(runs, "one-2", seed=3)
+
+    def asked(**changes):
+        widgets = wanted(**changes).widgets | {"model": None, "prompts": None}  # None: it comes along a wire
+        return token(runs, "one", wait, "continue", widgets)
+
+    assert asked(seed=3) == asked(seed=3), "one-2 is finished"
+    assert asked(epochs=1) == asked(epochs=1), "one has as many epochs"
+    assert asked() != asked(), "one goes on"
+    assert asked(seed=None) != asked(seed=None), "which one is not known yet"
+    (runs.find("one").path / MARK).write_text('{"node": "1"}')
+    assert asked(seed=3) != asked(seed=3), "an older version started it and kept no widgets"
 
 
 # --- where it stands

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from comfy_tdpo import __version__
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.methods.context import Context
 from comfy_tdpo.rewards.taste import Taste
 from comfy_tdpo.rollout import Decoder, draw_images
@@ -16,7 +17,6 @@ from .overoptimisation import Overoptimisation
 from .plots.image_grid import save_image_grid
 from .run import EpochMetrics, RunFolder, TrainingError
 from .run.checkpoint import remove_partial
-from .run.files import write_atomically
 from .run.tastes import keep_tastes
 from .state import TrainState, Watch
 

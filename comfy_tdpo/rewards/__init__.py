@@ -80,6 +80,9 @@ REWARDS = {
 # Those without an image encoder that a critic could use; users' functions have none either.
 WITHOUT_ENCODER = {"imagereward", "jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"}
 
+# What evaluates runs must have no part in restraining them, nor in choosing what they keep.
+ONLY_EVALUATE = ("shapes-gold", "shapes-judge")
+
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name for each
 
 

@@ -15,7 +15,7 @@ from ..tastes.folder import TasteFolder
 from ..tastes.head import fit, predicted
 from ..tastes.names import FITTED
 from ..tastes.votes import Vote
-from . import REWARDS, RewardModel, WeightedSum, load_reward, reward_class
+from . import REWARDS, RewardModel, WeightedSum, has_encoder, load_reward
 
 
 class Taste:
@@ -78,7 +78,7 @@ def check_encoder(name: str) -> None:
 
     Only rewards of the registry count: the name may come from somebody else's file, and must not run code.
     """
-    if name not in REWARDS or getattr(reward_class(name), "embed_dim", 0) is None:
+    if name not in REWARDS or not has_encoder(name):
         raise ValueError(
             f"got encoder {name[:80]!r}; expected a reward with an image encoder, such as aesthetic or shapes-aesthetic"
         )

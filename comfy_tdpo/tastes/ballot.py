@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..atomic_files import write_atomically
 from ..tensor_files import TensorFile, write_tensors
-from .folder import EMBEDDINGS, TasteFolder, write_safely
+from .folder import EMBEDDINGS, TasteFolder
 from .head import Ballot
 from .votes import Pair, Thumb, Vote
 
@@ -29,7 +30,7 @@ def embedded(taste: TasteFolder, votes: list[Vote], embed: Embed, kind: str) -> 
     with torch.no_grad():
         known |= {name: embed(taste.picture(name)[None])[0].float().cpu() for name in missing}
     if missing:
-        write_safely(path, lambda file: write_tensors(file, known))
+        write_atomically(path, lambda file: write_tensors(file, known))
     return {name: known[name] for name in names}
 
 

@@ -11,10 +11,9 @@ Pictures are float (3, H, W) in [0, 1] and are kept with 8 bits.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import get_ident
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..atomic_files import write_atomically
 from .names import VOTES
 from .votes import Vote, counted, from_line, to_line
 
@@ -52,7 +52,7 @@ class TasteFolder:
             with taste._locked():
                 if not taste.exists:  # nobody else has made it meanwhile
                     about = json.dumps({"format": FORMAT, "encoder": encoder}) + "\n"
-                    write_safely(path / ABOUT, lambda file: file.write_text(about, encoding="utf-8"))
+                    write_atomically(path / ABOUT, lambda file: file.write_text(about, encoding="utf-8"))
         if taste.encoder != encoder:
             raise ValueError(
                 f"got encoder {encoder!r} for the taste '{path}', which reads its pictures by {taste.encoder!r}; "
@@ -138,7 +138,7 @@ class TasteFolder:
         """Save a picture, unless the taste has it already; the name of its file."""
         path = self.path / IMAGES / file_of(picture)
         if not path.exists():
-            write_safely(path, Image.fromarray(_levels(picture)).save)
+            write_atomically(path, Image.fromarray(_levels(picture)).save)
         return path.name
 
     def picture(self, name: str) -> Tensor:
@@ -164,16 +164,3 @@ def file_of(picture: Tensor) -> str:
 def _levels(picture: Tensor) -> np.ndarray:
     """Levels of 8 bits, (H, W, 3)."""
     return (picture.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
-
-
-def write_safely(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` create a file beside `path`, flush it to disk, and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}-{get_ident()}.partial{path.suffix}")
-    try:
-        write(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

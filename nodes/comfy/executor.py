@@ -11,7 +11,8 @@ from server import PromptServer
 from ...trainer.job import TrainingFactory, job_on
 from ...trainer.run import RunFolder
 from ..runs.combos import AS_IT_IS
-from ..runs.marks import Place
+from ..runs.marks import Place, mark_unheeded
+from ..runs.resume import unheeded
 from ..runs.select import choose, is_done
 from ..runs.settings import Wanted
 from ..runs.start import job_under_way, prepare, start, wait_for
@@ -20,24 +21,37 @@ from .models_in import Wires
 
 
 def train(wires: Wires, wanted: Wanted, name: str, resume: str, wait: bool, place: Place) -> RunFolder:
-    """Choose the run and start it; with `wait`, return only when it has ended."""
+    """Choose the run and start it; with `wait`, return only when it has ended.
+
+    A run that is training already keeps its settings, and its node says which of them were meant to change; with
+    `wait`, it then resumes with those asked for.
+    """
     runs, device = all_runs(), comfy.model_management.get_torch_device()
     config, prompts = wanted.config(), wanted.prompts()
     choice = choose(runs, name, resume, config, prompts)
     run = choice.run
-    if resume == AS_IT_IS or is_done(run, config):
+    if resume == AS_IT_IS:
         return run
     job = job_under_way(runs, run)
+    changes = unheeded(run, config) if job else ""
+    mark_unheeded(run, changes)
+    if changes:
+        tell(runs.status(run))
+    if is_done(run, config):
+        return run
     if job is None:
         factory = wires.factory(config, prompts, device)  # in main memory until the device has been cleared
         prepare(runs, run, config, prompts)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         _save_before_quitting()
-        job = start(runs, run, _after_clearing(factory, device), device, place, tell, wait, choice.because)
+        after = _after_clearing(factory, device)
+        job = start(runs, run, after, device, place, tell, wait, choice.because, wanted.widgets)
     if wait:
         bar = comfy.utils.ProgressBar(100 * config.epochs)
-        wait_for(job, bar.update_absolute)
+        status = wait_for(job, bar.update_absolute)
+        if changes and status.state == "finished":
+            return train(wires, wanted, name, resume, wait, place)
     return run
 
 

@@ -1,4 +1,4 @@
-"""The types of our own sockets: what our nodes pass to one another."""
+"""The types of our own sockets, which our nodes pass to one another, and the sockets that several nodes share."""
 
 from typing import Any
 
@@ -15,3 +15,32 @@ def advanced(socket: Any) -> Any:
     """The same input, which newer frontends show only on request; 0.3.64 has no argument for that yet."""
     socket.extra_dict["advanced"] = True
     return socket
+
+
+def in_a_sum() -> list[Any]:
+    """The inputs of a node that adds its reward to others: how much it counts, and what it is added to."""
+    return [
+        io.Float.Input(
+            "weight",
+            default=1.0,
+            min=-1000.0,
+            max=1000.0,
+            step=0.1,
+            round=0.0001,
+            tooltip="The reward is multiplied by this in a sum. Weights of held-out rewards are ignored.",
+        ),
+        Reward.Input(
+            "also",
+            optional=True,
+            tooltip="Another TDPO Reward Model or TDPO Taste; its weighted reward is added.",
+        ),
+    ]
+
+
+def sum_of_rewards() -> Any:
+    """The output of such a node."""
+    return Reward.Output(
+        "rewards",
+        display_name="reward",
+        tooltip="For TDPO-R Train, TDPO Score Images, or the 'also' of another TDPO Reward Model or TDPO Taste.",
+    )

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.clean_text import clean, one_line
 from comfy_tdpo.prompts.files import prompt_lines
 from comfy_tdpo.prompts.markup import check_words
-
-from ...trainer.run.files import write_atomically
 
 WRITTEN = "comfyui-prompts.json"  # in a run's folder: `written` of its prompts, if there are any
 EXPECTED = "words, with ComfyUI's weights or without"

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.rewards import name_of_sum
 from comfy_tdpo.tastes.names import PREFIX
 
@@ -18,7 +19,6 @@ from ...trainer.alarm import alarm_of, ends_early, lora_before, unguarded
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, find_job
 from ...trainer.run import EpochMetrics, RunFolder
-from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, epoch_in
 from . import comparison
 from .marks import mark_of
@@ -115,7 +115,8 @@ class Runs:
         if status["error"]:
             status["error"] = self.told(status["error"])
         overoptimised, advised = _of_overoptimisation(run, status), advice(status, mark.wait)
-        told = [self.told(mark.because), overoptimised, advised, self._of_tastes(run, status)]
+        queued = self.told(_of_unheeded(mark.unheeded))
+        told = [self.told(mark.because), overoptimised, advised, queued, self._of_tastes(run, status)]
         return status | {"message": " ".join(filter(None, told))}
 
     def _of_tastes(self, run: RunFolder, status: Fields) -> str:
@@ -264,6 +265,12 @@ def advice(status: Fields, waits: bool) -> str:
     what = "Stopped" if state == "stopped" else "Interrupted"
     saved = f"{what} after epoch {epoch} of {epochs}, saved."
     return f"{saved} Queue the graph to resume, or set resume to 'as it is' to only use it."
+
+
+def _of_unheeded(changes: str) -> str:
+    """What to do about settings that were queued while the run trained; empty if there are none."""
+    queued = f"It was queued with other settings while it trained: {changes}. Queue the graph again when it has ended."
+    return queued if changes else ""
 
 
 def _of_overoptimisation(run: RunFolder, status: Fields) -> str:

@@ -22,13 +22,24 @@ def difference(run: RunFolder, config: TrainConfig, prompts: Prompts) -> str:
     Of several differences, one that an input or a wire of the node sets is named first.
     """
     before = run.config
-    found = differences(plain_values(config), plain_values(before))
-    counting = [name for name in found if name in ALWAYS or not (name in NEVER or may_change(name))]
+    counting = [
+        change for name, change in _changes(before, config) if name in ALWAYS or not (name in NEVER or may_change(name))
+    ]
     if counting:
-        name = min(counting, key=lambda name: (name not in (*INPUTS, *NUMBERS), name))
-        old, new = found[name]
-        return f"{name} was {old!r} and is {new!r}"
+        return counting[0]
     return _difference_of_prompts([one_line(prompt) for prompt in run.prompts(before)], written_in(run.path), prompts)
+
+
+def unheeded(run: RunFolder, config: TrainConfig) -> str:
+    """What in `config` the run, which is training, would take only when it resumes; empty if there is nothing."""
+    return "; ".join(change for name, change in _changes(run.config, config) if name not in NEVER)
+
+
+def _changes(before: TrainConfig, now: TrainConfig) -> list[tuple[str, str]]:
+    """Each setting that differs and how, those that an input or a wire of the node sets first."""
+    found = differences(plain_values(now), plain_values(before))
+    names = sorted(found, key=lambda name: (name not in (*INPUTS, *NUMBERS), name))
+    return [(name, "{} was {!r} and is {!r}".format(name, *found[name])) for name in names]
 
 
 def _difference_of_prompts(words: list[str], written: dict[str, str], now: Prompts) -> str:

@@ -11,9 +11,10 @@ from ...trainer.run import RunFolder
 from ...trainer.run.paths import CONFIG
 from ...trainer.run.tastes import changed_tastes
 from .combos import AS_IT_IS, CONTINUE, NEW, RECOMMENDED
+from .marks import mark_of
 from .names import check_run_name, later_name
 from .prompts import Prompts
-from .registry import Runs
+from .registry import Fields, Runs
 from .resume import difference
 
 UNFINISHED = ("failed", "stopped", "interrupted")
@@ -97,18 +98,20 @@ def is_done(run: RunFolder, config: TrainConfig) -> bool:
     return not config.output.recommend or is_current(run)
 
 
-def token(runs: Runs, name: str, wait: bool, resume: str = CONTINUE) -> str:
-    """A text that changes whenever a Train node with this run name would give a new result.
+def token(runs: Runs, name: str, wait: bool, resume: str = CONTINUE, widgets: Fields | None = None) -> str:
+    """A text that changes whenever a Train node with this run name and these `widgets` would give a new result.
 
     If the node waits, a missing run and a finished one count as the same: it gives the finished run in both cases. A
-    run that ended before its time is resumed whenever the graph is queued, also if it ends in the same epoch again.
+    run that ended before its time is resumed whenever the graph is queued, also if it ends in the same epoch again,
+    unless other widgets than these started it: then the node means another run, or has all that it asks for.
     """
     states: list[str] = []
     number, unfinished = 1, False
     while runs.exists(later_name(name, number)):
         run = runs.folder(later_name(name, number))
         status = runs.status(run)
-        unfinished = status["state"] in UNFINISHED or (unfinished and resume != NEW)  # a new one follows the last
+        goes_on = status["state"] in UNFINISHED and not _started_by_others(run, widgets or {})
+        unfinished = goes_on or (unfinished and resume != NEW)  # a new one follows the last
         if not (wait and status["state"] == "finished"):
             states.append(f"{status['id']} {status['state']} {status['epoch']}")
         if run.recommended_lora.is_file():
@@ -117,3 +120,9 @@ def token(runs: Runs, name: str, wait: bool, resume: str = CONTINUE) -> str:
     if unfinished and resume != AS_IT_IS:
         states.append(str(time.monotonic_ns()))
     return ", ".join(states)
+
+
+def _started_by_others(run: RunFolder, widgets: Fields) -> bool:
+    """Whether the run was started by widgets of another value; those whose value comes along a wire are None."""
+    before = mark_of(run).widgets
+    return any(value is not None and before.get(name, value) != value for name, value in widgets.items())

@@ -50,6 +50,12 @@ class Wanted:
     prompt_set: str = AUTO
     settings: str = ""
 
+    @property
+    def widgets(self) -> Fields:
+        """The values of the node's widgets that decide which run it means, by their names."""
+        texts = {"prompts": self.text, "prompt_set": self.prompt_set, "settings": self.settings}
+        return {"algorithm": self.algorithm, "seed": self.seed} | self.numbers | texts
+
     def config(self) -> TrainConfig:
         """The configuration; its prompts are the set's, which `prepare` replaces by the run's own file."""
         check_choice(

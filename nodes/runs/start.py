@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import torch
 
+from comfy_tdpo.atomic_files import write_atomically
+
 from ...trainer import job as jobs
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, Status, TrainingFactory
 from ...trainer.run import RunFolder
-from ...trainer.run.files import write_atomically
 from ...trainer.run.paths import CONFIG, PROMPTS, TASTES
 from .marks import Place, mark
 from .prompts import Prompts, keep_written
@@ -63,12 +64,14 @@ def start(
     tell: Tell,
     wait: bool = False,
     because: str = "",
+    widgets: Fields | None = None,
 ) -> Job:
     """Train on a separate thread, which calls `tell` with the details of each event tdpo.progress.
 
-    wait: whether the graph waits for the end; because: why the run has another name than the node's, or empty.
+    wait: whether the graph waits for the end; because: why the run has another name than the node's, or empty;
+    widgets: the values of the node's.
     """
-    mark(run, place, wait, because)
+    mark(run, place, wait, because, widgets)
     job = Job(run, factory, device)
     job.subscribe(lambda event, status: _keep(runs, run, event))
     job.subscribe(Teller(runs, run, tell))

@@ -5,7 +5,7 @@ import { Chart, chartHeight } from "./chart.js";
 import { Comparison } from "./compare.js";
 import { keepPresses, make, makeButton, setText } from "./dom.js";
 import { curves, duration, fraction, gridOf, isActive, phaseText, position, progress, title } from "./model.js";
-import { gridURL, runs } from "./runs.js";
+import { gridURL, RETRY, runs } from "./runs.js";
 
 const AWAY = "The server does not answer. Trying again…";
 const HINT = "Press Run: the reward curve and sample images appear here during training.";
@@ -36,18 +36,31 @@ class Bar {
   }
 }
 
-/** Samples with a caption, which open in full size. */
+/** Samples with a caption, which open in full size. What fails to load is hidden and requested again, ever less often. */
 class Samples {
   #url = null;
+  #wait = RETRY;
 
   constructor() {
     this.image = make("img", "", { draggable: "false" });
     this.caption = make("figcaption", "tdpo-quiet");
     this.link = make("a", "", { target: "_blank", rel: "noopener" }, this.image);
     this.element = make("figure", "tdpo-samples", {}, this.link, this.caption);
-    this.image.addEventListener("error", () => (this.element.hidden = true));
+    this.image.addEventListener("error", () => this.#failed(this.#url));
     this.image.addEventListener("load", () => (this.element.hidden = false));
     keepPresses(this.link);
+  }
+
+  #failed(url) {
+    this.element.hidden = true;
+    setTimeout(() => this.#retry(url), this.#wait);
+    this.#wait *= 2;
+  }
+
+  #retry(url) {
+    if (url !== this.#url) return;
+    if (this.element.isConnected) this.image.src = url;
+    else this.#url = null; // requested when it is shown again
   }
 
   /** Show the samples of an epoch, or nothing if it is null. */
@@ -57,6 +70,7 @@ class Samples {
     if (url === this.#url) return;
     this.#url = url;
     if (url === null) return;
+    this.#wait = RETRY;
     this.image.src = url;
     this.image.alt = epoch ? `Sample images after epoch ${epoch}` : "Sample images before training";
     this.link.href = url;

@@ -3,7 +3,7 @@
 import { api } from "../../scripts/api.js";
 import { cursor, mergeMetrics } from "./model.js";
 
-const RETRY = 5000; // milliseconds
+export const RETRY = 5000; // milliseconds until what failed is asked for again
 
 async function ask(route, options) {
   const response = await api.fetchApi(`/tdpo/${route}`, options);

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from comfy_tdpo.methods import ALGORITHMS, settings_class
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.registry import entry
-from comfy_tdpo.rewards import check_reward, reward_names
+from comfy_tdpo.rewards import ONLY_EVALUATE, check_reward, reward_names
 from comfy_tdpo.settings import (
     MAY_CHANGE,
     NONE,
@@ -208,13 +208,21 @@ class TrainConfig(MethodSettings):
                 )
 
     def _check_guard_names(self) -> None:
-        """Raise ValueError for a guard that has another role too: it would not be independent of what it guards."""
+        """Raise ValueError for a guard that has another role too: it would not be independent of what it guards.
+
+        Those that only evaluate would not be independent of the run that they are to judge.
+        """
         if len(set(self.guards)) < len(self.guards):
             raise ValueError(f"guards lists a reward twice: {', '.join(self.guards)}; remove one")
         roles = {"rewards": self.trained_on, "eval_rewards": self.eval_rewards}
         for role, names in roles.items():
             for name in set(self.guards) & set(names):
                 raise ValueError(f"guards lists {name!r}, which is in {role} too; remove it from one of them")
+        for name in set(self.guards) & set(ONLY_EVALUATE):
+            raise ValueError(
+                f"guards lists {name!r}, which may only evaluate what others have restrained; choose another reward "
+                "that reads prompts, such as shapes-alignment"
+            )
 
 
 Fields = dict[str, Any]

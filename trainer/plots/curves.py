@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from comfy_tdpo.atomic_files import write_atomically
+
 from ..alarm import alarm_of
 from ..config import TrainConfig
 from ..metrics import keys_of, points_of, readable, reward_names, role, shortened
 from ..run import EpochMetrics, RunFolder
-from ..run.files import write_atomically
 from .drawing import (
     BLUE,
     GREEN,

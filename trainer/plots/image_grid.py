@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..run.files import write_atomically
+from comfy_tdpo.atomic_files import write_atomically
 
 
 def save_image_grid(images: Tensor, path: Path) -> None:

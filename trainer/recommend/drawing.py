@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.memory import first_micro_batch, out_of_memory, smaller_micro_batch
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import RewardModel, score_images
 from comfy_tdpo.rollout import Decoder, draw_images
 
 from ..config import TrainConfig
-from ..run.files import write_atomically
 from ..run.folder import spread
 from ..run.loras import read_lora
 from ..state import Watch

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comfy_tdpo.atomic_files import naming, write_atomically
 from comfy_tdpo.user_files import read_text
 
 from ..run import RunFolder
-from ..run.files import naming, write_atomically
 from ..run.loras import epoch_of, snapshots
 from ..run.paths import RunPaths, epoch_name
 

@@ -4,14 +4,13 @@ import math
 from dataclasses import dataclass
 
 from comfy_tdpo.prompts import load_prompts
-from comfy_tdpo.rewards import check_reward
+from comfy_tdpo.rewards import ONLY_EVALUATE, check_reward
 
 from ..config import TrainConfig
 
 STRENGTHS = (0.5, 0.75, 1.0)
 IMAGES = 88  # a mean's standard error is then a tenth of the spread; 16 times 88 images of Shapes take about a minute
 TOLERANCE = 0.1
-ONLY_EVALUATE = ("shapes-gold", "shapes-judge")  # what evaluates must not have been used to choose
 SHAPES = "shapes-"  # how the rewards of the embedded world begin
 HELD_OUT_OF_SHAPES = ("shapes-match", "shapes-alignment")  # the first one without another role
 LARGEST = 10.0  # strength, as in LoRA Apply

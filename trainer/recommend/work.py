@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from comfy_tdpo import __version__
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
 
 from ..config import TrainConfig
 from ..run import RunFolder
-from ..run.files import write_atomically
 from ..run.loras import read_lora
 from ..run.tastes import weights_of
 from ..state import Watch

@@ -15,9 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from comfy_tdpo.atomic_files import flush_to_disk, naming
 from comfy_tdpo.tensor_files import write_tensors
-
-from .files import flush_to_disk, naming
 
 STATE, SUMS, PARTIAL = "state.json", "SHA256SUMS", ".partial"
 FORMAT = 4

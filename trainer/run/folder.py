@@ -11,13 +11,13 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from comfy_tdpo import __version__
+from comfy_tdpo.atomic_files import naming, write_atomically
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.user_files import read_text, user_path
 
 from ..config import Fields, TrainConfig, plain_values, validate
 from ..config.changes import unknown
 from ..config.toml_files import read_toml
-from .files import naming, write_atomically
 from .new_folder import check_free
 from .paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths, run_nearby
 

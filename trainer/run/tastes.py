@@ -5,13 +5,13 @@ Votes may follow at any time. A run that resumed with other votes would be anoth
 
 from pathlib import Path
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.rewards.taste import Taste
 from comfy_tdpo.tastes.fitted import digest_of, read_fitted
 from comfy_tdpo.tastes.folder import TasteFolder
 from comfy_tdpo.tastes.names import is_taste
 
 from ..config import TrainConfig
-from .files import write_atomically
 from .paths import RunPaths
 
 

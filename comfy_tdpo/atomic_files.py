@@ -4,12 +4,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` create a temporary file beside `path`, flush it to disk, and rename it to `path`."""
+    """Have `write` create a temporary file beside `path`, flush it to disk, and rename it to `path`.
+
+    Of several that write `path` at the same time, the last one wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial{path.suffix}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.partial{path.suffix}")
     try:
         with naming(path):
             write(beside)
