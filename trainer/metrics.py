@@ -12,6 +12,11 @@ def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
     return [key.removeprefix(f"{kind}/").removesuffix("/mean") for key in keys]
 
 
+def is_curve(key: str) -> bool:
+    """Whether a metric is the mean or the spread of a reward that is trained on or only tracked."""
+    return key.startswith(("reward/", "eval/")) and key.endswith(("/mean", "/std"))
+
+
 def role(name: str, config: TrainConfig) -> str:
     """The role of a tracked reward: a guard, a part of the sum that is trained on, or held out."""
     if name in config.guards:

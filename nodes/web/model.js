@@ -73,6 +73,63 @@ export function curves(status, metrics) {
   ];
 }
 
+/**
+ * What the chart of a run shows: panels from top to bottom, which each have lines in one unit; the last epoch of the
+ * axis; the first epoch that is shaded, or null; and all this as text.
+ */
+export function chartOf(status, metrics) {
+  const panels = curves(status, metrics).map(({ points, ...curve }) => ({
+    ...curve,
+    role: curve.trained ? "trained on" : "held out",
+    read: reading,
+    lines: [{ points, band: curve.trained }],
+  }));
+  const last = lastShown(status.epochs, metrics.at(-1)?.epoch ?? 1);
+  return { panels, last, since: status.overoptimised ?? null, spoken: spoken(status, metrics) };
+}
+
+/** The training and the watched reward of a row of the table of runs; the second is undefined if it watches none. */
+export function rowCurves({ status, watched, metrics }) {
+  const found = curves(status, metrics);
+  return [found[0], found.find(({ name, trained }) => !trained && name === watched)];
+}
+
+/**
+ * The same for several rows of the table, each with a `color`: their training rewards above the watched ones. Rewards of
+ * one name are shown as they are, others as changes since the first epoch in standard deviations.
+ */
+export function chartOfRuns(rows) {
+  const found = rows.map((row) => ({ ...row, curves: rowCurves(row) }));
+  const panels = [0, 1].map((which) => panelOfRuns(which === 0, found, which)).filter(Boolean);
+  const done = Math.max(...panels.flatMap(({ lines }) => lines.map(({ points }) => points.at(-1).epoch)), 1);
+  const told = panels.flatMap(({ read, lines, role }) =>
+    lines.map(({ points, name }) => `${role} of ${name}: ${read(points)} in epoch ${points.at(-1).epoch}`),
+  );
+  return { panels, last: Math.max(done, 2), since: null, spoken: told.join("; ") || "No epoch has finished yet" };
+}
+
+function panelOfRuns(trained, rows, which) {
+  const having = rows.filter(({ curves }) => curves[which]?.points.length);
+  const names = [...new Set(having.map(({ curves }) => curves[which].name))];
+  const role = trained ? "training reward" : "watched reward";
+  const alike = names.length === 1;
+  const lines = having.map(({ id, color, curves }) => {
+    const { points } = curves[which];
+    return { name: id, color, points: alike ? points : inDeviationsOfFirst(points) };
+  });
+  const shown = lines.filter(({ points }) => points.length);
+  if (!shown.length) return null;
+  const at = (points, i) => points[i ?? points.length - 1].value;
+  const read = (points, i) => (alike ? number(at(points, i)) : inDeviations(at(points, i)));
+  return { name: alike ? names[0] : role, role: alike ? role : "change since epoch 1", trained, read, lines: shown };
+}
+
+/** The changes of a curve since its first epoch; no points if its spread is unknown. */
+function inDeviationsOfFirst(points) {
+  if (!(points[0].spread > 0)) return [];
+  return points.map(({ epoch, value }) => ({ epoch, value: (value - points[0].value) / points[0].spread, spread: 0 }));
+}
+
 function curve(kind, name, metrics) {
   const points = metrics
     .filter((row) => Number.isFinite(row[`${kind}/${name}/mean`]))
@@ -213,6 +270,14 @@ export function reading(points, at = points.length - 1) {
   if (!moved) return number(points[at].value);
   const { difference, deviations } = moved;
   return `${number(points[at].value)} (${deviations === null ? signed(difference) : inDeviations(deviations)})`;
+}
+
+/** A size on disk, in the units of file managers. */
+export function bytes(size) {
+  const units = ["bytes", "kB", "MB", "GB", "TB"];
+  const power = size < 1000 ? 0 : Math.min(Math.floor(Math.log10(size) / 3), units.length - 1);
+  const value = size / 1000 ** power;
+  return `${power > 0 && value < 9.95 ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
 }
 
 /** `text`, cut to fit `width` pixels at `size` pixels per character. */
