@@ -171,11 +171,21 @@ def test_the_trained_reward_comes_first_and_what_is_no_number_is_left_out(evalua
         {"epoch": 2, "eval/gold/mean": None, "reward/a + 0.5 b/mean": 2, "reward/a + 0.5 b/std": 2},
     ]
     curves = evaluate(f"m.curves({json.dumps(status)}, {json.dumps(rows)})")
-    assert [(curve["name"], curve["trained"], len(curve["points"])) for curve in curves] == [
-        ("a + 0.5 b", True, 2),
-        ("gold", False, 1),
-        ("x", False, 1),
+    assert [(curve["name"], curve["kind"], len(curve["points"])) for curve in curves] == [
+        ("a + 0.5 b", "trained", 2),
+        ("gold", "held-out", 1),
+        ("x", "held-out", 1),
     ]
+
+
+def test_the_rewards_of_a_sum_follow_it_and_are_shown_once(evaluate):
+    status = {"reward": "a + 0.5 b", "eval_rewards": ["gold", "b"]}
+    row = {f"reward/{name}/mean": 1 for name in ("a + 0.5 b", "a", "b")} | {"eval/gold/mean": 1, "eval/b/mean": 1}
+    curves = evaluate(f"m.curves({json.dumps(status)}, {json.dumps([{'epoch': 1} | row])})")
+    kinds = [(curve["name"], curve["kind"]) for curve in curves]
+    assert kinds == [("a + 0.5 b", "trained"), ("a", "part"), ("b", "part"), ("gold", "held-out")]
+    roles = evaluate(f"m.chartOf({json.dumps(status)}, {json.dumps([{'epoch': 1} | row])}).panels.map((p) => p.role)")
+    assert roles == ["trained on", "part of the sum", "part of the sum", "held out"]
 
 
 def row_of(id: str, reward: str = "r", watched: str | None = "gold", epochs: int = 2, spread: float = 2) -> dict:
@@ -788,6 +798,29 @@ def test_what_is_seen_of_a_run(tab):
     assert tab.problems == []
 
 
+@in_each
+def test_each_reward_of_a_sum_has_its_own_curve(tab):
+    """In one colour, with its name above it."""
+    name = "hpsv2 / 0.011 + 0.5 clipscore / 0.03 + aesthetic"
+    parts = {"hpsv2": 0.27, "clipscore": 0.31, "aesthetic": 5.6}
+    tab.told[0] |= {"id": "a sum", "reward": name, "eval_rewards": ["gold"]}
+    tab.epochs = [
+        {"epoch": n, f"reward/{name}/mean": 30 + n, f"reward/{name}/std": 2.0}
+        | {f"reward/{part}/{kind}": value * (1 + n / 90) ** (kind == "mean") for part, value in parts.items()
+           for kind in ("mean", "std")}
+        | {"eval/gold/mean": 0.7 - n / 50}
+        for n in range(1, 7)
+    ]  # fmt: skip
+    show(tab)
+    tab.wait_for_epochs(6)
+    screenshot(tab, "sum")
+    kinds = tab.page.locator(".tdpo-chart g:has(> .tdpo-name)").evaluate_all("(all) => all.map((g) => g.classList[0])")
+    assert kinds == ["tdpo-trained", "tdpo-part", "tdpo-part", "tdpo-part", "tdpo-held-out"]
+    names = tab.page.locator(".tdpo-part .tdpo-name").evaluate_all("(all) => all.map((e) => e.childNodes[0].data)")
+    assert names == list(parts)
+    assert tab.page.locator(".tdpo-part .tdpo-curve").count() == 3
+
+
 def test_the_epochs_that_overoptimise_are_shaded(tab):
     """From the first of them to the right edge, in every chart; the words say so too."""
     tab.told[0] |= {"overoptimised": 4}
@@ -1108,21 +1141,8 @@ def test_the_menu_has_an_entry_for_the_table(tab):
     tab.page.get_by_role("menuitem", name="TDPO").first.hover()
     screenshot(tab, "menu")
     tab.page.get_by_text("TDPO: All runs").first.click()
-    tab.page.get_by_role("dialog", name="Runs").wait_for()
-    tab.page.keyboard.press("Escape")
-
-
-@in_each
-def test_the_table_opens_without_a_node_and_keys_in_it_leave_the_graph_alone(tab):
-    tab.told = [dict(run) for run in SEVERAL]
-    tab.load(graph_of(train_node(1)))
-    tab.page.evaluate("() => window.app.canvas.selectItems([window.app.graph.nodes[0]])")
-    tab.page.evaluate("() => window.app.extensionManager.command.execute('comfy_tdpo.runs')")
     table = tab.page.get_by_role("dialog", name="Runs")
-    table.get_by_label("Tick ink").focus()
-    tab.page.keyboard.press("Delete")
-    tab.page.keyboard.press("Backspace")
-    assert tab.page.evaluate("() => window.app.graph.nodes.length") == 1
+    table.get_by_label("Tick ink").wait_for()
     tab.page.keyboard.press("Escape")
     assert table.count() == 0
 

@@ -7,9 +7,13 @@ from .run import EpochMetrics
 
 
 def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
-    """The rewards in the metrics; kind is "reward" for those trained on, "guard", or "eval" for those only tracked."""
-    keys = [key for key in keys_of(metrics) if key.startswith(f"{kind}/") and key.endswith("/mean")]
-    return [key.removeprefix(f"{kind}/").removesuffix("/mean") for key in keys]
+    """The rewards in the metrics; kind is "reward" for the one that is trained on, "part" for those that it sums,
+    "guard", or "eval" for those only tracked.
+    """
+    prefix = "reward/" if kind == "part" else f"{kind}/"
+    keys = [key for key in keys_of(metrics) if key.startswith(prefix) and key.endswith("/mean")]
+    names = [key.removeprefix(prefix).removesuffix("/mean") for key in keys]
+    return names[:1] if kind == "reward" else names[1:] if kind == "part" else names
 
 
 def is_curve(key: str) -> bool:

@@ -6,7 +6,7 @@ import { heading, labels, limits, limitsWithBand, scale, ticks, ticksWithRoom } 
 const SVG = "http://www.w3.org/2000/svg";
 const RIGHT = 10, TITLE = 20, GAP = 10, FOOTER = 30; // pixels
 const LEAST = 40, DIGIT = 6.6; // pixels for the labels of the values, and for each sign of them
-const SMALLEST = 26; // minimum height of the axes of a held-out reward; those of the training reward are twice as high
+const SMALLEST = 26; // minimum height of the axes of a reward; those of the training reward are twice as high
 
 const COLORS = 8; // for the lines of several runs, as in tdpo.css; further lines are dashed
 
@@ -35,9 +35,9 @@ export function sparkline(curves, width, height) {
   const x = scale([Math.min(...epochs), Math.max(...epochs)], [2, width - 2]);
   const lines = curves
     .filter(({ points }) => points.length > 1)
-    .map(({ trained, points }) => {
+    .map(({ kind, points }) => {
       const place = tracer(x, scale(limits(points), [height, 0]));
-      return shape("g", { class: trained ? "tdpo-trained" : "tdpo-held-out" }, trace(points, place));
+      return shape("g", { class: `tdpo-${kind}` }, trace(points, place));
     });
   const box = { viewBox: `0 0 ${width} ${height}`, width, height };
   return shape("svg", { ...box, class: "tdpo-sparkline", "aria-hidden": "true" }, ...lines.reverse());
@@ -84,7 +84,7 @@ export class Chart {
   }
 
   #render() {
-    const shares = this.panels.map(({ trained }) => (trained ? 2 : 1));
+    const shares = this.panels.map(({ kind }) => (kind === "trained" ? 2 : 1));
     const free = this.height - FOOTER - this.panels.length * (TITLE + GAP);
     const share = Math.max(free, 0) / shares.reduce((a, b) => a + b, 0);
     let top = 0;
@@ -108,13 +108,12 @@ export class Chart {
     return { domain, marks, words: labels(marks) };
   }
 
-  #panel({ name, role, trained, read, lines }, { domain, marks, words, top, bottom }) {
+  #panel({ name, role, kind, read, lines }, { domain, marks, words, top, bottom }) {
     const y = scale(domain, [bottom, top]);
     const shown = lines.filter(({ points }) => points.length);
     const drawn = shown.map((line) => ({ ...line, at: this.#indexAt(line.points) }));
     const values = drawn.map(({ points, at, color }) => [read(points, at), color]);
-    const kind = trained ? "tdpo-trained" : "tdpo-held-out";
-    const group = shape("g", { class: kind }, ...this.#heading(name, role, values, top - 6));
+    const group = shape("g", { class: `tdpo-${kind}` }, ...this.#heading(name, role, values, top - 6));
     group.append(...this.#yAxis(marks, words, y));
     group.append(...this.#shade(top, bottom));
     group.append(shape("line", { x1: this.left, x2: this.width - RIGHT, y1: bottom, y2: bottom, class: "tdpo-axis" }));

@@ -103,7 +103,6 @@ export class Table {
     this.cancel.addEventListener("click", () => this.#tick([], false));
     this.close.addEventListener("click", () => this.element.close());
     this.element.addEventListener("close", () => this.#end());
-    this.element.addEventListener("keydown", (event) => event.stopPropagation()); // the Delete key deletes nodes
     this.observer = new ResizeObserver(() => this.#draw());
     keepPresses(this.element);
   }
