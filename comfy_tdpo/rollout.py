@@ -16,7 +16,7 @@ from .memory import out_of_memory
 from .policy import DiffusionPolicy
 from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
-from .rewards import RewardModel, score_images
+from .rewards import RewardModel, score_images, score_with_parts
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Trajectories:
     log_probs (B, T): under the policy that sampled.
     kl (B, T): nats against the reference, see `denoise`.
     rewards (B,); eval_rewards, guard_rewards: name -> (B,).
+    part_rewards: name -> (B,), those that `rewards` is a weighted sum of; empty for a single reward.
     image_embeds (B, K, D): what the critic reads at the first K steps, see `Sampler`; None without a critic.
     step_scores (B, K, S): of what the critic reads at those, by each of `Sampler.step_rewards`; None without any.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
@@ -42,13 +43,14 @@ class Trajectories:
     final_embeds: Tensor | None = None
     eval_rewards: dict[str, Tensor] = field(default_factory=dict)
     guard_rewards: dict[str, Tensor] = field(default_factory=dict)
+    part_rewards: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @classmethod
     def concatenate(cls, parts: list["Trajectories"]) -> "Trajectories":
-        """All samples of `parts`, in order; of the held-out rewards, those that all parts have.
+        """All samples of `parts`, in order; of the rewards that are only tracked, those that all parts have.
 
         A run that was stopped in the middle of an epoch may measure others when it resumes.
         """
@@ -59,10 +61,17 @@ class Trajectories:
             if isinstance(getattr(first, f.name), Tensor)
         }
         prompts = [prompt for part in parts for prompt in part.prompts]
-        measured = [name for name in first.eval_rewards if all(name in part.eval_rewards for part in parts)]
-        evals = {name: torch.cat([part.eval_rewards[name] for part in parts]) for name in measured}
-        guards = {name: torch.cat([part.guard_rewards[name] for part in parts]) for name in first.guard_rewards}
-        return cls(prompts=prompts, eval_rewards=evals, guard_rewards=guards, **tensors)
+        by_name = {
+            kind: _joined([getattr(part, kind) for part in parts])
+            for kind in ("eval_rewards", "guard_rewards", "part_rewards")
+        }
+        return cls(prompts=prompts, **by_name, **tensors)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The scores of all parts, by name, of the rewards that they all have."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 @dataclass
@@ -136,17 +145,19 @@ class Sampler:
         images = self.decoder(path.latents[:, -1], check=self.check)
         read = path.clean if self.embed_clean else path.latents[:, :-1]
         embeds, scores = self._read_steps(read[:, : self.embed_steps], prompts)
+        rewards, parts = score_with_parts(self.reward, images, prompts)
         return Trajectories(
             prompts=prompts,
             latents=path.latents,
             log_probs=path.log_probs,
             kl=path.kl,
-            rewards=score_images(self.reward, images, prompts),
+            rewards=rewards,
             image_embeds=embeds,
             step_scores=scores,
             final_embeds=None if self.reward.embed_dim is None else self.reward.embed(images).float(),
             eval_rewards={name: score_images(model, images, prompts) for name, model in self.eval_rewards.items()},
             guard_rewards={name: score_images(model, images, prompts) for name, model in self.guards.items()},
+            part_rewards=parts,
         )
 
     def _read_steps(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:

@@ -352,8 +352,34 @@ def test_weights_of_rewards_are_chosen_from_their_folder(server):
         assert message in error and "\n" not in error, error
 
 
+@in_each
+def test_a_run_is_listed_compared_and_deleted(server):
+    """Its LoRA stays for Load LoRA, and another run may take its name."""
+    server.run(train_graph("unwanted"))
+    (row,) = (row for row in server.get("/tdpo/table")["rows"] if row["id"] == "unwanted")
+    run = server.base / "output" / "tdpo" / "unwanted"
+    assert row["algorithm"] == "tdpo-r" and row["watched"] == "shapes-alignment"
+    assert row["files"] == sum(path.is_file() for path in run.rglob("*")) and row["bytes"] > 100_000
+    assert [line["epoch"] for line in row["metrics"]] == [1, 2]
+    assert {"reward/shapes-aesthetic/std", "eval/shapes-alignment/mean"} <= set(row["metrics"][0])
+    server.run(train_graph("busy", epochs=500, mode="background"))
+    status, body = server.raw("/api/tdpo/runs/busy", "DELETE")
+    assert status == 409 and json.loads(body)["error"].endswith("stop it, then delete it")
+    assert server.raw("/api/tdpo/runs/unwanted", "DELETE") == (200, b'{"id": "unwanted"}')
+    assert not run.exists() and not list(run.parent.glob(".*"))
+    assert server.raw("/tdpo/runs/unwanted")[0] == 404 and "tdpo/unwanted.safetensors" in server.loras()
+    server.post("/tdpo/runs/busy/stop")
+    server.until("busy", lambda status: status["state"] == "stopped")
+    assert server.raw("/tdpo/runs/busy", "DELETE")[0] == 200
+    assert server.run(train_graph("unwanted", epochs=1))["train"] == {"tdpo_run": ["unwanted"]}
+    assert server.status("unwanted")["epoch"] == 1
+
+
 @pytest.mark.parametrize("name", ["nobody", "..%2f..%2fx", "%2e%2e", "C:%5cx", "a%00b", "x" * 1000])
 def test_routes_know_nothing_but_runs(server, name):
     for path in (f"/tdpo/runs/{name}", f"/tdpo/runs/{name}/metrics", f"/tdpo/runs/{name}/pictures/samples"):
         status, body = server.raw(path)
         assert status in (400, 404) and str(server.base).encode() not in body
+    before = folders(server)
+    status, body = server.raw(f"/tdpo/runs/{name}", "DELETE")
+    assert status in (400, 404) and str(server.base).encode() not in body and folders(server) == before

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import unquote
 
 import comfyui
 import pytest
@@ -170,11 +171,63 @@ def test_the_trained_reward_comes_first_and_what_is_no_number_is_left_out(evalua
         {"epoch": 2, "eval/gold/mean": None, "reward/a + 0.5 b/mean": 2, "reward/a + 0.5 b/std": 2},
     ]
     curves = evaluate(f"m.curves({json.dumps(status)}, {json.dumps(rows)})")
-    assert [(curve["name"], curve["trained"], len(curve["points"])) for curve in curves] == [
-        ("a + 0.5 b", True, 2),
-        ("gold", False, 1),
-        ("x", False, 1),
+    assert [(curve["name"], curve["kind"], len(curve["points"])) for curve in curves] == [
+        ("a + 0.5 b", "trained", 2),
+        ("gold", "held-out", 1),
+        ("x", "held-out", 1),
     ]
+
+
+def test_the_rewards_of_a_sum_follow_it_and_are_shown_once(evaluate):
+    status = {"reward": "a + 0.5 b", "eval_rewards": ["gold", "b"]}
+    row = {f"reward/{name}/mean": 1 for name in ("a + 0.5 b", "a", "b")} | {"eval/gold/mean": 1, "eval/b/mean": 1}
+    curves = evaluate(f"m.curves({json.dumps(status)}, {json.dumps([{'epoch': 1} | row])})")
+    kinds = [(curve["name"], curve["kind"]) for curve in curves]
+    assert kinds == [("a + 0.5 b", "trained"), ("a", "part"), ("b", "part"), ("gold", "held-out")]
+    roles = evaluate(f"m.chartOf({json.dumps(status)}, {json.dumps([{'epoch': 1} | row])}).panels.map((p) => p.role)")
+    assert roles == ["trained on", "part of the sum", "part of the sum", "held out"]
+
+
+def row_of(id: str, reward: str = "r", watched: str | None = "gold", epochs: int = 2, spread: float = 2) -> dict:
+    """A row of the table of runs, whose training reward rises by 1 an epoch and whose held-out rewards fall by 0.5."""
+    held_out = {f"eval/{name}/mean": 0.5 for name in ("other", watched) if name}
+    rows = [
+        {"epoch": n, f"reward/{reward}/mean": n, f"reward/{reward}/std": spread}
+        | {key: value - n / 2 for key, value in held_out.items()}
+        | {key.replace("mean", "std"): 1 for key in held_out}
+        for n in range(1, epochs + 1)
+    ]
+    return {"id": id, "color": 0, "watched": watched, "metrics": rows, "status": {"reward": reward, "eval_rewards": []}}
+
+
+def panels_of(evaluate, *rows: dict) -> list[tuple]:
+    """Of the chart of these rows: name and role of each panel, whose lines, and their last values as text."""
+    found = evaluate(
+        f"m.chartOfRuns({json.dumps(rows)}).panels.map(({{ name, role, lines, read }}) => "
+        "[name, role, lines.map(({ name }) => name), lines.map(({ points }) => read(points))])"
+    )
+    return [tuple(panel) for panel in found]
+
+
+def test_runs_on_one_reward_are_compared_in_its_unit_and_others_in_standard_deviations(evaluate):
+    alike = panels_of(evaluate, row_of("a"), row_of("b", epochs=4))
+    assert alike == [
+        ("r", "training reward", ["a", "b"], ["2.00", "4.00"]),
+        ("gold", "watched reward", ["a", "b"], ["\N{MINUS SIGN}0.50", "\N{MINUS SIGN}1.50"]),
+    ]
+    other = row_of("b", "q", "judge", epochs=4)
+    assert panels_of(evaluate, row_of("a"), other, row_of("c", "p", None, spread=0)) == [
+        ("training reward", "change since epoch 1", ["a", "b"], ["+0.50 SD", "+1.50 SD"]),
+        ("watched reward", "change since epoch 1", ["a", "b"], ["\N{MINUS SIGN}0.50 SD", "\N{MINUS SIGN}1.50 SD"]),
+    ], "without a spread there is no such unit"
+    assert panels_of(evaluate, row_of("a", watched=None)) == [("r", "training reward", ["a"], ["2.00"])]
+    assert panels_of(evaluate, row_of("a", epochs=0)) == []
+
+
+def test_an_overlay_ends_with_its_longest_run(evaluate):
+    rows = json.dumps([row_of("a"), row_of("b", epochs=7)])
+    assert evaluate(f"m.chartOfRuns({rows}).last") == 7
+    assert evaluate("m.chartOfRuns([]).spoken") == "No epoch has finished yet"
 
 
 @pytest.mark.parametrize(
@@ -264,6 +317,13 @@ def test_limits_are_never_empty(evaluate):
         ("m.fraction(7, 5)", 1),
         ("m.shortened('shapes-aesthetic + 0.5 shapes-judge', 63)", "shapes-ae…"),
         ("m.shortened('gold', 63)", "gold"),
+        ("m.bytes(0)", "0 bytes"),
+        ("m.bytes(999)", "999 bytes"),
+        ("m.bytes(1000)", "1.0 kB"),
+        ("m.bytes(31_400_000)", "31 MB"),
+        ("m.bytes(9_960_000)", "10 MB"),
+        ("m.bytes(2_350_000_000)", "2.4 GB"),
+        ("m.bytes(4e15)", "4000 TB"),
     ],
 )
 def test_words_and_numbers(evaluate, expression, words):
@@ -390,6 +450,20 @@ def test_stopping(store):
       return [first, runs.find("a").state, error];
     """)
     assert state == ["stopping", "stopped", "out of order"]
+
+
+def test_of_a_deleted_run_nothing_is_remembered(store):
+    """Another one may take its name."""
+    state = store(f"""{RUNS}
+      const end = runs.watch(() => runs.load("a")); await settle(); end();
+      answers["/tdpo/runs/a"] = () => [409, {{ error: "it is training" }}];
+      const error = await runs.remove("a").catch((error) => error.message);
+      const kept = runs.metrics("a").length;
+      answers["/tdpo/runs/a"] = () => [200, {{ id: "a" }}];
+      await runs.remove("a");
+      return [error, kept, runs.list, runs.metrics("a"), asked.at(-1)];
+    """)
+    assert state == ["it is training", 2, [], [], "DELETE /tdpo/runs/a"]
 
 
 def test_nobody_listens_when_nobody_watches(store):
@@ -585,6 +659,12 @@ TOLD = {
 }  # fmt: skip
 
 
+def row_of_table(run: dict) -> dict:
+    """What the table of runs is told beside a run's status; `of_table` in it has what differs."""
+    row = {"id": run["id"], "algorithm": "tdpo-g", "watched": "gold", "files": 12, "bytes": 31_400_000}
+    return row | {"modified": 1_780_000_000, "metrics": EPOCHS[: run["epoch"]]} | run.get("of_table", {})
+
+
 def train_node(id: int, x: int = 0, **more: Any) -> dict:
     place = {"pos": [x, 0], "size": [600, 960], "flags": {}, "mode": 0, "order": 0, "properties": {}}
     return {"id": id, "type": "TDPOTrain"} | place | more
@@ -635,6 +715,10 @@ def tab(shared_tab) -> Iterator[Tab]:
             route.abort()
         elif path == "runs":
             route.fulfill(json={"runs": shared_tab.told})
+        elif path == "table":
+            route.fulfill(json={"rows": [row_of_table(run) for run in shared_tab.told]})
+        elif route.request.method == "DELETE":
+            delete(route, path)
         elif "metrics" in path:
             route.fulfill(json={"metrics": shared_tab.epochs, "next": 6})
         elif "/samples/" in path and shared_tab.no_samples:
@@ -649,10 +733,19 @@ def tab(shared_tab) -> Iterator[Tab]:
         else:
             route.fulfill(status=404, json={"error": "no such picture"})
 
+    def delete(route: Any, path: str) -> None:
+        name = unquote(path.removeprefix("runs/"))
+        if name in shared_tab.undeletable:
+            route.fulfill(status=400, json={"error": f"run '{name}' is in use"})
+        else:
+            shared_tab.told = [run for run in shared_tab.told if run["id"] != name]
+            route.fulfill(json={"id": name})
+
+    shared_tab.page.route("**/tdpo/table", answer)
     shared_tab.page.route("**/tdpo/runs**", answer)
     shared_tab.page.route("**/tdpo/runs/**", answer)
     shared_tab.page.route("**/tdpo/tastes/**", answer)
-    shared_tab.votes = []
+    shared_tab.votes, shared_tab.undeletable = [], set()
     yield shared_tab
     shared_tab.load(graph_of())
     shared_tab.page.unroute_all()
@@ -706,6 +799,29 @@ def test_what_is_seen_of_a_run(tab):
     bars = tab.page.get_by_role("progressbar").evaluate_all("(bars) => bars.map((bar) => bar.ariaValueNow)")
     assert bars == ["60", "50"]
     assert tab.problems == []
+
+
+@in_each
+def test_each_reward_of_a_sum_has_its_own_curve(tab):
+    """In one colour, with its name above it."""
+    name = "hpsv2 / 0.011 + 0.5 clipscore / 0.03 + aesthetic"
+    parts = {"hpsv2": 0.27, "clipscore": 0.31, "aesthetic": 5.6}
+    tab.told[0] |= {"id": "a sum", "reward": name, "eval_rewards": ["gold"]}
+    tab.epochs = [
+        {"epoch": n, f"reward/{name}/mean": 30 + n, f"reward/{name}/std": 2.0}
+        | {f"reward/{part}/{kind}": value * (1 + n / 90) ** (kind == "mean") for part, value in parts.items()
+           for kind in ("mean", "std")}
+        | {"eval/gold/mean": 0.7 - n / 50}
+        for n in range(1, 7)
+    ]  # fmt: skip
+    show(tab)
+    tab.wait_for_epochs(6)
+    screenshot(tab, "sum")
+    kinds = tab.page.locator(".tdpo-chart g:has(> .tdpo-name)").evaluate_all("(all) => all.map((g) => g.classList[0])")
+    assert kinds == ["tdpo-trained", "tdpo-part", "tdpo-part", "tdpo-part", "tdpo-held-out"]
+    names = tab.page.locator(".tdpo-part .tdpo-name").evaluate_all("(all) => all.map((e) => e.childNodes[0].data)")
+    assert names == list(parts)
+    assert tab.page.locator(".tdpo-part .tdpo-curve").count() == 3
 
 
 def test_the_epochs_that_overoptimise_are_shaded(tab):
@@ -920,6 +1036,140 @@ def test_images_are_voted_on_with_a_click(tab):
     dialog.get_by_label("Strength").select_option("0.5")
     assert dialog.get_by_role("button", name="Dislike").is_disabled(), "those are no images of a grid"
     dialog.get_by_role("button", name="Close").click()
+
+
+# Six runs, as an artist may have them; the page remembers the epochs of those that it knows by name.
+def lower(by: float, **more: Any) -> dict:
+    rows = [line | {"reward/r/mean": line["reward/r/mean"] - by * line["epoch"]} for line in EPOCHS]
+    return {"metrics": rows} | more
+
+
+ENDED = TOLD | {"node": None, "state": "finished", "epoch": 6, "epochs": 6, "message": "Finished."}
+SEVERAL = [
+    TOLD | {"id": "watercolours 3", "state": "running", "of_table": {"bytes": 412_000_000, "files": 61}},
+    TOLD | {"id": "ink", "state": "waiting", "epoch": 0, "node": None, "of_table": {"watched": None}},
+    ENDED | {"id": "watercolours 2", "overoptimised": 4, "of_table": lower(0.05, bytes=1_240_000_000, files=214)},
+    ENDED | {"id": "watercolours", "of_table": lower(0.1, bytes=980_000_000, files=208)},
+    ENDED | {"id": "portraits with a name that is as long as a name of a run may be, or nearly so",
+             "state": "stopped", "epoch": 4, "epochs": 300, "reward": "hpsv2 / 0.011 + 0.5 clipscore / 0.03"},
+    ENDED | {"id": "broken", "state": "failed", "epoch": 0, "epochs": 0, "reward": "", "error": "It is damaged.",
+             "of_table": {"algorithm": "", "watched": None, "metrics": []}},
+]  # fmt: skip
+
+
+def open_table(tab: Tab) -> Any:
+    tab.told = [dict(run) for run in SEVERAL]
+    show(tab)
+    tab.page.get_by_role("button", name="All runs").click()
+    table = tab.page.get_by_role("dialog", name="Runs")
+    table.get_by_text("1.2 GB").wait_for()
+    return table
+
+
+def lines_of(table: Any) -> int:
+    return table.locator(".tdpo-chart .tdpo-trained .tdpo-curve").count()
+
+
+@in_each
+def test_the_table_lists_all_runs_and_overlays_those_that_are_ticked(tab):
+    tab.page.set_viewport_size({"width": 1366, "height": 768})
+    table = open_table(tab)
+    rows = table.locator("tbody tr")
+    assert rows.count() == len(SEVERAL)
+    cells = rows.nth(2).locator("td").all_inner_texts()
+    assert cells[1:6] == ["watercolours 2", "Finished", "tdpo-g", "r", "6 of 6"]
+    assert cells[7:10] == ["+0.75 SD", "\N{MINUS SIGN}0.10⚠ since 4", "1.2 GB"]
+    assert [rows.nth(i).locator(".tdpo-sparkline polyline").count() for i in range(6)] == [2, 0, 2, 2, 2, 0]
+    assert rows.nth(5).get_by_text("Failed").get_attribute("title") == "It is damaged."
+    screenshot(tab, "table")
+    assert not table.locator(".tdpo-chart").is_visible()
+    table.get_by_label("Tick watercolours", exact=True).check()
+    table.get_by_label("Tick watercolours 2").check()
+    assert lines_of(table) == 2
+    colors = table.locator(".tdpo-chart .tdpo-trained .tdpo-curve").evaluate_all(
+        "(lines) => lines.map((line) => getComputedStyle(line).stroke)"
+    )
+    assert len(set(colors)) == 2
+    assert table.locator(".tdpo-legend").inner_text().split("\n") == ["watercolours 2", "watercolours"]
+    screenshot(tab, "table-overlay")
+    tell(tab, id="watercolours 3", epoch=7, metrics=EPOCHS[0] | {"epoch": 7, "reward/r/mean": 7})
+    assert rows.first.locator("td").nth(5).inner_text() == "7 of 10" and "+1.80 SD" in rows.first.inner_text()
+    table.get_by_label("Tick all runs").check()
+    assert lines_of(table) == 4 and "6 runs, " in table.inner_text()
+    screenshot(tab, "table-all")
+    inside = table.evaluate("""(table) => {
+      const { right, bottom } = table.getBoundingClientRect();
+      const rows = table.querySelector(".tdpo-rows");
+      return [right <= innerWidth, bottom <= innerHeight, rows.scrollWidth <= rows.clientWidth];
+    }""")
+    assert inside == [True, True, True]
+    table.get_by_role("button", name="Close").click()
+    assert table.count() == 0
+    tab.page.set_viewport_size({"width": 1300, "height": 1150})
+    assert tab.problems == []
+
+
+@in_each
+def test_ticked_runs_are_deleted_once_that_is_confirmed(tab):
+    table = open_table(tab)
+    button = table.get_by_role("button", name="Delete…")
+    assert button.is_disabled()
+    for name in ("watercolours", "watercolours 2"):
+        table.get_by_label(f"Tick {name}", exact=True).check()
+    button.click()
+    asked = table.locator(".tdpo-asking")
+    question = asked.inner_text()
+    for text in ("Delete 2 runs, 2.2 GB, with", "watercolours 2 (1.2 GB, 214 files)", "cannot be undone", "stay in"):
+        assert text in question
+    screenshot(tab, "table-delete")
+    asked.get_by_role("button", name="Keep").click()
+    assert not asked.is_visible() and not any("DELETE" in line for line in tab.asked)
+    tab.undeletable.add("watercolours")
+    button.click()
+    asked.get_by_role("button", name="Delete").click()
+    table.get_by_text("run 'watercolours' is in use").wait_for()
+    assert [line for line in tab.asked if "DELETE" in line] == [
+        "DELETE runs/watercolours%202",
+        "DELETE runs/watercolours",
+    ]
+    assert table.locator("tbody tr").count() == 5
+    assert table.get_by_label("Tick watercolours", exact=True).is_checked()
+    table.get_by_role("button", name="Close").click()
+
+
+def test_a_run_that_trains_is_not_even_asked_about(tab):
+    table = open_table(tab)
+    table.get_by_label("Tick watercolours 3").check()
+    table.get_by_label("Tick ink").check()
+    table.get_by_role("button", name="Delete…").click()
+    said = table.locator(".tdpo-problem").inner_text()
+    assert said == "Still training or waiting: watercolours 3, ink. Stop or untick these first."
+    assert not table.locator(".tdpo-asking").is_visible()
+    table.get_by_role("button", name="Close").click()
+
+
+@in_each
+def test_the_menu_has_an_entry_for_the_table(tab):
+    """Its place is the frontend's own matter; each knows a menu with commands of extensions."""
+    tab.told = [dict(run) for run in SEVERAL]
+    tab.load(graph_of())
+    tab.page.locator("[data-testid=comfy-menu-button], .comfyui-logo-wrapper").first.click()
+    tab.page.get_by_role("menuitem", name="TDPO").first.hover()
+    screenshot(tab, "menu")
+    tab.page.get_by_text("TDPO: All runs").first.click()
+    table = tab.page.get_by_role("dialog", name="Runs")
+    table.get_by_label("Tick ink").wait_for()
+    tab.page.keyboard.press("Escape")
+    assert table.count() == 0
+
+
+def test_a_table_without_runs_says_so(tab):
+    tab.told = []
+    show(tab)
+    tab.page.get_by_role("button", name="All runs").click()
+    table = tab.page.get_by_role("dialog", name="Runs")
+    table.get_by_text("There are no runs yet").wait_for()
+    tab.page.keyboard.press("Escape")
 
 
 def test_words_from_the_server_are_never_html(tab):

@@ -15,6 +15,7 @@ from comfy_tdpo.nodes.runs.select import choose, is_done, token
 from comfy_tdpo.nodes.runs.start import job_under_way, prepare, wait_for
 from comfy_tdpo.trainer.config import override
 from comfy_tdpo.trainer.recommend.files import write_choice
+from comfy_tdpo.trainer.run.files import write_atomically
 from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (
@@ -530,3 +531,119 @@ def test_wrong_questions_are_told_so(runs):
 
 def test_json_knows_no_nan():
     assert finite({"a": float("nan"), "b": float("inf"), "c": 1.5}) == {"a": None, "b": None, "c": 1.5}
+
+
+# --- the table of runs, and deleting
+
+
+def test_the_table_has_what_a_status_lacks(runs):
+    finish(runs)
+    finish(runs, "two", held_out=RewardChoice({"shapes-judge": 1.0}), settings='overoptimisation.reward = "none"')
+    (runs.root / "bad").mkdir()
+    (runs.root / "bad" / "config.toml").write_text("epochs = [", encoding="utf-8")
+    (runs.find("one").path / "linked").symlink_to(runs.find("two").path, target_is_directory=True)
+    rows = {row["id"]: row for row in answers.table(runs)[1]["rows"]}
+    one, two, bad = (rows[name] for name in ("one", "two", "bad"))
+    assert (one["algorithm"], one["watched"], two["watched"]) == ("tdpo-g", "shapes-match", "shapes-judge")
+    key = "reward/shapes-aesthetic"
+    assert one["metrics"] == [{"epoch": n, f"{key}/mean": n, f"{key}/std": 1.0} for n in (1, 2)]
+    own = [path for path in runs.find("one").path.rglob("*") if path.is_file() and "linked" not in path.parts]
+    assert one["files"] == len(own) and one["bytes"] == sum(path.stat().st_size for path in own)
+    assert one["modified"] == (runs.find("one").path / "metrics.jsonl").stat().st_mtime
+    assert (bad["algorithm"], bad["metrics"], bad["bytes"]) == ("", [], len("epochs = ["))
+
+
+def test_a_run_is_deleted_and_another_may_take_its_name(runs, tmp_path):
+    """What links in it point at stays, and so does the LoRA that Load LoRA lists."""
+    finish(runs)
+    finish(runs, "two")
+    (tmp_path / "mine").mkdir()
+    for target in (tmp_path / "mine" / "picture.png", tmp_path / "notes.txt"):
+        target.write_text("mine")
+    (runs.find("one").path / "samples" / "folder").symlink_to(tmp_path / "mine", target_is_directory=True)
+    (runs.find("one").path / "notes.txt").symlink_to(tmp_path / "notes.txt")
+    assert answers.delete(runs, "one") == (200, {"id": "one"})
+    assert [path.name for path in runs.root.iterdir()] == ["two"]
+    assert (tmp_path / "mine" / "picture.png").exists() and (tmp_path / "notes.txt").exists()
+    assert (runs.loras / "tdpo" / "one.safetensors").is_file()
+    assert answers.delete(runs, "one")[0] == answers.status(runs, "one")[0] == 404
+    want = wanted()
+    prepare(runs, runs.folder("one"), want.config(), want.prompts())
+    assert runs.status(runs.find("one"))["epoch"] == 0, "that of the job before"
+
+
+def test_a_run_that_trains_or_waits_is_not_deleted(runs):
+    go = threading.Semaphore(0)
+    job, waiting = begin(runs, "one", go), begin(runs, "two", go)
+    while job.status.state != "running":
+        job.wait(0.01)
+    assert answers.delete(runs, "one") == (409, {"error": "run 'one' is training; stop it, then delete it"})
+    assert answers.delete(runs, "two") == (409, {"error": "run 'two' waits for its turn; stop it, then delete it"})
+    for stopped in (job, waiting):
+        stopped.stop()
+        stopped.wait(30)
+    with runs.find("two").lock():
+        code, told = answers.delete(runs_in(runs.root.parent.parent), "two")
+    assert code == 400 and "run folder 'output/tdpo/two' is in use by another process" in told["error"]
+    assert runs.exists("two") and answers.delete(runs, "two")[0] == 200
+
+
+def test_what_a_run_still_writes_when_it_has_ended_is_deleted_too(runs):
+    """Its plots are drawn after its state says that it is finished."""
+    ended, drawn = threading.Event(), threading.Event()
+    job = begin(runs, "one", threading.Semaphore(2))
+
+    def write_late(event, status):
+        if event == "end":
+            ended.set()
+            drawn.wait(30)
+            write_atomically(job.run.path / "plots" / "late.png", lambda file: file.write_bytes(b"late"))
+
+    job.subscribe(write_late)
+    assert ended.wait(30)
+    threading.Timer(0.2, drawn.set).start()
+    assert answers.delete(runs, "one")[0] == 200
+    assert list(runs.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../tdpo/one", "/tmp", "one\x00", ".tdpo-deleted-1"])
+def test_a_name_that_is_no_name_deletes_nothing(runs, name):
+    finish(runs)
+    assert answers.delete(runs, name)[0] == 400
+    assert runs.exists("one") and runs.root.is_dir()
+
+
+@pytest.mark.parametrize("missing", ["config.toml", "prompts.txt"])
+def test_a_folder_that_is_no_run_is_not_deleted(runs, missing):
+    finish(runs)
+    (runs.find("one").path / missing).rename(runs.root / missing)
+    code, told = answers.delete(runs, "one")
+    assert code == (404 if missing == "config.toml" else 400) and (runs.root / "one" / "metrics.jsonl").is_file()
+    if missing == "prompts.txt":
+        assert told["error"] == "got folder 'one' without the prompts.txt that every run has; delete it yourself"
+        (runs.root / "one" / missing).symlink_to(runs.root / missing)
+        assert answers.delete(runs, "one")[0] == 400
+
+
+def test_a_link_to_a_run_is_not_deleted(runs, tmp_path):
+    finish(runs)
+    elsewhere = (runs.root / "one").rename(tmp_path / "elsewhere")
+    (runs.root / "one").symlink_to(elsewhere, target_is_directory=True)
+    code, told = answers.delete(runs, "one")
+    assert (code, told["error"]) == (400, "got run 'one', which is a link to another folder; delete the link yourself")
+    assert (elsewhere / "metrics.jsonl").is_file() and (runs.root / "one").is_symlink()
+
+
+def test_a_run_is_gone_at_once_and_what_remains_is_said_and_removed_later(runs, monkeypatch):
+    from comfy_tdpo.nodes.runs import table
+
+    finish(runs)
+    finish(runs, "two")
+    seen = []
+    with monkeypatch.context() as patched:
+        patched.setattr(table.shutil, "rmtree", lambda folder, **_: seen.append(runs.exists("one")))
+        code, told = answers.delete(runs, "one")
+    assert seen == [False] and code == 400
+    assert "run 'one' is deleted, but files of it remain in output/tdpo/.tdpo-deleted-" in told["error"]
+    assert [status["id"] for status in runs.overview()["runs"]] == ["two"]
+    assert answers.delete(runs, "two")[0] == 200 and list(runs.root.iterdir()) == []

@@ -92,6 +92,17 @@ def test_a_run_without_an_epoch_has_no_plots_but_a_figure(tmp_path):
 # --- what they show
 
 
+def test_each_reward_of_a_sum_has_a_panel_and_is_shown_once():
+    """Also one that is listed as held out."""
+    name = "shapes-aesthetic + 0.5 shapes-judge"
+    line = {"epoch": 1, "reward_queries": 48, f"reward/{name}/mean": 5.0, f"reward/{name}/std": 1.0}
+    line |= {f"{kind}/mean": 1.0 for kind in ("reward/shapes-aesthetic", "reward/shapes-judge", "eval/shapes-judge")}
+    config = make_config(overrides={"rewards": {"shapes-aesthetic": 1.0, "shapes-judge": 0.5}})
+    panels = reward_panels([line, line | {"epoch": 2, "reward_queries": 96}], config)
+    shown = [(panel.title, panel.subtitle.split(":")[0]) for panel in panels]
+    assert shown == [(name, "trained on"), *((part, "part of the sum") for part in config.rewards)]
+
+
 def test_each_reward_has_a_panel_the_training_reward_first():
     panels = reward_panels(epochs(2, **{"guard/shapes-alignment/mean": 0.4}), make_config())
     titles = ["shapes-aesthetic", "shapes-alignment", "shapes-judge", "shapes-gold"]

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import Brightness, Contrast, lora_of, new_run, same, timeless, toy_config, toy_training
+from toy import Brightness, Contrast, fast_training, lora_of, new_run, same, timeless, toy_config, toy_training
 
 from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.rewards import WeightedSum
 from comfy_tdpo.trainer.config import override
+from comfy_tdpo.trainer.metrics import reward_names
 from comfy_tdpo.trainer.overoptimisation import Overoptimisation
 from comfy_tdpo.trainer.run import RunFolder, TrainingError
+from comfy_tdpo.trainer.run.checkpoint import load_latest, save_checkpoint
 
 VARIANTS = {
     "tdpo-r with kl and resets of the policy": {
@@ -96,6 +99,34 @@ def whole_run(path, make_policy, watch=lambda *call: None, **overrides):
 def files_in(folder):
     """What the files in `folder` hold, but for the lock, which is empty."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_the_rewards_of_a_sum_are_measured_also_over_a_stop_in_mid_epoch(tmp_path):
+    """Each in its own unit; also if the first part of the epoch is from a version that did not keep them."""
+
+    def train(run, stop=None, watch=lambda *call: None):
+        reward = WeightedSum([(Brightness(), 1.0, 1.0), (Contrast(), 0.5, 0.1)])
+        return list(fast_training(run, reward, stop=stop, watch=watch).epochs())
+
+    whole = new_run(tmp_path / "whole")
+    (first, *_), name = train(whole), "brightness + 0.5 contrast / 0.1"
+    parts = [first[f"reward/{part}/mean"] for part in ("brightness", "contrast")]
+    assert first[f"reward/{name}/mean"] == pytest.approx(parts[0] + 5 * parts[1], rel=1e-6)  # float32
+    assert reward_names([first], "reward") == [name] and reward_names([first], "part") == ["brightness", "contrast"]
+
+    for version in ("this", "older"):
+        run, stop = new_run(tmp_path / version), threading.Event()
+        train(run, stop, lambda phase, done, total, stop=stop: stop.set() if (phase, done) == ("sampling", 4) else None)
+        if version == "older":
+            tensors, state = load_latest(run.checkpoints)
+            kept = {group: content for group, content in tensors.items() if group != "part_rewards"}
+            shutil.rmtree(run.checkpoints)
+            save_checkpoint(run.checkpoints, state.pop("name"), kept, state | {"groups": sorted(kept)}, keep=1)
+        train(run)
+        if version == "this":
+            assert timeless(run.metrics()) == timeless(whole.metrics())
+    assert reward_names(run.metrics()[:1], "part") == []
+    assert reward_names(run.metrics(), "part") == ["brightness", "contrast"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

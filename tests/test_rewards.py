@@ -29,6 +29,7 @@ from comfy_tdpo.rewards import (
     reward_class,
     reward_names,
     score_images,
+    score_with_parts,
 )
 from comfy_tdpo.rewards.function import allow_functions
 from comfy_tdpo.rewards.shared import shared_while_used
@@ -84,6 +85,29 @@ def test_one_reward_of_weight_1_is_itself_and_one_of_weight_0_is_not_loaded():
     assert alone is load_reward("shapes-aesthetic", CPU)
     assert isinstance(load_rewards({"shapes-aesthetic": 2.0}, CPU), WeightedSum)
     assert isinstance(load_rewards({"shapes-aesthetic": 1.0}, CPU, scales={"shapes-aesthetic": 2.0}), WeightedSum)
+
+
+def test_a_sum_tells_the_scores_of_its_parts_without_another_look():
+    terms, asked = {"shapes-aesthetic": 1.0, "shapes-alignment": -2.0}, []
+    total = load_rewards(terms, CPU, scales={"shapes-alignment": 0.25})
+    assert isinstance(total, WeightedSum)
+    for model, _, _ in total.parts:
+        spied = model.score
+        model.score = lambda *images, spied=spied, name=model.name: asked.append(name) or spied(*images)
+    scores, parts = score_with_parts(total, IMAGES, PROMPTS)
+    for model, _, _ in total.parts:
+        del model.score
+    assert asked == list(terms) == list(parts)
+    assert torch.equal(scores, score_images(total, IMAGES, PROMPTS))
+    for name, part in parts.items():
+        assert torch.equal(part, score_images(load_reward(name, CPU), IMAGES, PROMPTS))
+
+
+@pytest.mark.parametrize("terms", [{"shapes-aesthetic": 1.0}, {"shapes-aesthetic": 0.5}])
+def test_a_single_reward_has_no_parts(terms):
+    total = load_rewards(terms, CPU)
+    scores, parts = score_with_parts(total, IMAGES, PROMPTS)
+    assert torch.equal(scores, score_images(total, IMAGES, PROMPTS)) and parts == {}
 
 
 def test_a_sum_lends_the_first_encoder_there_is():

@@ -13,11 +13,13 @@ from .run import EpochMetrics
 
 
 def reward_metrics(context: Context, batch: Trajectories, prompts: list[str]) -> EpochMetrics:
-    """Mean and standard deviation of the training and held-out rewards, means of the guards, and the diversity.
+    """Mean and standard deviation of the training reward, of those that it sums, of held-out ones and guards; and the
+    diversity.
 
     batch: this process's samples; prompts: those of all processes.
     """
-    by_kind = {"reward": {context.reward.name: batch.rewards}, "eval": batch.eval_rewards, "guard": batch.guard_rewards}
+    trained = {context.reward.name: batch.rewards, **batch.part_rewards}  # the sum first: see reward_names
+    by_kind = {"reward": trained, "eval": batch.eval_rewards, "guard": batch.guard_rewards}
     metrics = EpochMetrics()
     for kind, rewards in by_kind.items():
         for name, scores in rewards.items():

@@ -231,6 +231,13 @@ def find_job(job_id: str) -> Job | None:
     return _jobs.get(job_id)
 
 
+def forget_job(job: Job) -> None:
+    """Forget an ended job whose run is gone, as another run may take its id."""
+    with _registry_lock:
+        if _jobs.get(job.id) is job:
+            del _jobs[job.id]
+
+
 def job_on(device: torch.device | str) -> Job | None:
     """The job that is training on this device."""
     return _turns.first(_numbered(device))

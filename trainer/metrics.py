@@ -7,9 +7,18 @@ from .run import EpochMetrics
 
 
 def reward_names(metrics: list[EpochMetrics], kind: str) -> list[str]:
-    """The rewards in the metrics; kind is "reward" for those trained on, "guard", or "eval" for those only tracked."""
-    keys = [key for key in keys_of(metrics) if key.startswith(f"{kind}/") and key.endswith("/mean")]
-    return [key.removeprefix(f"{kind}/").removesuffix("/mean") for key in keys]
+    """The rewards in the metrics; kind is "reward" for the one that is trained on, "part" for those that it sums,
+    "guard", or "eval" for those only tracked.
+    """
+    prefix = "reward/" if kind == "part" else f"{kind}/"
+    keys = [key for key in keys_of(metrics) if key.startswith(prefix) and key.endswith("/mean")]
+    names = [key.removeprefix(prefix).removesuffix("/mean") for key in keys]
+    return names[:1] if kind == "reward" else names[1:] if kind == "part" else names
+
+
+def is_curve(key: str) -> bool:
+    """Whether a metric is the mean or the spread of a reward that is trained on or only tracked."""
+    return key.startswith(("reward/", "eval/")) and key.endswith(("/mean", "/std"))
 
 
 def role(name: str, config: TrainConfig) -> str:

@@ -106,6 +106,7 @@ def _tensors_of_progress(progress: Progress) -> dict[str, TensorGroup]:
     batch = Trajectories.concatenate(progress.parts)
     samples = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
     groups = {"samples": samples, "eval_rewards": batch.eval_rewards, "guard_rewards": batch.guard_rewards}
+    groups["part_rewards"] = batch.part_rewards
     groups |= {"sums": progress.sums, "maxima": progress.maxima}
     return groups if progress.targets is None else groups | {"targets": progress.targets}
 
@@ -118,7 +119,8 @@ def _progress_from(groups: dict[str, TensorGroup], updates: int, prompts: list[s
     part = Trajectories(
         prompts=prompts[: len(samples["rewards"])],
         eval_rewards=groups["eval_rewards"],
-        guard_rewards=groups.get("guard_rewards", {}),  # older versions have none
+        guard_rewards=groups.get("guard_rewards", {}),  # older versions have none, nor parts
+        part_rewards=groups.get("part_rewards", {}),
         **samples,
     )
     return Progress([part], groups.get("targets"), updates, groups["sums"], groups["maxima"])

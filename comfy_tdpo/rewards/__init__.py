@@ -173,7 +173,14 @@ class WeightedSum:
             model.check_prompts(prompts)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return sum(weight / scale * score_images(model, images, prompts) for model, weight, scale in self.parts)
+        return self.total(self.score_parts(images, prompts))
+
+    def score_parts(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """The scores R_i of each reward, by name, in its own units."""
+        return {model.name: score_images(model, images, prompts) for model, _, _ in self.parts}
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        return sum(weight / scale * scores[model.name] for model, weight, scale in self.parts)
 
 
 def encoder_name(model: RewardModel) -> str:
@@ -213,6 +220,14 @@ def load_rewards(
         )
     (model, weight, scale), *others = parts
     return model if not others and weight == scale == 1 else WeightedSum(parts)
+
+
+def score_with_parts(model: RewardModel, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `score_images` returns, and the scores of each reward that `model` sums; none unless it sums several."""
+    if not isinstance(model, WeightedSum) or len(model.parts) == 1:
+        return score_images(model, images, prompts), {}
+    scores = model.score_parts(images, prompts)
+    return checked(model.name, model.total(scores), images), scores
 
 
 def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The HTTP routes through which the browser asks about runs, and votes."""
+"""The HTTP routes through which the browser asks about runs, deletes them, and votes."""
 
 import asyncio
 from collections.abc import Callable
@@ -42,6 +42,14 @@ def register_routes() -> None:
     @routes.post("/tdpo/runs/{id}/stop")
     async def stop(request: web.Request) -> web.Response:
         return await _respond("stop", request.match_info["id"])
+
+    @routes.delete("/tdpo/runs/{id}")
+    async def delete(request: web.Request) -> web.Response:
+        return await _respond("delete", request.match_info["id"])
+
+    @routes.get("/tdpo/table")
+    async def table(_request: web.Request) -> web.Response:
+        return await _respond("table")
 
     @routes.get("/tdpo/tastes/{name}")
     async def taste(request: web.Request) -> web.Response:

@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .registry import NoSuchRun, NotRunning, Runs
+from . import table as tables
+from .registry import NoSuchRun, NotEnded, NotRunning, Runs
 from .tastes import NoSuchTaste, tastes_beside
 from .voting import add_vote, parsed
 
-STATUS: dict[type[Exception], int] = {NoSuchRun: 404, NoSuchTaste: 404, NotRunning: 409}
+STATUS: dict[type[Exception], int] = {NoSuchRun: 404, NoSuchTaste: 404, NotRunning: 409, NotEnded: 409}
 
 
 def answer(runs: Runs, ask: Callable[[], Any]) -> tuple[int, Any]:
@@ -45,6 +46,14 @@ def at_strength(runs: Runs, name: str, epoch: str, strength: str) -> tuple[int, 
 
 def stop(runs: Runs, name: str) -> tuple[int, Any]:
     return answer(runs, lambda: runs.stop(runs.find(name)))
+
+
+def table(runs: Runs) -> tuple[int, Any]:
+    return answer(runs, lambda: tables.table(runs))
+
+
+def delete(runs: Runs, name: str) -> tuple[int, Any]:
+    return answer(runs, lambda: tables.delete(runs, runs.find(name)))
 
 
 def taste(runs: Runs, name: str) -> tuple[int, Any]:

@@ -36,6 +36,10 @@ class NotRunning(ValueError):
     """There is nothing to stop."""
 
 
+class NotEnded(ValueError):
+    """The run trains, or waits for its turn."""
+
+
 @dataclass(frozen=True)
 class Runs:
     """All runs.
@@ -68,7 +72,7 @@ class Runs:
     def all(self) -> list[RunFolder]:
         """All runs, newest first; other folders are skipped."""
         found = [path.parent for path in self.root.glob(f"*/{CONFIG}") if not problem_with(path.parent.name)]
-        return [RunFolder(path) for path in sorted(found, key=lambda path: -(path / CONFIG).stat().st_mtime)]
+        return [RunFolder(path) for path in sorted(found, key=lambda path: -modified(path / CONFIG))]
 
     def job(self, run: RunFolder) -> Job | None:
         """The job that trains the run, or trained it in this process."""
@@ -283,6 +287,14 @@ def _of_overoptimisation(run: RunFolder, status: Fields) -> str:
         f"Overoptimisation since epoch {status['overoptimised']}: the training reward rose while the held-out "
         f"{run.config.overoptimisation.reward} fell. {use} a later one at a lower strength."
     )
+
+
+def modified(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 if there is none, as of a run that was just deleted."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def finite(metrics: EpochMetrics) -> dict[str, float | None]:

@@ -61,23 +61,87 @@ export function cursor(metrics) {
   return last;
 }
 
-/** The curves of a run: first the training reward, then the tracked ones. Points without a number are left out. */
+const ROLES = { trained: "trained on", part: "part of the sum", "held-out": "held out" };
+
+/**
+ * The curves of a run: first the training reward, then the rewards that it sums, then the tracked ones. Points without a
+ * number are left out.
+ */
 export function curves(status, metrics) {
   const keys = [...new Set(metrics.flatMap(Object.keys))];
   const names = (kind) => keys.map((key) => key.match(`^${kind}/(.+)/mean$`)?.[1]).filter((name) => name !== undefined);
-  const trained = names("reward");
-  const watched = [...new Set([...(status.eval_rewards ?? []), ...names("eval")])];
+  const [trained = status.reward, ...parts] = names("reward");
+  const tracked = new Set([...(status.eval_rewards ?? []), ...names("eval")]);
   return [
-    ...(trained.length ? trained : [status.reward]).map((name) => curve("reward", name, metrics)),
-    ...watched.map((name) => curve("eval", name, metrics)),
+    curve("trained", "reward", trained, metrics),
+    ...parts.map((name) => curve("part", "reward", name, metrics)),
+    ...[...tracked].filter((name) => !parts.includes(name)).map((name) => curve("held-out", "eval", name, metrics)),
   ];
 }
 
-function curve(kind, name, metrics) {
+/**
+ * What the chart of a run shows: panels from top to bottom, which each have lines in one unit; the last epoch of the
+ * axis; the first epoch that is shaded, or null; and all this as text.
+ */
+export function chartOf(status, metrics) {
+  const panels = curves(status, metrics).map(({ points, ...curve }) => ({
+    ...curve,
+    role: ROLES[curve.kind],
+    read: reading,
+    lines: [{ points, band: curve.kind === "trained" }],
+  }));
+  const last = lastShown(status.epochs, metrics.at(-1)?.epoch ?? 1);
+  return { panels, last, since: status.overoptimised ?? null, spoken: spoken(status, metrics) };
+}
+
+/** The training and the watched reward of a row of the table of runs; the second is undefined if it watches none. */
+export function rowCurves({ status, watched, metrics }) {
+  const found = curves(status, metrics);
+  return [found[0], found.find(({ name, kind }) => kind === "held-out" && name === watched)];
+}
+
+/**
+ * The same for several rows of the table, each with a `color`: their training rewards above the watched ones. Rewards of
+ * one name are shown as they are, others as changes since the first epoch in standard deviations.
+ */
+export function chartOfRuns(rows) {
+  const found = rows.map((row) => ({ ...row, curves: rowCurves(row) }));
+  const panels = ["trained", "held-out"].map((kind, which) => panelOfRuns(kind, found, which)).filter(Boolean);
+  const done = Math.max(...panels.flatMap(({ lines }) => lines.map(({ points }) => points.at(-1).epoch)), 1);
+  const told = panels.flatMap(({ read, lines, role }) =>
+    lines.map(({ points, name }) => `${role} of ${name}: ${read(points)} in epoch ${points.at(-1).epoch}`),
+  );
+  return { panels, last: Math.max(done, 2), since: null, spoken: told.join("; ") || "No epoch has finished yet" };
+}
+
+function panelOfRuns(kind, rows, which) {
+  const having = rows.filter(({ curves }) => curves[which]?.points.length);
+  const names = [...new Set(having.map(({ curves }) => curves[which].name))];
+  const role = kind === "trained" ? "training reward" : "watched reward";
+  const alike = names.length === 1;
+  const lines = having.map(({ id, color, curves }) => {
+    const { points } = curves[which];
+    return { name: id, color, points: alike ? points : inDeviationsOfFirst(points) };
+  });
+  const shown = lines.filter(({ points }) => points.length);
+  if (!shown.length) return null;
+  const at = (points, i) => points[i ?? points.length - 1].value;
+  const read = (points, i) => (alike ? number(at(points, i)) : inDeviations(at(points, i)));
+  return { name: alike ? names[0] : role, role: alike ? role : "change since epoch 1", kind, read, lines: shown };
+}
+
+/** The changes of a curve since its first epoch; no points if its spread is unknown. */
+function inDeviationsOfFirst(points) {
+  if (!(points[0].spread > 0)) return [];
+  return points.map(({ epoch, value }) => ({ epoch, value: (value - points[0].value) / points[0].spread, spread: 0 }));
+}
+
+function curve(kind, prefix, name, metrics) {
+  const [mean, std] = [`${prefix}/${name}/mean`, `${prefix}/${name}/std`];
   const points = metrics
-    .filter((row) => Number.isFinite(row[`${kind}/${name}/mean`]))
-    .map((row) => ({ epoch: row.epoch, value: row[`${kind}/${name}/mean`], spread: row[`${kind}/${name}/std`] ?? 0 }));
-  return { name, trained: kind === "reward", points };
+    .filter((row) => Number.isFinite(row[mean]))
+    .map((row) => ({ epoch: row.epoch, value: row[mean], spread: row[std] ?? 0 }));
+  return { name, kind, points };
 }
 
 /** The change of a curve since its first epoch, in its own unit and, if its spread is known, in standard deviations. */
@@ -215,6 +279,14 @@ export function reading(points, at = points.length - 1) {
   return `${number(points[at].value)} (${deviations === null ? signed(difference) : inDeviations(deviations)})`;
 }
 
+/** A size on disk, in the units of file managers. */
+export function bytes(size) {
+  const units = ["bytes", "kB", "MB", "GB", "TB"];
+  const power = size < 1000 ? 0 : Math.min(Math.floor(Math.log10(size) / 3), units.length - 1);
+  const value = size / 1000 ** power;
+  return `${power > 0 && value < 9.95 ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+}
+
 /** `text`, cut to fit `width` pixels at `size` pixels per character. */
 export function shortened(text, width, size = 6.3) {
   const fits = Math.max(Math.floor(width / size), 1);
@@ -225,8 +297,8 @@ export function shortened(text, width, size = 6.3) {
 export function spoken(status, metrics) {
   const parts = curves(status, metrics)
     .filter(({ points }) => points.length)
-    .map(({ name, trained, points }) => {
-      const role = trained ? "training reward" : "held-out reward";
+    .map(({ name, kind, points }) => {
+      const role = { trained: "training reward", part: "part of the sum", "held-out": "held-out reward" }[kind];
       const [first, last] = [points[0], points.at(-1)].map(({ epoch, value }) => `${number(value)} in epoch ${epoch}`);
       return `${role} ${name}: ${first}, ${last}`;
     });

@@ -4,8 +4,9 @@
 import { Chart, chartHeight } from "./chart.js";
 import { Comparison } from "./compare.js";
 import { keepPresses, make, makeButton, setText } from "./dom.js";
-import { curves, duration, fraction, gridOf, isActive, phaseText, position, progress, title } from "./model.js";
+import { chartOf, duration, fraction, gridOf, isActive, phaseText, position, progress, title } from "./model.js";
 import { gridURL, RETRY, runs } from "./runs.js";
+import { Table } from "./table.js";
 
 const AWAY = "The server does not answer. Trying again…";
 const HINT = "Press Run: the reward curve and sample images appear here during training.";
@@ -118,20 +119,22 @@ export class Panel {
       make("div", "tdpo-row", {}, this.use, this.useEpoch, this.compare),
       make("div", "tdpo-pictures", {}, this.plot, make("div", "tdpo-pair", {}, this.before.element, this.after.element)),
     );
-    this.more = this.#makeMore(fold);
-    this.element = make("section", "tdpo-panel", { "aria-label": "Training" }, this.more, this.hint, this.body);
+    this.all = makeButton("tdpo-link tdpo-quiet", "All runs…");
+    const top = make("div", "tdpo-top", {}, this.#makeMore(fold), this.all);
+    this.element = make("section", "tdpo-panel", { "aria-label": "Training" }, top, this.hint, this.body);
     this.button.addEventListener("click", () => this.#stop());
     this.use.addEventListener("click", () => this.#takeOver(runs.find(this.#run)?.use));
     this.useEpoch.addEventListener("click", () => this.#takeOver({ snapshot: "epoch", epoch: this.#picked }));
     this.compare.addEventListener("click", () => this.#openComparison());
-    for (const control of [this.button, this.use, this.useEpoch, this.compare, this.plot]) keepPresses(control);
+    this.all.addEventListener("click", () => new Table().open());
+    for (const control of [this.all, this.button, this.use, this.useEpoch, this.compare, this.plot]) keepPresses(control);
     this.observer = new ResizeObserver(() => this.#redraw());
     this.show(null);
   }
 
   /** A button that shows the node's advanced settings, and hides them again. */
   #makeMore(fold) {
-    const button = makeButton("tdpo-more tdpo-quiet", "▸ More settings");
+    const button = makeButton("tdpo-link tdpo-quiet", "▸ More settings");
     button.setAttribute("aria-expanded", "false");
     button.hidden = !fold;
     keepPresses(button);
@@ -240,10 +243,10 @@ export class Panel {
       const status = runs.find(this.#run);
       this.element.classList.toggle("tdpo-wide", this.element.offsetWidth >= WIDE);
       if (!status || !this.plot.clientWidth) return;
-      const metrics = runs.metrics(status.id);
-      const least = chartHeight(curves(status, metrics).length);
+      const shown = chartOf(status, runs.metrics(status.id));
+      const least = chartHeight(shown.panels.length);
       this.plot.style.minHeight = `${least}px`;
-      this.#chart.draw(status, metrics, this.plot.clientWidth, Math.max(this.plot.clientHeight, least), this.#picked);
+      this.#chart.draw(shown, this.plot.clientWidth, Math.max(this.plot.clientHeight, least), this.#picked);
     });
   }
 

@@ -32,6 +32,9 @@ export const gridURL = (id, epoch) => api.apiURL(`/tdpo/${runRoute(id, `/samples
 export const strengthURL = (id, epoch, strength) =>
   api.apiURL(`/tdpo/${runRoute(id, `/strengths/${epoch}/${strength}`)}`);
 
+/** The rows of the table of runs: of each, what its status does not have. */
+export const table = async () => (await ask("table")).rows;
+
 /** The server's runs, newest first. Shared by all nodes; listens and sends requests only while it is watched. */
 class Runs {
   list = [];
@@ -126,6 +129,14 @@ class Runs {
       if (error.status === 409) await this.refresh(); // it has ended in the meantime
       else throw error;
     }
+  }
+
+  /** Delete a run and its folder; throws an Error that says why it cannot. */
+  async remove(id) {
+    await ask(runRoute(id), { method: "DELETE" });
+    for (const known of [this.#metrics, this.#asked]) known.delete(id); // another run may take its name
+    this.list = this.list.filter((run) => run.id !== id);
+    this.#changed();
   }
 
   /** Do `work` unless it is already running, then notify the watchers; if the server fails, request all again later. */

@@ -6,10 +6,12 @@ import { applyNodes, takeOver } from "./apply.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
+import { Table } from "./table.js";
 
 const NODE = "TDPOTrain";
 const WIDGET = "tdpo_live"; // our own type: the Vue renderer replaces the types it knows
 const REMEMBERED = "tdpo_run"; // property of the node: "id of the node|id of the run"; a copy has another id
+const RUNS = "comfy_tdpo.runs"; // the command that opens the table of runs
 const WIDTH = 600; // pixels of a new node
 const MARGIN = 10; // default margin of a widget, in pixels
 const LOOK = 500; // milliseconds between checks that the element is still on the page
@@ -25,6 +27,8 @@ const views = new WeakMap(); // by node
 
 app.registerExtension({
   name: "comfy_tdpo.live",
+  commands: [{ id: RUNS, label: "TDPO: All runs", icon: "pi pi-chart-line", function: () => new Table().open() }],
+  menuCommands: [{ path: ["TDPO"], commands: [RUNS] }],
   nodeCreated(node) {
     if (node.comfyClass === NODE) views.set(node, new LiveView(node));
   },

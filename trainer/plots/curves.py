@@ -20,6 +20,7 @@ from .drawing import (
     LIGHT,
     MARK,
     MINUS,
+    PURPLE,
     SMALL,
     VERMILION,
     WIDTH,
@@ -86,14 +87,18 @@ def reward_figure(metrics: list[EpochMetrics], config: TrainConfig) -> Image.Ima
 
 
 def reward_panels(metrics: list[EpochMetrics], config: TrainConfig) -> list[Panel]:
-    """The training reward, the guards and held-out rewards, the diversity: one panel each, as their units differ."""
+    """The training reward, those that it sums, the guards and held-out rewards, the diversity: one panel each, as their
+    units differ."""
     training = [_training_panel(name) for name in reward_names(metrics, "reward")]
+    parts = reward_names(metrics, "part")
+    summed = [_tracked_panel(f"reward/{name}/mean", name, role(name, config), PURPLE) for name in parts]
     tracked = [
-        _tracked_panel(f"{kind}/{name}/mean", name, role(name, config))
+        _tracked_panel(f"{kind}/{name}/mean", name, role(name, config), VERMILION)
         for kind in ("guard", "eval")
         for name in reward_names(metrics, kind)
+        if name not in parts
     ]
-    return training + tracked + _diversity_panels(metrics)
+    return training + summed + tracked + _diversity_panels(metrics)
 
 
 def _training_panel(name: str) -> Panel:
@@ -101,8 +106,8 @@ def _training_panel(name: str) -> Panel:
     return Panel(name, "trained on: mean ± 1 std, and change since epoch 1", (line,), height=2.1)
 
 
-def _tracked_panel(key: str, name: str, role: str) -> Panel:
-    return Panel(name, f"{role}: mean, and change since epoch 1", (Line(key, VERMILION),))
+def _tracked_panel(key: str, name: str, role: str, color: str) -> Panel:
+    return Panel(name, f"{role}: mean, and change since epoch 1", (Line(key, color),))
 
 
 def _diversity_panels(metrics: list[EpochMetrics]) -> list[Panel]:
