@@ -94,8 +94,10 @@ class Algorithm:
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
 
-# tdpo-g is this project's recipe, see docs/recipe.md. The others are Table 1 of the paper, and the settings' defaults
-# are the paper's values of TDPO-R.
+# tdpo-g is this project's recipe, see docs/recipe.md. tdpo-r to ddpo-2 are Table 1 of the paper, and the settings'
+# defaults are the paper's values of TDPO-R. grpo has the groups and updates of DanceGRPO on Stable Diffusion 1.4
+# (arXiv 2505.07818), which trains all weights, and the LoRA, its learning rate and the clip of Flow-GRPO
+# (arXiv 2505.05470). Both leave the last step out, 0.98 of 50 steps.
 ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
@@ -140,6 +142,20 @@ ALGORITHMS = {
             "updates": "trajectory",
             "advantage_clip": 5.0,
             "policy": {"lr": 3e-4},
+            "critic": {"enabled": False},
+            "neurons": {"reset": "none"},
+        },
+    ),
+    "grpo": Algorithm(
+        _POLICY_GRADIENT,
+        _SETTINGS,
+        "no critic, images compared with others of their prompt, one update for all timesteps",
+        {
+            "samples_per_prompt": 16,
+            "updates": "trajectory",
+            "advantage_clip": 5.0,
+            "policy": {"lr": 3e-4, "rank": 32, "alpha": 64.0, "train_until": 0.98},
+            "moments": {"baseline": "group", "group_std": "group"},
             "critic": {"enabled": False},
             "neurons": {"reset": "none"},
         },
