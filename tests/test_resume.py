@@ -70,6 +70,7 @@ VARIANTS = {
     },
     "ddpo-2": {"algorithm": "ddpo-2", "epochs": 2},
     "ddpo-100": {"algorithm": "ddpo-100", "epochs": 2},
+    "dpok": {"algorithm": "dpok", "epochs": 2},
     "grpo": {"algorithm": "grpo", "epochs": 2, "samples_per_prompt": 4},
     "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None, "epochs": 2},
 }

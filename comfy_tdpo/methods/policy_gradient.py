@@ -1,7 +1,12 @@
-"""DDPO, TDPO and TDPO-R (arXiv 2402.08552, Algorithm 1): one method with four configurations.
+"""DDPO, TDPO and TDPO-R (arXiv 2402.08552, Algorithm 1), GRPO and DPOK: one method in several configurations.
 
 Without a critic it is DDPO, where the temporal reward is the normalised reward at every step. DDPO-2 is DDPO with one
-update for all steps of a trajectory.
+update for all steps of a trajectory, and GRPO is that with rewards compared within a prompt's images of the epoch. DPOK
+(arXiv 2305.16381) has a critic that reads the latent, and the KL in the loss alone.
+
+Deviations from DPOK's code: temporal rewards are normalised over the epoch, as in TDPO; the ratio is clipped by Eq. 8,
+whereas its clamp without a maximum has no gradient outside the range, even where the advantage would bring the ratio
+back; the reference is the model with the LoRA turned off, not a second U-Net; an epoch has many prompts, not one.
 
 Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, B pairs
 of a micro-batch, D embedding width.
@@ -61,7 +66,7 @@ class PolicyGradient:
             context.decoder,
             context.reward,
             context.eval_rewards,
-            embed=self.critic.encoder.embed if self.critic else None,
+            embed=self.critic.encoder.embed if self.critic and self.critic.encoder else None,
             embed_image_size=config.critic.image_size,
             embed_clean=config.critic.reads == "clean",
             embed_steps=self.critic.steps if self.critic else None,

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ..settings import Count, OptimizerSettings, PolicySettings, Positive, Rate, Section, Unset
 
-CriticArchitecture = Literal["authors", "standardised"]
+CriticArchitecture = Literal["authors", "standardised", "dpok"]
 CriticActivation = Literal["identity", "relu", "leaky_relu"]
 PolicyObjective = Literal["clip", "step-normalised", "trust-region"]
 NeuronActivation = Literal["relu", "leaky_relu"]
@@ -65,10 +65,10 @@ class CriticSettings(OptimizerSettings):
     """The temporal critic and its update (Eq. 9-10)."""
 
     enabled: bool = Field(default=True, description="train a temporal critic; without one, the algorithm is DDPO")
-    reads: Literal["noisy", "clean"] = Field(
+    reads: Literal["noisy", "clean", "latent"] = Field(
         default="noisy",
-        description="what the critic sees at each step: the decoded noisy latent (the paper), or the decoded clean "
-        "latent that the model predicts from it",
+        description="what the critic sees at each step: the decoded noisy latent (the paper), the decoded clean "
+        "latent that the model predicts from it, or the noisy latent itself, without an encoder (latent, DPOK)",
     )
     prompt: bool = Field(default=False, description="whether the critic also knows the prompt")
     step: bool = Field(default=False, description="whether the critic also knows the step")
@@ -80,15 +80,17 @@ class CriticSettings(OptimizerSettings):
     architecture: CriticArchitecture = Field(
         default="authors",
         description="five layers that start near zero (the authors' code), or two layers of 256 neurons on "
-        "standardised inputs, with larger initial weights (standardised), which learn from fewer samples",
+        "standardised inputs, with larger initial weights (standardised), which learn from fewer samples, or three "
+        "layers of 256 neurons, whose output is multiplied by a vector learned for each step (dpok); needs critic.step",
     )
     activation: CriticActivation = Field(
         default="identity",
         description="activation between the critic's layers; identity is in the authors' code, the others in the paper",
     )
-    clip_range: Positive = Field(
+    clip_range: Annotated[Positive | None, Unset] = Field(
         default=0.2,
-        description="how far updates may move the critic's prediction from its old value, in normalised reward",
+        description="how far updates may move the critic's prediction from its old value, in normalised reward; none "
+        "turns clipping off",
     )
     encoder: Annotated[str | None, Unset] = Field(
         default=None,
@@ -99,7 +101,8 @@ class CriticSettings(OptimizerSettings):
         default=None,
         ge=8,
         le=4096,
-        description="side in pixels at which latents are decoded for the critic; none means full size",
+        description="side in pixels at which latents are decoded for the critic; none means full size. Without effect "
+        "with critic.reads latent",
     )
     history: int = Field(
         default=0,
@@ -164,16 +167,18 @@ class KLSettings(Section):
         "averaged over the C * H * W elements of a latent, it is C * H * W times as large: so divide a weight for such "
         "an average, such as the authors' kl_penalty_coef * init_kl_coef, by C * H * W)",
     )
-    form: Literal["exact", "sampled"] = Field(
+    form: Literal["exact", "sampled", "loss"] = Field(
         default="exact",
         description="how the KL penalty is applied. With exact, each step's KL is added to the loss, and the KL of "
         "later steps lowers the returns. With sampled, as in the paper, the log-ratio of each sample to the base model "
-        "lowers the reward of its step, which is noisier. Choices",
+        "lowers the reward of its step, which is noisier. With loss, as in DPOK, each step's KL is added to the loss, "
+        "and the returns are the rewards alone. Choices",
     )
-    weighting: Literal["uniform", "sigma"] = Field(
+    weighting: Literal["uniform", "sigma", "noise"] = Field(
         default="uniform",
-        description="what the KL of a step counts for: the same at all steps (uniform), or in proportion to the step's "
-        "noise (sigma), which goes with policy.objective step-normalised",
+        description="what the KL of a step counts for: the same at all steps (uniform); in proportion to the step's "
+        "noise (sigma), which goes with policy.objective step-normalised; or as much as the mean squared difference of "
+        "the predicted noises, of which kl.coefficient is then the weight (noise, DPOK)",
     )
     target: Annotated[Positive | None, Unset] = Field(
         default=None,
@@ -216,10 +221,11 @@ class KLSettings(Section):
 class MomentsSettings(Section):
     """Per-prompt normalisation of rewards."""
 
-    baseline: Literal["history", "group"] = Field(
+    baseline: Literal["history", "group", "epoch"] = Field(
         default="history",
-        description="what a reward is compared with: the latest rewards of its prompt (history), or the mean of the "
-        "other images of its prompt in the same epoch (group), which needs samples_per_prompt above 1",
+        description="what a reward is compared with: the latest rewards of its prompt (history), the mean of the "
+        "other images of its prompt in the same epoch (group), which needs samples_per_prompt above 1, or the mean of "
+        "the epoch (epoch), which leaves the differences between prompts to the critic",
     )
     group_std: Literal["batch", "group", "none"] = Field(
         default="batch",

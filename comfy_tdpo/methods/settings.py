@@ -12,7 +12,7 @@ from .sections import ClippedPolicySettings, CriticSettings, KLSettings, Moments
 
 
 class PolicyGradientSettings(MethodSettings):
-    """DDPO, TDPO and TDPO-R."""
+    """DDPO, TDPO, TDPO-R, GRPO and DPOK."""
 
     updates: Literal["timestep", "trajectory"] = Field(
         default="timestep",
@@ -78,6 +78,15 @@ class PolicyGradientSettings(MethodSettings):
             raise ValueError(
                 f"critic.encoder is {self.critic.encoder!r}, which has no image encoder; set it to a reward that has "
                 "one, or to none"
+            )
+        if self.critic.encoder and self.critic.reads == "latent":
+            raise ValueError(
+                f"critic.encoder is {self.critic.encoder!r}, but critic.reads is latent, and such a critic sees no "
+                "images; set critic.encoder to none, or critic.reads to noisy or clean"
+            )
+        if self.critic.architecture == "dpok" and not self.critic.step:
+            raise ValueError(
+                "critic.architecture dpok has weights for each step, but critic.step is false; set it to true"
             )
         if self.neurons.reset != "none" and not self.critic.enabled:
             raise ValueError("neurons.reset needs a critic; set it to none, or set critic.enabled to true")
@@ -157,4 +166,5 @@ class PolicyGradientSettings(MethodSettings):
 
     @property
     def further_rewards(self) -> list[str]:
-        return [encoder_of(self)] if self.critic.enabled or self.critic.encoder else []
+        sees_images = self.critic.enabled and self.critic.reads != "latent"
+        return [encoder_of(self)] if sees_images or self.critic.encoder else []
