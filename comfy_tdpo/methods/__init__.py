@@ -152,7 +152,7 @@ ALGORITHMS = {
         _SETTINGS,
         "a value function of the noisy latent, and a KL penalty in the loss",
         {
-            "policy": {"lr": 1e-5, "weight_decay": 0.0, "max_grad_norm": 0.1},
+            "policy": {"lr": 1e-5, "weight_decay": 0.0, "max_grad_norm": 0.1, "replay": 1, "replay_share": 1.0},
             "moments": {"baseline": "epoch"},
             "kl": {"coefficient": 1e-4, "form": "loss", "weighting": "noise"},
             "critic": {

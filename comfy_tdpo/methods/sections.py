@@ -56,6 +56,18 @@ class ClippedPolicySettings(PolicySettings):
         "trains; they are drawn anew for each epoch",
     )
 
+    replay: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="latest earlier epochs whose samples are kept and trained on again, beside the new ones, so that a "
+        "reset of the LoRA's neurons forgets less; 0 keeps none. 256 samples of 50 steps at 512 pixels take 0.9 GB of "
+        "memory, and as much in each checkpoint",
+    )
+    replay_share: Rate = Field(
+        default=0.5, description="with policy.replay, replayed samples in an update for each new one"
+    )
+
     def bounds(self, steps: int) -> range:
         """The positions, out of `steps`, from train_from to train_until."""
         return range(round(self.train_from * steps), round(self.train_until * steps))
