@@ -98,7 +98,8 @@ _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
 # defaults are the paper's values of TDPO-R. grpo has the groups and updates of DanceGRPO on Stable Diffusion 1.4
 # (arXiv 2505.07818), which trains all weights, and the LoRA, its learning rate and the clip of Flow-GRPO
 # (arXiv 2505.05470). Both leave the last step out, 0.98 of 50 steps. dpok is DPOK (arXiv 2305.16381) on many prompts:
-# its code weighs rewards by 1000 and the KL by 0.1, and with Adam only their ratio matters.
+# its code weighs rewards by 1000 and the KL by 0.1, and with Adam only their ratio matters. sdpo is SDPO
+# (arXiv 2411.11727).
 ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
@@ -179,6 +180,11 @@ ALGORITHMS = {
             "critic": {"enabled": False},
             "neurons": {"reset": "none"},
         },
+    ),
+    "sdpo": Algorithm(
+        "comfy_tdpo.methods.sdpo:SDPO",
+        "comfy_tdpo.methods.sdpo_settings:SDPOSettings",
+        "no critic, a reward for each step from predicted clean images, compared between two images of a prompt",
     ),
 }
 

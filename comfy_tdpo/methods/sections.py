@@ -14,19 +14,9 @@ NeuronData = Literal["epoch", "first-step", "batch"]
 Neurons = Literal["active", "dormant", "all", "none"]
 
 
-class ClippedPolicySettings(PolicySettings):
-    """The LoRA and its update (Eq. 8)."""
+class SteppedPolicySettings(PolicySettings):
+    """The LoRA and its updates, each on some of the denoising steps."""
 
-    objective: PolicyObjective = Field(
-        default="clip",
-        description="what keeps an update close to the policy that sampled: clipping the probability ratio (clip, the "
-        "paper); clipping a ratio in which every step counts alike whatever its noise (step-normalised); or ignoring "
-        "steps that have moved further than policy.trust_region (trust-region)",
-    )
-    trust_region: Positive = Field(
-        default=0.16,
-        description="with objective trust-region, the KL in nats by which a step may move from the policy that sampled",
-    )
     clip_range: Positive = Field(
         default=1e-4,
         description="clip range of the policy ratio for a latent of 4 x 64 x 64, scaled to the actual latent size",
@@ -56,6 +46,32 @@ class ClippedPolicySettings(PolicySettings):
         "trains; they are drawn anew for each epoch",
     )
 
+    def bounds(self, steps: int) -> range:
+        """The positions, out of `steps`, from train_from to train_until."""
+        return range(round(self.train_from * steps), round(self.train_until * steps))
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError if none of `steps` would be trained."""
+        if not self.bounds(steps):
+            raise ValueError(
+                f"policy.train_from {self.train_from:g} and policy.train_until {self.train_until:g} leave none of "
+                f"the {steps} steps to train; expected at least one step between them: move them apart"
+            )
+
+
+class ClippedPolicySettings(SteppedPolicySettings):
+    """The LoRA and its update (Eq. 8)."""
+
+    objective: PolicyObjective = Field(
+        default="clip",
+        description="what keeps an update close to the policy that sampled: clipping the probability ratio (clip, the "
+        "paper); clipping a ratio in which every step counts alike whatever its noise (step-normalised); or ignoring "
+        "steps that have moved further than policy.trust_region (trust-region)",
+    )
+    trust_region: Positive = Field(
+        default=0.16,
+        description="with objective trust-region, the KL in nats by which a step may move from the policy that sampled",
+    )
     replay: int = Field(
         default=0,
         ge=0,
@@ -67,10 +83,6 @@ class ClippedPolicySettings(PolicySettings):
     replay_share: Rate = Field(
         default=0.5, description="with policy.replay, replayed samples in an update for each new one"
     )
-
-    def bounds(self, steps: int) -> range:
-        """The positions, out of `steps`, from train_from to train_until."""
-        return range(round(self.train_from * steps), round(self.train_until * steps))
 
 
 class CriticSettings(OptimizerSettings):
@@ -230,8 +242,27 @@ class KLSettings(Section):
     )
 
 
-class MomentsSettings(Section):
-    """Per-prompt normalisation of rewards."""
+class HistorySettings(Section):
+    """Normalisation of rewards by the latest of their prompt."""
+
+    buffer_size: Count = Field(
+        default=32, description="how many of a prompt's latest rewards are used to normalise its rewards"
+    )
+    min_count: Count = Field(
+        default=16,
+        description="rewards a prompt needs before they are normalised by its own mean and std instead of the batch's",
+    )
+
+    def check(self) -> None:
+        """Raise ValueError if they contradict each other."""
+        if self.min_count > self.buffer_size:
+            raise ValueError(
+                "moments.min_count is larger than moments.buffer_size, so it would never be reached; lower it"
+            )
+
+
+class MomentsSettings(HistorySettings):
+    """What rewards are normalised by."""
 
     baseline: Literal["history", "group", "epoch"] = Field(
         default="history",
@@ -243,11 +274,4 @@ class MomentsSettings(Section):
         default="batch",
         description="with moments.baseline group, the standard deviation that rewards are divided by: that of all the "
         "epoch's rewards (batch), of the prompt's images alone (group), or none",
-    )
-    buffer_size: Count = Field(
-        default=32, description="how many of a prompt's latest rewards are used to normalise its rewards"
-    )
-    min_count: Count = Field(
-        default=16,
-        description="rewards a prompt needs before they are normalised by its own mean and std instead of the batch's",
     )

@@ -70,10 +70,7 @@ class PolicyGradientSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _check_method(self) -> "PolicyGradientSettings":
-        if self.moments.min_count > self.moments.buffer_size:
-            raise ValueError(
-                "moments.min_count is larger than moments.buffer_size, so it would never be reached; lower it"
-            )
+        self.moments.check()
         if self.critic.encoder and not has_encoder(self.critic.encoder):
             raise ValueError(
                 f"critic.encoder is {self.critic.encoder!r}, which has no image encoder; set it to a reward that has "
@@ -157,12 +154,7 @@ class PolicyGradientSettings(MethodSettings):
             )
 
     def check_steps(self, steps: int) -> None:
-        policy = self.policy
-        if not policy.bounds(steps):
-            raise ValueError(
-                f"policy.train_from {policy.train_from:g} and policy.train_until {policy.train_until:g} leave none of "
-                f"the {steps} steps to train; expected at least one step between them: move them apart"
-            )
+        self.policy.check_steps(steps)
 
     @property
     def further_rewards(self) -> list[str]:
