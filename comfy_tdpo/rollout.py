@@ -30,6 +30,7 @@ class Trajectories:
     part_rewards: name -> (B,), those that `rewards` is a weighted sum of; empty for a single reward.
     image_embeds (B, K, D): what the critic reads at the first K steps, see `Sampler`; None without a critic.
     step_scores (B, K, S): of what the critic reads at those, by each of `Sampler.step_rewards`; None without any.
+    dense_rewards (B, T): of each step, by `Sampler.dense`; None for methods without.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
     """
 
@@ -40,6 +41,7 @@ class Trajectories:
     rewards: Tensor
     image_embeds: Tensor | None = None
     step_scores: Tensor | None = None
+    dense_rewards: Tensor | None = None
     final_embeds: Tensor | None = None
     eval_rewards: dict[str, Tensor] = field(default_factory=dict)
     guard_rewards: dict[str, Tensor] = field(default_factory=dict)
@@ -122,6 +124,8 @@ class Sampler:
         embed_clean: whether the critic reads, at each step, the predicted clean latent instead of the noisy x_k.
         embed_steps: how many steps the critic reads, from the first; None for all.
         step_rewards: the rewards that score what the critic reads.
+        dense: gives each step its reward, (B, T), from the clean latents predicted, (B, T, C, H, W), the prompts and
+            the rewards of the images, (B,).
         kl: what Trajectories.kl holds, see `denoise`.
         check: called between model calls; may raise an exception to stop.
     """
@@ -134,15 +138,23 @@ class Sampler:
     embed_clean: bool = False
     embed_steps: int | None = None
     step_rewards: Sequence[RewardModel] = ()
+    dense: Callable[[Tensor, list[str], Tensor], Tensor] | None = None
     kl: str = "none"
     check: Callable[[], None] = lambda: None
     guards: dict[str, RewardModel] = field(default_factory=dict)
 
-    def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Trajectories:
-        """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`."""
+    def sample(
+        self, prompts: list[str], seeds: Sequence[Coordinates], starts: Sequence[Coordinates] | None = None
+    ) -> Trajectories:
+        """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`; the initial noise from
+        those in `starts`, if they are given."""
         policy = self.decoder.policy
-        path = denoise(policy, prompts, draw_noise(policy, seeds), self.kl, self.check)
+        noise = draw_noise(policy, seeds)
+        if starts is not None:
+            noise[:, 0] = draw_noise(policy, starts)[:, 0]
+        path = denoise(policy, prompts, noise, self.kl, self.check)
         images = self.decoder(path.latents[:, -1], check=self.check)
+        rewards = score_images(self.reward, images, prompts)
         read = path.clean if self.embed_clean else path.latents[:, :-1]
         embeds, scores = self._read_steps(read[:, : self.embed_steps], prompts)
         rewards, parts = score_with_parts(self.reward, images, prompts)
@@ -154,6 +166,7 @@ class Sampler:
             rewards=rewards,
             image_embeds=embeds,
             step_scores=scores,
+            dense_rewards=self.dense(path.clean, prompts, rewards) if self.dense else None,
             final_embeds=None if self.reward.embed_dim is None else self.reward.embed(images).float(),
             eval_rewards={name: score_images(model, images, prompts) for name, model in self.eval_rewards.items()},
             guard_rewards={name: score_images(model, images, prompts) for name, model in self.guards.items()},

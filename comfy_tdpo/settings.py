@@ -155,6 +155,9 @@ class MethodSettings(Section):
     def check_steps(self, steps: int) -> None:
         """Raise ValueError if the method cannot work with that many denoising steps."""
 
+    def check_updates(self, samples_per_update: int) -> None:
+        """Raise ValueError if the method cannot work with that many samples per update."""
+
     def check_groups(self, samples_per_prompt: int) -> None:
         """Raise ValueError if the method cannot work with that many samples of each prompt."""
 
@@ -165,6 +168,11 @@ class MethodSettings(Section):
                 f"guards lists {', '.join(guards)}, but this algorithm uses no guards; list them in eval_rewards to "
                 "measure them, or choose another algorithm"
             )
+
+    @property
+    def queries_per_sample(self) -> int:
+        """How many images of each trajectory the training reward scores for the method."""
+        return 1
 
     @property
     def further_rewards(self) -> list[str]:

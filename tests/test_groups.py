@@ -7,6 +7,7 @@ import torch
 from toy import fast_training, new_run, toy_config
 
 from comfy_tdpo.methods import groups
+from comfy_tdpo.trainer.config import make_config, presets
 
 
 def test_the_baseline_is_the_mean_of_the_others():
@@ -133,3 +134,30 @@ def test_diversity_needs_an_encoder(tmp_path):
     training.context.reward.embed_dim = None
     with pytest.raises(ValueError, match="got favour_diversity with reward 'brightness', which has no image encoder"):
         type(training.method)(training.context)
+
+
+# --- grpo
+
+
+def test_grpo_compares_as_grpo_does_but_for_the_sample_itself(tmp_path):
+    """GRPO's (R - mean) / std times G / (G - 1), clipped at 5."""
+    size = 64
+    settings = {"algorithm": "grpo", "samples_per_prompt": size, "samples_per_epoch": 2 * size}
+    training = fast_training(new_run(tmp_path / "run", **settings))
+    score = training.context.reward.score
+    training.context.reward.score = lambda images, prompts: (500 * (score(images, prompts) - 0.5)).exp()  # outliers
+    training._sample()
+    progress = training.context.progress
+    rewards = progress.batch().rewards.double().unflatten(0, (2, size))
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
+    expected = (size / (size - 1) * advantages).flatten()
+    assert expected.max() > 5
+    found = progress.targets["temporal_rewards"].double()
+    torch.testing.assert_close(found, expected.clamp(-5, 5)[:, None].expand_as(found), rtol=1e-5, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_grpo_trains_all_steps_but_the_last(preset):
+    config = make_config(preset, overrides={"algorithm": "grpo"})
+    assert config.policy.bounds(config.steps) == range(config.steps - 1)
+    assert config.samples_per_epoch // config.samples_per_update == 2 and config.updates == "trajectory"

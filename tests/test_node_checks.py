@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler
 from fake_training import wanted
 from toy import new_run, toy_training
 
+from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.nodes.runs.checks import check_run
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.trainer.config import override
@@ -17,10 +18,10 @@ def ask(words=("a red circle",), schedule=SD1_SCHEDULE, **changes) -> None:
     check_run(wanted(**changes).config(), list(words), DDIMScheduler(**schedule), "ddim", factor=8)
 
 
-@pytest.mark.parametrize("algorithm", ["tdpo-g", "tdpo-r", "tdpo", "ddpo-100", "ddpo-2"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_what_can_start_is_let_through(algorithm):
     for reward in ("shapes-aesthetic", "shapes-gold", "jpeg-incompressibility"):
-        ask(algorithm=algorithm, reward=RewardChoice({reward: 1.0}))
+        ask(algorithm=algorithm, reward=RewardChoice({reward: 1.0}), settings="samples_per_prompt = 2")
 
 
 def test_a_taste_is_let_through(tmp_path):
@@ -64,7 +65,7 @@ def test_what_could_not_start_is_refused(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("algorithm", ["tdpo-r", "ddpo-2"])
+@pytest.mark.parametrize("algorithm", ["tdpo-r", "ddpo-2", "sdpo"])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_the_updates_of_a_run_are_those_that_a_training_makes(algorithm, share, make_policy, tmp_path):
     """The last warm-up that the training accepts, and the first one that it refuses."""

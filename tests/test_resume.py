@@ -73,6 +73,15 @@ VARIANTS = {
     },
     "ddpo-2": {"algorithm": "ddpo-2", "epochs": 2},
     "ddpo-100": {"algorithm": "ddpo-100", "epochs": 2},
+    "a replay buffer and resets of the policy": {
+        "kl": {"coefficient": 0.1},
+        "neurons": {"every": 2, "policy_reset": "active"},
+        "policy": {"replay": 1, "objective": "step-normalised"},
+        "samples_per_epoch": 4,
+    },
+    "sdpo": {"algorithm": "sdpo", "epochs": 2, "steps": 4},
+    "dpok": {"algorithm": "dpok", "epochs": 2},
+    "grpo": {"algorithm": "grpo", "epochs": 2, "samples_per_prompt": 4},
     "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None, "epochs": 2},
 }
 

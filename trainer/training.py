@@ -272,7 +272,8 @@ class Training:
         """The metrics that all algorithms have, and those of the method."""
         context, epoch = self.context, self.context.epoch + 1
         prompts = self._epoch_prompts(epoch)
-        metrics: EpochMetrics = {"epoch": epoch, "reward_queries": epoch * self.config.samples_per_epoch}
+        queries = self.config.samples_per_epoch * self.config.queries_per_sample
+        metrics: EpochMetrics = {"epoch": epoch, "reward_queries": epoch * queries}
         metrics |= reward_metrics(context, batch, prompts)
         watched = self.config.overoptimisation.reward
         if watched in batch.eval_rewards:  # a method that samples in its updates may score the training reward alone

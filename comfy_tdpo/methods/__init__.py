@@ -94,8 +94,12 @@ class Algorithm:
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
 
-# tdpo-g is this project's recipe, see docs/recipe.md. The others are Table 1 of the paper, and the settings' defaults
-# are the paper's values of TDPO-R.
+# tdpo-g is this project's recipe, see docs/recipe.md. tdpo-r to ddpo-2 are Table 1 of the paper, and the settings'
+# defaults are the paper's values of TDPO-R. grpo has the groups and updates of DanceGRPO on Stable Diffusion 1.4
+# (arXiv 2505.07818), which trains all weights, and the LoRA, its learning rate and the clip of Flow-GRPO
+# (arXiv 2505.05470). Both leave the last step out, 0.98 of 50 steps. dpok is DPOK (arXiv 2305.16381) on many prompts:
+# its code weighs rewards by 1000 and the KL by 0.1, and with Adam only their ratio matters. sdpo is SDPO
+# (arXiv 2411.11727).
 ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
@@ -143,6 +147,44 @@ ALGORITHMS = {
             "critic": {"enabled": False},
             "neurons": {"reset": "none"},
         },
+    ),
+    "dpok": Algorithm(
+        _POLICY_GRADIENT,
+        _SETTINGS,
+        "a value function of the noisy latent, and a KL penalty in the loss",
+        {
+            "policy": {"lr": 1e-5, "weight_decay": 0.0, "max_grad_norm": 0.1, "replay": 1, "replay_share": 1.0},
+            "moments": {"baseline": "epoch"},
+            "kl": {"coefficient": 1e-4, "form": "loss", "weighting": "noise"},
+            "critic": {
+                "reads": "latent",
+                "prompt": True,
+                "step": True,
+                "architecture": "dpok",
+                "activation": "relu",
+                "clip_range": None,
+            },
+            "neurons": {"reset": "none"},
+        },
+    ),
+    "grpo": Algorithm(
+        _POLICY_GRADIENT,
+        _SETTINGS,
+        "no critic, images compared with others of their prompt, one update for all timesteps",
+        {
+            "samples_per_prompt": 16,
+            "updates": "trajectory",
+            "advantage_clip": 5.0,
+            "policy": {"lr": 3e-4, "rank": 32, "alpha": 64.0, "train_until": 0.98},
+            "moments": {"baseline": "group", "group_std": "group"},
+            "critic": {"enabled": False},
+            "neurons": {"reset": "none"},
+        },
+    ),
+    "sdpo": Algorithm(
+        "comfy_tdpo.methods.sdpo:SDPO",
+        "comfy_tdpo.methods.sdpo_settings:SDPOSettings",
+        "no critic, a reward for each step from predicted clean images, compared between two images of a prompt",
     ),
 }
 

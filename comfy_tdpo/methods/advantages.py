@@ -64,6 +64,12 @@ def _moments(values: list[float]) -> tuple[float, float]:
     return data.mean().item(), data.std(correction=0).item()
 
 
+def standard_of(rewards: Tensor) -> Standard:
+    """What `rewards`, (B,), are normalised by if all of them count alike: their mean and standard deviation."""
+    mean, std = rewards.double().mean(), rewards.double().std(correction=0) + 1e-6
+    return Standard(mean.expand(len(rewards)), std.expand(len(rewards)))
+
+
 def returns(rewards: Tensor, penalties: Tensor, gamma: float = 1.0) -> Tensor:
     """G_k of Eq. 5, (B, T): discounted sums, from step k on, of the reward, (B,), at the last step minus the penalties,
     (B, T)."""

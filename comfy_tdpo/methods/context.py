@@ -113,8 +113,9 @@ class Context:
 
     # --- updates
 
-    def update_policy(self, rows: int, accumulate: Callable[[slice], Result]) -> list[Result]:
-        """One gradient update of the policy on `rows` rows, one micro-batch at a time.
+    def update_policy(self, rows: int, accumulate: Callable[[slice], Result], together: int = 1) -> list[Result]:
+        """One gradient update of the policy on `rows` rows, one micro-batch at a time, or `together` if that is more.
+        Micro-batches are multiples of `together`.
 
         `accumulate` backpropagates the contribution of a slice of the rows to the loss, and adds its metrics. If memory
         runs out, the update starts over with a smaller micro-batch. Returns what `accumulate` returned for each
@@ -126,9 +127,10 @@ class Context:
             self.optimizer.zero_grad()
             results: list[Result] = []
             try:
-                for begin in range(0, rows, self.micro_batch):
+                size = max(self.micro_batch // together, 1) * together
+                for begin in range(0, rows, size):
                     self.check()
-                    results.append(accumulate(slice(begin, min(begin + self.micro_batch, rows))))
+                    results.append(accumulate(slice(begin, min(begin + size, rows))))
                 break
             except BaseException as error:  # after a stop, too, the metrics must not hold half an update
                 progress.sums, progress.maxima = dict(before[0]), dict(before[1])

@@ -2,6 +2,9 @@
 
 It reads the reward encoder's embedding of a decoded latent, so that critic and reward share one encoder. The authors'
 network has no activation between its layers; the paper mentions ReLU and leaky ReLU.
+
+With another architecture it is the value function V(x_k, c, k) of DPOK (arXiv 2305.16381), which reads the latent
+itself.
 """
 
 from collections.abc import Callable
@@ -26,17 +29,21 @@ class Architecture:
     he: draw hidden layers by He's rule (arXiv 1502.01852) and start the last at zero. Otherwise all weights have std
     1/(D+1), with D the width of the input, as in the authors' code.
     standardised: subtract the mean of the inputs seen first, divide by their standard deviation, and clip at 10.
+    by_step: multiply the last hidden layer by a vector of its own for each step, which starts as normal noise. The step
+    is no input of the first layer.
     """
 
     widths: tuple[int, ...]
     dropout: tuple[float, ...]
     he: bool
     standardised: bool
+    by_step: bool = False
 
 
 ARCHITECTURES = {
     "authors": Architecture((1024, 128, 64, 16), (0.2, 0.2, 0.1, 0.0), he=False, standardised=False),
     "standardised": Architecture((256, 256), (0.2, 0.2), he=True, standardised=True),
+    "dpok": Architecture((256, 256, 256), (0.0, 0.0, 0.0), he=True, standardised=False, by_step=True),
 }
 
 
@@ -49,6 +56,7 @@ class TemporalCritic(nn.Module):
     Args:
         width: D; activation: a key of ACTIVATIONS; generator: a CPU generator that draws the initial weights;
         architecture: a key of ARCHITECTURES.
+        steps: how many of the inputs, the last ones, say which step it is: one of them is 1, the others are 0.
     """
 
     def __init__(
@@ -57,12 +65,17 @@ class TemporalCritic(nn.Module):
         activation: str = "identity",
         generator: torch.Generator | None = None,
         architecture: str = "authors",
+        steps: int = 0,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"got activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
         chosen = ARCHITECTURES[architecture]
         self.activation, self.dropout = activation, chosen.dropout
+        self.gate = None
+        if chosen.by_step:
+            width -= steps
+            self.gate = nn.Parameter(torch.randn(steps, chosen.widths[-1], generator=generator))
         sizes = (width, *chosen.widths, 1)
         self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, a, b) for a, b in pairwise(sizes))
         self.stds = [(2 / a) ** 0.5 for a in sizes[:-2]] + [0.0] if chosen.he else [1 / (width + 1)] * len(self.layers)
@@ -89,10 +102,14 @@ class TemporalCritic(nn.Module):
     def forward(self, inputs: Tensor, dropout: torch.Generator | None = None) -> Tensor:
         """`dropout` is a CPU generator that draws the dropout masks; None turns dropout off."""
         x = ((inputs - self.mean) / self.std).clamp(-10, 10) if self.standardised else inputs
+        if self.gate is not None:
+            x, step = x.tensor_split([-len(self.gate)], dim=-1)
         for layer, share in zip(self.layers[:-1], self.dropout, strict=True):
             x = ACTIVATIONS[self.activation](layer(x))
             if dropout is not None and share:
                 x = _drop(x, share, dropout)
+        if self.gate is not None:
+            x = x * (step @ self.gate)
         return self.layers[-1](x)[..., 0]
 
 

@@ -1,8 +1,8 @@
 """The temporal critic in a run: what it reads, its predictions and its updates.
 
 Shapes: N samples of an epoch in this process, T denoising steps, of which the critic reads the first K, M (sample,
-step) pairs of one gradient update, E embedding width, P width of a prompt's summary, D width of the critic's input, S
-scores of each step.
+step) pairs of one gradient update, E width of what it sees of a step, P width of a prompt's summary, D width of the
+critic's input, S scores of each step.
 """
 
 import logging
@@ -35,7 +35,8 @@ class CriticTraining:
     steps: K, all of T if the critic is trained by Eq. 9-10; otherwise the steps up to and including the one after the
     last trained step, since lambda compares each prediction with the next. For later steps, the return itself takes the
     place of a prediction.
-    encoder: the reward whose image encoder the critic uses; network, optimizer: the critic itself.
+    encoder: the reward whose image encoder the critic uses, None if it reads latents; network, optimizer: the critic
+    itself.
     history: HISTORY of the latest epochs, of all processes, oldest first; empty if the critic is trained by Eq. 9-10.
     regression: what the scores alone predict, a linear function for each step; the network adds to it. None until it
     has been fitted, and for a critic that reads no scores.
@@ -47,12 +48,13 @@ class CriticTraining:
         if self.config.history:
             trained = window(context.config.policy, self.policy.process.stochastic)
             self.steps = min(self.steps, int(trained.nonzero().max()) + 2)
-        self.encoder = self._encoder()
+        self.encoder = None if self.config.reads == "latent" else self._encoder()
         self.network = TemporalCritic(
             self._width(),
             self.config.activation,
             generator_at(context.config.seed, "critic"),
             self.config.architecture,
+            steps=len(self.policy.process) * self.config.step,
         ).to(self.policy.device)
         self.optimizer = adamw(list(self.network.parameters()), self.config)
         self.history: list[TensorGroup] = []
@@ -83,7 +85,7 @@ class CriticTraining:
     # --- what it reads
 
     def _width(self) -> int:
-        width = self.encoder.embed_dim
+        width = self.policy.latent_size if self.encoder is None else self.encoder.embed_dim
         assert width is not None, "checked by _encoder"
         if self.config.prompt:
             width += self.policy.encode_prompts([""]).summary().shape[1]
@@ -91,8 +93,14 @@ class CriticTraining:
 
     def inputs(self, batch: Trajectories) -> Tensor:
         """What the critic reads of each sample at each step, (N, K, D)."""
+        return self._inputs(self._seen(batch), self._summaries(batch))
+
+    def _seen(self, batch: Trajectories) -> Tensor:
+        """What it sees of each sample at each step, (N, K, E): an embedding, or x_k itself."""
+        if self.encoder is None:
+            return batch.latents[:, : self.steps].flatten(2)
         assert batch.image_embeds is not None
-        return self._inputs(batch.image_embeds, self._summaries(batch))
+        return batch.image_embeds
 
     def _summaries(self, batch: Trajectories) -> Tensor:
         """(N, P), with P = 0 for a critic that does not know the prompt."""
@@ -100,14 +108,23 @@ class CriticTraining:
             return batch.rewards.new_zeros(len(batch), 0)
         return self.policy.encode_prompts(batch.prompts).summary()
 
-    def _inputs(self, image_embeds: Tensor, summaries: Tensor) -> Tensor:
+    def _inputs(self, seen: Tensor, summaries: Tensor) -> Tensor:
         if not (self.config.prompt or self.config.step):
-            return image_embeds
-        count, steps, _ = image_embeds.shape
-        parts = [image_embeds, summaries[:, None].expand(-1, steps, -1)]
+            return seen
+        count, steps, _ = seen.shape
+        parts = [seen, summaries[:, None].expand(-1, steps, -1)]
         if self.config.step:
-            one_hot = torch.eye(steps, len(self.policy.process), device=image_embeds.device)
+            one_hot = torch.eye(steps, len(self.policy.process), device=seen.device)
             parts.append(one_hot.expand(count, -1, -1))
+        return torch.cat(parts, dim=-1)
+
+    def _inputs_at(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> Tensor:
+        """`inputs`, but of M pairs alone, (M, D): latents of a whole epoch are too large to copy in every update."""
+        parts = [self._seen(batch)[rows, steps]]
+        if self.config.prompt:
+            parts.append(self._summaries(batch)[rows])
+        if self.config.step:
+            parts.append(F.one_hot(steps, len(self.policy.process)).float().to(parts[0].device))
         return torch.cat(parts, dim=-1)
 
     def predict(self, batch: Trajectories, returns: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -139,9 +156,9 @@ class CriticTraining:
         self.optimizer.zero_grad()
         place = (self.context.epoch + 1, self.context.progress.updates, self.context.accelerator.process_index)
         draw = generator_at(self.context.config.seed, "dropout", *place)
-        residuals = self.network(self.inputs(batch)[rows, steps], dropout=draw)
+        residuals = self.network(self._inputs_at(batch, rows, steps), dropout=draw)
         old, returns = targets["residuals"][rows, steps], targets["returns"][rows, steps]
-        loss = objectives.critic_loss(residuals, old, returns, self.config.clip_range).mean()
+        loss = objectives.critic_loss(residuals, old, returns, self.config.clip_range or torch.inf).mean()
         loss.backward()
         self.context.add("critic/loss", loss)
         self.context.step(self.optimizer, self.config.max_grad_norm)
@@ -154,10 +171,9 @@ class CriticTraining:
         """
         if not self.config.history:
             return
-        assert batch.image_embeds is not None
         returns = targets["returns"][:, : self.steps]
         scores = targets.get("scores", returns.new_zeros(*returns.shape, 0))
-        kept = (batch.image_embeds, self._summaries(batch), scores, returns)
+        kept = (self._seen(batch), self._summaries(batch), scores, returns)
         gathered = [self._gather(tensor.contiguous()) for tensor in kept]
         self.history = [*self.history, dict(zip(HISTORY, gathered, strict=True))][-self.config.history :]
         inputs = torch.cat([self._of(epoch).flatten(0, 1) for epoch in self.history])

@@ -1,7 +1,8 @@
 """The KL penalty, which keeps the policy near a reference: in the loss, in the returns, on which samples, how strong.
 
 A step's exact KL depends only on the state, so it would have no gradient as that step's reward. It is therefore a term
-of the loss, and the return contains only the KL of later steps.
+of the loss, and the return contains only the KL of later steps. DPOK (arXiv 2305.16381) leaves these out: it penalises
+KL_k at the sampled x_k alone, and what a step does to the KL of later states does not count.
 
 The coefficient is in normalised reward per nat of a trajectory. The policy's surrogate loss has log-probabilities that
 are means over the C * H * W elements of a latent, so the same penalty per nat averaged over the elements is C * H * W
@@ -35,7 +36,7 @@ class KLPenalty:
         self.context, self.policy, self.config = context, context.policy, context.config.kl
         config = self.config
         self.enabled = config.coefficient > 0
-        self.in_loss = self.enabled and config.form == "exact"
+        self.in_loss = self.enabled and config.form in ("exact", "loss")
         self.controller: Controller = KLCoefficient(config.coefficient, config.target, config.horizon)
         if config.target is not None and config.controller == "proportional-integral":
             self.controller = ProportionalIntegral(config.coefficient, config.target)
@@ -46,7 +47,9 @@ class KLPenalty:
     @property
     def form(self) -> str:
         """What sampling measures, see `rollout.denoise`."""
-        return self.config.form if self.enabled else "none"
+        if not self.enabled:
+            return "none"
+        return "exact" if self.in_loss else "sampled"
 
     # --- targets
 
@@ -63,6 +66,8 @@ class KLPenalty:
 
     def returns(self, rewards: Tensor, kl: Tensor, gamma: float) -> Tensor:
         """G_k, (B, T), of normalised rewards (B,) and the KL of each step, (B, T) in nats."""
+        if self.config.form == "loss":
+            return advantages.returns(rewards, torch.zeros_like(kl), gamma)
         returns_of = advantages.returns_with_later_kl if self.in_loss else advantages.returns
         return returns_of(rewards, self.used * self.chosen * kl, gamma)
 
@@ -77,11 +82,17 @@ class KLPenalty:
 
     @property
     def _step_weights(self) -> Tensor:
-        """What each step's KL counts for in the loss, (T,)."""
-        sigma = self.policy.process.sigma
+        """What each step's KL counts for in the loss, (T,).
+
+        "noise": the loss of DPOK's code, kappa mean((eps - eps_ref)^2) over the N = C * H * W elements. It is
+        kappa 2 sigma_k^2 / (N c_k^2) KL_k, where c_k = d mean / d eps.
+        """
+        process = self.policy.process
         normalised = self.context.config.policy.objective == "step-normalised"
         weighting = self.config.weighting or ("sigma" if normalised else "uniform")
-        return sigma if weighting == "sigma" else torch.ones_like(sigma)
+        if weighting == "noise":
+            return 2 * (process.sigma / process.mean_by_noise) ** 2
+        return process.sigma if weighting == "sigma" else torch.ones_like(process.sigma)
 
     # --- updates
 

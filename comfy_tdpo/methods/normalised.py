@@ -1,7 +1,7 @@
 """Normalised rewards: those of the images, for the returns, and of the predicted clean images, for the critic.
 
-A reward is normalised by the recent rewards of its prompt, or by the other images of its prompt in the epoch, and then
-lowered by the guards' penalty.
+A reward is normalised by the recent rewards of its prompt, by the other images of its prompt in the epoch, or by all of
+the epoch's, and then lowered by the guards' penalty.
 
 Shapes: B samples of all processes, N of this one, K denoising steps, S scores of each step.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..rewards import RewardModel, score_images
 from ..rollout import Trajectories, draw_images
 from . import Metrics, groups
-from .advantages import RewardMoments, Standard
+from .advantages import RewardMoments, Standard, standard_of
 from .context import Context
 from .guards import GuardPenalty, Level, Scores
 
@@ -59,6 +59,8 @@ class NormalisedRewards:
         size = self.config.samples_per_prompt
         if self._in_groups:
             self._standard = groups.standard(rewards, size, self.config.moments.group_std)
+        elif self.config.moments.baseline == "epoch":
+            self._standard = standard_of(rewards)
         else:
             self._standard = self.moments.add(prompts, rewards)
         normalised = self._standard(rewards)

@@ -50,9 +50,9 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
     return 0.5 * (log_ratio**2).mean()
 
 
-def clip_fraction(ratio: Tensor, clip_range: float) -> Tensor:
-    """The fraction of samples whose ratio lies outside the clip range."""
-    return ((ratio - 1).abs() > clip_range).float().mean()
+def outside(ratio: Tensor, clip_range: float) -> Tensor:
+    """Which samples' ratios lie outside the clip range, bool (B,)."""
+    return (ratio - 1).abs() > clip_range
 
 
 def explained_variance(residuals: Tensor, returns: Tensor) -> Tensor:

@@ -1,7 +1,12 @@
-"""DDPO, TDPO and TDPO-R (arXiv 2402.08552, Algorithm 1): one method with four configurations.
+"""DDPO, TDPO and TDPO-R (arXiv 2402.08552, Algorithm 1), GRPO and DPOK: one method in several configurations.
 
 Without a critic it is DDPO, where the temporal reward is the normalised reward at every step. DDPO-2 is DDPO with one
-update for all steps of a trajectory.
+update for all steps of a trajectory, and GRPO is that with rewards compared within a prompt's images of the epoch. DPOK
+(arXiv 2305.16381) has a critic that reads the latent, and the KL in the loss alone.
+
+Deviations from DPOK's code: temporal rewards are normalised over the epoch, as in TDPO; the ratio is clipped by Eq. 8,
+whereas its clamp without a maximum has no gradient outside the range, even where the advantage would bring the ratio
+back; the reference is the model with the LoRA turned off, not a second U-Net; an epoch has many prompts, not one.
 
 Shapes: N samples of an epoch in this process, T denoising steps, M (sample, step) pairs of one gradient update, B pairs
 of a micro-batch, D embedding width.
@@ -25,9 +30,10 @@ from .critic_training import CriticTraining
 from .kl_penalty import KLPenalty
 from .neuron_states import NeuronStates
 from .normalised import NormalisedRewards
+from .replay import Replay
 from .window import trained_steps, window
 
-Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU
+Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU; rows of replayed samples come last
 
 
 class PolicyGradient:
@@ -42,6 +48,7 @@ class PolicyGradient:
         self.critic = CriticTraining(context) if config.critic.enabled else None
         self.rewards = NormalisedRewards(context)
         self.kl = KLPenalty(context)
+        self.replay = Replay(context)
         self.neurons = NeuronStates(context, self.critic)
         if config.favour_diversity and context.reward.embed_dim is None:
             raise ValueError(
@@ -61,7 +68,7 @@ class PolicyGradient:
             context.decoder,
             context.reward,
             context.eval_rewards,
-            embed=self.critic.encoder.embed if self.critic else None,
+            embed=self.critic.encoder.embed if self.critic and self.critic.encoder else None,
             embed_image_size=config.critic.image_size,
             embed_clean=config.critic.reads == "clean",
             embed_steps=self.critic.steps if self.critic else None,
@@ -119,9 +126,10 @@ class PolicyGradient:
         """The epoch's gradient updates, kept on the CPU so that looking up prompts does not wait for the GPU."""
         rows, steps = self._order(epoch)
         parts = rows.split(self.context.samples_per_update)
-        if self.config.updates == "trajectory":
-            return [(part.repeat_interleave(steps.shape[1]), steps[part].flatten()) for part in parts]
-        return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
+        width = steps.shape[1] if self.config.updates == "trajectory" else 1
+        new = [(part, columns[part]) for columns in steps.split(width, dim=1) for part in parts]
+        extended = (self.replay.extend(*samples, epoch, update) for update, samples in enumerate(new))
+        return [(part.repeat_interleave(steps.shape[1]), steps.flatten()) for part, steps in extended]
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The order of the epoch's updates: of the samples, int64 (N,), and of the K trained steps of each,
@@ -148,31 +156,42 @@ class PolicyGradient:
             self._measure_drift(batch)
         self.update_policy(batch, targets, *group)
         if self.critic is not None:
-            self.critic.update(batch, targets, *group)
+            rows, steps = group
+            new = self.replay.new(rows)
+            self.critic.update(batch, targets, rows[:new], steps[:new])
 
     def update_policy(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor) -> None:
         """Eq. 8, averaged over the M pairs."""
+        new = self.replay.new(rows)
 
         def accumulate(part: slice) -> None:
-            self._accumulate(batch, targets, rows[part], steps[part], len(rows))
+            self._accumulate(batch, targets, rows[part], steps[part], new, len(rows))
 
         self.context.update_policy(len(rows), accumulate)
 
-    def _accumulate(self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor, total: int) -> None:
-        """Add the gradients and metrics of B of the update's M = `total` pairs."""
-        context, share = self.context, len(rows) / total
+    def _accumulate(
+        self, batch: Trajectories, targets: TensorGroup, rows: Tensor, steps: Tensor, new: int, total: int
+    ) -> None:
+        """Add the gradients and metrics of B of the update's M = `total` pairs, of which `new` are of new samples."""
+        context, pick = self.context, self.replay.pick
         step, log_ratio = self._step_now(batch, rows, steps)
-        losses, clipped = self._policy_losses(batch, rows, steps, step, log_ratio, targets["temporal_rewards"])
+        temporal = pick("temporal_rewards", targets["temporal_rewards"], rows, steps)
+        losses, outside = self._policy_losses(batch, rows, steps, step, log_ratio, temporal)
         loss = losses.sum() / total
         context.add("policy/loss", loss)
         if self.kl.in_loss:
-            penalties = targets["kl_weight"][rows, steps] * self.kl.now(step, self._inputs(batch, rows, steps))
+            weights = pick("kl_weight", targets["kl_weight"], rows, steps)
+            penalties = weights * self.kl.now(step, self._inputs(batch, rows, steps))
             context.add("kl/loss", penalties.sum() / total)
             loss = loss + penalties.sum() / total
         loss.backward()
-        log_ratio = log_ratio.detach()
-        context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
-        context.add("policy/clip_fraction", share * clipped)
+        log_ratio, here = log_ratio.detach(), self.replay.new(rows)
+        groups = {"policy": (slice(here), new), "replay": (slice(here, None), total - new)}
+        for name, (part, count) in groups.items():
+            if pairs := len(rows[part]):
+                kl = objectives.approximate_kl(log_ratio[part] * self.policy.latent_size)
+                context.add(f"{name}/approx_kl", pairs / count * kl)
+                context.add(f"{name}/clip_fraction", pairs / count * outside[part].float().mean())
 
     @torch.no_grad()
     def _measure_drift(self, batch: Trajectories) -> None:
@@ -187,28 +206,29 @@ class PolicyGradient:
             self.context.raise_to("policy/ratio_drift", (log_ratio.exp() - 1).abs().max())
 
     def _policy_losses(
-        self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step, log_ratio: Tensor, temporal_rewards: Tensor
+        self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step, log_ratio: Tensor, temporal: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The policy's loss of B pairs, (B,), and the fraction of them outside the range that the objective allows."""
-        temporal, objective = temporal_rewards[rows, steps], self.config.policy.objective
+        """The policy's loss of B pairs and whether each is outside the range that the objective allows, (B,) each."""
+        objective = self.config.policy.objective
         if objective == "clip":
             return self._clipped(log_ratio.exp(), temporal, self.clip_range)
         noise = self._noise(rows, steps)
-        old_mean = batch.latents[rows, steps + 1] - step.std * noise
+        old_mean = self.replay.pick("latents", batch.latents, rows, steps + 1) - step.std * noise
         if objective == "step-normalised":
             ratio = objectives.step_normalised_log_ratio(step.mean, old_mean, noise).exp()
             return self._clipped(ratio, temporal, self.clip_range * self._median_std)
         kl, limit = gaussian_kl(step.mean.detach(), old_mean, step.std), self.config.policy.trust_region
-        return objectives.trust_region_loss(log_ratio, temporal, kl, limit), (kl >= limit).float().mean()
+        return objectives.trust_region_loss(log_ratio, temporal, kl, limit), kl >= limit
 
     @staticmethod
     def _clipped(ratio: Tensor, temporal: Tensor, clip_range: float) -> tuple[Tensor, Tensor]:
-        return objectives.policy_loss(ratio, temporal, clip_range), objectives.clip_fraction(ratio, clip_range)
+        return objectives.policy_loss(ratio, temporal, clip_range), objectives.outside(ratio, clip_range)
 
     def _noise(self, rows: Tensor, steps: Tensor) -> Tensor:
         """The noise with which B steps were sampled, (B, C, H, W), drawn again."""
         _, seeds = self.context.draws(range(self.context.samples))
-        noise = draw_noise(self.policy, [seeds[row] for row in rows.tolist()])
+        known = [seeds[row] if row < len(seeds) else self.replay.noise_of(row) for row in rows.tolist()]
+        noise = draw_noise(self.policy, known)
         return noise[torch.arange(len(rows)), steps + 1]
 
     @cached_property
@@ -220,12 +240,14 @@ class PolicyGradient:
     def _step_now(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Step, Tensor]:
         """The step under the current policy, and log rho of Eq. 8, (B,), for B pairs."""
         step = self.policy.step(*self._inputs(batch, rows, steps))
-        log_probs = log_prob(batch.latents[rows, steps + 1], step.mean, step.std)
-        return step, log_probs - batch.log_probs[rows, steps]
+        pick = self.replay.pick
+        log_probs = log_prob(pick("latents", batch.latents, rows, steps + 1), step.mean, step.std)
+        return step, log_probs - pick("log_probs", batch.log_probs, rows, steps)
 
     def _inputs(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
-        conditioning = self.policy.encode_prompts([batch.prompts[row] for row in rows.tolist()])
-        return batch.latents[rows, steps], steps.to(self.policy.device), conditioning
+        conditioning = self.policy.encode_prompts([self.replay.prompt(batch, row) for row in rows.tolist()])
+        latents = self.replay.pick("latents", batch.latents, rows, steps)
+        return latents, steps.to(self.policy.device), conditioning
 
     # --- after the updates
 
@@ -238,10 +260,11 @@ class PolicyGradient:
 
     def finish(self, batch: Trajectories) -> Metrics:
         """Eq. 11-12: measure the neurons every epoch and reset them every F epochs."""
-        metrics = self.rewards.finish(batch)
+        metrics, targets = self.rewards.finish(batch), self.context.progress.targets
+        assert targets is not None
+        self.replay.add(batch, targets)
         if self.critic is not None:
-            assert self.context.progress.targets is not None
-            self.critic.finish(batch, self.context.progress.targets)
+            self.critic.finish(batch, targets)
             rows, steps = self._order(self.context.epoch + 1)
             metrics |= self.neurons.of_critic(self.critic.inputs(batch), (rows, steps[rows, -1]))
         if self.config.neurons.policy_reset != "none" or self.config.neurons.policy_measure:
@@ -254,6 +277,7 @@ class PolicyGradient:
     def state(self) -> tuple[dict[str, TensorGroup], dict[str, Any]]:
         tensors, plain = self.kl.state()
         tensors |= self.critic.state() if self.critic is not None else {}
+        tensors |= {"replay": self.replay.samples} if self.replay.samples else {}
         tensors |= {f"active_{group}": masks for group, masks in self.neurons.active.items()}
         return tensors, plain | self.rewards.state()
 
@@ -265,4 +289,5 @@ class PolicyGradient:
             name.removeprefix(prefix): masks for name, masks in tensors.items() if name.startswith(prefix)
         }
         self.kl.load_state(tensors, plain)
+        self.replay.load(tensors.get("replay", {}))
         self.rewards.load_state(plain)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from ..settings import Count, OptimizerSettings, PolicySettings, Positive, Rate, Section, Unset
 
-CriticArchitecture = Literal["authors", "standardised"]
+CriticArchitecture = Literal["authors", "standardised", "dpok"]
 CriticActivation = Literal["identity", "relu", "leaky_relu"]
 PolicyObjective = Literal["clip", "step-normalised", "trust-region"]
 NeuronActivation = Literal["relu", "leaky_relu"]
@@ -14,19 +14,9 @@ NeuronData = Literal["epoch", "first-step", "batch"]
 Neurons = Literal["active", "dormant", "all", "none"]
 
 
-class ClippedPolicySettings(PolicySettings):
-    """The LoRA and its update (Eq. 8)."""
+class SteppedPolicySettings(PolicySettings):
+    """The LoRA and its updates, each on some of the denoising steps."""
 
-    objective: PolicyObjective = Field(
-        default="clip",
-        description="what keeps an update close to the policy that sampled: clipping the probability ratio (clip, the "
-        "paper); clipping a ratio in which every step counts alike whatever its noise (step-normalised); or ignoring "
-        "steps that have moved further than policy.trust_region (trust-region)",
-    )
-    trust_region: Positive = Field(
-        default=0.16,
-        description="with objective trust-region, the KL in nats by which a step may move from the policy that sampled",
-    )
     clip_range: Positive = Field(
         default=1e-4,
         description="clip range of the policy ratio for a latent of 4 x 64 x 64, scaled to the actual latent size",
@@ -60,15 +50,49 @@ class ClippedPolicySettings(PolicySettings):
         """The positions, out of `steps`, from train_from to train_until."""
         return range(round(self.train_from * steps), round(self.train_until * steps))
 
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError if none of `steps` would be trained."""
+        if not self.bounds(steps):
+            raise ValueError(
+                f"policy.train_from {self.train_from:g} and policy.train_until {self.train_until:g} leave none of "
+                f"the {steps} steps to train; expected at least one step between them: move them apart"
+            )
+
+
+class ClippedPolicySettings(SteppedPolicySettings):
+    """The LoRA and its update (Eq. 8)."""
+
+    objective: PolicyObjective = Field(
+        default="clip",
+        description="what keeps an update close to the policy that sampled: clipping the probability ratio (clip, the "
+        "paper); clipping a ratio in which every step counts alike whatever its noise (step-normalised); or ignoring "
+        "steps that have moved further than policy.trust_region (trust-region)",
+    )
+    trust_region: Positive = Field(
+        default=0.16,
+        description="with objective trust-region, the KL in nats by which a step may move from the policy that sampled",
+    )
+    replay: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="latest earlier epochs whose samples are kept and trained on again, beside the new ones, so that a "
+        "reset of the LoRA's neurons forgets less; 0 keeps none. 256 samples of 50 steps at 512 pixels take 0.9 GB of "
+        "memory, and as much in each checkpoint",
+    )
+    replay_share: Rate = Field(
+        default=0.5, description="with policy.replay, replayed samples in an update for each new one"
+    )
+
 
 class CriticSettings(OptimizerSettings):
     """The temporal critic and its update (Eq. 9-10)."""
 
     enabled: bool = Field(default=True, description="train a temporal critic; without one, the algorithm is DDPO")
-    reads: Literal["noisy", "clean"] = Field(
+    reads: Literal["noisy", "clean", "latent"] = Field(
         default="noisy",
-        description="what the critic sees at each step: the decoded noisy latent (the paper), or the decoded clean "
-        "latent that the model predicts from it",
+        description="what the critic sees at each step: the decoded noisy latent (the paper), the decoded clean "
+        "latent that the model predicts from it, or the noisy latent itself, without an encoder (latent, DPOK)",
     )
     prompt: bool = Field(default=False, description="whether the critic also reads the prompt")
     step: bool = Field(default=False, description="whether the critic also reads the step")
@@ -80,15 +104,17 @@ class CriticSettings(OptimizerSettings):
     architecture: CriticArchitecture = Field(
         default="authors",
         description="five layers that start near zero (the authors' code), or two layers of 256 neurons on "
-        "standardised inputs, with larger initial weights (standardised), which learn from fewer samples",
+        "standardised inputs, with larger initial weights (standardised), which learn from fewer samples, or three "
+        "layers of 256 neurons, whose output is multiplied by a vector learned for each step (dpok); needs critic.step",
     )
     activation: CriticActivation = Field(
         default="identity",
         description="activation between the critic's layers; identity is in the authors' code, the others in the paper",
     )
-    clip_range: Positive = Field(
+    clip_range: Annotated[Positive | None, Unset] = Field(
         default=0.2,
-        description="how far updates may move the critic's prediction from its old value, in normalised reward",
+        description="how far updates may move the critic's prediction from its old value, in normalised reward; none "
+        "turns clipping off",
     )
     encoder: Annotated[str | None, Unset] = Field(
         default=None,
@@ -99,7 +125,8 @@ class CriticSettings(OptimizerSettings):
         default=None,
         ge=8,
         le=4096,
-        description="side in pixels at which latents are decoded for the critic; none means full size",
+        description="side in pixels at which latents are decoded for the critic; none means full size. Without effect "
+        "with critic.reads latent",
     )
     history: int = Field(
         default=0,
@@ -164,17 +191,19 @@ class KLSettings(Section):
         "averaged over the C * H * W elements of a latent, it is C * H * W times as large: so divide a weight for such "
         "an average, such as the authors' kl_penalty_coef * init_kl_coef, by C * H * W)",
     )
-    form: Literal["exact", "sampled"] = Field(
+    form: Literal["exact", "sampled", "loss"] = Field(
         default="exact",
         description="how the KL penalty is applied. With exact, each step's KL is added to the loss, and the KL of "
         "later steps lowers the returns. With sampled, as in the paper, the log-ratio of each sample to the base model "
-        "lowers the reward of its step, which is noisier. Choices",
+        "lowers the reward of its step, which is noisier. With loss, as in DPOK, each step's KL is added to the loss, "
+        "and the returns are the rewards alone. Choices",
     )
-    weighting: Annotated[Literal["uniform", "sigma"] | None, Unset] = Field(
+    weighting: Annotated[Literal["uniform", "sigma", "noise"] | None, Unset] = Field(
         default=None,
-        description="what each step's own KL counts for in the loss: the same at all steps (uniform), or in proportion "
-        "to the step's noise (sigma), as the policy's gradient does with policy.objective step-normalised; none "
-        "chooses what goes with the objective. Choices",
+        description="what each step's own KL counts for in the loss: the same at all steps (uniform); in proportion to "
+        "the step's noise (sigma), as the policy's gradient does with policy.objective step-normalised; or as much as "
+        "the mean squared difference of the predicted noises, of which kl.coefficient is then the weight (noise, "
+        "DPOK). none chooses what goes with the objective. Choices",
     )
     target: Annotated[Positive | None, Unset] = Field(
         default=None,
@@ -214,26 +243,39 @@ class KLSettings(Section):
     )
 
 
-class MomentsSettings(Section):
-    """Per-prompt normalisation of rewards."""
+class HistorySettings(Section):
+    """Normalisation of rewards by the latest of their prompt."""
 
-    baseline: Literal["history", "group"] = Field(
-        default="history",
-        description="what a reward is compared with: the latest rewards of its prompt (history), or the mean of the "
-        "other images of its prompt in the same epoch (group), which needs samples_per_prompt above 1",
-    )
-    group_std: Literal["batch", "group", "none"] = Field(
-        default="batch",
-        description="with moments.baseline group, the standard deviation that rewards are divided by: that of all the "
-        "epoch's rewards (batch), of the prompt's images alone (group), or none, with which kl.coefficient is in the "
-        "reward's own units",
-    )
     buffer_size: Count = Field(
         default=32, description="how many of a prompt's latest rewards are used to normalise its rewards"
     )
     min_count: Count = Field(
         default=16,
         description="rewards a prompt needs before they are normalised by its own mean and std instead of the batch's",
+    )
+
+    def check(self) -> None:
+        """Raise ValueError if they contradict each other."""
+        if self.min_count > self.buffer_size:
+            raise ValueError(
+                "moments.min_count is larger than moments.buffer_size, so it would never be reached; lower it"
+            )
+
+
+class MomentsSettings(HistorySettings):
+    """What rewards are normalised by."""
+
+    baseline: Literal["history", "group", "epoch"] = Field(
+        default="history",
+        description="what a reward is compared with: the latest rewards of its prompt (history), the mean of the "
+        "other images of its prompt in the same epoch (group), which needs samples_per_prompt above 1, or the mean of "
+        "the epoch (epoch), which leaves the differences between prompts to the critic",
+    )
+    group_std: Literal["batch", "group", "none"] = Field(
+        default="batch",
+        description="with moments.baseline group, the standard deviation that rewards are divided by: that of all the "
+        "epoch's rewards (batch), of the prompt's images alone (group), or none, with which kl.coefficient is in the "
+        "reward's own units",
     )
 
     @property

@@ -12,7 +12,7 @@ from .sections import ClippedPolicySettings, CriticSettings, KLSettings, Moments
 
 
 class PolicyGradientSettings(MethodSettings):
-    """DDPO, TDPO and TDPO-R."""
+    """DDPO, TDPO, TDPO-R, GRPO and DPOK."""
 
     updates: Literal["timestep", "trajectory"] = Field(
         default="timestep",
@@ -70,14 +70,20 @@ class PolicyGradientSettings(MethodSettings):
 
     @model_validator(mode="after")
     def _check_method(self) -> "PolicyGradientSettings":
-        if self.moments.min_count > self.moments.buffer_size:
-            raise ValueError(
-                "moments.min_count is larger than moments.buffer_size, so it would never be reached; lower it"
-            )
+        self.moments.check()
         if self.critic.encoder and not has_encoder(self.critic.encoder):
             raise ValueError(
                 f"critic.encoder is {self.critic.encoder!r}, which has no image encoder; set it to a reward that has "
                 "one, or to none"
+            )
+        if self.critic.encoder and self.critic.reads == "latent":
+            raise ValueError(
+                f"critic.encoder is {self.critic.encoder!r}, but critic.reads is latent, and such a critic sees no "
+                "images; set critic.encoder to none, or critic.reads to noisy or clean"
+            )
+        if self.critic.architecture == "dpok" and not self.critic.step:
+            raise ValueError(
+                "critic.architecture dpok has weights for each step, but critic.step is false; set it to true"
             )
         if self.neurons.reset != "none" and not self.critic.enabled:
             raise ValueError("neurons.reset needs a critic; set it to none, or set critic.enabled to true")
@@ -153,13 +159,9 @@ class PolicyGradientSettings(MethodSettings):
             )
 
     def check_steps(self, steps: int) -> None:
-        policy = self.policy
-        if not policy.bounds(steps):
-            raise ValueError(
-                f"policy.train_from {policy.train_from:g} and policy.train_until {policy.train_until:g} leave none of "
-                f"the {steps} steps to train; expected at least one step between them: move them apart"
-            )
+        self.policy.check_steps(steps)
 
     @property
     def further_rewards(self) -> list[str]:
-        return [encoder_of(self)] if self.critic.enabled or self.critic.encoder else []
+        sees_images = self.critic.enabled and self.critic.reads != "latent"
+        return [encoder_of(self)] if sees_images or self.critic.encoder else []

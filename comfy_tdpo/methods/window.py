@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..randomness import generator_at
-from .sections import ClippedPolicySettings
+from .sections import SteppedPolicySettings
 
 
-def window(settings: ClippedPolicySettings, stochastic: Tensor) -> Tensor:
+def window(settings: SteppedPolicySettings, stochastic: Tensor) -> Tensor:
     """The steps that may be trained, bool (T,): those in the window that are `stochastic`, bool (T,).
 
     Raises:
@@ -31,7 +31,7 @@ def window(settings: ClippedPolicySettings, stochastic: Tensor) -> Tensor:
     return inside & stochastic
 
 
-def trained_steps(settings: ClippedPolicySettings, stochastic: Tensor, seed: int, epoch: int) -> Tensor:
+def trained_steps(settings: SteppedPolicySettings, stochastic: Tensor, seed: int, epoch: int) -> Tensor:
     """The steps that `epoch` trains, bool (T,): the same for all samples and processes, equally many in each epoch."""
     allowed = window(settings, stochastic)
     if settings.train_share == 1:

@@ -31,11 +31,13 @@ class Process(Protocol):
 
     times: (T,) on the policy's device; the denoiser's time input at each step.
     sigma: (T,) on the policy's device; the std of each step.
+    mean_by_noise: (T,) on the policy's device; d mean / d eps, the step's mean by the predicted noise at a given x_k.
     stochastic: (T,) bool on the CPU; True for steps that have a density. The others are sampled but not trained.
     """
 
     times: Tensor
     sigma: Tensor
+    mean_by_noise: Tensor
     stochastic: Tensor
 
     def __len__(self) -> int: ...

@@ -40,6 +40,10 @@ class TableProcess:
     def stochastic(self) -> Tensor:
         return self.sigma.cpu() > 0
 
+    @property
+    def mean_by_noise(self) -> Tensor:
+        return self.kappa - self.next_signal * self.noise / self.signal
+
     def initial(self, noise: Tensor) -> Tensor:
         return noise
 

@@ -55,4 +55,5 @@ def _check_steps(config: TrainConfig, scheduler: Any, process: str) -> None:
         return
     trained = int(trained_steps(config.policy, made.stochastic, config.seed, epoch=1).sum())
     groups = config.samples_per_epoch // config.samples_per_update
-    check_warmup(config, groups * trained if config.updates == "timestep" else groups)
+    by_step = getattr(config, "updates", "timestep") == "timestep"
+    check_warmup(config, groups * trained if by_step else groups)

@@ -6,7 +6,7 @@ from comfy_tdpo.clean_text import clean
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 from comfy_tdpo.settings import NONE
 
-from ...trainer.config import Fields, TrainConfig, make_config, override
+from ...trainer.config import Fields, TrainConfig, make_config, merge, override
 from ...trainer.config.toml_files import parse_toml
 from .combos import AUTO, check_choice
 from .prompts import Prompts, read_prompts
@@ -79,8 +79,9 @@ class Wanted:
             values["overoptimisation"] = {"reward": next(iter(values["eval_rewards"]), NONE)}
         if self.prompt_set != AUTO:
             values["prompts"] = self.prompt_set
-        config = make_config(preset, None, values)
-        return override(override(config, self._critic(config)), self._more())
+        more = self._more()  # together with the inputs, which may need it, as samples_per_epoch does samples_per_prompt
+        config = make_config(preset, None, merge(values, more))
+        return override(override(config, self._critic(config)), more)
 
     def prompts(self) -> Prompts:
         """The training prompts: the lines of the text, or the set if there are none."""

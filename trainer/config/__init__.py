@@ -1,6 +1,6 @@
 """The configuration of a run: its settings, and how presets, files and flags make it."""
 
-from .layers import make_config, override, presets
+from .layers import make_config, merge, override, presets
 from .schema import Fields, OutputConfig, TrainConfig, config_class, leaf_fields, plain_values, validate
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "config_class",
     "leaf_fields",
     "make_config",
+    "merge",
     "override",
     "plain_values",
     "presets",

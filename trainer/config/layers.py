@@ -39,17 +39,17 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     base = read_toml(PRESETS / f"{preset}.toml")
     for_algorithm = base.pop("algorithms", {})
     algorithm = _algorithm(base.pop("algorithm", DEFAULT_ALGORITHM), *above)
-    base = _merge(_known(base, config_class(algorithm)), for_algorithm.get(algorithm, {}) | {"algorithm": algorithm})
+    base = merge(_known(base, config_class(algorithm)), for_algorithm.get(algorithm, {}) | {"algorithm": algorithm})
     base = _without_roles_taken(base, above)
     merged: Fields = {}
     for layer in (find_algorithm(algorithm).values, base, *above):
-        merged = _merge(merged, layer)
+        merged = merge(merged, layer)
     return validate(merged)
 
 
 def override(config: TrainConfig, changes: Fields) -> TrainConfig:
     """`config` with nested `changes` applied."""
-    return validate(_merge(plain_values(config), with_named_rewards(changes)))
+    return validate(merge(plain_values(config), with_named_rewards(changes)))
 
 
 def _without_roles_taken(preset: Fields, above: list[Fields]) -> Fields:
@@ -92,10 +92,10 @@ def _topmost(layers: list[Fields], name: str, default: Any) -> Any:
     return next((layer[name] for layer in reversed(layers) if name in layer), default)
 
 
-def _merge(base: Fields, over: Fields) -> Fields:
+def merge(base: Fields, over: Fields) -> Fields:
     """`base` overridden by `over`; tables are merged, except `rewards`, which is replaced."""
     merged = dict(base)
     for key, value in over.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "rewards"
-        merged[key] = _merge(merged[key], value) if nested else value
+        merged[key] = merge(merged[key], value) if nested else value
     return merged

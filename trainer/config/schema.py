@@ -171,6 +171,7 @@ class TrainConfig(MethodSettings):
                 f"{self.samples_per_prompt}; choose a divisor"
             )
         self.check_samples(self.samples_per_epoch)
+        self.check_updates(self.samples_per_update)
         self.check_steps(self.steps)
         self.check_groups(self.samples_per_prompt)
         self.check_guards(self.guards)

@@ -1,0 +1,93 @@
+"""A replay buffer: samples of earlier epochs, on which the policy is trained again beside the new ones.
+
+A reset of the policy's neurons forgets what they had learned, and arXiv 2402.08552 leaves replayed samples, as a
+remedy, to future work. DPOK (arXiv 2305.16381) replays the samples of the rollout before.
+
+The importance weight of a replayed pair is the ratio rho of Eq. 8, between the policy now and the policy that drew the
+sample, and it is clipped like that of a new pair. For a policy that has not changed it is 1, and the gradient is that
+on new samples. Otherwise, a good sample has a gradient unless it is more likely than when it was drawn, by more than
+the clip range, and a bad one unless it is less likely. So replaying restores what was lost, and goes no further.
+
+The weight is approximate. The log of rho is a mean over C * H * W elements; the exact weight of a step is rho to the
+power of C * H * W, which after a few nats is almost 0 or far too large. How likely the state itself has become is left
+out.
+
+Shapes: N samples of an epoch in this process, B of all processes, R epochs kept, T denoising steps, M rows of one
+gradient update, K steps of each.
+"""
+
+import torch
+from torch import Tensor
+
+from ..randomness import Coordinates, generator_at
+from ..rollout import Trajectories
+from . import TensorGroup
+from .context import Context
+
+
+class Replay:
+    """The samples of the latest epochs, of all processes.
+
+    A row of an update stands for one of this process's N new samples, or, from N on, for one of those kept.
+
+    samples: latents, log_probs, temporal_rewards and, with the KL in the loss, kl_weight: (R * B, ...), oldest first;
+        epochs, int64 (R * B,): when they were drawn.
+    prompts: of the same.
+    """
+
+    def __init__(self, context: Context):
+        self.context, self.config = context, context.config
+        self.samples: TensorGroup = {}
+        self.prompts: list[str] = []
+
+    def extend(self, rows: Tensor, steps: Tensor, epoch: int, update: int) -> tuple[Tensor, Tensor]:
+        """The rows of an update and the steps of each, (M,) and (M, K), followed by those of samples drawn from the
+        buffer. These take the steps of the first new ones, because the order of steps may matter."""
+        available = min(self.config.policy.replay, epoch - 1) * self.config.samples_per_epoch
+        if not available:
+            return rows, steps
+        count = round(self.config.policy.replay_share * len(rows))
+        draw = generator_at(self.config.seed, "replay", epoch, update, self.context.accelerator.process_index)
+        kept = self.context.samples + torch.randint(available, (count,), generator=draw)
+        return torch.cat([rows, kept]), torch.cat([steps, steps[:count]])
+
+    def pick(self, name: str, new: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
+        """The values of `rows` at `steps`, (M,) each: of new samples, which come first, from `new`, (N, T, ...), and of
+        the others from the buffer."""
+        count = self.new(rows)
+        found = new[rows[:count], steps[:count]]
+        if count == len(rows):
+            return found
+        return torch.cat([found, self.samples[name][rows[count:] - self.context.samples, steps[count:]]])
+
+    def new(self, rows: Tensor) -> int:
+        """How many of the rows are new samples."""
+        return int((rows < self.context.samples).sum())
+
+    def prompt(self, batch: Trajectories, row: int) -> str:
+        size = self.context.samples
+        return batch.prompts[row] if row < size else self.prompts[row - size]
+
+    def noise_of(self, row: int) -> Coordinates:
+        """The coordinates of the noise with which a kept sample was drawn; those of new ones are the context's."""
+        index = row - self.context.samples
+        epoch, place = int(self.samples["epochs"][index]), index % self.config.samples_per_epoch
+        return (self.config.seed, "noise", epoch, place)
+
+    def add(self, batch: Trajectories, targets: TensorGroup) -> None:
+        """Keep an epoch's samples, and drop those of the oldest epoch if there are too many."""
+        epochs = self.config.policy.replay
+        if not epochs:
+            return
+        kept = {"latents": batch.latents, "log_probs": batch.log_probs}
+        kept |= {name: targets[name] for name in ("temporal_rewards", "kl_weight") if name in targets}
+        added = {name: self.context.gather(tensor.contiguous()) for name, tensor in kept.items()}
+        added["epochs"] = torch.full_like(added["log_probs"][:, 0], self.context.epoch + 1, dtype=torch.int64)
+        limit = epochs * len(added["epochs"])
+        self.load({name: torch.cat([self.samples.get(name, new[:0]), new])[-limit:] for name, new in added.items()})
+
+    def load(self, samples: TensorGroup) -> None:
+        self.samples, self.prompts = samples, []
+        if samples:
+            drawn = samples["epochs"][:: self.config.samples_per_epoch].tolist()
+            self.prompts = [prompt for epoch in drawn for prompt in self.context.prompts(epoch)]
