@@ -77,11 +77,31 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @dataclass
+class Calls:
+    """Called before each of `total` model calls: asks `check`, which may raise, and tells which share is done."""
+
+    total: int
+    check: Callable[[], None]
+    tell: Callable[[float], None]
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.check()
+        if self.done:
+            self.tell(min(self.done / self.total, 1.0))  # there are more calls where memory runs out
+        self.done += 1
+
+
+@dataclass
 class Decoder:
     """Decodes latents `batch` at a time; halves `batch` when memory runs out."""
 
     policy: DiffusionPolicy
     batch: int
+
+    def calls(self, rows: int) -> int:
+        """How many batches `rows` latents are."""
+        return -(-rows // self.batch)
 
     def __call__(
         self,
@@ -127,7 +147,8 @@ class Sampler:
         dense: gives each step its reward, (B, T), from the clean latents predicted, (B, T, C, H, W), the prompts and
             the rewards of the images, (B,).
         kl: what Trajectories.kl holds, see `denoise`.
-        check: called between model calls; may raise an exception to stop.
+        check: called between model calls; may raise an exception to stop; tell: called with the share of them that is
+            done, from 0 to 1.
     """
 
     decoder: Decoder
@@ -141,6 +162,7 @@ class Sampler:
     dense: Callable[[Tensor, list[str], Tensor], Tensor] | None = None
     kl: str = "none"
     check: Callable[[], None] = lambda: None
+    tell: Callable[[float], None] = lambda share: None
     guards: dict[str, RewardModel] = field(default_factory=dict)
 
     def sample(
@@ -148,15 +170,17 @@ class Sampler:
     ) -> Trajectories:
         """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`; the initial noise from
         those in `starts`, if they are given."""
-        policy = self.decoder.policy
+        policy, decoder = self.decoder.policy, self.decoder
         noise = draw_noise(policy, seeds)
         if starts is not None:
             noise[:, 0] = draw_noise(policy, starts)[:, 0]
-        path = denoise(policy, prompts, noise, self.kl, self.check)
-        images = self.decoder(path.latents[:, -1], check=self.check)
-        rewards = score_images(self.reward, images, prompts)
+        steps = len(policy.process)
+        reads = len(prompts) * len(range(steps)[: self.embed_steps]) if self.embed else 0
+        calls = Calls(steps + decoder.calls(len(prompts)) + decoder.calls(reads), self.check, self.tell)
+        path = denoise(policy, prompts, noise, self.kl, calls)
+        images = decoder(path.latents[:, -1], check=calls)
         read = path.clean if self.embed_clean else path.latents[:, :-1]
-        embeds, scores = self._read_steps(read[:, : self.embed_steps], prompts)
+        embeds, scores = self._read_steps(read[:, : self.embed_steps], prompts, calls)
         rewards, parts = score_with_parts(self.reward, images, prompts)
         return Trajectories(
             prompts=prompts,
@@ -173,7 +197,7 @@ class Sampler:
             part_rewards=parts,
         )
 
-    def _read_steps(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor | None, Tensor | None]:
+    def _read_steps(self, latents: Tensor, prompts: list[str], calls: Calls) -> tuple[Tensor | None, Tensor | None]:
         """Unit embeddings (B, K, D) and scores (B, K, S) of the decoded latents, (B, K, C, H, W)."""
         if self.embed is None:
             return None, None
@@ -184,7 +208,7 @@ class Sampler:
             scores = [score_images(reward, images, of_each[rows]) for reward in self.step_rewards]
             return torch.cat([embed(images).float(), *(column[:, None] for column in scores)], dim=1)
 
-        found = self.decoder(latents.flatten(0, 1), self.embed_image_size, read, self.check)
+        found = self.decoder(latents.flatten(0, 1), self.embed_image_size, read, calls)
         found = found.unflatten(0, (len(latents), steps))
         if not count:
             return found, None
@@ -250,11 +274,13 @@ def draw_images(
     seeds: Sequence[Coordinates],
     batch: int,
     check: Callable[[], None] = lambda: None,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
-    """Only the images, (B, 3, H, W) in [0, 1], sampled `batch` at a time."""
+    """Only the images, (B, 3, H, W) in [0, 1], sampled `batch` at a time; `check` and `tell` are those of Sampler."""
     policy, images = decoder.policy, []
-    for begin in range(0, len(prompts), batch):
-        rows = slice(begin, begin + batch)
-        latents = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]), check=check).latents
-        images.append(decoder(latents[:, -1], check=check))
+    parts = [slice(begin, begin + batch) for begin in range(0, len(prompts), batch)]
+    calls = Calls(sum(len(policy.process) + decoder.calls(len(prompts[rows])) for rows in parts), check, tell)
+    for rows in parts:
+        latents = denoise(policy, prompts[rows], draw_noise(policy, seeds[rows]), check=calls).latents
+        images.append(decoder(latents[:, -1], check=calls))
     return torch.cat(images)

@@ -157,7 +157,7 @@ def test_a_terminal_shows_one_bar_with_phase_reward_and_eta(now):
     stream = Terminal()
     console = make_console(stream, first_epoch=2)
     console._bar.mininterval = 0  # every change is drawn
-    console.watch("sampling", 24, 48)
+    console.watch("sampling", 24.9, 48)  # the next micro-batch is under way
     console.epoch(metrics_of(2))
     now[0] += 4
     console.watch("updating", 7, 20)

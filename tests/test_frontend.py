@@ -311,6 +311,7 @@ def test_limits_are_never_empty(evaluate):
         ("m.position({ state: 'running', epoch: 15, epochs: 15 })", "Epoch 15 of 15"),
         ("m.position({ state: 'stopped', epoch: 4, epochs: 15 })", "4 of 15 epochs"),
         ("m.phaseText({ phase: 'sampling', phase_done: 48, phase_total: 96 })", "Sampling, 48 of 96"),
+        ("m.phaseText({ phase: 'sampling', phase_done: 48.9, phase_total: 96 })", "Sampling, 48 of 96"),
         ("m.phaseText({ phase: 'loading', phase_done: 0, phase_total: 0 })", "Loading…"),
         ("m.phaseText({ phase: '' })", ""),
         ("m.fraction(5, 0)", 0),
@@ -747,6 +748,7 @@ def tab(shared_tab) -> Iterator[Tab]:
     shared_tab.page.route("**/tdpo/tastes/**", answer)
     shared_tab.votes, shared_tab.undeletable = [], set()
     yield shared_tab
+    shared_tab.page.evaluate("() => document.querySelectorAll('dialog[open]').forEach((dialog) => dialog.close())")
     shared_tab.load(graph_of())
     shared_tab.page.unroute_all()
 

@@ -5,14 +5,14 @@ import threading
 import time
 
 import pytest
-from fake_training import PLACE, begin, runs_in, wanted
+from fake_training import CPU, PLACE, FakeTraining, begin, runs_in, wanted
 
 from comfy_tdpo.nodes.runs import answers, resume
 from comfy_tdpo.nodes.runs.marks import MARK, mark, mark_unheeded
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
-from comfy_tdpo.nodes.runs.start import job_under_way, prepare, wait_for
+from comfy_tdpo.nodes.runs.start import job_under_way, prepare, start, wait_for
 from comfy_tdpo.trainer.config import override
 from comfy_tdpo.trainer.recommend.files import write_choice
 from comfy_tdpo.trainer.run.files import write_atomically
@@ -347,13 +347,9 @@ def test_a_failed_run_says_why_without_the_machines_folders(runs, caplog):
     def fail(run, stop, watch):
         raise ValueError(f"checkpoint '{run.path}/checkpoints' and /home/me/x.bin are\nbad / see https://host/a/b")
 
-    import torch
-
-    from comfy_tdpo.nodes.runs.start import start
-
     want, run = wanted(), runs.folder("one")
     prepare(runs, run, want.config(), want.prompts())
-    job = start(runs, run, fail, torch.device("cpu"), PLACE, lambda detail: None)
+    job = start(runs, run, fail, CPU, PLACE, lambda detail: None)
     job.wait(30)
     status = runs.status(run)
     assert status["state"] == "failed"
@@ -460,6 +456,29 @@ def test_phases_are_told_now_and_then(runs, monkeypatch):
     assert told == [1.0, 1.21, 1.3, 1.3]
     teller("phase", Status("one", "waiting", 1, 2, "updating", waits_for="two"))
     assert told[-1] == 1.3 and len(told) == 5
+
+
+def test_the_bar_of_the_graph_moves_within_an_epoch_and_never_goes_back(runs):
+    """It is ComfyUI's own; what is drawn before and after the updates has no share in it."""
+    progress = [("sampling", 1, 4), ("sampling", 1.5, 4), ("drawing for guards", 3.5, 8), ("updating", 0.25, 1)]
+    progress += [("drawing samples", 0, 4)]
+    seen = []
+
+    class Halting(FakeTraining):
+        def epochs(self):
+            for phase in progress:
+                self.watch(*phase)
+                before = len(seen)
+                while len(seen) < before + 2:  # the bar has looked at it
+                    time.sleep(0.01)
+            yield from super().epochs()
+
+    want, run = wanted(), runs.folder("one")
+    prepare(runs, run, want.config(), want.prompts())
+    job = start(runs, run, Halting, CPU, PLACE, lambda detail: None)
+    wait_for(job, lambda done, total: seen.append(done))
+    assert sorted({done for done in seen if 0 < done <= 62}) == [12, 18, 62]
+    assert seen == sorted(seen)
 
 
 class Cancelled(Exception):

@@ -1,4 +1,4 @@
-"""How long a run will take, from its first micro-batch on."""
+"""How long a run will take, from its first sample on."""
 
 import pytest
 
@@ -18,6 +18,16 @@ def test_the_first_micro_batch_gives_an_estimate_and_the_updates_correct_it():
     pace.see("updating", 0, 20, now=22.0)
     pace.see("updating", 5, 20, now=24.0)
     assert pace.epoch() == pytest.approx(8 / 72 * 96 + 8)
+
+
+def test_part_of_a_micro_batch_gives_an_estimate_once_a_whole_sample_is_done():
+    """The first model calls are slow, as all warms up."""
+    pace = Pace()
+    pace.see("sampling", 0, 96, now=10.0)
+    pace.see("sampling", 0.75, 96, now=13.0)
+    assert pace.epoch() is None
+    pace.see("sampling", 1.5, 96, now=14.0)
+    assert pace.epoch() == pytest.approx(4 / 1.5 * 96 * (1 + UPDATING))
 
 
 def test_a_resumed_epoch_is_measured_from_where_it_goes_on():

@@ -58,9 +58,9 @@ def train(path: Path, stop_after: int | None = None, **overrides) -> list[dict]:
         run.create(make_config("shapes", overrides=SETTINGS | overrides))
     stop, updates = threading.Event(), 0
 
-    def watch(phase: str, done: int, total: int) -> None:
+    def watch(phase: str, done: float, total: int) -> None:
         nonlocal updates
-        updates += phase == "updating"
+        updates += phase == "updating" and isinstance(done, int)
         if updates == stop_after:
             stop.set()
 

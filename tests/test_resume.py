@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -86,15 +87,24 @@ VARIANTS = {
 }
 
 
-class StopAt:
-    """A watch that sets the stop event at its n-th call."""
+class Steps:
+    """A watch that counts what is begun: micro-batches, updates, grids; not the model calls within them."""
 
-    def __init__(self, stop: threading.Event, call: int):
-        self.stop, self.call, self.calls = stop, call, 0
+    count = 0
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        self.calls += 1
-        if self.calls == self.call:
+    def __call__(self, phase: str, done: float, total: int) -> None:
+        self.count += isinstance(done, int)
+
+
+class StopAt(Steps):
+    """A watch that sets the stop event when the n-th of them is begun."""
+
+    def __init__(self, stop: threading.Event, step: int):
+        self.stop, self.step = stop, step
+
+    def __call__(self, phase: str, done: float, total: int) -> None:
+        super().__call__(phase, done, total)
+        if self.count == self.step:
             self.stop.set()
 
 
@@ -140,21 +150,39 @@ def test_the_rewards_of_a_sum_are_measured_also_over_a_stop_in_mid_epoch(tmp_pat
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_anywhere_and_continued_it_ends_the_same(variant, tmp_path, make_policy):
-    overrides, calls = VARIANTS[variant], []
-    whole, reference = whole_run(tmp_path / "whole", make_policy, lambda *call: calls.append(call), **overrides)
-    for call in range(1, len(calls) + 1, 5):
-        run = new_run(tmp_path / f"stopped-{call}", **overrides)
+    overrides, steps = VARIANTS[variant], Steps()
+    whole, reference = whole_run(tmp_path / "whole", make_policy, steps, **overrides)
+    for step in range(1, steps.count + 1, 5):
+        run = new_run(tmp_path / f"stopped-{step}", **overrides)
         stop = threading.Event()
-        first = toy_training(run, make_policy, stop, StopAt(stop, call))
+        first = toy_training(run, make_policy, stop, StopAt(stop, step))
         list(first.epochs())
         at_its_end = first.context.epoch == run.config.epochs  # a stop after the last update finds nothing to stop
         assert first.stopped or at_its_end
         second = toy_training(RunFolder.open(run.path), make_policy)
         list(second.epochs())
-        assert same(lora_of(second), lora_of(reference)), f"stopped at call {call}"
-        assert timeless(run.metrics()) == timeless(whole.metrics()), f"stopped at call {call}"
+        assert same(lora_of(second), lora_of(reference)), f"stopped at step {step}"
+        assert timeless(run.metrics()) == timeless(whole.metrics()), f"stopped at step {step}"
         a, b = load_file(run.latest_lora), load_file(whole.latest_lora)
         assert a.keys() == b.keys() and same(list(a.values()), [b[key] for key in a])
+
+
+def test_progress_is_told_with_every_model_call_and_never_goes_back(tmp_path, make_policy):
+    """In samples or updates of a phase; what is begun is whole, and a micro-batch of two has three steps and more."""
+    (tmp_path / "few.txt").write_text("a red circle\na green star\n")
+    guarded = {"algorithm": "tdpo-g", "guards": ["shapes-alignment"], "guard_images": 3, "epochs": 1}
+    run, told = new_run(tmp_path / "run", prompts=str(tmp_path / "few.txt"), **guarded), []
+    list(toy_training(run, make_policy, watch=lambda *call: told.append(call)).epochs())
+    phases = [(phase, [call[1:] for call in calls]) for phase, calls in groupby(told, key=lambda call: call[0])]
+    assert [phase for phase, _ in phases] == [
+        *("drawing samples", "sampling", "drawing for guards", "updating", "drawing samples"),
+    ]
+    for phase, calls in phases:
+        dones, (total, *_) = [done for done, _ in calls], [total for _, total in calls]
+        assert dones == sorted(dones) and dones[0] == 0 and total - 1 < dones[-1] < total, phase
+        if phase == "sampling":
+            first = [done for done in dones if done < 2]
+            assert first == sorted(set(first)) and len(first) > run.config.steps, "a decoding or more follow the steps"
 
 
 def test_a_run_may_be_stopped_and_continued_many_times(tmp_path, make_policy):

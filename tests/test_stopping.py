@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from accelerate import Accelerator
-from test_resume import StopAt
+from test_resume import Steps, StopAt
 from toy import Brightness, lora_of, new_run, same, timeless
 
 from comfy_tdpo.diversity import diversity
@@ -142,18 +142,17 @@ def test_it_ends_when_asked_to_and_does_not_go_on_untold(tmp_path, make_policy, 
 
 
 def test_stopped_in_mid_epoch_and_resumed_it_is_the_same_run(tmp_path, make_policy):
-    calls: list[tuple] = []
-    whole = new(tmp_path / "whole")
-    reference = start(whole, make_policy, watch=lambda *call: calls.append(call))
+    whole, steps = new(tmp_path / "whole"), Steps()
+    reference = start(whole, make_policy, watch=steps)
     list(reference.epochs())
     alarm = alarm_of(whole.metrics())
     assert alarm.epoch < EPOCHS and lora_before(whole, alarm.since), "what is resumed includes the alarm and its LoRA"
-    for call in range(6, len(calls), 14):  # in epochs 1, 2, 4 and 5
-        run, stop = new(tmp_path / f"stopped-{call}"), threading.Event()
-        list(start(run, make_policy, stop, StopAt(stop, call)).epochs())
+    for step in range(6, steps.count, 14):  # in epochs 1, 2, 4 and 5
+        run, stop = new(tmp_path / f"stopped-{step}"), threading.Event()
+        list(start(run, make_policy, stop, StopAt(stop, step)).epochs())
         again = start(RunFolder.open(run.path), make_policy)
         list(again.epochs())
-        assert timeless(run.metrics()) == timeless(whole.metrics()), f"stopped at call {call}"
+        assert timeless(run.metrics()) == timeless(whole.metrics()), f"stopped at step {step}"
         assert same(lora_of(again), lora_of(reference)) and snapshots(run) == snapshots(whole)
 
 

@@ -32,9 +32,10 @@ class Status:
     """The state and progress of a job.
 
     waits_for: the id of the job that trains on the device while this one waits for its turn; else None;
-    epoch: finished epochs of `epochs`; phase: what the current epoch is doing, `phase_done` of `phase_total`;
+    epoch: finished epochs of `epochs`; phase: what the current epoch is doing, `phase_done` of `phase_total`, with a
+    fraction for a micro-batch that is under way;
     eta_s: seconds the remaining epochs will take at the pace of the latest ones; during the first, an estimate that
-    counts that epoch too, None before its first micro-batch is done;
+    counts that epoch too, None before its first sample is done;
     lora: the newest LoRA file, None before there is one; error: one sentence if the state is "failed";
     overoptimised: the epoch since which the run overoptimises, None if it does not.
     """
@@ -44,7 +45,7 @@ class Status:
     epoch: int
     epochs: int
     phase: str = ""
-    phase_done: int = 0
+    phase_done: float = 0
     phase_total: int = 0
     waits_for: str | None = None
     eta_s: float | None = None
@@ -165,10 +166,10 @@ class Job:
             return True
         return False
 
-    def _watch(self, phase: str, done: int, total: int) -> None:
+    def _watch(self, phase: str, done: float, total: int) -> None:
         self._pace.see(phase, done, total, time.monotonic())
         changes: dict[str, Any] = {}
-        if not self.run.metrics() and (epoch := self._pace.epoch()) is not None:
+        if not self.status.epoch and (epoch := self._pace.epoch()) is not None:
             changes["eta_s"] = max(self.status.epochs * epoch - (time.monotonic() - self._began), 0.0)
         self._change("phase", phase=phase, phase_done=done, phase_total=total, **changes)
 

@@ -18,7 +18,7 @@ from .plots.image_grid import save_image_grid
 from .run import EpochMetrics, RunFolder, TrainingError
 from .run.checkpoint import remove_partial
 from .run.tastes import keep_tastes
-from .state import TrainState, Watch
+from .state import TrainState
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Keeper:
     """Writes to the run's folder and to trackers; used only in the main process of a training.
 
     Args:
-        config, decoder, state, watch: the training's; run: its folder.
+        config, decoder, state: the training's; run: its folder.
         reward: the name of the training reward; tastes: those among the rewards, by name.
         grid_prompts: the prompts of a sample grid's images.
     """
@@ -38,7 +38,6 @@ class Keeper:
     reward: str
     tastes: dict[str, Taste]
     grid_prompts: list[str]
-    watch: Watch
 
     @property
     def context(self) -> Context:
@@ -108,9 +107,10 @@ class Keeper:
         """Draw and save images of fixed prompts from fixed noise; `check` may raise to abort."""
         prompts = self.grid_prompts
         seeds = [(self.config.seed, "grid", i) for i in range(len(prompts))]
-        self.watch("drawing samples", 0, len(prompts))
-        with torch.no_grad(), self.context.policy.evaluating():
-            images = draw_images(self.decoder, prompts, seeds, self.context.micro_batch, check)
+        context = self.context
+        context.begin("drawing samples", 0, len(prompts), len(prompts))
+        with torch.no_grad(), context.policy.evaluating():
+            images = draw_images(self.decoder, prompts, seeds, context.micro_batch, check, context.tell)
         save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
     def _check_finite(self) -> None:

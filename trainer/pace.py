@@ -1,4 +1,4 @@
-"""How long a run will take, from its first micro-batch on."""
+"""How long a run will take, from its first sample on."""
 
 # Seconds that updating takes per second of sampling, until it has been measured: an update runs the model forwards and
 # backwards on each step. Shapes takes 0.9, as it decodes much for its critic.
@@ -9,18 +9,18 @@ class Pace:
     """Estimates from the progress of the first epoch; later ones are measured by their own seconds."""
 
     def __init__(self) -> None:
-        self._phase, self._began, self._from = "", 0.0, 0
+        self._phase, self._began, self._from = "", 0.0, 0.0
         self._seconds: dict[str, float] = {}  # of each phase, as far as it is known
 
-    def see(self, phase: str, done: int, total: int, now: float) -> None:
+    def see(self, phase: str, done: float, total: int, now: float) -> None:
         """Progress at the time `now`, in seconds."""
         if phase != self._phase:
             self._phase, self._began, self._from = phase, now, done
-        elif done > self._from and total:
+        elif done >= self._from + 1 and total:  # the start of a phase, when all warms up, says little
             self._seconds[phase] = (now - self._began) / (done - self._from) * total
 
     def epoch(self) -> float | None:
-        """Seconds of an epoch; None before the first micro-batch is done."""
+        """Seconds of an epoch; None before the first sample is done."""
         sampling = self._seconds.get("sampling")
         if sampling is None:
             return self._seconds.get("updating")

@@ -18,7 +18,7 @@ from .run.checkpoint import load_latest, save_checkpoint
 from .run.identity import check_same
 from .run.paths import epoch_name
 
-Watch = Callable[[str, int, int], None]  # (phase, done, total)
+Watch = Callable[[str, float, int], None]  # (phase, done, total); within a micro-batch, `done` has a fraction
 
 
 class TrainState:

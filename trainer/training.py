@@ -102,9 +102,7 @@ class Training:
         self._warn(describe_unread(self.policy.model, [*self.prompts, *grid_prompts]))
         self._warn(unguarded(config))
         self._warn(told_of_changes(run, config))
-        self.keeper = Keeper(
-            config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts, self.watch
-        )
+        self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts)
 
     def _warn(self, text: str | None) -> None:
         if self.accelerator.is_main_process and text:
@@ -131,6 +129,7 @@ class Training:
             all_prompts=self.prompts,
             check=self._check_stop,
             record=self._keep_neurons,
+            watch=self.watch,
         )
 
     def _own_share(self, samples: int) -> int:
@@ -231,8 +230,8 @@ class Training:
         context, start = self.context, time.perf_counter()
         progress = context.progress
         while (begin := progress.samples) < context.samples:
-            self.watch("sampling", begin, context.samples)
             rows = range(begin, min(begin + context.micro_batch, context.samples))
+            context.begin("sampling", begin, len(rows), context.samples)
             try:
                 progress.parts.append(self.method.sample(*context.draws(rows)))
                 continue
@@ -255,7 +254,7 @@ class Training:
         progress, start = self.context.progress, time.perf_counter()
         groups = self.method.groups(self.context.epoch + 1)
         for index in range(progress.updates, len(groups)):
-            self.watch("updating", index, len(groups))
+            self.context.begin("updating", index, 1, len(groups))
             set_lr(self.context.optimizer, self._lr(index, len(groups)))
             self.method.update(groups[index])
             progress.updates += 1

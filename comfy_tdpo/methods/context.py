@@ -59,6 +59,7 @@ class Context:
     micro_batch: rows in each forward pass, reduced when memory runs out.
     prompts: for a given epoch, one prompt per sample of all processes; all_prompts: those it draws from.
     check: called between forward passes; if it raises, everything is left as after the last complete update.
+    watch: sees the progress, called with (phase, done, total); see `begin`.
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
     epoch: number of finished epochs.
     """
@@ -80,6 +81,20 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)
     all_prompts: list[str] = field(default_factory=list)
+    watch: Callable[[str, float, int], None] = lambda phase, done, total: None
+    _piece: tuple[str, int, int, int] = ("", 0, 0, 0)
+
+    # --- progress
+
+    def begin(self, phase: str, done: int, size: int, total: int) -> None:
+        """Begin `size` of the `total` samples or updates of a phase, of which `done` are done."""
+        self._piece = phase, done, size, total
+        self.watch(phase, done, total)
+
+    def tell(self, share: float) -> None:
+        """Tell which share of what was begun is done, from 0 to 1; cheap enough to be called for every forward pass."""
+        phase, done, size, total = self._piece
+        self.watch(phase, done + share * size, total)
 
     # --- samples
 
@@ -130,6 +145,8 @@ class Context:
                 size = max(self.micro_batch // together, 1) * together
                 for begin in range(0, rows, size):
                     self.check()
+                    if begin:
+                        self.tell(begin / rows)
                     results.append(accumulate(slice(begin, min(begin + size, rows))))
                 break
             except BaseException as error:  # after a stop, too, the metrics must not hold half an update

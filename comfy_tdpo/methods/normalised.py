@@ -107,8 +107,9 @@ class NormalisedRewards:
         context, size = self.context, self.context.micro_batch
         for begin in range(0, len(rows), size):
             part = rows[begin : begin + size]
+            context.begin("drawing for guards", begin, len(part), len(rows))
             prompts, seeds = [prompt for prompt, _ in part], [(self.config.seed, "guards", *row) for row in part]
-            images = draw_images(context.decoder, prompts, seeds, size, context.check)
+            images = draw_images(context.decoder, prompts, seeds, size, context.check, context.tell)
             yield {name: score_images(guard, images, prompts) for name, guard in context.guards.items()}
 
     def finish(self, batch: Trajectories) -> Metrics:

@@ -75,6 +75,7 @@ class PolicyGradient:
             step_rewards=self.rewards.models if self.critic and config.critic.scores else (),
             kl=self.kl.form,
             check=context.check,
+            tell=context.tell,
             guards=context.guards,
         )
         return sampler.sample(prompts, seeds)

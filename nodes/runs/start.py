@@ -113,16 +113,19 @@ class Teller:
 
 
 def wait_for(job: Job, show: Callable[[int, int], None]) -> Status:
-    """Wait for `job` to end, and call `show(done, total)` meanwhile.
+    """Wait for `job` to end, and call `show(done, total)` meanwhile, which never goes back.
 
     If `show` raises, which is how ComfyUI signals that the user cancelled, the job is stopped and saved first.
 
     Raises:
         RuntimeError: the job failed.
     """
+    most = 0
     try:
         while (status := job.wait(SECONDS_BETWEEN_EVENTS)).state not in ENDED:
-            show(*_done(status))
+            done, total = _done(status)
+            most = max(most, done)  # what is drawn before and after the updates belongs to neither half of an epoch
+            show(most, total)
     except BaseException:
         job.stop()
         job.wait()

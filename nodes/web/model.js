@@ -332,5 +332,5 @@ export const progress = ({ epoch, epochs }) => fraction(epoch, epochs);
 export function phaseText({ phase, phase_done: done, phase_total: total }) {
   if (!phase) return "";
   const name = phase[0].toUpperCase() + phase.slice(1);
-  return total > 0 ? `${name}, ${done} of ${total}` : `${name}…`;
+  return total > 0 ? `${name}, ${Math.floor(done)} of ${total}` : `${name}…`;
 }

@@ -78,7 +78,7 @@ class Artist:
             with self._applied(cell):
                 while draws:
                     self.watch(PHASE, done, total)
-                    drawn = self._draw(cell, draws)
+                    drawn = self._draw(cell, draws, done, total)
                     draws, done = draws[drawn:], done + drawn
         self.watch(PHASE, done, total)
 
@@ -95,14 +95,21 @@ class Artist:
         return nullcontext()
 
     @torch.no_grad()
-    def _draw(self, cell: Cell, draws: list[Draw]) -> int:
-        """Draw the first of `draws`, as many as fit into memory, and return how many these are."""
+    def _draw(self, cell: Cell, draws: list[Draw], done: int, total: int) -> int:
+        """Draw the first of `draws`, as many as fit into memory, and return how many these are.
+
+        `done` of the `total` images are drawn already.
+        """
         batch = draws[: self._batch]
         prompts = [draw.prompt for draw in batch]
         seeds = [(self.config.seed, "recommend", draw.prompt, draw.noise) for draw in batch]
+
+        def tell(share: float) -> None:
+            self.watch(PHASE, done + share * len(batch), total)
+
         try:
             with self.policy.guided_for_evaluation():
-                images = draw_images(self._decoder, prompts, seeds, len(batch), self.check)
+                images = draw_images(self._decoder, prompts, seeds, len(batch), self.check, tell)
             scores = {reward.name: score_images(reward, images, prompts).tolist() for reward in self.rewards}
         except Exception as error:
             if not out_of_memory(error):

@@ -75,10 +75,10 @@ class Console:
             f"training {config.model} with {config.algorithm} on {device}, {config.samples_per_epoch} samples per epoch"
         )
 
-    def watch(self, phase: str, done: int, total: int) -> None:
-        """Show progress within the current epoch; cheap enough to call for every micro-batch."""
+    def watch(self, phase: str, done: float, total: int) -> None:
+        """Show progress within the current epoch; cheap enough to call for every forward pass."""
         if self._bar is not None:
-            self._describe(f"{phase} {done}/{total}")
+            self._describe(f"{phase} {int(done)}/{total}")
             self._bar.update(0)
 
     def epoch(self, metrics: EpochMetrics) -> None:

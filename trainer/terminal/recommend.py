@@ -136,16 +136,17 @@ class Progress:
     def tell(self, text: str) -> None:
         print(f"recommending: {text}", file=self._stream, flush=True)
 
-    def watch(self, phase: str, done: int, total: int) -> None:
+    def watch(self, phase: str, done: float, total: int) -> None:
+        drawn = int(done)
         if not self._stream.isatty():
-            tenths = 10 * done // total if total else 0
+            tenths = 10 * drawn // total if total else 0
             if tenths > self._tenths:
                 self._tenths = tenths
-                print(f"{phase}: {done} of {total} images", file=self._stream, flush=True)
+                print(f"{phase}: {drawn} of {total} images", file=self._stream, flush=True)
             return
         if self._bar is None:
             self._bar = tqdm(total=total, desc=phase, unit="image", file=self._stream)
-        self._bar.update(done - self._bar.n)
+        self._bar.update(drawn - self._bar.n)
 
 
 # --- the result as text -----------------------------------------------------------------------------------------------
