@@ -9,7 +9,11 @@ _log = logging.getLogger(__name__)
 
 
 async def comfy_entrypoint():
-    """The extension that ComfyUI loads. ComfyUI is imported here, so that this package can be imported without it."""
+    """The extension that ComfyUI loads. ComfyUI is imported here, so that this package can be imported without it.
+
+    The numbered versions of comfy_api fix nothing that we use: up to ComfyUI 0.10 `comfy_api.v0_0_2` has the same `io`
+    and ComfyExtension as `latest`, which core's own nodes import. `comfy/needs.py` says what must not change.
+    """
     from comfy_api.latest import ComfyExtension, io
 
     nodes = _nodes_or_a_line()

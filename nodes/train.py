@@ -24,7 +24,7 @@ class Train(io.ComfyNode):
             description="Aligns a model with a reward: draws images, scores them, and trains a LoRA to make images "
             "like the best ones more likely. Runs are kept in output/tdpo, and resume where they were stopped.",
             is_output_node=True,
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -238,7 +238,8 @@ class Train(io.ComfyNode):
             prompt_set=prompt_set,
             settings=settings,
         )
-        place = Place(cls.hidden.unique_id, workflow_id(cls.hidden.extra_pnginfo))
+        node = cls.hidden.dynprompt.get_display_node_id(cls.hidden.unique_id)  # a loop runs copies with other ids
+        place = Place(node, workflow_id(cls.hidden.extra_pnginfo))
         run = train(wires, wanted, run_name, resume, mode == WAIT, place)
         return io.NodeOutput(
             run, lora_weights(run), sample_image(run), plot_image(run), ui={"tdpo_run": [run.path.name]}

@@ -45,6 +45,34 @@ NODE_CLASS_MAPPINGS = {}
 """
 
 
+# As core's Start Loop and End Loop, which these versions lack: copies of the nodes between them, with ids of their own
+LOOP = """
+import json
+from comfy_execution.graph_utils import GraphBuilder
+
+class Loop:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "loop", "tests", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"body": ("STRING", {}), "iterations": ("STRING", {})}}
+
+    def loop(self, body, iterations):
+        builder, body = GraphBuilder(), json.loads(body)
+        for number, changes in enumerate(json.loads(iterations)):
+            copies = {id: builder.node(node["class_type"], f"{number}_{id}") for id, node in body.items()}
+            for id, copy in copies.items():
+                copy.set_override_display_id(id)
+                for name, value in body[id]["inputs"].items():
+                    copy.set_input(name, copies[value[0]].out(value[1]) if isinstance(value, list) else value)
+            for name, value in changes.items():
+                copies["train"].set_input(name, value)
+        return {"result": (), "expand": builder.finalize()}
+
+NODE_CLASS_MAPPINGS = {"TestLoop": Loop}
+"""
+
+
 class Server:
     """A running server; everything it writes lies in `base`.
 
@@ -59,6 +87,7 @@ class Server:
         pack = base / "custom_nodes" / "tdpo-under-test"
         if not pack.exists():
             pack.symlink_to(ROOT, target_is_directory=True)
+        (base / "custom_nodes" / "loop.py").write_text(LOOP)
         if check and not backend.asks:
             (base / "custom_nodes" / "check.py").write_text(CHECK)
         self.port = _free_port()
@@ -221,6 +250,12 @@ def train_graph(run_name: str, /, **changes: Any) -> dict:
         "reward": {"class_type": "TDPORewardModel", "inputs": {"reward": "shapes-aesthetic", "weight": 1.0}},
         "train": {"class_type": "TDPOTrain", "inputs": inputs | changes},
     }
+
+
+def loop_graph(body: dict, *iterations: dict) -> dict:
+    """What runs `body` once for each of the `iterations`, with these inputs of its node `train`."""
+    inputs = {"body": json.dumps(body), "iterations": json.dumps(iterations)}
+    return {"loop": {"class_type": "TestLoop", "inputs": inputs}}
 
 
 def apply_graph(**changes: Any) -> dict:

@@ -28,7 +28,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         ComfyNode=object,
         Schema=SimpleNamespace,
         NodeOutput=lambda *values, ui=None: SimpleNamespace(values=values, ui=ui),
-        Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO"),
+        Hidden=SimpleNamespace(unique_id="UNIQUE_ID", extra_pnginfo="EXTRA_PNGINFO", dynprompt="DYNPROMPT"),
         Custom=comfy_type,
         **{name: comfy_type(name) for name in TYPES},
     )

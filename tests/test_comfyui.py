@@ -7,7 +7,7 @@ import shutil
 import comfyui
 import pytest
 from backends import EACH, OLDEST, Backend, ask
-from comfyui import Events, Server, apply_graph, sample_graph, train_graph, wait_until
+from comfyui import Events, Server, apply_graph, loop_graph, sample_graph, train_graph, wait_until
 from safetensors.torch import load_file, save_file
 
 NODES = [
@@ -160,6 +160,32 @@ def test_cancel_saves_and_queueing_again_goes_on(server):
     assert server.run(apply_graph(lora_name=status["lora"]) | train_graph("cancelled", resume="as it is"))
     outputs = server.run(train_graph("cancelled", epochs=status["epoch"] + 1) | apply_graph(run=["train", 0]))
     assert outputs["info"]["text"] == [f"run cancelled, after epoch {status['epoch'] + 1}, strength 1"]
+
+
+def cancel(server: Server, prompt: str) -> None:
+    """As the frontend cancels a single job; before ComfyUI had a route for that, the one to interrupt took its id."""
+    if server.raw(f"/api/jobs/{prompt}/cancel", "POST")[0] in (404, 405):
+        server.post("/interrupt", {"prompt_id": prompt})
+
+
+@in_each
+def test_a_loop_makes_a_run_of_each_iteration_that_differs_and_can_be_cancelled(server):
+    """Its copies of the node have ids that are no numbers and are not in the workflow."""
+    body, seeds = train_graph("looped", epochs=1), [{"seed": seed} for seed in (1, 2, 1)]
+    server.run(loop_graph(body, *seeds))
+    assert folders(server) >= {"looped", "looped-2"} and "looped-3" not in folders(server)
+    for run in ("looped", "looped-2"):
+        assert {"state": "finished", "node": "train"}.items() <= server.status(run).items()
+    prompt = server.queue(loop_graph(body, {"epochs": 500}, {"seed": 3}))
+    server.until("looped", lambda status: status["state"] == "running" and status["phase"])
+    cancel(server, "0" * 8 + prompt[8:])
+    assert server.status("looped")["state"] == "running", "that was another job"
+    cancel(server, prompt)
+    assert "execution_interrupted" in server.ended(prompt)["messages"]
+    assert server.status("looped")["state"] == "stopped" and "looped-3" not in folders(server)
+    server.run(loop_graph(train_graph("in-turn", mode="background"), {"seed": 1}, {"seed": 2}))
+    for run in ("in-turn", "in-turn-2"):
+        assert server.until(run, lambda status: status["state"] == "finished")["epoch"] == 2
 
 
 def test_settings_queued_during_a_training_are_told_and_taken_by_a_graph_that_waits(server):

@@ -22,6 +22,7 @@ MODULES = (
     "comfy.supported_models_base",
     "comfy.utils",
     "comfy_api.latest",
+    "comfy_execution.graph",
     "folder_paths",
     "server",
 )
@@ -70,6 +71,7 @@ comfy_api.latest.io.ComfyNode
 comfy_api.latest.io.Custom(_)
 comfy_api.latest.io.Float.Input(_, default=_, min=_, max=_, step=_, round=_, tooltip=_)
 comfy_api.latest.io.Float.Output(_, display_name=_, is_output_list=_, tooltip=_)
+comfy_api.latest.io.Hidden.dynprompt
 comfy_api.latest.io.Hidden.extra_pnginfo
 comfy_api.latest.io.Hidden.unique_id
 comfy_api.latest.io.Image.Input(_, optional=_, tooltip=_)
@@ -84,6 +86,7 @@ comfy_api.latest.io.String.Input(_, default=_, multiline=_, optional=_, tooltip=
 comfy_api.latest.io.String.Output(_, display_name=_, tooltip=_)
 comfy_api.latest.io.Vae.Input(_, tooltip=_)
 comfy_api.latest.io.Vae.Output(_, display_name=_, tooltip=_)
+comfy_execution.graph.DynamicPrompt.get_display_node_id(self, _)
 folder_paths.add_model_folder_path(_, _)
 folder_paths.get_filename_list(_)
 folder_paths.get_folder_paths(_)
