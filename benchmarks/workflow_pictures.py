@@ -56,14 +56,17 @@ FIT = """async (titles) => {
 @dataclass(frozen=True)
 class Picture:
     """What the thumbnail of a workflow shows: the images of the nodes of those titles, side by side, after a run;
-    without a run, the groups of those titles, or the whole graph if there are none."""
+    without a run, or after votes on the pictures of a run, the groups and nodes of those titles, or the whole graph if
+    there are none."""
 
     titles: tuple[str, ...] = ()
     is_run: bool = True
+    is_voted: bool = False
 
 
 PICTURES = {
     "shapes_quickstart": Picture(("Before, with scores", "After, with scores")),
+    "shapes_taste": Picture(("TDPO Taste",), is_voted=True),
     "shapes_inspect_neurons": Picture(("Neurons over the epochs",)),
     "multi_reward": Picture(("Aligned, with scores",)),
     "sd15_align_aesthetic": Picture(("1  Align",), is_run=False),
@@ -92,7 +95,10 @@ def take(page: Any, server: str, name: str, picture: Picture) -> None:
     page.evaluate(OPEN, json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
     if picture.is_run:
         run(page)
-    shown = images_of(page, server, picture.titles) if picture.is_run else screenshot(page, picture.titles)
+    if picture.is_voted:
+        vote(page)
+    has_images = picture.is_run and not picture.is_voted
+    shown = images_of(page, server, picture.titles) if has_images else screenshot(page, picture.titles)
     shown = ImageOps.pad(shown.convert("RGB"), THUMBNAIL, color=GROUND)
     shown.save(ROOT / "workflows" / f"{name}.jpg", quality=88)
     if name == "shapes_quickstart":
@@ -112,6 +118,23 @@ def run(page: Any) -> None:
         })""".replace("MINUTES", str(MINUTES))
     )
     page.wait_for_timeout(3000)
+
+
+def vote(page: Any) -> None:
+    """Like the pictures on the brightest ground, a quarter of them, and dislike the rest."""
+    page.evaluate("""() => {
+      const buttons = [...document.querySelectorAll(".tdpo-picture")];
+      const ground = (button) => {
+        const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");
+        canvas.drawImage(button.firstChild, 0, 0);
+        return canvas.getImageData(0, 0, 1, 1).data.slice(0, 3).reduce((sum, level) => sum + level);
+      };
+      const sorted = buttons.sort((one, other) => ground(other) - ground(one));
+      for (const button of sorted.slice(0, buttons.length / 4)) button.click();
+    }""")
+    page.wait_for_timeout(5000)
+    page.get_by_role("button", name="Dislike the rest").evaluate("(button) => button.click()")
+    page.wait_for_timeout(10_000)
 
 
 # The files that the node of a title has shown.

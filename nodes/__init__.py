@@ -46,6 +46,7 @@ def _nodes() -> list[Any]:
     from .comfy.folders import register_rewards_folder
     from .comfy.routes import register_routes
     from .neuron_inspector import NeuronInspector
+    from .prompts import Prompts
     from .reward_model import RewardModel
     from .score_images import ScoreImages
     from .shapes_model import ShapesModel
@@ -55,4 +56,4 @@ def _nodes() -> list[Any]:
 
     register_rewards_folder()
     register_routes()
-    return [RewardModel, Taste, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]
+    return [RewardModel, Taste, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel, Prompts]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from comfy_tdpo.rewards import has_encoder, reward_names
 
-from .comfy.sockets import CATEGORY, in_a_sum, sum_of_rewards
+from .comfy.sockets import CATEGORY, in_a_sum, sum_of_rewards, waiting
 from .runs.combos import AUTO, check_choice
 from .runs.reward_choice import RewardChoice
 from .runs.wording import words_of_nodes
@@ -23,8 +23,9 @@ class Taste(io.ComfyNode):
             node_id="TDPOTaste",
             display_name="TDPO Taste",
             category=CATEGORY,
-            description="A reward that learns what you like. Every picture you connect is a vote, and votes are kept: "
-            "connect more later, or none to use the taste as it is. About a hundred votes make a usable reward.",
+            description="A reward that learns what you like. Connect pictures and click on those you like and dislike. "
+            "Each click is a vote, and votes are kept. About a hundred votes make a usable reward.",
+            is_output_node=True,
             inputs=[
                 io.String.Input(
                     "name",
@@ -32,11 +33,22 @@ class Taste(io.ComfyNode):
                     tooltip="The name of the taste, and of its folder in output/tdpo_tastes.",
                 ),
                 weight,
-                io.Image.Input("liked", optional=True, tooltip="Pictures you like. A picture counts once."),
+                io.Image.Input(
+                    "pictures",
+                    optional=True,
+                    tooltip="Pictures to vote on: the node shows them, and you click. What comes after this node waits "
+                    "until there are enough votes.",
+                ),
+                io.Image.Input(
+                    "liked",
+                    optional=True,
+                    tooltip="Pictures you like, all of them, without a click. A picture counts once.",
+                ),
                 io.Image.Input(
                     "disliked",
                     optional=True,
-                    tooltip="Pictures you do not like. If you have voted on a picture before, the last vote counts.",
+                    tooltip="Pictures you do not like, all of them, without a click. If you have voted on a picture "
+                    "before, the last vote counts.",
                 ),
                 io.Combo.Input(
                     "encoder",
@@ -45,6 +57,15 @@ class Taste(io.ComfyNode):
                     optional=True,
                     tooltip="The reward whose image encoder reads the pictures; fixed by the first vote. auto: that of "
                     "Shapes if the first picture has 64 x 64 pixels, else CLIP ViT-L/14, that of 'aesthetic'.",
+                ),
+                io.Int.Input(
+                    "votes_needed",
+                    default=0,
+                    min=0,
+                    max=10_000,
+                    optional=True,
+                    tooltip="How many votes the taste needs before it is used. It always needs a liked picture and a "
+                    "disliked one.",
                 ),
                 also,
             ],
@@ -75,15 +96,21 @@ class Taste(io.ComfyNode):
         cls,
         name: str,
         weight: float,
+        pictures: Tensor | None = None,
         liked: Tensor | None = None,
         disliked: Tensor | None = None,
         encoder: str = AUTO,
+        votes_needed: int = 0,
         also: RewardChoice | None = None,
     ) -> io.NodeOutput:
-        from .comfy.folders import all_tastes
+        from .comfy.folders import all_tastes, shown_pictures
         from .comfy.scoring import pictures_of
         from .runs.tastes import with_taste
 
         check_choice("encoder", encoder, ENCODERS)
-        taste = all_tastes().vote(name, pictures_of(liked), pictures_of(disliked), encoder)
-        return io.NodeOutput(with_taste(also or RewardChoice({}), name, taste, weight))
+        tastes, shown = all_tastes(), pictures_of(pictures)
+        taste = tastes.vote(name, pictures_of(liked), pictures_of(disliked), encoder, shown)
+        ballot = tastes.ballot(name, [shown_pictures().keep(picture) for picture in shown], votes_needed)
+        is_enough = tastes.is_enough(name, votes_needed, is_shown=bool(shown))
+        reward = with_taste(also or RewardChoice({}), name, taste, weight) if is_enough else waiting()
+        return io.NodeOutput(reward, ui={"tdpo_ballot": [ballot]})

@@ -32,7 +32,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         Custom=comfy_type,
         **{name: comfy_type(name) for name in TYPES},
     )
+    blocker = {"ExecutionBlocker": lambda message: SimpleNamespace(message=message)}
     modules = {"comfy_api": {}, "comfy_api.latest": {"io": io}}
+    modules |= {"comfy_execution": {}, "comfy_execution.graph_utils": blocker}
     modules["folder_paths"] = {"get_filename_list": lambda kind: ["one.safetensors"]}
     for name, content in modules.items():
         module = ModuleType(name)

@@ -1174,6 +1174,50 @@ def test_a_table_without_runs_says_so(tab):
     tab.page.keyboard.press("Escape")
 
 
+BALLOT = {
+    "name": "my own", "votes": 1, "liked": 1, "disliked": 0, "pairs": 0, "needed": 3,
+    "pictures": [{"file": f"{i}.png", "liked": 1 if i == 0 else None} for i in range(4)],
+}  # fmt: skip
+TELL_BALLOT = "(told) => window.app.graph.nodes.find((node) => node.type === 'TDPOTaste').onExecuted(told)"
+
+
+@in_each
+def test_pictures_are_shown_in_the_taste_and_each_click_is_a_vote(tab):
+    taste = train_node(1) | {"type": "TDPOTaste", "pos": [100, 100], "size": [460, 544]}
+    tab.load(graph_of(taste))
+    tab.page.evaluate(LOOK_AT, "TDPOTaste")
+    panel = tab.page.locator(".tdpo-votes")
+    panel.wait_for(state="visible")
+    assert "Connect pictures and press Run" in panel.inner_text()
+    tab.page.route("**/view?**", lambda route: route.fulfill(body=SQUARE, content_type="image/png"))
+    tab.page.evaluate(TELL_BALLOT, {"tdpo_ballot": [BALLOT]})
+    pictures = panel.locator(".tdpo-picture")
+    assert pictures.count() == 4
+    assert "1 vote so far" in panel.inner_text() and "Nothing is trained before that." in panel.inner_text()
+    told = [{"votes": 2, "liked": 2}, {"votes": 2, "liked": 1, "disliked": 1}, {"votes": 4, "liked": 1, "disliked": 3}]
+
+    def answer(route: Any) -> None:
+        tab.votes.append((route.request.url.split("/tdpo/")[1], route.request.post_data_json))
+        route.fulfill(json=told[min(len(tab.votes), 3) - 1])
+
+    tab.page.route("**/tdpo/tastes/**", answer)
+    pictures.nth(2).click()
+    tab.page.wait_for_selector(".tdpo-picture:nth-child(3)[data-vote=liked]")
+    panel.get_by_role("button", name="Dislike", exact=False).first.click()
+    pictures.nth(2).click()
+    tab.page.wait_for_selector(".tdpo-picture:nth-child(3)[data-vote=disliked]")
+    assert "3 are needed before training starts" in panel.inner_text()
+    panel.get_by_role("button", name="Dislike the rest").click()
+    tab.page.wait_for_selector(".tdpo-picture:nth-child(4)[data-vote=disliked]")
+    shown = lambda i, liked: ("tastes/my%20own/votes", {"picture": {"shown": f"{i}.png"}, "liked": liked})  # noqa: E731
+    assert tab.votes == [shown(2, True), shown(2, False), shown(1, False), shown(3, False)]
+    assert not panel.get_by_role("button", name="Dislike the rest").is_visible()
+    assert "Press Run to train on them." in panel.inner_text()
+    screenshot(tab, "ballot")
+    assert pictures.nth(0).locator("img").get_attribute("alt") == "Picture 1, liked"
+    assert tab.problems == []
+
+
 def test_words_from_the_server_are_never_html(tab):
     evil = "<img src=x onerror='window.evil = 1'>"
     words = dict.fromkeys(("id", "phase", "reward", "message", "error"), evil)

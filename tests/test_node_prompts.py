@@ -1,13 +1,16 @@
 """Prompts from a widget or a wire: the same text wherever it came from, and ComfyUI's syntax for CLIP alone."""
 
+from importlib import import_module
+
 import comfyui
 import pytest
+import standin
 from backends import ask
 from fake_training import begin, runs_in, wanted
 
 from comfy_tdpo.clean_text import clean, one_line
 from comfy_tdpo.nodes.comfy.scoring import prompt_of_each
-from comfy_tdpo.nodes.runs.prompts import WRITTEN, read_prompts, words_of
+from comfy_tdpo.nodes.runs.prompts import WRITTEN, read_prompts, spread, words_of
 from comfy_tdpo.nodes.runs.resume import difference
 from comfy_tdpo.nodes.runs.start import prepare
 from comfy_tdpo.prompts import load_prompts
@@ -154,3 +157,26 @@ def test_a_run_keeps_its_weights_and_does_not_resume_with_others(tmp_path):
     (run.path / WRITTEN).write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is damaged"):
         changed(texts)
+
+
+# --- the node that gives prompts one by one
+
+
+@pytest.fixture
+def node(monkeypatch):
+    standin.install(monkeypatch)
+    return import_module("comfy_tdpo.nodes.prompts").Prompts
+
+
+def test_prompts_are_spread_over_the_list():
+    assert spread(list("abcdef"), 3) == ["a", "c", "e"]
+    assert spread(list("abc"), 9) == spread(list("abc"), 3) == ["a", "b", "c"]
+
+
+def test_prompts_are_those_of_the_text_with_their_weights_or_else_of_the_set(node):
+    (lines,) = node.execute("shapes", "a (red:1.2) fox\n# no\n\nan owl", 16).values
+    assert lines == ["a (red:1.2) fox", "an owl"], "CLIP reads the weights"
+    (lines,) = node.execute("shapes", " ", 5).values
+    assert len(lines) == 5 and set(lines) <= set(load_prompts("shapes"))
+    with pytest.raises(ValueError, match="got prompt_set '/etc/passwd'; expected one of complex"):
+        node.execute("/etc/passwd", "", 1)

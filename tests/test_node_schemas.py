@@ -21,6 +21,7 @@ NODES = {
     "TDPOApplyLoRA": "apply_lora.ApplyLoRA",
     "TDPOScoreImages": "score_images.ScoreImages",
     "TDPOShapesModel": "shapes_model.ShapesModel",
+    "TDPOPrompts": "prompts.Prompts",
 }
 
 

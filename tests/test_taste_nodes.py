@@ -19,6 +19,7 @@ from comfy_tdpo.nodes.runs.select import choose
 from comfy_tdpo.nodes.runs.tastes import NoSuchTaste, Tastes, tastes_beside, with_taste
 from comfy_tdpo.rewards import load_reward
 from comfy_tdpo.rewards.taste import Taste
+from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.votes import Pair, Thumb
 from comfy_tdpo.trainer.plots.image_grid import image_in_grid, save_image_grid
 from comfy_tdpo.trainer.run.tastes import keep_tastes
@@ -49,18 +50,19 @@ def voted(tastes: Tastes, name: str = "mine", seed: int = 0):
 
 
 @pytest.fixture
-def node(monkeypatch, tastes):
+def node(monkeypatch, runs, tastes):
     standin.install(monkeypatch)
     cls = import_module("comfy_tdpo.nodes.taste").Taste
     folders = import_module("comfy_tdpo.nodes.comfy.folders")
     monkeypatch.setattr(folders, "all_tastes", lambda: tastes)
+    monkeypatch.setattr(folders, "shown_pictures", lambda: shown_in(runs))
     return cls
 
 
 def test_pictures_become_votes_and_a_reward_that_scores(node, tastes):
     with torch.inference_mode():  # as ComfyUI runs its nodes
         chain = RewardChoice({"shapes-judge": 1.0})
-        (choice,) = node.execute("mine", 2.0, images(3), images(3, 1), also=chain).values
+        (choice,) = node.execute("mine", 2.0, liked=images(3), disliked=images(3, 1), also=chain).values
         scores = score(images(3), [""] * 3, choice, CPU)
     folder = tastes.root / "mine"
     assert choice.weights == {"shapes-judge": 1.0, "taste:mine": 2.0} and choice.files == {"taste:mine": str(folder)}
@@ -75,12 +77,12 @@ def test_pictures_become_votes_and_a_reward_that_scores(node, tastes):
 
 def test_queueing_again_votes_no_second_time_and_new_votes_change_the_fingerprint(node, tastes):
     assert node.fingerprint_inputs(name="mine") == ""
-    node.execute("mine", 1.0, images(2), images(2, 1))
+    node.execute("mine", 1.0, liked=images(2), disliked=images(2, 1))
     first = node.fingerprint_inputs(name="mine")
-    node.execute("mine", 1.0, images(2), images(2, 1))
+    node.execute("mine", 1.0, liked=images(2), disliked=images(2, 1))
     node.execute("mine", 1.0)
     assert node.fingerprint_inputs(name="mine") == first and tastes.status("mine")["votes"] == 4
-    node.execute("mine", 1.0, None, images(2))
+    node.execute("mine", 1.0, disliked=images(2))
     assert node.fingerprint_inputs(name="mine") != first
     assert tastes.status("mine") | {"name": ""} == {
         **{"name": "", "encoder": "shapes-aesthetic", "votes": 4, "liked": 0, "disliked": 4, "pairs": 0}
@@ -90,12 +92,12 @@ def test_queueing_again_votes_no_second_time_and_new_votes_change_the_fingerprin
 
 
 def test_alpha_is_flattened_and_the_first_picture_chooses_the_encoder(node, tastes):
-    node.execute("photos", 1.0, images(1, size=96), None)
+    node.execute("photos", 1.0, liked=images(1, size=96))
     assert tastes.status("photos")["encoder"] == "aesthetic"
-    node.execute("odd", 1.0, images(1, size=96), None, "shapes-judge")
+    node.execute("odd", 1.0, liked=images(1, size=96), encoder="shapes-judge")
     assert tastes.status("odd")["encoder"] == "shapes-judge"
     alpha = torch.cat([images(1), torch.zeros(1, 64, 64, 1)], dim=-1)
-    node.execute("white", 1.0, alpha, images(1))
+    node.execute("white", 1.0, liked=alpha, disliked=images(1))
     (vote,) = [vote for vote in tastes.find("white").votes() if vote.liked]
     assert tastes.find("white").picture(vote.image).min() == 1
 
@@ -103,7 +105,7 @@ def test_alpha_is_flattened_and_the_first_picture_chooses_the_encoder(node, tast
 @pytest.mark.parametrize("name", ["../x", "/etc", "", "a/b", "CON", "x\0y", 3])
 def test_names_never_leave_the_folder(node, tastes, name):
     with pytest.raises(ValueError, match="got taste .*; expected a name of 1 to 80 letters"):
-        node.execute(name, 1.0, images(1), images(1, 1))
+        node.execute(name, 1.0, liked=images(1), disliked=images(1, 1))
     assert "expected a name" in node.validate_inputs(name)
     assert not tastes.root.exists()
 
@@ -111,7 +113,7 @@ def test_names_never_leave_the_folder(node, tastes, name):
 @pytest.mark.parametrize(
     ("inputs", "told"),
     [
-        ({}, "got taste 'mine', which has no votes; expected one of those in output/tdpo_tastes: connect liked and"),
+        ({}, "got taste 'mine', which has no votes; expected one of those in output/tdpo_tastes: connect pictures"),
         ({"liked": images(1), "encoder": "python:os:x"}, "got encoder 'python:os:x'; expected one of auto, aesthetic"),
         ({"liked": images(1)[..., :1]}, "got images of 1 channels; expected 3"),
     ],
@@ -120,6 +122,38 @@ def test_what_cannot_be_voted_on_is_one_sentence_and_keeps_nothing(node, tastes,
     with pytest.raises(ValueError, match=told):
         node.execute("mine", 1.0, **inputs)
     assert not tastes.root.exists()
+
+
+def test_pictures_are_shown_and_what_follows_waits_for_votes(node, runs, tastes):
+    """First nothing but pictures, then votes by clicks, then a reward; the encoder is that of the widget."""
+    pictures, shown = images(4), [file_of(picture) for picture in pictures_of(images(4))]
+
+    def run(**more):
+        (reward,) = (out := node.execute("mine", 1.0, pictures=pictures, encoder="shapes-judge", **more)).values
+        (ballot,) = out.ui["tdpo_ballot"]
+        return hasattr(reward, "weights"), ballot
+
+    is_reward, ballot = run(votes_needed=3)
+    assert not is_reward and (ballot["votes"], ballot["needed"], ballot["encoder"]) == (0, 3, "shapes-judge")
+    assert ballot["pictures"] == [{"file": file, "liked": None} for file in shown]
+    before = node.fingerprint_inputs(name="mine")
+    for file in shown[:3]:
+        assert send(runs, {"picture": {"shown": file}, "liked": True})[0] == 200
+    assert node.fingerprint_inputs(name="mine") != before
+    assert not run(votes_needed=3)[0], "they are all liked"
+    send(runs, {"picture": {"shown": shown[1]}, "liked": False})
+    is_reward, ballot = run(votes_needed=3)
+    assert is_reward and [picture["liked"] for picture in ballot["pictures"]] == [1, 0, 1, None]
+    assert not run(votes_needed=4)[0]
+    kept = tastes.find("mine").picture(shown[0])
+    assert torch.equal(kept, pictures_of(pictures)[0])
+
+
+def test_without_pictures_too_few_votes_are_one_sentence(node):
+    node.execute("mine", 1.0, liked=images(2), disliked=images(2, 1))
+    told = "got 4 votes in taste 'mine'; expected at least 60: connect pictures to TDPO Taste and click"
+    with pytest.raises(ValueError, match=told):
+        node.execute("mine", 1.0, votes_needed=60)
 
 
 def test_good_names_pass(node):
@@ -142,8 +176,13 @@ def cell(row: int, col: int, **more) -> dict:
     return {"run": "one", "epoch": 1, "row": row, "col": col} | more
 
 
+def shown_in(runs: Runs) -> TasteFolder:
+    """Where the node keeps what it shows."""
+    return TasteFolder(runs.root.parent / "temp" / "tdpo_shown")
+
+
 def send(runs: Runs, body, name: str = "mine"):
-    return answers.vote(runs, name, body if isinstance(body, str) else json.dumps(body))
+    return answers.vote(runs, name, body if isinstance(body, str) else json.dumps(body), shown_in(runs))
 
 
 def test_a_vote_on_a_cell_of_a_grid(runs, tastes, grid):
@@ -187,6 +226,8 @@ def test_wrong_votes_are_one_sentence_and_add_nothing(runs, tastes, grid, tmp_pa
         (cell(0, 0, epoch="1"), "got the picture"),
         (cell(True, 0), "got the picture"),
         (cell(0, 0, run="../x"), "got run name"),
+        ({"shown": "../secret.png"}, "which is not shown any more; expected one that TDPO Taste shows: press Run"),
+        ({"shown": "gone.png"}, "got picture 'gone.png', which is not shown any more"),
         ({"file": "../secret.png"}, "expected an image in ComfyUI's output folder"),
         ({"file": str(tmp_path / "secret.png")}, "expected an image in ComfyUI's output folder"),
         ({"file": "link.png"}, "expected an image in ComfyUI's output folder"),

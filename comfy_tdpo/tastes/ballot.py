@@ -13,7 +13,7 @@ from ..atomic_files import write_atomically
 from ..tensor_files import TensorFile, write_tensors
 from .folder import EMBEDDINGS, TasteFolder
 from .head import Ballot
-from .votes import Pair, Thumb, Vote
+from .votes import Pair, Thumb, Vote, has_contrast
 
 Embed = Callable[[Tensor], Tensor]  # pictures (B, 3, H, W) -> unit embeddings (B, D)
 
@@ -51,7 +51,7 @@ def ballot_of(votes: list[Vote], embeds: dict[str, Tensor], path: Path) -> Ballo
     """
     thumbs = [vote for vote in votes if isinstance(vote, Thumb)]
     pairs = [vote for vote in votes if isinstance(vote, Pair)]
-    if not pairs and len({vote.liked for vote in thumbs}) < 2:
+    if not has_contrast(votes):
         raise ValueError(
             f"got the taste '{path}' with {len(thumbs)} votes{_alike(thumbs)}; expected a liked picture and a "
             "disliked one, or a pair: a taste learns from contrast, so vote on more pictures"

@@ -91,6 +91,12 @@ def check_file(name: Any) -> str:
     return name
 
 
+def has_contrast(votes: list[Vote]) -> bool:
+    """Whether a taste can learn from the votes: there is a pair, or pictures are not all liked alike."""
+    liked = {vote.liked for vote in votes if isinstance(vote, Thumb)}
+    return len(liked) > 1 or any(isinstance(vote, Pair) for vote in votes)
+
+
 def counted(votes: list[Vote]) -> list[Vote]:
     """The votes that count, sorted: of several on the same picture or pair only the last, so that people can change
     their minds."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
+from comfy_tdpo.tastes.folder import TasteFolder
+
 from ..runs.registry import Runs
 from ..runs.tastes import Tastes, tastes_beside
 
@@ -24,6 +26,11 @@ def all_runs() -> Runs:
 def all_tastes() -> Tastes:
     """The tastes in ComfyUI's output folder."""
     return tastes_beside(all_runs())
+
+
+def shown_pictures() -> TasteFolder:
+    """The pictures that were shown to be voted on; ComfyUI deletes them when it starts again."""
+    return TasteFolder(Path(folder_paths.get_temp_directory()).resolve() / "tdpo_shown")
 
 
 # --- LoRAs ------------------------------------------------------------------------------------------------------------

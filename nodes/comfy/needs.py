@@ -23,6 +23,7 @@ MODULES = (
     "comfy.utils",
     "comfy_api.latest",
     "comfy_execution.graph",
+    "comfy_execution.graph_utils",
     "folder_paths",
     "server",
 )
@@ -76,22 +77,24 @@ comfy_api.latest.io.Hidden.extra_pnginfo
 comfy_api.latest.io.Hidden.unique_id
 comfy_api.latest.io.Image.Input(_, optional=_, tooltip=_)
 comfy_api.latest.io.Image.Output(_, display_name=_, tooltip=_)
-comfy_api.latest.io.Int.Input(_, default=_, min=_, max=_, step=_, tooltip=_)
+comfy_api.latest.io.Int.Input(_, default=_, min=_, max=_, step=_, optional=_, tooltip=_)
 comfy_api.latest.io.LoraModel.Output(_, display_name=_, tooltip=_)
 comfy_api.latest.io.Model.Input(_, tooltip=_)
 comfy_api.latest.io.Model.Output(_, display_name=_, tooltip=_)
 comfy_api.latest.io.NodeOutput(_, _, _, _, ui=_)
 comfy_api.latest.io.Schema(node_id=_, display_name=_, category=_, description=_, is_output_node=_, hidden=_, inputs=_, outputs=_)
 comfy_api.latest.io.String.Input(_, default=_, multiline=_, optional=_, tooltip=_)
-comfy_api.latest.io.String.Output(_, display_name=_, tooltip=_)
+comfy_api.latest.io.String.Output(_, display_name=_, is_output_list=_, tooltip=_)
 comfy_api.latest.io.Vae.Input(_, tooltip=_)
 comfy_api.latest.io.Vae.Output(_, display_name=_, tooltip=_)
 comfy_execution.graph.DynamicPrompt.get_display_node_id(self, _)
+comfy_execution.graph_utils.ExecutionBlocker(_)
 folder_paths.add_model_folder_path(_, _)
 folder_paths.get_filename_list(_)
 folder_paths.get_folder_paths(_)
 folder_paths.get_full_path(_, _)
 folder_paths.get_output_directory()
+folder_paths.get_temp_directory()
 folder_paths.models_dir
 server.PromptServer.instance.loop
 server.PromptServer.instance.prompt_queue.set_flag(_, _)

@@ -8,7 +8,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ..runs import answers
-from .folders import all_runs
+from .folders import all_runs, shown_pictures
 
 
 def register_routes() -> None:
@@ -57,10 +57,10 @@ def register_routes() -> None:
 
     @routes.post("/tdpo/tastes/{name}/votes")
     async def vote(request: web.Request) -> web.Response:
-        return await _respond("vote", request.match_info["name"], await request.text())
+        return await _respond("vote", request.match_info["name"], await request.text(), shown_pictures())
 
 
-async def _respond(question: str, *arguments: str) -> web.Response:
+async def _respond(question: str, *arguments: Any) -> web.Response:
     """Answer on another thread, as this reads files and draws, and the server must not wait for it."""
     status, answer = await asyncio.to_thread(_ask, question, *arguments)
     if isinstance(answer, bytes):
@@ -68,6 +68,6 @@ async def _respond(question: str, *arguments: str) -> web.Response:
     return web.json_response(answer, status=status)
 
 
-def _ask(question: str, *arguments: str) -> tuple[int, Any]:
+def _ask(question: str, *arguments: Any) -> tuple[int, Any]:
     ask: Callable[..., tuple[int, Any]] = getattr(answers, question)
     return ask(all_runs(), *arguments)

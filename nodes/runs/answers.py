@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from comfy_tdpo.tastes.folder import TasteFolder
+
 from . import table as tables
 from .registry import NoSuchRun, NotEnded, NotRunning, Runs
 from .tastes import NoSuchTaste, tastes_beside
@@ -60,8 +62,8 @@ def taste(runs: Runs, name: str) -> tuple[int, Any]:
     return answer(runs, lambda: tastes_beside(runs).status(name))
 
 
-def vote(runs: Runs, name: str, body: str) -> tuple[int, Any]:
-    return answer(runs, lambda: add_vote(tastes_beside(runs), runs, name, parsed(body)))
+def vote(runs: Runs, name: str, body: str, shown: TasteFolder) -> tuple[int, Any]:
+    return answer(runs, lambda: add_vote(tastes_beside(runs), runs, shown, name, parsed(body)))
 
 
 def _epoch(text: str) -> int:

@@ -71,6 +71,12 @@ def read_lines(text: str, widget: str) -> list[tuple[str, str]]:
     return [(own, line) for own, (_, line) in zip(words, lines, strict=True)]
 
 
+def spread(prompts: list[str], count: int) -> list[str]:
+    """`count` of the prompts in their order, spread evenly; at most all."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
 def keep_written(folder: Path, prompts: Prompts) -> None:
     """Keep in a run's folder what CLIP reads, if that is not the words."""
     path, text = folder / WRITTEN, json.dumps(prompts.written, ensure_ascii=False, indent=1)

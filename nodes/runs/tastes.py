@@ -1,6 +1,7 @@
 """The tastes in ComfyUI's output folder: their names, their votes, and the reward that each is."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import PREFIX, VOTES, usual_encoder
-from comfy_tdpo.tastes.votes import Pair, Thumb
+from comfy_tdpo.tastes.votes import Pair, Thumb, has_contrast
 
 from .combos import AUTO
 from .names import check_taste_name
@@ -37,8 +38,8 @@ class Tastes:
         taste = self.folder(name)
         if not taste.exists:
             raise NoSuchTaste(
-                f"got taste {name!r}, which has no votes; expected one of those in output/{FOLDER}: connect liked and "
-                "disliked pictures to TDPO Taste"
+                f"got taste {name!r}, which has no votes; expected one of those in output/{FOLDER}: connect pictures "
+                "to TDPO Taste, press Run, and click on those that you like and dislike"
             )
         return taste
 
@@ -61,10 +62,40 @@ class Tastes:
         votes = self.folder(name).path / VOTES
         return hashlib.sha256(votes.read_bytes()).hexdigest() if votes.is_file() else ""
 
-    def vote(self, name: object, liked: list[Tensor], disliked: list[Tensor], encoder: str = AUTO) -> TasteFolder:
-        """The taste of that name, made if there are pictures to make it of, with votes on these pictures, (3, H, W)."""
+    def ballot(self, name: str, files: list[str], needed: int) -> Fields:
+        """The status of the taste, how many votes it needs, and the votes on the pictures in these files."""
+        votes = {vote.image: vote.liked for vote in self.find(name).counted() if isinstance(vote, Thumb)}
+        pictures = [{"file": file, "liked": votes.get(file)} for file in files]
+        return self.status(name) | {"needed": needed, "pictures": pictures}
+
+    def is_enough(self, name: str, needed: int, is_shown: bool) -> bool:
+        """Whether the taste has so many votes, some for and some against.
+
+        Raises:
+            ValueError: it has too few, and no pictures are shown on which its user could vote.
+        """
+        votes = self.find(name).counted()
+        if is_shown:
+            return len(votes) >= needed and has_contrast(votes)
+        if len(votes) < needed:
+            raise ValueError(
+                f"got {len(votes)} votes in taste {name!r}; expected at least {needed}: connect pictures to TDPO Taste "
+                "and click on those that you like and dislike, or lower votes_needed"
+            )
+        return True
+
+    def vote(
+        self,
+        name: object,
+        liked: list[Tensor],
+        disliked: list[Tensor],
+        encoder: str = AUTO,
+        shown: Sequence[Tensor] = (),
+    ) -> TasteFolder:
+        """The taste of that name, with votes on the liked and disliked pictures, (3, H, W); made if there are any, or
+        if some are shown to be voted on."""
         pictures = [*liked, *disliked]
-        if not pictures:
+        if not pictures and not shown:
             return self.find(name)
         both = {file_of(picture) for picture in liked} & {file_of(picture) for picture in disliked}
         if both:
@@ -72,7 +103,7 @@ class Tastes:
                 f"got {len(both)} of the pictures both as liked and as disliked; expected each as one of the two: "
                 "remove it from one input"
             )
-        taste = self.made(name, pictures[0], encoder)
+        taste = self.made(name, [*pictures, *shown][0], encoder)
         taste.append([Thumb(taste.keep(picture), float(i < len(liked))) for i, picture in enumerate(pictures)])
         return taste
 

@@ -1,6 +1,8 @@
-"""Votes that a browser sends: on a picture in a run's sample grid, or on an image file in ComfyUI's output folder.
+"""Votes that a browser sends: on a picture in a run's sample grid, on one that TDPO Taste has shown, or on an image
+file in ComfyUI's output folder.
 
 {"picture": {"run": "my run", "epoch": 10, "row": 0, "col": 2}, "liked": true}
+{"picture": {"shown": "3f0c...a9.png"}, "liked": false}
 {"winner": {"file": "ComfyUI_00001_.png"}, "loser": {"file": "fox/ComfyUI_00002_.png"}, "prompt": "a fox"}
 
 Rows and columns count from 0. The prompt of a picture in a grid is known, that of a file may be given.
@@ -13,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from comfy_tdpo.tastes.folder import TasteFolder
-from comfy_tdpo.tastes.votes import Pair, Thumb
+from comfy_tdpo.tastes.votes import Pair, Thumb, check_file
 
 from ...trainer.plots.image_grid import image_in_grid
 from ...trainer.run import RunFolder
@@ -35,8 +37,10 @@ def parsed(body: str) -> Fields:
     return fields
 
 
-def add_vote(tastes: Tastes, runs: Runs, name: str, fields: Fields) -> Fields:
+def add_vote(tastes: Tastes, runs: Runs, shown: TasteFolder, name: str, fields: Fields) -> Fields:
     """Add one vote to the taste of that name, made if there is none; returns the taste's status.
+
+    shown: what has the pictures that TDPO Taste has shown.
 
     Raises:
         ValueError: the vote is malformed, or names a picture that does not exist; nothing has been added.
@@ -45,9 +49,9 @@ def add_vote(tastes: Tastes, runs: Runs, name: str, fields: Fields) -> Fields:
     if not isinstance(prompt, str):
         raise ValueError(f"got the prompt {prompt!r:.60}; expected text")
     if "picture" in fields:
-        vote_on(tastes, name, picture_of(runs, fields["picture"], prompt), fields.get("liked"))
+        vote_on(tastes, name, picture_of(runs, shown, fields["picture"], prompt), fields.get("liked"))
     else:
-        vote_between(tastes, name, *(picture_of(runs, fields.get(key), prompt) for key in ("winner", "loser")))
+        vote_between(tastes, name, *(picture_of(runs, shown, fields.get(key), prompt) for key in ("winner", "loser")))
     return tastes.status(name)
 
 
@@ -73,8 +77,10 @@ def vote_between(tastes: Tastes, name: str, winner: Picture, loser: Picture) -> 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def picture_of(runs: Runs, place: Any, prompt: str = "") -> Picture:
+def picture_of(runs: Runs, shown: TasteFolder, place: Any, prompt: str = "") -> Picture:
     """The picture that a browser means."""
+    if isinstance(place, dict) and isinstance(place.get("shown"), str):
+        return picture_shown(shown, place["shown"]), prompt
     if isinstance(place, dict) and isinstance(place.get("file"), str):
         return read_image(file_in(runs.root.parent, place["file"]))[0], prompt
     if isinstance(place, dict) and isinstance(place.get("run"), str):
@@ -82,8 +88,8 @@ def picture_of(runs: Runs, place: Any, prompt: str = "") -> Picture:
         if type(epoch) is int and type(row) is int and type(col) is int:
             return picture_in_grid(runs.find(place["run"]), epoch, row, col)
     raise ValueError(
-        f"got the picture {str(place)[:100]}; expected run, epoch, row and col of a sample grid, or a file in "
-        "ComfyUI's output folder"
+        f"got the picture {str(place)[:100]}; expected run, epoch, row and col of a sample grid, a shown picture, "
+        "or a file in ComfyUI's output folder"
     )
 
 
@@ -101,6 +107,17 @@ def picture_in_grid(run: RunFolder, epoch: int, row: int, col: int) -> Picture:
             f"{run.config.resolution} pixels that the run draws now; expected one that has: vote on a newer one"
         )
     return pixels, prompts[index]
+
+
+def picture_shown(shown: TasteFolder, name: str) -> Tensor:
+    """A picture that TDPO Taste has shown."""
+    try:
+        return shown.picture(check_file(name))
+    except ValueError as error:
+        raise ValueError(
+            f"got picture {name[:100]!r}, which is not shown any more; expected one that TDPO Taste shows: press Run "
+            "to show the pictures again"
+        ) from error
 
 
 def file_in(output: Path, name: str) -> Path:

@@ -172,6 +172,16 @@ export function cellAt(place, box, image, [rows, columns]) {
 /** The name of the taste that a run trains on, or the name of a new one. */
 export const tasteOf = ({ reward }) => reward?.match(/taste:(.+?)(?= [/+] |$)/)?.[1] ?? "my taste";
 
+/** What to do next with a ballot: vote on, or train. */
+export function ballotText({ votes, liked, disliked, pairs, needed }) {
+  const counted = `${votes} ${votes === 1 ? "vote" : "votes"} so far (♥ ${liked}, ✕ ${disliked}).`;
+  if (!pairs && !(liked && disliked)) {
+    return `${counted} Click on the pictures you like, then press Dislike and click on those you do not like. Nothing is trained before that.`;
+  }
+  if (votes < needed) return `${counted} ${needed} are needed before training starts: vote on, then press Run.`;
+  return `${counted} Press Run to train on them.`;
+}
+
 // --- scales
 
 /** A function from the domain [a, b] to the range [c, d]. */

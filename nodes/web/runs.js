@@ -23,6 +23,10 @@ export const vote = (taste, fields) =>
     body: JSON.stringify(fields),
   });
 
+/** The URL of a picture that TDPO Taste shows to be voted on. */
+export const shownURL = (file) =>
+  api.apiURL(`/view?type=temp&subfolder=tdpo_shown/images&filename=${encodeURIComponent(file)}`);
+
 const runRoute = (id, rest = "") => `runs/${encodeURIComponent(id)}${rest}`;
 
 /** The URL of the sample grid of an epoch, which never changes; 0 is before training. */

@@ -1,14 +1,16 @@
-// The live view of TDPO-R Train: a custom widget in the node, in both of ComfyUI's renderers.
+// The live view of TDPO-R Train and the ballot of TDPO Taste: custom widgets in the nodes, in both of ComfyUI's renderers.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyNodes, takeOver } from "./apply.js";
+import { Ballot, leastHeight as leastBallot } from "./ballot.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
 import { Table } from "./table.js";
 
-const NODE = "TDPOTrain";
+const TRAIN = "TDPOTrain";
+const TASTE = "TDPOTaste";
 const WIDGET = "tdpo_live"; // our own type: the Vue renderer replaces the types it knows
 const REMEMBERED = "tdpo_run"; // property of the node: "id of the node|id of the run"; a copy has another id
 const RUNS = "comfy_tdpo.runs"; // the command that opens the table of runs
@@ -30,7 +32,8 @@ app.registerExtension({
   commands: [{ id: RUNS, label: "TDPO: All runs", icon: "pi pi-chart-line", function: () => new Table().open() }],
   menuCommands: [{ path: ["TDPO"], commands: [RUNS] }],
   nodeCreated(node) {
-    if (node.comfyClass === NODE) views.set(node, new LiveView(node));
+    if (node.comfyClass === TRAIN) views.set(node, new LiveView(node));
+    if (node.comfyClass === TASTE) views.set(node, new BallotView(node));
   },
   afterConfigureGraph() {
     for (const node of nodesWithin(rootOf(app.graph))) views.get(node)?.begin();
@@ -50,17 +53,11 @@ class LiveView {
   constructor(node) {
     this.node = node;
     const { element } = this.#panel;
-    const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-      serialize: false, // not part of the prompt
-      hideOnZoom: false,
-      getMinHeight: () => leastHeight(node.size[0] - 2 * MARGIN),
-    });
-    widget.serialize = false; // nor of the saved workflow
+    addWidget(node, element, () => leastHeight(node.size[0] - 2 * MARGIN));
     keepSeed(node);
     if (canFold()) fold(node, true);
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, WIDTH), height]);
-    passToCanvas(element);
     after(node, "onAdded", () => this.begin());
     after(node, "onRemoved", () => this.#finish());
     after(node, "onConfigure", () => this.#update());
@@ -103,6 +100,43 @@ class LiveView {
   #remember(run) {
     if (typeof run === "string") this.node.properties[REMEMBERED] = `${this.node.id}|${run}`;
   }
+}
+
+/** Shows the pictures that are voted on in a node. */
+class BallotView {
+  #ballot = new Ballot();
+  #placing = null;
+
+  constructor(node) {
+    this.node = node;
+    addWidget(node, this.#ballot.element, () => leastBallot(this.#ballot.isShown));
+    after(node, "onAdded", () => this.begin());
+    after(node, "onRemoved", () => this.#finish());
+    after(node, "onExecuted", (output) => this.#show(output?.tdpo_ballot?.[0]));
+    if (node.graph) this.begin();
+  }
+
+  begin() {
+    this.#placing ??= setInterval(() => place(this.node, this.#ballot.element), LOOK);
+  }
+
+  #finish() {
+    clearInterval(this.#placing);
+    this.#placing = null;
+  }
+
+  #show(told) {
+    if (!told) return;
+    this.#ballot.show(told);
+    const [width, height] = this.node.computeSize();
+    this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)]);
+  }
+}
+
+function addWidget(node, element, getMinHeight) {
+  const options = { serialize: false, hideOnZoom: false, getMinHeight }; // serialize: not part of the prompt
+  node.addDOMWidget(WIDGET, WIDGET, element, options).serialize = false; // nor of the saved workflow
+  passToCanvas(element);
 }
 
 /** The name of the node's run; null if it comes from a wire. */
