@@ -10,16 +10,14 @@ lora/recommended.safetensors   what was chosen, with its strength baked in
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comfy_tdpo.user_files import read_text
-
 from ..run import RunFolder
-from ..run.files import naming, write_atomically
+from ..run.files import write_atomically
+from ..run.json_lines import append_lines, read_lines
 from ..run.loras import epoch_of, snapshots
 from ..run.paths import RunPaths, epoch_name
 
@@ -97,37 +95,18 @@ class Table:
     def __init__(self, folder: Path):
         self.path = folder / TABLE
         self._scores: dict[tuple[str, float, Draw], Scores] = {}
-        for line in self._lines():
+        for line in read_lines(self.path, _check, "delete it, and its images are drawn again"):
             cell = (line["lora"], line["strength"], Draw(line["prompt"], line["noise"]))
             self._scores[cell] = self._scores.get(cell, {}) | line["scores"]
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        whole = self.path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):  # cut off mid-write
-            os.truncate(self.path, end)
-        try:
-            lines = [json.loads(line) for line in read_text(self.path).splitlines()]
-            for line in lines:
-                _check(line)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); delete it, and its images are drawn again") from error
-        return lines
 
     def scores(self, cell: Cell, draw: Draw) -> Scores:
         """By reward; empty if the image has not been drawn yet."""
         return self._scores.get((cell.digest, cell.strength, draw), {})
 
     def append(self, cell: Cell, drawn: dict[Draw, Scores]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            for draw, scores in drawn.items():
-                self._scores[cell.digest, cell.strength, draw] = self.scores(cell, draw) | scores
-                file.write(json.dumps(_line(cell, draw, scores)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        for draw, scores in drawn.items():
+            self._scores[cell.digest, cell.strength, draw] = self.scores(cell, draw) | scores
+        append_lines(self.path, [_line(cell, draw, scores) for draw, scores in drawn.items()])
 
 
 def _line(cell: Cell, draw: Draw, scores: Scores) -> dict[str, Any]:
