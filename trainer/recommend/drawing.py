@@ -48,7 +48,7 @@ class Painter:
     """Draws images with a policy, whose LoRA is replaced, and scores them.
 
     Args:
-        config: of the run that the policy belongs to; check: called between model calls; may raise an exception to stop.
+        config: of the run that the policy belongs to; check: called between model calls; may raise to stop.
     """
 
     def __init__(self, config: TrainConfig, policy: DiffusionPolicy, check: Callable[[], None] = lambda: None):

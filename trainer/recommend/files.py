@@ -24,6 +24,7 @@ from ..run.paths import RunPaths, epoch_name
 TABLE, CHOICE = "table.jsonl", "choice.json"
 IMAGES, PICTURE, FRONTIER = "images", "images.png", "frontier.png"
 BASE_EPOCH = 0
+LATEST = "latest"  # label of a LoRA that was saved in the middle of an epoch
 
 Scores = dict[str, float]  # by the reward's name
 
@@ -62,7 +63,7 @@ def cells_of(run: RunPaths, strengths: Iterable[float]) -> list[Cell]:
         )
     newest = run.latest_lora
     if newest.is_file() and _digest(newest) not in {_digest(path) for _, path, _ in files}:
-        files.append((epoch_of(newest), newest, "latest"))  # stopped in the middle of an epoch
+        files.append((epoch_of(newest), newest, LATEST))
     ascending = sorted(strengths)
     return [BASE] + [
         Cell(epoch, strength, path, _digest(path), label) for epoch, path, label in files for strength in ascending
@@ -126,7 +127,7 @@ def _check(line: dict[str, Any]) -> None:
 
 def image_file(folder: Path, cell: Cell, draw: Draw) -> Path:
     """Where an image of the picture is kept."""
-    name = epoch_name(cell.epoch) if cell.label != "latest" else "latest"
+    name = epoch_name(cell.epoch) if cell.label != LATEST else LATEST
     return folder / IMAGES / f"{name}-strength-{cell.strength:g}-{draw.digest}.png"
 
 
