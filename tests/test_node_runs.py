@@ -7,6 +7,7 @@ import time
 import pytest
 from fake_training import CPU, PLACE, FakeTraining, begin, runs_in, wanted
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.nodes.runs import answers, resume
 from comfy_tdpo.nodes.runs.marks import MARK, mark, mark_unheeded
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
@@ -15,7 +16,6 @@ from comfy_tdpo.nodes.runs.select import choose, is_done, token
 from comfy_tdpo.nodes.runs.start import job_under_way, prepare, start, wait_for
 from comfy_tdpo.trainer.config import override
 from comfy_tdpo.trainer.recommend.files import write_choice
-from comfy_tdpo.trainer.run.files import write_atomically
 from comfy_tdpo.trainer.run.loras import snapshots
 
 KEYS = (

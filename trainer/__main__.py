@@ -60,6 +60,10 @@ def _command(argv: Sequence[str]) -> int:
         from .terminal.recommend import main as recommend
 
         return recommend(argv[1:])
+    if argv[:1] == ["evaluate"]:
+        from .terminal.evaluate import main as evaluate
+
+        return evaluate(argv[1:])
     if argv[:1] == ["taste"]:
         from .terminal.taste import main as taste
 
@@ -211,11 +215,12 @@ def _conclude(run: RunFolder, stopped: bool) -> int:
 def _recommend(training: "Training") -> int:
     """Find the LoRA to use and its strength, and print what was found."""
     from .recommend.work import after_training
-    from .terminal.recommend import Progress, command, told
+    from .terminal.progress import Progress
+    from .terminal.recommend import command, told
     from .training import Stopped
 
     try:
-        with Progress() as progress:
+        with Progress("recommending") as progress:
             found = after_training(training, progress.watch, progress.tell)
     except Stopped:
         say(f"Stopped; the training is complete. Go on with: {command(training.run)}")

@@ -20,6 +20,7 @@ WIDTH = 8.0  # inches
 # From the palette of Okabe and Ito, which is safe for colour-blind readers.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, GREY, MARK, LIGHT = "#1F2328", "#656D76", "#A0A8B0", "#E8EBEE"
+COLORS = (BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK)  # of several curves, VERMILION left for marks
 MINUS = "\N{MINUS SIGN}"
 SMALL = 9.5  # points, for all text except titles
 

@@ -7,8 +7,7 @@ from PIL import Image
 from ..metrics import readable, shortened
 from ..recommend.choice import Outcome, Recommendation
 from .drawing import (
-    BLUE,
-    GREEN,
+    COLORS,
     GREY,
     INK,
     LIGHT,
@@ -25,8 +24,6 @@ from .drawing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# BLUE, GREEN and further colours of the same palette; VERMILION marks the choice.
-COLORS = (BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
 HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 5.0, 0.85, 0.95, 0.75, 0.65  # inches
 
 

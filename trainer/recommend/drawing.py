@@ -1,7 +1,7 @@
 """Draws and scores the images of a recommendation, as far as that has not been done before."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.memory import first_micro_batch, out_of_memory, smaller_micro_batch
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.randomness import Coordinates
 from comfy_tdpo.rewards import RewardModel, score_images
 from comfy_tdpo.rollout import Decoder, draw_images
 
@@ -43,28 +44,73 @@ def shown_of(draws: list[Draw]) -> list[Draw]:
     return [first[i * len(first) // SHOWN] for i in range(SHOWN)] if len(first) >= SHOWN else (first + more)[:SHOWN]
 
 
+class Painter:
+    """Draws images with a policy, whose LoRA is replaced, and scores them.
+
+    Args:
+        config: of the run that the policy belongs to; check: called between model calls; may raise to stop.
+    """
+
+    def __init__(self, config: TrainConfig, policy: DiffusionPolicy, check: Callable[[], None] = lambda: None):
+        self.config, self.policy, self.check = config, policy, check
+        self._decoder = Decoder(policy, config.decode_batch)
+        self._batch = first_micro_batch(config.micro_batch, config.samples_per_update, policy.device)
+
+    def applied(self, cell: Cell) -> AbstractContextManager[None]:
+        """Apply a cell's LoRA at its strength; inside the block, the policy is what the cell says."""
+        if cell.file is None:
+            return self.policy.trainable.reference()  # `policy.reference` may be a tuned one
+        self.policy.trainable.load_exported(read_lora(cell.file), cell.strength)
+        return nullcontext()
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[Coordinates],
+        rewards: Iterable[RewardModel],
+        tell: Callable[[float], None] = lambda drawn: None,
+    ) -> tuple[Tensor, dict[str, list[float]]]:
+        """Draw the first of `prompts`, as many as fit into memory: the images (b, 3, H, W), and their scores by reward.
+
+        After running out of memory there are none, and fewer are drawn the next time. `tell` is called between model
+        calls with the number of images drawn, of which one may be drawn in part.
+        """
+        batch = list(prompts[: self._batch])
+        try:
+            with self.policy.guided_for_evaluation():
+                images = draw_images(
+                    self._decoder,
+                    batch,
+                    seeds[: self._batch],
+                    len(batch),
+                    self.check,
+                    lambda share: tell(share * len(batch)),
+                )
+            return images, {reward.name: score_images(reward, images, batch).tolist() for reward in rewards}
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._batch = smaller_micro_batch(self._batch, self.config.samples_per_update)
+            return torch.empty(0, 3, 1, 1), {reward.name: [] for reward in rewards}
+
+
 @dataclass
 class Artist:
-    """Draws cells with a policy, whose LoRA is replaced.
+    """Draws the cells of a recommendation.
 
     Args:
         rewards: that score the images; draws: the images of each cell; folder: where images for the picture are kept.
-        check: called between model calls; may raise an exception to stop.
     """
 
-    config: TrainConfig
-    policy: DiffusionPolicy
+    painter: Painter
     rewards: tuple[RewardModel, ...]
     draws: list[Draw]
     table: Table
     folder: Path
-    check: Callable[[], None]
     watch: Watch
 
     def __post_init__(self) -> None:
-        config, device = self.config, self.policy.device
-        self._decoder = Decoder(self.policy, config.decode_batch)
-        self._batch = first_micro_batch(config.micro_batch, config.samples_per_update, device)
         self._shown = set(shown_of(self.draws))
 
     def draw(self, cells: list[Cell]) -> None:
@@ -75,7 +121,7 @@ class Artist:
         for cell, draws in missing.items():
             if not draws:
                 continue
-            with self._applied(cell):
+            with self.painter.applied(cell):
                 while draws:
                     self.watch(PHASE, done, total)
                     drawn = self._draw(cell, draws, done, total)
@@ -87,45 +133,27 @@ class Artist:
         scored = all(reward.name in scores for reward in self.rewards)
         return not scored or (draw in self._shown and not image_file(self.folder, cell, draw).exists())
 
-    def _applied(self, cell: Cell) -> AbstractContextManager[None]:
-        """Apply a cell's LoRA at its strength; inside the block, the policy is what the cell says."""
-        if cell.file is None:
-            return self.policy.trainable.reference()  # `policy.reference` may be a tuned one
-        self.policy.trainable.load_exported(read_lora(cell.file), cell.strength)
-        return nullcontext()
-
-    @torch.no_grad()
     def _draw(self, cell: Cell, draws: list[Draw], done: int, total: int) -> int:
-        """Draw the first of `draws`, as many as fit into memory, and return how many these are.
-
-        `done` of the `total` images are drawn already.
-        """
-        batch = draws[: self._batch]
-        prompts = [draw.prompt for draw in batch]
-        seeds = [(self.config.seed, "recommend", draw.prompt, draw.noise) for draw in batch]
-
-        def tell(share: float) -> None:
-            self.watch(PHASE, done + share * len(batch), total)
-
-        try:
-            with self.policy.guided_for_evaluation():
-                images = draw_images(self._decoder, prompts, seeds, len(batch), self.check, tell)
-            scores = {reward.name: score_images(reward, images, prompts).tolist() for reward in self.rewards}
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            self._batch = smaller_micro_batch(self._batch, self.config.samples_per_update)
-            return 0
+        """Draw the first of `draws`, and return how many these are; `done` of the `total` images are drawn already."""
+        seed = self.painter.config.seed
+        seeds = [(seed, "recommend", draw.prompt, draw.noise) for draw in draws]
+        images, scores = self.painter.draw(
+            [draw.prompt for draw in draws],
+            seeds,
+            self.rewards,
+            lambda drawn: self.watch(PHASE, done + drawn, total),
+        )
+        batch = draws[: len(images)]
         for draw, image in zip(batch, images, strict=True):
             if draw in self._shown:
-                write_atomically(image_file(self.folder, cell, draw), _as_picture(image).save)
+                write_atomically(image_file(self.folder, cell, draw), as_picture(image).save)
         self.table.append(
             cell, {draw: {name: values[i] for name, values in scores.items()} for i, draw in enumerate(batch)}
         )
         return len(batch)
 
 
-def _as_picture(image: Tensor) -> Image.Image:
+def as_picture(image: Tensor) -> Image.Image:
     """An image (3, H, W) in [0, 1]."""
     pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.cpu().numpy())

@@ -10,22 +10,22 @@ lora/recommended.safetensors   what was chosen, with its strength baked in
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comfy_tdpo.atomic_files import naming, write_atomically
-from comfy_tdpo.user_files import read_text
+from comfy_tdpo.atomic_files import write_atomically
 
 from ..run import RunFolder
+from ..run.json_lines import append_lines, read_lines
 from ..run.loras import epoch_of, snapshots
 from ..run.paths import RunPaths, epoch_name
 
 TABLE, CHOICE = "table.jsonl", "choice.json"
 IMAGES, PICTURE, FRONTIER = "images", "images.png", "frontier.png"
 BASE_EPOCH = 0
+LATEST = "latest"  # label of a LoRA that was saved in the middle of an epoch
 
 Scores = dict[str, float]  # by the reward's name
 
@@ -65,7 +65,7 @@ def cells_of(run: RunPaths, strengths: Iterable[float]) -> list[Cell]:
         )
     newest = run.latest_lora
     if newest.is_file() and _digest(newest) not in {_digest(path) for _, path, _ in files}:
-        files.append((epoch_of(newest), newest, "latest"))  # stopped in the middle of an epoch
+        files.append((epoch_of(newest), newest, LATEST))
     ascending = sorted(strengths)
     return [BASE] + [
         Cell(epoch, strength, path, _digest(path), label) for epoch, path, label in files for strength in ascending
@@ -98,37 +98,18 @@ class Table:
     def __init__(self, folder: Path):
         self.path = folder / TABLE
         self._scores: dict[tuple[str, float, Draw], Scores] = {}
-        for line in self._lines():
+        for line in read_lines(self.path, _check, "delete it, and its images are drawn again"):
             cell = (line["lora"], line["strength"], Draw(line["prompt"], line["noise"]))
             self._scores[cell] = self._scores.get(cell, {}) | line["scores"]
-
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        whole = self.path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):  # cut off mid-write
-            os.truncate(self.path, end)
-        try:
-            lines = [json.loads(line) for line in read_text(self.path).splitlines()]
-            for line in lines:
-                _check(line)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); delete it, and its images are drawn again") from error
-        return lines
 
     def scores(self, cell: Cell, draw: Draw) -> Scores:
         """By reward; empty if the image has not been drawn yet."""
         return self._scores.get((cell.digest, cell.strength, draw), {})
 
     def append(self, cell: Cell, drawn: dict[Draw, Scores]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            for draw, scores in drawn.items():
-                self._scores[cell.digest, cell.strength, draw] = self.scores(cell, draw) | scores
-                file.write(json.dumps(_line(cell, draw, scores)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        for draw, scores in drawn.items():
+            self._scores[cell.digest, cell.strength, draw] = self.scores(cell, draw) | scores
+        append_lines(self.path, [_line(cell, draw, scores) for draw, scores in drawn.items()])
 
 
 def _line(cell: Cell, draw: Draw, scores: Scores) -> dict[str, Any]:
@@ -148,7 +129,7 @@ def _check(line: dict[str, Any]) -> None:
 
 def image_file(folder: Path, cell: Cell, draw: Draw) -> Path:
     """Where an image of the picture is kept."""
-    name = epoch_name(cell.epoch) if cell.label != "latest" else "latest"
+    name = epoch_name(cell.epoch) if cell.label != LATEST else LATEST
     return folder / IMAGES / f"{name}-strength-{cell.strength:g}-{draw.digest}.png"
 
 

@@ -110,7 +110,7 @@ def unseen_prompts(
     Args:
         trained: the prompts of the run; shown: those of its sample grids.
     """
-    source = given or _counterpart(config, trained)
+    source = given or counterpart(config, trained)
     if source is not None:
         prompts = list(dict.fromkeys(load_prompts(source)))
         known = len(set(prompts) & set(trained))
@@ -120,7 +120,7 @@ def unseen_prompts(
     return list(dict.fromkeys(trained)), "the training prompts, since no others are known"
 
 
-def _counterpart(config: TrainConfig, trained: list[str]) -> str | None:
+def counterpart(config: TrainConfig, trained: list[str]) -> str | None:
     """The shipped set that goes with the one trained on, if there is one."""
     if is_of_shapes(config):
         return "shapes-unseen"

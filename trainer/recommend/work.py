@@ -58,10 +58,11 @@ def recommend(
             reward.check_prompts(prompts)
         policy = policy or _load_policy(config, device)
         # imports diffusers, which takes seconds; wrong options are reported before
-        from .drawing import Artist, draws_of, shown_of
+        from .drawing import Artist, Painter, draws_of, shown_of
 
         draws = draws_of(prompts, options.images)
-        artist = Artist(config, policy, (training, held_out), draws, table, run.recommendation, check, watch)
+        painter = Painter(config, policy, check)
+        artist = Artist(painter, (training, held_out), draws, table, run.recommendation, watch)
         before = {key: weight.detach().clone() for key, weight in policy.trainable.state().items()}
         try:
             artist.draw(cells)

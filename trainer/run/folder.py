@@ -1,7 +1,6 @@
 """A run is a folder of plain files, and everything about the run is stored there. See paths.py for its files."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +10,14 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from comfy_tdpo import __version__
-from comfy_tdpo.atomic_files import naming, write_atomically
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.user_files import read_text, user_path
 
 from ..config import Fields, TrainConfig, plain_values, validate
 from ..config.changes import unknown
 from ..config.toml_files import read_toml
+from .json_lines import append_lines
 from .new_folder import check_free
 from .paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths, run_nearby
 
@@ -166,11 +166,7 @@ class RunFolder(RunPaths):
             ) from error
 
     def append_metrics(self, metrics: EpochMetrics) -> None:
-        path = self.path / METRICS
-        with naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path / METRICS, [metrics])
 
     def write_metrics(self, metrics: list[EpochMetrics]) -> None:
         """Replace the file's content with `metrics`."""

@@ -7,8 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from comfy_tdpo.rewards import RewardError, reward_names
 from comfy_tdpo.rewards.function import allow_functions
 from comfy_tdpo.user_files import user_path
@@ -21,7 +19,8 @@ from ..recommend.work import recommend
 from ..run import RunFolder
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
 from .command_parser import CommandParser
-from .streams import SafeStream, say
+from .progress import Progress
+from .streams import say
 
 RULE = (
     "The rule: of all snapshots and strengths whose held-out reward is at most --tolerance standard deviations below "
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         run, options = RunFolder.open(args.run), _options(args)
         from accelerate import Accelerator  # takes seconds to import
 
-        with Progress() as progress:
+        with Progress("recommending") as progress:
             found = recommend(run, options, Accelerator().device, watch=progress.watch, tell=progress.tell)
     except (ValueError, RewardError, OSError) as error:
         say(f"comfy_tdpo: {' '.join(str(error).split())}", sys.stderr)
@@ -116,37 +115,6 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _options(args: argparse.Namespace) -> Options:
     return Options(args.strengths, args.prompts, args.held_out, args.images, args.tolerance)
-
-
-class Progress:
-    """Progress in images on stderr: a bar on a terminal, elsewhere a line at every tenth."""
-
-    def __init__(self) -> None:
-        self._stream = SafeStream(sys.stderr)
-        self._bar: tqdm | None = None
-        self._tenths = 0
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def tell(self, text: str) -> None:
-        print(f"recommending: {text}", file=self._stream, flush=True)
-
-    def watch(self, phase: str, done: float, total: int) -> None:
-        drawn = int(done)
-        if not self._stream.isatty():
-            tenths = 10 * drawn // total if total else 0
-            if tenths > self._tenths:
-                self._tenths = tenths
-                print(f"{phase}: {drawn} of {total} images", file=self._stream, flush=True)
-            return
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=phase, unit="image", file=self._stream)
-        self._bar.update(drawn - self._bar.n)
 
 
 # --- the result as text -----------------------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""What an evaluation says: methods and their curves, with 95 % intervals.
+
+A method is all runs that differ only in their seed. Its interval is Student's over these runs or, for a single run,
+over its images. Changes from the base model are paired: the same prompts from the same noise.
+
+Shapes: n images of a snapshot.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from ..config import plain_values
+from ..config.changes import differences, may_change
+from ..recommend.files import BASE, BASE_EPOCH, Cell
+from .asked import Asked, PromptSet, Subject
+from .files import Place, Results
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean and half the width of its interval, which is 0 where there is only one value."""
+
+    mean: float
+    half: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Student's interval of the mean."""
+    if len(values) < 2:
+        return Interval(fmean(values), 0.0)
+    from scipy.stats import t as student  # takes a second to import
+
+    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return Interval(fmean(values), quantile * stdev(values) / math.sqrt(len(values)))
+
+
+class Point(NamedTuple):
+    """A point of a curve; y is between low and high, which are the same without several runs."""
+
+    epoch: int
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+class Chosen(NamedTuple):
+    """A method's snapshot to show, and its mean training reward."""
+
+    label: str
+    cell: Cell
+    reward: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """Runs that differ only in their seed, in the order in which they were given."""
+
+    label: str
+    subjects: tuple[Subject, ...]
+
+    @property
+    def training(self) -> str:
+        return self.subjects[0].training
+
+    @property
+    def epochs(self) -> list[int]:
+        """Of the snapshots that all runs have, ascending."""
+        of_each = [{cell.epoch for cell in subject.cells} for subject in self.subjects]
+        return sorted(set.intersection(*of_each))
+
+    def queries(self, epoch: int) -> float:
+        return 0 if epoch == BASE_EPOCH else fmean(subject.queries(epoch) for subject in self.subjects)
+
+
+def methods_of(subjects: Sequence[Subject]) -> list[Method]:
+    """The methods in the order of their first runs, called by their algorithm or, if others have it, by that run."""
+    groups: list[list[Subject]] = []
+    for subject in subjects:
+        group = next((group for group in groups if _differ_only_in_seed(group[0], subject)), None)
+        if group is None:
+            groups.append([subject])
+        else:
+            group.append(subject)
+    algorithms = [group[0].config.algorithm for group in groups]
+    labels = [
+        name if algorithms.count(name) == 1 else group[0].name for name, group in zip(algorithms, groups, strict=True)
+    ]
+    return [Method(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
+
+
+def _differ_only_in_seed(a: Subject, b: Subject) -> bool:
+    """Whether a method covers both: other settings than the seed differ only if they may change within a run."""
+    found = differences(plain_values(a.config), plain_values(b.config))
+    return all(name == "seed" or may_change(name) for name in found)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of what was asked for, of which everything has been scored; pictures: the names of their files."""
+
+    asked: Asked
+    results: Results
+    pictures: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> list[Method]:
+        return methods_of(self.asked.subjects)
+
+    @property
+    def trainings(self) -> list[str]:
+        """The training rewards."""
+        return list(dict.fromkeys(subject.training for subject in self.asked.subjects))
+
+    def scores(self, subject: Subject | None, epoch: int, prompts: PromptSet, reward: str) -> list[float]:
+        """The n scores of a run's snapshot; those of the base model for epoch 0."""
+        is_base = subject is None or epoch == BASE_EPOCH
+        place = Place(None, BASE, prompts) if is_base else Place(subject, subject.cell(epoch), prompts)
+        return self.results.scores(place)[reward]
+
+    def mean(self, method: Method | None, epoch: int, prompts: PromptSet, reward: str) -> Interval:
+        """Of a snapshot, over the runs; of the base model without a method."""
+        subjects = method.subjects if method else (None,)
+        return interval([fmean(self.scores(subject, epoch, prompts, reward)) for subject in subjects])
+
+    def change(self, method: Method, epoch: int, prompts: PromptSet, reward: str) -> Interval:
+        """How far a snapshot is above the base model: over the runs or, of a single run, over its images."""
+        base = self.scores(None, BASE_EPOCH, prompts, reward)
+        of_each = [
+            [own - of_base for own, of_base in zip(self.scores(subject, epoch, prompts, reward), base, strict=True)]
+            for subject in method.subjects
+        ]
+        return interval(of_each[0] if len(of_each) == 1 else [fmean(changes) for changes in of_each])
+
+    def curve(self, method: Method, prompts: PromptSet, reward: str, against: str | None = None) -> list[Point]:
+        """A reward from the base model on, epoch by epoch, over another reward or, without one, over reward queries."""
+        points = []
+        for epoch in [BASE_EPOCH, *method.epochs]:
+            y = self.mean(method, epoch, prompts, reward)
+            x = self.mean(method, epoch, prompts, against).mean if against else method.queries(epoch)
+            points.append(Point(epoch, x, y.mean, y.mean - y.half, y.mean + y.half))
+        return points
+
+    def at_equal_reward(self, training: str, prompts: PromptSet) -> list[Chosen]:
+        """The snapshot of each method's first run that is nearest to the highest training reward which all reach."""
+        rewards = {
+            method: {
+                cell.epoch: fmean(self.scores(method.subjects[0], cell.epoch, prompts, training))
+                for cell in method.subjects[0].cells
+            }
+            for method in self.methods
+            if method.training == training
+        }
+        level = min(max(of_epochs.values()) for of_epochs in rewards.values())
+        chosen = []
+        for method, of_epochs in rewards.items():
+            epoch = min(of_epochs, key=lambda epoch: abs(of_epochs[epoch] - level))
+            chosen.append(Chosen(method.label, method.subjects[0].cell(epoch), of_epochs[epoch]))
+        return chosen

@@ -1,0 +1,141 @@
+"""The rewards of an evaluation: each over the training reward, or over the reward queries, one curve per method."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..evaluation.asked import PromptSet
+from ..evaluation.numbers import Evaluation, Method, Point
+from ..metrics import shortened
+from .drawing import (
+    COLORS,
+    GREY,
+    INK,
+    LIGHT,
+    SMALL,
+    WIDTH,
+    blank_figure,
+    draw_curve,
+    render,
+    write_title,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LEFT, RIGHT, BETWEEN = 0.55, 0.2, 0.6  # inches, across: margins, and between panels
+TOP, LEGEND, SET, TITLE, HEIGHT, FOOT, BOTTOM = 0.55, 0.28, 0.42, 0.3, 1.9, 0.32, 0.15  # inches, from top to bottom
+STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of methods that have the colour of an earlier one
+BASE_MARK: dict[str, Any] = {"color": INK, "marker": "s", "markersize": 6, "markerfacecolor": "none"}
+PER_ROW = 4  # methods in a row of the legend
+
+Curve = Callable[[Method, PromptSet, str], list[Point]]
+
+
+def cross_reward_figure(evaluation: Evaluation, training: str) -> Image.Image:
+    """Each other reward against the training reward, from the base model on, epoch by epoch."""
+    others = [reward for reward in evaluation.asked.rewards if reward != training]
+    title = f"Other rewards against {shortened(training, 40)}"
+    return _draw(evaluation, training, title, others, shortened(training, 30), "each dot a snapshot", training)
+
+
+def efficiency_figure(evaluation: Evaluation, training: str) -> Image.Image:
+    """Every reward against the reward queries of the training."""
+    rewards = [training, *(reward for reward in evaluation.asked.rewards if reward != training)]
+    return _draw(
+        evaluation,
+        training,
+        "Rewards against reward queries",
+        rewards,
+        "reward queries",
+        shortened(f"trained on {training}", 44),
+        None,
+    )
+
+
+def _draw(
+    evaluation: Evaluation, training: str, title: str, rewards: list[str], x: str, more: str, against: str | None
+) -> Image.Image:
+    methods = [method for method in evaluation.methods if method.training == training]
+    columns = 2 if len(rewards) in (1, 2, 4) else 3
+    side = (WIDTH - LEFT - RIGHT - (columns - 1) * BETWEEN) / columns
+    sets, rows, legend = evaluation.asked.sets, -(-len(rewards) // columns), -(-(len(methods) + 1) // PER_ROW)
+    total = TOP + LEGEND * legend + len(sets) * (SET + rows * (TITLE + HEIGHT + FOOT)) + BOTTOM
+    figure = blank_figure(total)
+    banded = "; shaded: 95 % intervals over seeds" if any(len(method.subjects) > 1 for method in methods) else ""
+    write_title(figure, (LEFT / WIDTH, 1 - 0.36 / total), "figure fraction", title, 13, more + banded)
+    _draw_legend(figure, methods, total)
+    bottom = total - TOP - LEGEND * legend
+    for prompts in sets:
+        bottom -= SET
+        count = f"{len(prompts.prompts)} prompts, {evaluation.asked.images} images each"
+        write_title(figure, (LEFT / WIDTH, (bottom + 0.1) / total), "figure fraction", prompts.name, 11.5, count)
+        for index, reward in enumerate(rewards):
+            column = index % columns
+            if column == 0:
+                bottom -= TITLE + HEIGHT + FOOT
+            left = LEFT + column * (side + BETWEEN)
+            axes = figure.add_axes((left / WIDTH, (bottom + FOOT) / total, side / WIDTH, HEIGHT / total))
+            _style(axes, reward, x)
+            for number, method in enumerate(methods):
+                points = evaluation.curve(method, prompts, reward, against)
+                draw_method(axes, number, points, banded=len(method.subjects) > 1)
+    return render(figure)
+
+
+def _draw_legend(figure: "Figure", methods: list[Method], total: float) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [
+        Line2D([], [], color=INK, marker="s", markersize=6, linestyle="", markerfacecolor="none", label="base model")
+    ]
+    for number, method in enumerate(methods):
+        count = f" ({len(method.subjects)} runs)" if len(method.subjects) > 1 else ""
+        label = shortened(method.label, 22) + count
+        marks.append(Line2D([], [], color=_color(number), linestyle=_style_of(number), linewidth=1.8, label=label))
+    legend = figure.legend(
+        handles=marks,
+        loc="upper left",
+        bbox_to_anchor=(LEFT / WIDTH, 1 - TOP / total),
+        ncols=PER_ROW,
+        frameon=False,
+        fontsize=SMALL,
+        borderaxespad=0,
+        handlelength=1.6,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
+
+
+def _style_of(number: int) -> object:
+    return STYLES[number // len(COLORS) % len(STYLES)]
+
+
+def _style(axes: "Axes", reward: str, x: str) -> None:
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=GREY)
+    axes.grid(color=LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(0.06)
+    axes.locator_params(axis="x", nbins=5)
+    axes.locator_params(axis="y", nbins=5)
+    axes.ticklabel_format(style="plain", useOffset=False)
+    axes.set_title(shortened(reward, 26), loc="left", fontsize=10, color=INK, weight="bold", parse_math=False, pad=5)
+    axes.set_xlabel(x, color=GREY, fontsize=8.5, parse_math=False, labelpad=2)
+
+
+def draw_method(axes: "Axes", number: int, points: list[Point], banded: bool) -> None:
+    """A curve in the colour of the method of this number, its band, and the base model that it begins at."""
+    x, y = [point.x for point in points], [point.y for point in points]
+    draw_curve(axes, x, y, _color(number))
+    axes.lines[-1].set_linestyle(_style_of(number))
+    if banded:
+        low, high = [point.low for point in points], [point.high for point in points]
+        axes.fill_between(x, low, high, color=_color(number), alpha=0.15, linewidth=0)
+    axes.plot(x[:1], y[:1], **BASE_MARK, zorder=4)
