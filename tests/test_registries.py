@@ -60,7 +60,7 @@ def train(path: Path, stop_after: int | None = None, **overrides) -> list[dict]:
 
     def watch(phase: str, done: int, total: int) -> None:
         nonlocal updates
-        updates += phase == "updating"
+        updates += phase == "training"
         if updates == stop_after:
             stop.set()
 

@@ -160,6 +160,7 @@ class ThroughSampling:
     """A Method whose updates draw their own samples and push the reward's gradient through every step."""
 
     samples_first = False
+    queries_per_sample = 1
 
     def __init__(self, context):
         self.context = context
@@ -170,6 +171,7 @@ class ThroughSampling:
 
     def update(self, group: range) -> None:
         context = self.context
+        context.watch("training", group.start, context.samples)
 
         def accumulate(part: slice) -> Trajectories:
             prompts, seeds = context.draws(group[part])

@@ -131,6 +131,7 @@ class Training:
             all_prompts=self.prompts,
             check=self._check_stop,
             record=self._keep_neurons,
+            watch=self.watch,
         )
 
     def _own_share(self, samples: int) -> int:
@@ -255,7 +256,8 @@ class Training:
         progress, start = self.context.progress, time.perf_counter()
         groups = self.method.groups(self.context.epoch + 1)
         for index in range(progress.updates, len(groups)):
-            self.watch("updating", index, len(groups))
+            if self.method.samples_first:  # otherwise the method says how many samples it has drawn
+                self.watch("updating", index, len(groups))
             set_lr(self.context.optimizer, self._lr(index, len(groups)))
             self.method.update(groups[index])
             progress.updates += 1
@@ -272,7 +274,8 @@ class Training:
         """The metrics that all algorithms have, and those of the method."""
         context, epoch = self.context, self.context.epoch + 1
         prompts = self._epoch_prompts(epoch)
-        metrics: EpochMetrics = {"epoch": epoch, "reward_queries": epoch * self.config.samples_per_epoch}
+        queries = epoch * self.config.samples_per_epoch * self.method.queries_per_sample
+        metrics: EpochMetrics = {"epoch": epoch, "reward_queries": queries}
         metrics |= reward_metrics(context, batch, prompts)
         watched = self.config.overoptimisation.reward
         if watched in batch.eval_rewards:  # a method that samples in its updates may score the training reward alone

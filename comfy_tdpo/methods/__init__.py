@@ -32,10 +32,15 @@ class Method(Protocol):
     `context.progress`, in the trained part of the model, or in `state`.
 
     samples_first: False for a method whose updates draw their own samples, with gradients. In that case `sample` and
-    `targets` are not called, and each update appends the trajectories it has drawn to `context.progress.parts`.
+    `targets` are not called, each update appends the trajectories it has drawn to `context.progress.parts`, and the
+    method calls `context.watch`.
+    queries_per_sample: how many images the training reward scores for the updates, for each sample of an epoch.
     """
 
     samples_first: bool
+
+    @property
+    def queries_per_sample(self) -> int: ...
 
     def __init__(self, context: Context): ...
 

@@ -60,6 +60,8 @@ class Context:
     prompts: for a given epoch, one prompt per sample of all processes; all_prompts: those it draws from.
     check: called between forward passes; if it raises, everything is left as after the last complete update.
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
+    watch: told of progress within an epoch, called with (phase, done, total); by a method that samples in its updates
+        for the phase "training".
     epoch: number of finished epochs.
     """
 
@@ -80,6 +82,7 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)
     all_prompts: list[str] = field(default_factory=list)
+    watch: Callable[[str, int, int], None] = lambda phase, done, total: None
 
     # --- samples
 

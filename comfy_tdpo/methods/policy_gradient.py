@@ -34,6 +34,7 @@ class PolicyGradient:
     """A Method: clipped policy gradients on temporal rewards, and the critic from which these are computed."""
 
     samples_first = True
+    queries_per_sample = 1
 
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config, context.policy
