@@ -9,7 +9,7 @@ from tint import TintModel
 from torch import Tensor
 
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.trainer.config import TrainConfig, make_config
+from comfy_tdpo.trainer.config import TrainConfig, config_class, make_config
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 from comfy_tdpo.trainer.training import Training
 
@@ -55,8 +55,9 @@ class Contrast(Brightness):
 
 
 def toy_config(**overrides) -> TrainConfig:
-    """The preset `shapes` at toy size; `overrides` are nested values."""
-    merged = dict(SETTINGS)
+    """The preset `shapes` at toy size, as far as the algorithm has its settings; `overrides` are nested values."""
+    known = config_class(overrides.get("algorithm", SETTINGS["algorithm"])).model_fields
+    merged = {name: value for name, value in SETTINGS.items() if name in known}
     for name, value in overrides.items():
         merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value
     return make_config(overrides=merged)

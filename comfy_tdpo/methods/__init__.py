@@ -98,9 +98,11 @@ class Algorithm:
 
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
+_DIRECT = "comfy_tdpo.methods.direct"
 
-# tdpo-g is this project's recipe, see docs/recipe.md. The others are Table 1 of the paper, and the settings' defaults
-# are the paper's values of TDPO-R.
+# tdpo-g is this project's recipe, see docs/recipe.md. The next four are Table 1 of the paper, and the defaults of their
+# settings are the paper's values of TDPO-R. alignprop, draft and refl have their authors' values; the numbers of steps
+# and samples that belong to them are in the presets sd14-*.
 ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
@@ -148,6 +150,24 @@ ALGORITHMS = {
             "critic": {"enabled": False},
             "neurons": {"reset": "none"},
         },
+    ),
+    "alignprop": Algorithm(
+        f"{_DIRECT}.alignprop:AlignProp",
+        f"{_DIRECT}.settings:AlignPropSettings",
+        "the reward's gradient through a random number of the last steps",
+        {"loss_weight": 0.01, "policy": {"lr": 1e-3}, "recompute": {"steps": True}},
+    ),
+    "draft": Algorithm(
+        f"{_DIRECT}.draft:Draft",
+        f"{_DIRECT}.settings:DraftSettings",
+        "the reward's gradient through the last step, or the last few",
+        {"policy": {"lr": 4e-4, "rank": 8, "weight_decay": 0.1}, "recompute": {"steps": True}},
+    ),
+    "refl": Algorithm(
+        f"{_DIRECT}.refl:Refl",
+        f"{_DIRECT}.settings:ReflSettings",
+        "the reward's gradient through one of the last steps, at the image predicted there",
+        {"loss_weight": 1e-3, "policy": {"lr": 1e-5, "weight_decay": 1e-2, "ema": 0.9999}},
     ),
 }
 
