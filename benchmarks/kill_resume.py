@@ -29,6 +29,9 @@ VARIANTS = {
     "--kl.target 20 --kl.controller proportional-integral --policy.ema 0.9 --policy.lr-schedule cosine "
     "--policy.warmup-updates 3 --policy.train-until 0.8 --policy.train-share 0.7 --critic.gae-lambda 0.9 "
     "--guard-adaptation 0.5 --guard-images 2 --prompts shapes-complex",
+    "alignprop": "--algorithm alignprop",
+    "draft-lv": "--algorithm draft --renoised 2 --policy.ema 0.9",
+    "refl": "--algorithm refl",
     "gardo": "--algorithm tdpo-g --policy.objective trust-region --kl.coefficient 0.03 --kl.gate --kl.gate-window 2 "
     "--kl.reset-every 2 --samples-per-prompt 2 --moments.baseline group --favour-diversity",
 }

@@ -13,6 +13,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from comfy_tdpo.methods import ALGORITHMS as EVERY
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to this for every algorithm")
-    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
+    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=list(EVERY))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/shapes_algorithms.md"))
     args = parser.parse_args()
     for seed in range(1, args.seeds + 1):

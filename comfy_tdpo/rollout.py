@@ -26,6 +26,7 @@ class Trajectories:
     latents (B, T + 1, C, H, W): x_0 ... x_T in sampling order, so step k's sample is `latents[:, k + 1]`.
     log_probs (B, T): under the policy that sampled.
     kl (B, T): nats against the reference, see `denoise`.
+    Of a method that needs no steps after its update, these three have none: (B, 0, ...).
     rewards (B,); eval_rewards, guard_rewards: name -> (B,).
     part_rewards: name -> (B,), those that `rewards` is a weighted sum of; empty for a single reward.
     image_embeds (B, K, D): what the critic reads at the first K steps, see `Sampler`; None without a critic.

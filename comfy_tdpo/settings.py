@@ -5,7 +5,7 @@ the common ones.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -145,7 +145,11 @@ class MethodSettings(Section):
     """The settings that every method has. A method subclasses this, and its fields are added to the trainer's.
 
     A method whose policy needs further settings overrides `policy`.
+
+    needs_gradient: whether it back-propagates the training reward.
     """
+
+    needs_gradient: ClassVar[bool] = False
 
     policy: PolicySettings = PolicySettings()
 
@@ -171,7 +175,7 @@ class MethodSettings(Section):
 
     @property
     def queries_per_sample(self) -> int:
-        """How many images of each trajectory the training reward scores for the method."""
+        """How many images the training reward scores for the updates, for each sample of an epoch."""
         return 1
 
     @property

@@ -39,6 +39,33 @@ def test_an_algorithm_sets_its_row_of_table_1(algorithm):
     assert config.advantage_clip == (None if config.critic.enabled else 5.0)
 
 
+# Direct gradients, as their authors trained Stable Diffusion: (policy lr, rank, weight decay, gradient norm,
+# guidance, steps, samples per update, updates in all)
+DIRECT = {
+    "alignprop": (1e-3, 4, 1e-4, 1.0, 5.0, 50, 128, 20),
+    "draft": (4e-4, 8, 0.1, 1.0, 7.5, 50, 4, 2000),
+    "refl": (1e-5, 4, 1e-2, 1.0, 1.0, 40, 64, 100),
+}
+
+
+@pytest.mark.parametrize("algorithm", DIRECT)
+def test_a_direct_gradient_has_its_authors_values(algorithm):
+    config = make_config("sd14-aesthetic", overrides={"algorithm": algorithm})
+    policy, updates = config.policy, config.epochs * config.samples_per_epoch // config.samples_per_update
+    found = (policy.lr, policy.rank, policy.weight_decay, policy.max_grad_norm)
+    assert (*found, config.guidance, config.steps, config.samples_per_update, updates) == DIRECT[algorithm]
+    assert (config.loss_weight, config.recompute.steps) == {
+        "alignprop": (0.01, True),
+        "draft": (1.0, True),
+        "refl": (1e-3, False),
+    }[algorithm]
+    assert not (config.recompute.decoder or config.recompute.reward)
+    if algorithm == "alignprop":
+        assert (config.reward_target, config.truncation.first) == (10.0, "normal")
+        assert (50 * config.truncation.mean, 50 * config.truncation.std) == (42, 5)
+    assert config.guards == [] and make_config("shapes", overrides={"algorithm": algorithm}).guards == []
+
+
 def test_later_layers_win(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("epochs = 7\nsteps = 9\n[policy]\nlr = 5e-4\n")
@@ -136,6 +163,23 @@ WRONG = [
     ({"epochs": True}, "epochs: got True; true and false are for switches"),
     ({"policy": {"lr": True}}, "policy.lr: got True; true and false are for switches"),
     ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-g, tdpo-r"),
+    ({"algorithm": "draft", "last_steps": 51}, "last_steps is 51, but there are only 10 steps"),
+    ({"algorithm": "draft", "last_steps": 2, "renoised": 2}, "renoised 2 repeats the last step alone"),
+    ({"algorithm": "alignprop", "truncation": {"first": "fixed", "last_steps": 51}}, "truncation.last_steps is 51"),
+    ({"algorithm": "alignprop", "steps": 1}, "truncation.first normal leaves the first step out"),
+    ({"algorithm": "refl", "reward_cap": "high"}, "reward_cap: got 'high'; expected a number, auto or none"),
+    (
+        {"algorithm": "refl", "critic": {"lr": 1e-3}},
+        "critic is for other algorithms; remove it, or choose tdpo-g",
+    ),
+    ({"algorithm": "draft", "policy": {"clip_range": 1e-3}}, "policy.clip_range is for other algorithms; remove it"),
+    ({"last_steps": 2}, "last_steps is for other algorithms; remove it, or choose draft"),
+    ({"algorithm": "refl", "guards": ["shapes-match"]}, "guards lists shapes-match, but this algorithm uses no guards"),
+    ({"algorithm": "alignprop", "rewards": {"shapes-gold": 1.0}}, "got reward 'shapes-gold', which has no gradient"),
+    (
+        {"algorithm": "draft", "rewards": {"shapes-aesthetic": 1.0, "jpeg-compressibility": 0.5}},
+        "got reward 'jpeg-compressibility', which has no gradient, for algorithm draft",
+    ),
     ({"rewards": {"beauty": 1.0}}, "got reward 'beauty'; expected one of"),
     ({"rewards": {"shapes-judge": 0.0}}, "weights of all rewards are 0"),
     ({"epochs": 0}, "epochs: got 0"),

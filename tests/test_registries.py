@@ -60,7 +60,7 @@ def train(path: Path, stop_after: int | None = None, **overrides) -> list[dict]:
 
     def watch(phase: str, done: float, total: int) -> None:
         nonlocal updates
-        updates += phase == "updating" and isinstance(done, int)
+        updates += phase == "training" and float(done).is_integer()
         if updates == stop_after:
             stop.set()
 

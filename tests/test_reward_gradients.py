@@ -9,6 +9,7 @@ from small_rewards import CPU, LEARNED, save_small_weights, use_small_architectu
 from torch import Tensor
 
 from comfy_tdpo.rewards import REWARDS, RewardModel, function, load_reward, load_rewards, pixels, reward_class
+from comfy_tdpo.rewards.gradients import WITHOUT_GRADIENT
 from comfy_tdpo.rewards.options import Options
 from comfy_tdpo.rewards.pixels import CLIP_STD, pillow_pixels, torchvision_pixels
 
@@ -105,7 +106,7 @@ def test_a_graph_is_kept_only_where_it_was_asked_for(weights, name):
 
 def test_every_reward_says_whether_it_has_a_gradient():
     without = {name for name in REWARDS if not reward_class(name).differentiable}
-    assert without == {"jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"}
+    assert without == {"jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"} == WITHOUT_GRADIENT
     for name in without:
         images = noise((64, 64)).requires_grad_()
         assert not load_reward(name, CPU).score(images, ["a red circle"] * 2).requires_grad
@@ -122,7 +123,8 @@ def test_a_sum_has_a_gradient_if_all_its_parts_have_one():
 
 
 def test_a_function_keeps_the_gradient_that_it_has(tmp_path, monkeypatch):
-    (tmp_path / "graded.py").write_text("def red(images, prompts):\n    return images[:, 0].square().mean((1, 2))\n")
+    red = "def red(images, prompts):\n    return images[:, 0].square().mean((1, 2))\n"
+    (tmp_path / "graded.py").write_text(red + "red.differentiable = True\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(function, "_allowed", True)
     reward, images = load_reward("python:graded:red", CPU), noise((8, 8)).requires_grad_()

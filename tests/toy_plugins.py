@@ -170,6 +170,7 @@ class ThroughSampling:
 
     def update(self, group: range) -> None:
         context = self.context
+        context.watch("training", group.start, context.samples)
 
         def accumulate(part: slice) -> Trajectories:
             prompts, seeds = context.draws(group[part])

@@ -14,7 +14,7 @@ from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.settings import PolicySettings
 from comfy_tdpo.trainer.training import Training
 
-ALGORITHMS = ("tdpo-r", "ddpo-2")
+ALGORITHMS = ("tdpo-r", "ddpo-2", "alignprop")
 SETTINGS = {"samples_per_epoch": 8, "samples_per_update": 8, "micro_batch": 2, "resolution": 8, "guidance": 1.0}
 
 
@@ -30,7 +30,7 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(parameter)))
     training = Training(run.config, policy, Brightness(), {}, run, accelerator)
     optimizers = {"policy": training.context.optimizer}
-    if training.method.critic is not None:
+    if getattr(training.method, "critic", None) is not None:
         training.method.critic.network.dropout = (0.0,) * 4  # its masks are drawn for a process's own rows
         optimizers["critic"] = training.method.critic.optimizer
     for name, optimizer in optimizers.items():
@@ -40,7 +40,8 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
                 {f"{name}.{i}": parameter.grad.clone() for i, parameter in enumerate(parameters)}
             )
         )
-    training._sample()
+    if training.method.samples_first:
+        training._sample()
     training.method.update(training.method.groups(1)[0])
     return kept | {f"average.{name}": weight for name, weight in policy.average.weights.items()}
 

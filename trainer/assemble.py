@@ -12,6 +12,7 @@ from accelerate.tracking import get_available_trackers
 from comfy_tdpo.models import load_model
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import load_reward, load_rewards
+from comfy_tdpo.rewards.gradients import check_functions
 from comfy_tdpo.shapes import WORLD
 
 from .config import TrainConfig
@@ -47,6 +48,8 @@ def assemble(
     how = (accelerator.device, config.reward_precision, weights_of(run, config))
     if config.output.recommend:
         held_out_reward(config)  # rather now than after the training
+    if config.needs_gradient:
+        check_functions(config.trained_on, config.algorithm)
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.measured}
     guards = {name: load_reward(name, *how) for name in config.guards}

@@ -22,6 +22,6 @@ class Pace:
     def epoch(self) -> float | None:
         """Seconds of an epoch; None before the first sample is done."""
         sampling = self._seconds.get("sampling")
-        if sampling is None:
-            return self._seconds.get("updating")
+        if sampling is None:  # resumed after it, or a method that samples as it updates
+            return self._seconds.get("updating", self._seconds.get("training"))
         return sampling + self._seconds.get("updating", UPDATING * sampling)

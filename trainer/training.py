@@ -254,7 +254,8 @@ class Training:
         progress, start = self.context.progress, time.perf_counter()
         groups = self.method.groups(self.context.epoch + 1)
         for index in range(progress.updates, len(groups)):
-            self.context.begin("updating", index, 1, len(groups))
+            if self.method.samples_first:  # otherwise the method says how many samples it has drawn
+                self.context.begin("updating", index, 1, len(groups))
             set_lr(self.context.optimizer, self._lr(index, len(groups)))
             self.method.update(groups[index])
             progress.updates += 1

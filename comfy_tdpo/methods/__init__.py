@@ -32,7 +32,8 @@ class Method(Protocol):
     `context.progress`, in the trained part of the model, or in `state`.
 
     samples_first: False for a method whose updates draw their own samples, with gradients. In that case `sample` and
-    `targets` are not called, and each update appends the trajectories it has drawn to `context.progress.parts`.
+    `targets` are not called, each update appends the trajectories it has drawn to `context.progress.parts`, and the
+    method calls `context.begin`.
     """
 
     samples_first: bool
@@ -93,13 +94,15 @@ class Algorithm:
 
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
+_DIRECT = "comfy_tdpo.methods.direct"
 
 # tdpo-g is this project's recipe, see docs/recipe.md. tdpo-r to ddpo-2 are Table 1 of the paper, and the settings'
 # defaults are the paper's values of TDPO-R. grpo has the groups and updates of DanceGRPO on Stable Diffusion 1.4
 # (arXiv 2505.07818), which trains all weights, and the LoRA, its learning rate and the clip of Flow-GRPO
 # (arXiv 2505.05470). Both leave the last step out, 0.98 of 50 steps. dpok is DPOK (arXiv 2305.16381) on many prompts:
 # its code weighs rewards by 1000 and the KL by 0.1, and with Adam only their ratio matters. sdpo is SDPO
-# (arXiv 2411.11727).
+# (arXiv 2411.11727). alignprop, draft and refl have their authors' values; the numbers of steps and samples that belong
+# to them are in the presets sd14-*.
 ALGORITHMS = {
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
@@ -185,6 +188,24 @@ ALGORITHMS = {
         "comfy_tdpo.methods.sdpo:SDPO",
         "comfy_tdpo.methods.sdpo_settings:SDPOSettings",
         "no critic, a reward for each step from predicted clean images, compared between two images of a prompt",
+    ),
+    "alignprop": Algorithm(
+        f"{_DIRECT}.alignprop:AlignProp",
+        f"{_DIRECT}.settings:AlignPropSettings",
+        "the reward's gradient through a random number of the last steps",
+        {"loss_weight": 0.01, "policy": {"lr": 1e-3}, "recompute": {"steps": True}},
+    ),
+    "draft": Algorithm(
+        f"{_DIRECT}.draft:Draft",
+        f"{_DIRECT}.settings:DraftSettings",
+        "the reward's gradient through the last step, or the last few",
+        {"policy": {"lr": 4e-4, "rank": 8, "weight_decay": 0.1}, "recompute": {"steps": True}},
+    ),
+    "refl": Algorithm(
+        f"{_DIRECT}.refl:Refl",
+        f"{_DIRECT}.settings:ReflSettings",
+        "the reward's gradient through one of the last steps, at the image predicted there",
+        {"loss_weight": 1e-3, "policy": {"lr": 1e-5, "weight_decay": 1e-2, "ema": 0.9999}},
     ),
 }
 

@@ -46,6 +46,10 @@ class Process(Protocol):
         """The latent x_0 that sampling starts from, given standard normal `noise`; both (B, C, H, W)."""
         ...
 
+    def noised(self, clean: Tensor, noise: Tensor, positions: Tensor) -> Tensor:
+        """The latent x_k at positions k, int64 (B,), of a clean latent with standard normal `noise`; (B, C, H, W)."""
+        ...
+
     def step(self, output: Tensor, latents: Tensor, positions: Tensor) -> Step:
         """The step from `latents` x_k at `positions` k, int64 (B,), given the model's (guided) `output`."""
         ...

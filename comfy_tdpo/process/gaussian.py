@@ -47,6 +47,10 @@ class TableProcess:
     def initial(self, noise: Tensor) -> Tensor:
         return noise
 
+    def noised(self, clean: Tensor, noise: Tensor, positions: Tensor) -> Tensor:
+        signal, scale = (table[positions].view(-1, 1, 1, 1) for table in (self.signal, self.noise))
+        return signal * clean + scale * noise
+
     def step(self, output: Tensor, latents: Tensor, positions: Tensor) -> Step:
         output, latents = output.float(), latents.float()
         signal, noise, next_signal, kappa, sigma = (

@@ -8,6 +8,7 @@ chosen the function, and ComfyUI's nodes do not.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .answers import scores_of
@@ -51,6 +52,27 @@ def _function(name: str) -> str:
     return name.removeprefix(PREFIX).partition(":")[2]
 
 
+def says_gradient(name: str) -> bool:
+    """Whether the function says that it keeps the gradient of its images, by an attribute `differentiable`."""
+    return bool(getattr(_imported(name), "differentiable", False))
+
+
+def _imported(name: str) -> Callable:
+    """The function `name`, whose module is imported."""
+    check_function(name)
+    try:
+        module = importlib.import_module(_module(name))
+    except Exception as error:  # whatever the user's module does
+        raise ValueError(
+            f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; correct it, or if it was "
+            "not found, run in the folder of its file or add that folder to PYTHONPATH"
+        ) from error
+    function = getattr(module, _function(name), None)
+    if not callable(function):
+        raise ValueError(f"got reward {name!r}, but {module.__name__} has no function {_function(name)!r}")
+    return function
+
+
 class UserFunction:
     """Any callable of images, float (B, 3, H, W) in [0, 1], and a list of B prompts that returns B numbers.
 
@@ -59,22 +81,10 @@ class UserFunction:
 
     sources = ()
     embed_dim = None
-    differentiable = True  # not known before it is called
 
     def __init__(self, name: str, options: Options):
-        check_function(name)
-        self.name = name
-        try:
-            module = importlib.import_module(_module(name))
-        except Exception as error:  # whatever the user's module does
-            raise ValueError(
-                f"reward {name!r} cannot be imported: {type(error).__name__}: {error}; correct it, or if it was "
-                "not found, run in the folder of its file or add that folder to PYTHONPATH"
-            ) from error
-        function = getattr(module, _function(name), None)
-        if not callable(function):
-            raise ValueError(f"got reward {name!r}, but {module.__name__} has no function {_function(name)!r}")
-        self.call = Call(name, function, options.device)
+        self.name, self.differentiable = name, says_gradient(name)
+        self.call = Call(name, _imported(name), options.device)
 
     def embed(self, images: Tensor) -> Tensor:
         raise TypeError(f"{self.name} is a function and has no encoder")

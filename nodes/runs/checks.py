@@ -51,9 +51,8 @@ def _check_rewards(config: TrainConfig, prompts: list[str]) -> None:
 def _check_steps(config: TrainConfig, scheduler: Any, process: str) -> None:
     """The steps of the process, which of them are trained, and whether the updates suffice for the warm-up."""
     made = make_process(config.process or process, scheduler, config.steps, CPU)
-    if not hasattr(config.policy, "train_share"):
-        return
-    trained = int(trained_steps(config.policy, made.stochastic, config.seed, epoch=1).sum())
-    groups = config.samples_per_epoch // config.samples_per_update
-    by_step = getattr(config, "updates", "timestep") == "timestep"
-    check_warmup(config, groups * trained if by_step else groups)
+    updates = config.samples_per_epoch // config.samples_per_update
+    if hasattr(config.policy, "train_share"):
+        trained = int(trained_steps(config.policy, made.stochastic, config.seed, epoch=1).sum())
+        updates *= trained if getattr(config, "updates", "timestep") == "timestep" else 1
+    check_warmup(config, updates)

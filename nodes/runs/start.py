@@ -137,8 +137,8 @@ def wait_for(job: Job, show: Callable[[int, int], None]) -> Status:
 
 
 def _done(status: Status) -> tuple[int, int]:
-    """Progress in hundredths of epochs: sampling is the first half of each, updating the second."""
+    """Progress in hundredths of epochs: sampling is the first half of each, updating the second; training is both."""
     share = status.phase_done / status.phase_total if status.phase_total else 0.0
-    half = {"sampling": 0, "updating": 50}.get(status.phase)
-    within = half + int(50 * share) if half is not None else 0
+    begin, size = {"sampling": (0, 50), "updating": (50, 50), "training": (0, 100)}.get(status.phase, (0, 0))
+    within = begin + int(size * share)
     return 100 * status.epoch + within, 100 * status.epochs

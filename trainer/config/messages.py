@@ -1,7 +1,7 @@
 """Error messages for invalid configurations: what was found, what was expected, what to do."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -52,16 +52,24 @@ def _last(name: str) -> str:
     return name.lstrip("-").rpartition(".")[2]
 
 
-def explain(errors: Sequence[Any], fields: Mapping[str, FieldInfo]) -> str:
-    """Pydantic's errors in one line; `fields` maps the dotted names of all settings to their fields."""
-    told = [_explain(detail, fields) for detail in errors[:AT_ONCE]]
+def explain(
+    errors: Sequence[Any], fields: Mapping[str, FieldInfo], elsewhere: Callable[[str], list[str]] = lambda name: []
+) -> str:
+    """Pydantic's errors in one line.
+
+    fields: the dotted names of all settings, and their fields; elsewhere: of a setting or a section that is not among
+    them, the names of the algorithms that have it.
+    """
+    told = [_explain(detail, fields, elsewhere) for detail in errors[:AT_ONCE]]
     more = len(errors) - len(told)
     return "; ".join(told) + (f"; and {more} more like these" if more else "")
 
 
-def _explain(detail: Any, fields: Mapping[str, FieldInfo]) -> str:
+def _explain(detail: Any, fields: Mapping[str, FieldInfo], elsewhere: Callable[[str], list[str]]) -> str:
     name = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
+        if algorithms := elsewhere(name):
+            return f"{name} is for other algorithms; remove it, or choose {', '.join(algorithms)}"
         return f"unknown setting {name!r}; {_remedy_for_unknown(name, detail['input'], fields)}"
     message = detail["msg"].removeprefix("Value error, ")
     if not name:

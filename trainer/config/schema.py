@@ -11,6 +11,7 @@ from comfy_tdpo.methods import ALGORITHMS, settings_class
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.registry import entry
 from comfy_tdpo.rewards import ONLY_EVALUATE, check_reward, reward_names
+from comfy_tdpo.rewards.gradients import check_gradients
 from comfy_tdpo.settings import (
     MAY_CHANGE,
     NONE,
@@ -190,6 +191,8 @@ class TrainConfig(MethodSettings):
         used = [*self.rewards, *self.measured, *self.guards, *self.further_rewards]
         for name in used:
             check_reward(name)
+        if self.needs_gradient:
+            check_gradients(self.trained_on, self.algorithm)
         if tastes := [name for name in used if is_taste(name)]:
             self._check_folders(tastes)
             used += reward_names()  # a taste reads through the encoder of one of them, which its folder names
@@ -238,7 +241,7 @@ def validate(values: Fields) -> TrainConfig:
     try:
         return config_class(algorithm).model_validate(with_named_rewards(values) | expanded)
     except ValidationError as error:
-        raise ValueError(explain(error.errors(), dict(leaf_fields(algorithm)))) from error
+        raise ValueError(explain(error.errors(), dict(leaf_fields(algorithm)), algorithms_with)) from error
 
 
 def config_class(algorithm: str) -> type[TrainConfig]:
@@ -259,6 +262,15 @@ def leaf_fields(algorithm: str | None = None) -> Iterator[tuple[str, FieldInfo]]
             if field not in seen:
                 seen.add(field)
                 yield field, info
+
+
+def algorithms_with(name: str) -> list[str]:
+    """The algorithms that have the setting, or the section, of this dotted name."""
+    return [
+        algorithm
+        for algorithm in ALGORITHMS
+        if any(known == name or known.startswith(f"{name}.") for known, _ in leaf_fields(algorithm))
+    ]
 
 
 def plain_values(config: TrainConfig) -> Fields:

@@ -1,0 +1,55 @@
+"""Gradient checkpointing of any network: its blocks compute their activations again in the backward pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ...rewards import RewardModel, WeightedSum
+
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing here draws random numbers
+
+
+@contextmanager
+def recomputing(networks: list[nn.Module]) -> Iterator[None]:
+    """Inside the block, the forward passes of `networks` keep only what enters their blocks.
+
+    What was computed inside may be back-propagated afterwards too.
+    """
+    blocks = [block for network in networks for block in blocks_of(network)]
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(recomputed, block.forward)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:  # its class has it
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The outermost modules that are called and listed in a ModuleList: transformer layers, stages of a decoder."""
+    listed = isinstance(network, nn.ModuleList)
+    found = []
+    for child in network.children():
+        is_block = listed and type(child).forward is not nn.Module.forward
+        found += [child] if is_block else blocks_of(child)
+    return found
+
+
+def networks_of(reward: RewardModel) -> list[nn.Module]:
+    """The networks of a reward, of the reward that it reads through, or of the parts of a sum."""
+    if isinstance(reward, WeightedSum):
+        return [network for model, _, _ in reward.parts for network in networks_of(model)]
+    found: list[nn.Module] = []
+    for value in vars(reward).values():
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, RewardModel):
+            found += networks_of(value)
+    return found
