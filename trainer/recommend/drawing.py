@@ -1,7 +1,7 @@
 """Draws and scores the images of a recommendation, as far as that has not been done before."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +23,18 @@ from ..state import Watch
 from .files import Cell, Draw, Table, image_file
 
 SHOWN = 4  # images of a cell in the picture, of different prompts if there are as many
-PHASE = "recommending"
+FRESH = 10**6  # the first noise number of a prompt that never chooses; no cell has as many images
 
 
-def draws_of(prompts: list[str], images: int) -> list[Draw]:
-    """The images of a cell: spread evenly over `prompts`, each prompt with its own noise number 0, 1, ..."""
+def draws_of(prompts: list[str], images: int, first: int = 0) -> list[Draw]:
+    """The images of a cell: spread evenly over `prompts`, each prompt with its own noise number from `first` on.
+
+    Those of fewer images are among those of a multiple.
+    """
     seen: Counter[str] = Counter()
     draws = []
     for prompt in spread(prompts, images):
-        draws.append(Draw(prompt, seen[prompt]))
+        draws.append(Draw(prompt, first + seen[prompt]))
         seen[prompt] += 1
     return draws
 
@@ -48,14 +51,14 @@ class Artist:
     """Draws cells with a policy, whose LoRA is replaced.
 
     Args:
-        rewards: that score the images; draws: the images of each cell; folder: where images for the picture are kept.
+        rewards: that score the images; shown: those in the picture, which are kept in `folder`.
         check: called between model calls; may raise an exception to stop.
     """
 
     config: TrainConfig
     policy: DiffusionPolicy
     rewards: tuple[RewardModel, ...]
-    draws: list[Draw]
+    shown: list[Draw]
     table: Table
     folder: Path
     check: Callable[[], None]
@@ -65,11 +68,10 @@ class Artist:
         config, device = self.config, self.policy.device
         self._decoder = Decoder(self.policy, config.decode_batch)
         self._batch = first_micro_batch(config.micro_batch, config.samples_per_update, device)
-        self._shown = set(shown_of(self.draws))
 
-    def draw(self, cells: list[Cell]) -> None:
-        """Draw and score what is missing of `cells`; every batch is saved at once."""
-        missing = {cell: [draw for draw in self.draws if self._is_missing(cell, draw)] for cell in cells}
+    def draw(self, cells: Mapping[Cell, list[Draw]], phase: str) -> None:
+        """Draw and score what is missing of these images of `cells`; every batch is saved at once."""
+        missing = {cell: [draw for draw in draws if self._is_missing(cell, draw)] for cell, draws in cells.items()}
         total = sum(map(len, missing.values()))
         done = 0
         for cell, draws in missing.items():
@@ -77,15 +79,15 @@ class Artist:
                 continue
             with self._applied(cell):
                 while draws:
-                    self.watch(PHASE, done, total)
+                    self.watch(phase, done, total)
                     drawn = self._draw(cell, draws)
                     draws, done = draws[drawn:], done + drawn
-        self.watch(PHASE, done, total)
+        self.watch(phase, done, total)
 
     def _is_missing(self, cell: Cell, draw: Draw) -> bool:
         scores = self.table.scores(cell, draw)
         scored = all(reward.name in scores for reward in self.rewards)
-        return not scored or (draw in self._shown and not image_file(self.folder, cell, draw).exists())
+        return not scored or (draw in self.shown and not image_file(self.folder, cell, draw).exists())
 
     def _applied(self, cell: Cell) -> AbstractContextManager[None]:
         """Apply a cell's LoRA at its strength; inside the block, the policy is what the cell says."""
@@ -110,7 +112,7 @@ class Artist:
             self._batch = smaller_micro_batch(self._batch, self.config.samples_per_update)
             return 0
         for draw, image in zip(batch, images, strict=True):
-            if draw in self._shown:
+            if draw in self.shown:
                 write_atomically(image_file(self.folder, cell, draw), _as_picture(image).save)
         self.table.append(
             cell, {draw: {name: values[i] for name, values in scores.items()} for i, draw in enumerate(batch)}
