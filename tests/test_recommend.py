@@ -2,19 +2,21 @@
 
 import json
 import statistics
+from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scipy import stats
 from toy import Brightness, new_run, toy_config
 
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rollout import Decoder, draw_images
 from comfy_tdpo.trainer.recommend import work
 from comfy_tdpo.trainer.recommend.choice import Outcome, choose, judge
-from comfy_tdpo.trainer.recommend.drawing import draws_of, shown_of
+from comfy_tdpo.trainer.recommend.drawing import FRESH, draws_of, shown_of
 from comfy_tdpo.trainer.recommend.files import BASE, Cell, Draw, Table, cells_of, is_current
 from comfy_tdpo.trainer.recommend.options import Options, held_out_reward, unseen_prompts
 from comfy_tdpo.trainer.recommend.work import recommend
@@ -87,33 +89,49 @@ def table_of(run) -> list[dict]:
     return [json.loads(line) for line in (run.recommendation / "table.jsonl").read_text().splitlines()]
 
 
+def choosing(run) -> list[dict]:
+    """The lines of images that may choose."""
+    return [line for line in table_of(run) if line["noise"] < FRESH]
+
+
 # --- the rule of choice
 
 
-def outcome(training: float, change: float) -> Outcome:
-    return Outcome(Cell(1, training), training, 5 + change, change)
+def outcome(gain: float, least: float) -> Outcome:
+    return Outcome(Cell(1, gain), training=1 + gain, held_out=5.0, gain=gain, least=least)
 
 
-def test_the_rule_takes_the_highest_training_reward_of_those_that_keep_the_held_out_one():
-    base = Outcome(BASE, 1.0, 5.0)
-    kept, fell, better_but_fell = outcome(2.0, -0.1), outcome(1.5, 0.3), outcome(3.0, -0.11)
-    assert choose(base, [kept, fell, better_but_fell], allowed=0.1) is kept
-    assert choose(base, [kept, fell, better_but_fell], allowed=0.05) is fell
-    assert choose(base, [outcome(1.0, 0.5), better_but_fell], allowed=0.1) is None, "no better than the base model"
+def test_the_rule_takes_the_highest_training_reward_of_those_that_surely_keep_the_held_out_one():
+    kept, fell, better_but_fell = outcome(1.0, -0.1), outcome(0.5, 0.3), outcome(2.0, -0.11)
+    assert choose([kept, fell, better_but_fell], allowed=0.1) is kept
+    assert choose([kept, fell, better_but_fell], allowed=0.05) is fell
+    assert choose([outcome(0.0, 0.5), better_but_fell], allowed=0.1) is None, "no better than the base model"
 
 
-def test_the_tolerance_is_in_spreads_of_the_base_and_changes_are_paired():
-    base, held, training = [1.0, 2.0, 4.0, 5.0], [1.0, 1.5, 4.0, 4.5], [2.0, 2.0, 2.0, 2.0]
+def scored(training: float, *held_out: list[float]) -> dict[Draw, tuple[float, float]]:
+    """Scores of as many prompts as there are lists, which are of their images."""
+    return {Draw(f"prompt {p}", i): (training, x) for p, own in enumerate(held_out) for i, x in enumerate(own)}
+
+
+def test_changes_are_paired_and_their_errors_are_those_of_a_mean_over_prompts():
+    base = scored(1.0, [1.0, 2.0], [4.0, 5.0], [0.0, 2.0])
     cell = Cell(1, 0.5, digest="x")
-    scores = {BASE: ([1.0] * 4, base), cell: (training, held)}
+    scores = {BASE: base, cell: scored(2.0, [0.9, 1.9], [3.6, 4.6], [0.0, 1.8])}  # prompts change by -0.1, -0.4, -0.1
     found = judge(("a", "b"), scores, tolerance=0.2, prompts="")
-    assert found.spread == pytest.approx(statistics.stdev(base)) and found.allowed == pytest.approx(0.2 * found.spread)
+    assert found.spread == pytest.approx(statistics.stdev([1.0, 2.0, 4.0, 5.0, 0.0, 2.0]))
+    assert found.allowed == pytest.approx(0.2 * found.spread)
     (outcome,) = found.outcomes
-    assert outcome.change == pytest.approx(-0.25)
-    # of the differences 0, -0.5, 0, -0.5 and not of the scores, whose spread is seven times as large
-    assert outcome.error == pytest.approx((4 * 0.25**2 / 3) ** 0.5 / 2)
-    assert found.chosen is outcome, "0.25 is less than 0.2 * 1.83"
-    assert judge(("a", "b"), scores, tolerance=0.1, prompts="").chosen is None
+    assert outcome.gain == 1.0 and outcome.change == pytest.approx(-0.2)
+    assert outcome.error == pytest.approx(statistics.stdev([-0.1, -0.4, -0.1]) / 3**0.5)
+    assert outcome.least == pytest.approx(-0.2 - stats.t.ppf(0.9, 2) * outcome.error)
+    assert found.chosen is None, "a fall of 0.2 is less than 0.2 * 1.9, but not surely so"
+    assert judge(("a", "b"), scores, tolerance=0.3, prompts="").chosen == outcome
+
+
+def test_a_single_prompt_has_the_error_of_a_mean_over_images():
+    base, cell = scored(1.0, [1.0, 2.0, 3.0]), Cell(1, 0.5, digest="x")
+    (outcome,) = judge(("a", "b"), {BASE: base, cell: scored(2.0, [1.0, 2.5, 3.1])}, 0.1, "").outcomes
+    assert outcome.error == pytest.approx(statistics.stdev([0.0, 0.5, 0.1]) / 3**0.5)
 
 
 # --- strengths
@@ -123,7 +141,7 @@ def test_every_cell_is_scored_as_the_lora_at_that_strength_to_the_bit(run, rewar
     """The base model, a snapshot at half its strength, and one as it was trained, each made by hand."""
     reward, _ = rewards()
     recommend(run, QUICK, CPU, trained(9))  # as after a training
-    scored = {(line["epoch"], line["strength"], line["prompt"]): line["scores"] for line in table_of(run)}
+    scored = {(line["epoch"], line["strength"], line["prompt"]): line["scores"] for line in choosing(run)}
     seen = []
     for epoch, strength in ((0, 0.0), (2, 0.5), (3, 1.0)):
         by_hand = trained(max(epoch, 2))
@@ -180,6 +198,7 @@ def test_what_is_written_is_the_chosen_lora_with_its_strength_baked_in(run, poli
         metadata = file.metadata()
     assert (metadata["epoch"], metadata["strength"]) == (str(cell.epoch), f"{cell.strength:g}")
     assert (metadata["held_out"], float(metadata["held_out_reward"])) == ("held", 1.0)
+    assert float(metadata["training_reward"]) == pytest.approx(found.fresh.training, rel=1e-5)
     after = policy.trainable.state()
     assert all(torch.equal(after[name], weight) for name, weight in before.items()), "the policy is as it was"
 
@@ -192,6 +211,31 @@ def test_an_earlier_recommendation_does_not_outlive_a_search_that_finds_none(run
     assert recommend(run, strict, CPU, policy).chosen is None
     assert not run.recommended_lora.exists()
     assert json.loads((run.recommendation / "choice.json").read_text())["recommended"] is None
+
+
+def test_what_is_reported_of_the_choice_comes_from_noise_that_has_not_chosen(run, policy, rewards):
+    found = recommend(run, QUICK, CPU, policy)
+    fresh = [line for line in table_of(run) if line["noise"] >= FRESH]
+    of_base, of_chosen = ([line for line in fresh if (line["epoch"] == 0) is base] for base in (True, False))
+    assert len(of_base) == len(of_chosen) == 8
+    assert {(line["epoch"], line["strength"]) for line in of_chosen} == {
+        (found.chosen.cell.epoch, found.chosen.cell.strength)
+    }
+    means = [statistics.fmean(line["scores"]["brightness"] for line in lines) for lines in (of_base, of_chosen)]
+    choice = json.loads((run.recommendation / "choice.json").read_text())
+    assert choice["recommended"]["training"] == pytest.approx(means[1]) != found.chosen.training
+    assert choice["recommended_beside"]["training"] == pytest.approx(means[0])
+    assert choice["recommended"]["training_gain"] == pytest.approx(means[1] - means[0])
+
+
+def test_if_none_qualifies_the_nearest_are_drawn_more_often(run, policy, rewards):
+    rewards(lambda images: -images.mean(dim=(1, 2, 3)))  # it falls whenever brightness rises
+    found = recommend(run, Options(strengths=(0.5, 1.0), images=8, tolerance=0.0), CPU, policy)
+    assert found.chosen is None and found.fresh is None
+    drawn = Counter((line["epoch"], line["strength"]) for line in table_of(run))
+    gained = [(outcome.cell.epoch, outcome.cell.strength) for outcome in found.nearest]
+    assert 0 < len(gained) <= 3 and drawn.pop((0, 0.0)) == 3 * 8
+    assert drawn == {key: 3 * 8 if key in gained else 8 for key in drawn} and len(drawn) == 4
 
 
 # --- going on
@@ -217,9 +261,9 @@ def test_what_was_scored_before_an_interruption_is_not_drawn_again(run, policy, 
         file.write('{"epoch": 3, "stre')  # cut off by a power failure
     seen.clear()
     found = recommend(run, QUICK, CPU, policy, watch=lambda *progress: seen.append(progress))
-    assert seen[0] == ("recommending", 0, 30) and table_of(run)[:10] == kept and len(table_of(run)) == 40
+    assert seen[0] == ("recommending", 0, 30) and table_of(run)[:10] == kept and len(choosing(run)) == 40
     again = recommend(run, QUICK, CPU, policy, watch=lambda *progress: seen.append(progress))
-    assert seen[-1] == ("recommending", 0, 0) and len(table_of(run)) == 40
+    assert seen[-1] == ("checking the choice", 0, 0) and len(table_of(run)) == 40 + 2 * 8
     (run.recommendation / "table.jsonl").unlink()
     whole = recommend(run, QUICK, CPU, policy)
     assert found == again == whole
@@ -228,14 +272,14 @@ def test_what_was_scored_before_an_interruption_is_not_drawn_again(run, policy, 
 def test_only_what_is_new_is_drawn(run, policy, rewards):
     recommend(run, QUICK, CPU, policy)
     assert is_current(run), "no epoch has finished that was not considered"
-    lines = len(table_of(run))
+    lines = len(choosing(run))
     recommend(run, Options(strengths=(0.5, 0.75, 1.0), images=8), CPU, policy)
-    assert len(table_of(run)) == lines + 2 * 8
+    assert len(choosing(run)) == lines + 2 * 8
     recommend(run, Options(strengths=(0.5, 0.75, 1.0), images=16), CPU, policy)
-    assert len(table_of(run)) == lines + 2 * 8 + 7 * 8
+    assert len(choosing(run)) == lines + 2 * 8 + 7 * 8
     policy.trainable.export(run.lora(2), {"epoch": "2"})  # the run went back and trained epoch 2 again
     recommend(run, Options(strengths=(0.5, 0.75, 1.0), images=16), CPU, policy)
-    assert len(table_of(run)) == lines + 2 * 8 + 7 * 8 + 3 * 16
+    assert len(choosing(run)) == lines + 2 * 8 + 7 * 8 + 3 * 16
     run.append_metrics({"epoch": 1})
     for epoch in (2, 3, 4):
         run.append_metrics({"epoch": epoch})
@@ -267,6 +311,9 @@ def test_images_are_spread_over_the_prompts_each_with_noise_of_its_own():
     draws = draws_of(["a", "b", "c"], 6)
     assert draws == [Draw("a", 0), Draw("a", 1), Draw("b", 0), Draw("b", 1), Draw("c", 0), Draw("c", 1)]
     assert [draw.prompt for draw in draws_of(["a", "b", "c", "d"], 2)] == ["a", "c"]
+    assert draws_of(["a"], 2, FRESH) == [Draw("a", FRESH), Draw("a", FRESH + 1)]
+    for images in (2, 5, 11):
+        assert set(draws_of(["a", "b", "c"], images)) <= set(draws_of(["a", "b", "c"], 3 * images))
     assert shown_of(draws_of(list("abcdefgh"), 16)) == [Draw(prompt, 0) for prompt in "aceg"]
     assert shown_of(draws_of(["a"], 6)) == [Draw("a", i) for i in range(4)]
 

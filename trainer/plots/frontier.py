@@ -33,7 +33,7 @@ def frontier_figure(found: Recommendation) -> Image.Image:
     axes = figure.add_axes(
         (LEFT / WIDTH, BOTTOM / HEIGHT, (WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
     )
-    facts = f"means of {found.images} images; numbers are epochs"
+    facts = f"means of {found.images} images or more; numbers are epochs"
     write_title(figure, (LEFT / WIDTH, 1 - 0.4 / HEIGHT), "figure fraction", "Snapshots and strengths", 13, facts)
     _style(axes, found)
     for color, strength in zip(_colors(found), _strengths(found), strict=True):

@@ -1,7 +1,7 @@
 """Draws and scores the images of a recommendation, as far as that has not been done before."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +24,18 @@ from ..state import Watch
 from .files import Cell, Draw, Table, image_file
 
 SHOWN = 4  # images of a cell in the picture, of different prompts if there are as many
-PHASE = "recommending"
+FRESH = 10**6  # the first noise number of a prompt that never chooses; no cell has as many images
 
 
-def draws_of(prompts: list[str], images: int) -> list[Draw]:
-    """The images of a cell: spread evenly over `prompts`, each prompt with its own noise number 0, 1, ..."""
+def draws_of(prompts: list[str], images: int, first: int = 0) -> list[Draw]:
+    """The images of a cell: spread evenly over `prompts`, each prompt with its own noise number from `first` on.
+
+    Those of fewer images are among those of a multiple.
+    """
     seen: Counter[str] = Counter()
     draws = []
     for prompt in spread(prompts, images):
-        draws.append(Draw(prompt, seen[prompt]))
+        draws.append(Draw(prompt, first + seen[prompt]))
         seen[prompt] += 1
     return draws
 
@@ -100,22 +103,19 @@ class Artist:
     """Draws the cells of a recommendation.
 
     Args:
-        rewards: that score the images; draws: the images of each cell; folder: where images for the picture are kept.
+        rewards: that score the images; shown: those in the picture, which are kept in `folder`.
     """
 
     painter: Painter
     rewards: tuple[RewardModel, ...]
-    draws: list[Draw]
+    shown: list[Draw]
     table: Table
     folder: Path
     watch: Watch
 
-    def __post_init__(self) -> None:
-        self._shown = set(shown_of(self.draws))
-
-    def draw(self, cells: list[Cell]) -> None:
-        """Draw and score what is missing of `cells`; every batch is saved at once."""
-        missing = {cell: [draw for draw in self.draws if self._is_missing(cell, draw)] for cell in cells}
+    def draw(self, cells: Mapping[Cell, list[Draw]], phase: str) -> None:
+        """Draw and score what is missing of these images of `cells`; every batch is saved at once."""
+        missing = {cell: [draw for draw in draws if self._is_missing(cell, draw)] for cell, draws in cells.items()}
         total = sum(map(len, missing.values()))
         done = 0
         for cell, draws in missing.items():
@@ -123,17 +123,17 @@ class Artist:
                 continue
             with self.painter.applied(cell):
                 while draws:
-                    self.watch(PHASE, done, total)
-                    drawn = self._draw(cell, draws, done, total)
+                    self.watch(phase, done, total)
+                    drawn = self._draw(cell, draws, phase, done, total)
                     draws, done = draws[drawn:], done + drawn
-        self.watch(PHASE, done, total)
+        self.watch(phase, done, total)
 
     def _is_missing(self, cell: Cell, draw: Draw) -> bool:
         scores = self.table.scores(cell, draw)
         scored = all(reward.name in scores for reward in self.rewards)
-        return not scored or (draw in self._shown and not image_file(self.folder, cell, draw).exists())
+        return not scored or (draw in self.shown and not image_file(self.folder, cell, draw).exists())
 
-    def _draw(self, cell: Cell, draws: list[Draw], done: int, total: int) -> int:
+    def _draw(self, cell: Cell, draws: list[Draw], phase: str, done: int, total: int) -> int:
         """Draw the first of `draws`, and return how many these are; `done` of the `total` images are drawn already."""
         seed = self.painter.config.seed
         seeds = [(seed, "recommend", draw.prompt, draw.noise) for draw in draws]
@@ -141,11 +141,11 @@ class Artist:
             [draw.prompt for draw in draws],
             seeds,
             self.rewards,
-            lambda drawn: self.watch(PHASE, done + drawn, total),
+            lambda drawn: self.watch(phase, done + drawn, total),
         )
         batch = draws[: len(images)]
         for draw, image in zip(batch, images, strict=True):
-            if draw in self._shown:
+            if draw in self.shown:
                 write_atomically(image_file(self.folder, cell, draw), as_picture(image).save)
         self.table.append(
             cell, {draw: {name: values[i] for name, values in scores.items()} for i, draw in enumerate(batch)}

@@ -14,14 +14,16 @@ from ..run import RunFolder
 from ..run.loras import read_lora
 from ..run.tastes import weights_of
 from ..state import Watch
-from .choice import Outcome, Recommendation, judge
-from .files import FRONTIER, PICTURE, Cell, Table, cells_of, image_file, write_choice
+from .choice import Outcome, Recommendation, Scores, judge
+from .files import BASE, FRONTIER, PICTURE, Cell, Draw, Table, cells_of, image_file, write_choice
 from .options import Options, held_out_reward, unseen_prompts
 
 if TYPE_CHECKING:
     from comfy_tdpo.policy import DiffusionPolicy
 
     from ..training import Training
+
+CLOSER = 3  # times as many images of the nearest cells, if none qualifies
 
 
 def recommend(
@@ -58,20 +60,32 @@ def recommend(
             reward.check_prompts(prompts)
         policy = policy or _load_policy(config, device)
         # imports diffusers, which takes seconds; wrong options are reported before
-        from .drawing import Artist, Painter, draws_of, shown_of
+        from .drawing import FRESH, Artist, Painter, draws_of, shown_of
 
-        draws = draws_of(prompts, options.images)
+        names, draws = (training.name, held_out.name), draws_of(prompts, options.images)
+        shown = shown_of(draws)
         painter = Painter(config, policy, check)
-        artist = Artist(painter, (training, held_out), draws, table, run.recommendation, watch)
+        artist = Artist(painter, (training, held_out), shown, table, run.recommendation, watch)
+
+        def drawn(cells: dict[Cell, list[Draw]], phase: str) -> dict[Cell, Scores]:
+            artist.draw(cells, phase)
+            return {cell: _scores(table, cell, draws, names) for cell, draws in cells.items()}
+
         before = {key: weight.detach().clone() for key, weight in policy.trainable.state().items()}
         try:
-            artist.draw(cells)
-            scores = {cell: _scores(table, cell, draws, training.name, held_out.name) for cell in cells}
-            found = judge((training.name, held_out.name), scores, options.tolerance, source)
+            scores = drawn(dict.fromkeys(cells, draws), "recommending")
+            found = judge(names, scores, options.tolerance, source)
+            if found.chosen is None and found.nearest:
+                nearest = [BASE, *(outcome.cell for outcome in found.nearest)]
+                more = dict.fromkeys(nearest, draws_of(prompts, CLOSER * options.images))
+                found = judge(names, scores | drawn(more, "looking closer"), options.tolerance, source)
+            if found.chosen is not None:
+                fresh = dict.fromkeys([BASE, found.chosen.cell], draws_of(prompts, options.images, FRESH))
+                found = found.checked(*drawn(fresh, "checking the choice").values())
             _write_lora(run, policy, found)
         finally:
             policy.trainable.load(before)
-        _draw_pictures(run, found, shown_of(draws))
+        _draw_pictures(run, found, shown)
         write_choice(run.recommendation, found.plain())
         return found
 
@@ -94,35 +108,36 @@ def _load_policy(config: TrainConfig, device: torch.device) -> "DiffusionPolicy"
     return load_policy(config, device)
 
 
-def _scores(table: Table, cell: Cell, draws: list, training: str, held_out: str) -> tuple[list[float], list[float]]:
-    scores = [table.scores(cell, draw) for draw in draws]
-    return [line[training] for line in scores], [line[held_out] for line in scores]
+def _scores(table: Table, cell: Cell, draws: list[Draw], names: tuple[str, str]) -> Scores:
+    training, held_out = names
+    scores = {draw: table.scores(cell, draw) for draw in draws}
+    return {draw: (line[training], line[held_out]) for draw, line in scores.items()}
 
 
 def _write_lora(run: RunFolder, policy: "DiffusionPolicy", found: Recommendation) -> None:
     """Write the chosen LoRA with its strength baked in, or remove an earlier one if none is recommended now."""
-    if found.chosen is None:
+    if found.fresh is None:
         run.recommended_lora.unlink(missing_ok=True)
         return
-    cell = found.chosen.cell
+    cell = found.fresh.cell
     assert cell.file is not None, "the base model is never chosen"
     policy.trainable.load_exported(read_lora(cell.file), cell.strength)
-    metadata = _metadata(run.config, found, found.chosen)
+    metadata = _metadata(run.config, found, found.fresh)
     write_atomically(run.recommended_lora, lambda file: policy.trainable.export(file, metadata))
 
 
-def _metadata(config: TrainConfig, found: Recommendation, chosen: Outcome) -> dict[str, str]:
+def _metadata(config: TrainConfig, found: Recommendation, fresh: Outcome) -> dict[str, str]:
     from ..keeping import model_name
 
     return {
         "base_model": model_name(config.model),
         "algorithm": config.algorithm,
         "reward": found.training,
-        "epoch": str(chosen.cell.epoch),
-        "strength": f"{chosen.cell.strength:g}",
-        "training_reward": f"{chosen.training:.6g}",
+        "epoch": str(fresh.cell.epoch),
+        "strength": f"{fresh.cell.strength:g}",
+        "training_reward": f"{fresh.training:.6g}",
         "held_out": found.held_out,
-        "held_out_reward": f"{chosen.held_out:.6g}",
+        "held_out_reward": f"{fresh.held_out:.6g}",
         "comfy_tdpo": __version__,
     }
 

@@ -8,11 +8,12 @@ from .streams import SafeStream
 
 
 class Progress:
-    """Progress in images on stderr: a bar on a terminal, elsewhere a line at every tenth."""
+    """Progress in images on stderr: for each phase a bar on a terminal, elsewhere a line at every tenth."""
 
     def __init__(self, task: str) -> None:
         self._task = task
         self._stream = SafeStream(sys.stderr)
+        self._phase = ""
         self._bar: tqdm | None = None
         self._tenths = 0
 
@@ -20,13 +21,20 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_phase()
+
+    def _end_phase(self) -> None:
         if self._bar is not None:
             self._bar.close()
+        self._bar, self._tenths = None, 0
 
     def tell(self, text: str) -> None:
         print(f"{self._task}: {text}", file=self._stream, flush=True)
 
     def watch(self, phase: str, done: float, total: int) -> None:
+        if phase != self._phase:
+            self._end_phase()
+            self._phase = phase
         drawn = int(done)
         if not self._stream.isatty():
             tenths = 10 * drawn // total if total else 0

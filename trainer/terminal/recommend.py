@@ -12,10 +12,10 @@ from comfy_tdpo.rewards.function import allow_functions
 from comfy_tdpo.user_files import user_path
 
 from ..metrics import columns_of, padded, readable, shortened
-from ..recommend.choice import Outcome, Recommendation
+from ..recommend.choice import CONFIDENCE, Outcome, Recommendation
 from ..recommend.files import FRONTIER, PICTURE, TABLE
 from ..recommend.options import IMAGES, STRENGTHS, TOLERANCE, Options
-from ..recommend.work import recommend
+from ..recommend.work import CLOSER, recommend
 from ..run import RunFolder
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
 from .command_parser import CommandParser
@@ -23,10 +23,11 @@ from .progress import Progress
 from .streams import say
 
 RULE = (
-    "The rule: of all snapshots and strengths whose held-out reward is at most --tolerance standard deviations below "
-    "the base model's, and whose training reward is above it, the one with the highest training reward is recommended. "
-    "If there is none, none is recommended. All are drawn from the same noise. What was drawn is kept in the run's "
-    "folder and not drawn again."
+    "The rule: of all snapshots and strengths whose training reward is above the base model's, and whose held-out "
+    f"reward is at most --tolerance standard deviations below it with {CONFIDENCE:.0%} confidence, the one with the "
+    f"highest training reward is recommended. If there is none, the nearest are drawn {CLOSER} times as often and "
+    "judged again; if there still is none, none is recommended. All are drawn from the same noise, and what was "
+    "chosen is measured again on fresh noise. What was drawn is kept in the run's folder and not drawn again."
 )
 
 
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         default=TOLERANCE,
         metavar="X",
         help="how far the held-out reward may be below the base model's, in standard deviations of the base's images "
-        f"(default: {TOLERANCE:g}, about the standard error of a mean of 90 images)",
+        f"(default: {TOLERANCE:g})",
     )
     return parser
 
@@ -137,12 +138,14 @@ def _table(found: Recommendation) -> str:
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
-    change = "-"
-    if not outcome.cell.is_base:
-        size = readable(outcome.change, like=outcome.held_out, sign="+")
-        change = f"{size} ± {readable(outcome.error, like=outcome.held_out)}"
+    change = "-" if outcome.cell.is_base else _change(outcome)
     strength = "-" if outcome.cell.is_base else f"{outcome.cell.strength:g}"
     return outcome.cell.label, strength, readable(outcome.training), readable(outcome.held_out), change, ""
+
+
+def _change(outcome: Outcome) -> str:
+    size = readable(outcome.change, like=outcome.held_out, sign="+")
+    return f"{size} ± {readable(outcome.error, like=outcome.held_out)}"
 
 
 def _line(row: tuple[str, ...], widths: list[int]) -> str:
@@ -153,17 +156,22 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
 
 def _verdict(found: Recommendation) -> str:
     allowed = f"{readable(found.allowed, like=found.base.held_out)} below the base model's"
-    if found.chosen is None:
-        cell = found.nearest.cell
+    if found.fresh is None:
+        near = found.nearest
+        nearest = f" The nearest is {near[0].cell.label} at strength {near[0].cell.strength:g}." if near else ""
         return (
             f"No LoRA is recommended: none has a higher {found.training} than the base model and a {found.held_out} at "
-            f"most {allowed}. The nearest is {cell.label} at strength {cell.strength:g}. Use the base model, try lower "
-            "--strengths, or train with a KL penalty (--kl.coefficient)."
+            f"most {allowed} with {CONFIDENCE:.0%} confidence.{nearest} Use the base model, try lower --strengths or "
+            "more prompts, or train with a KL penalty (--kl.coefficient)."
         )
-    cell = found.chosen.cell
+    fresh = found.fresh
+    more = "" if fresh.change >= -found.allowed else ", which is more than that: be careful with it"
+    gain = readable(fresh.gain, like=fresh.training, sign="+")
     return (
-        f"Recommended: {cell.label} at strength {cell.strength:g}, the highest {found.training} among those whose "
-        f"{found.held_out} is at most {allowed}. Prompts: {found.prompts}; ± is the standard error of the change."
+        f"Recommended: {fresh.cell.label} at strength {fresh.cell.strength:g}, the highest {found.training} among "
+        f"those whose {found.held_out} is at most {allowed} with {CONFIDENCE:.0%} confidence. On fresh noise, its "
+        f"{found.training} changes by {gain} and its {found.held_out} by {_change(fresh)}{more}. Prompts: "
+        f"{found.prompts}; ± is the standard error of the change."
     )
 
 
