@@ -1374,6 +1374,53 @@ def test_a_workflow_opens_without_a_complaint_and_is_saved_as_it_was(shared_tab,
     assert shared_tab.problems == []
 
 
+# Workflows of version 0.1.0, without their notes and groups
+OLD = ROOT / "tests" / "golden" / "workflows-0.1.0"
+old_workflows = pytest.mark.parametrize("name", sorted(path.stem for path in OLD.glob("*.json")))
+VALUES = """() => Object.fromEntries(window.app.graph.nodes.map(({ id, widgets }) =>
+  [id, Object.fromEntries((widgets ?? []).map(({ name, value }) => [name, value]))]))"""
+
+
+def load_old(tab: Tab, name: str) -> dict:
+    workflow = json.loads((OLD / f"{name}.json").read_text(encoding="utf-8"))
+    tab.load(workflow)
+    return workflow
+
+
+def saved_values(node: dict) -> dict:
+    """The values of a saved node by the names of its widgets; the frontend puts a choice of its own behind a seed."""
+    names = [socket["name"] for socket in node["inputs"] if "widget" in socket]
+    names = [name for known in names for name in ((known, "control_after_generate") if known == "seed" else (known,))]
+    return dict(zip(names, node.get("widgets_values", []), strict=True))
+
+
+@in_each
+@old_workflows
+def test_a_workflow_of_version_0_1_0_opens_with_its_values_and_wires(shared_tab, name):
+    shared_tab.problems.clear()
+    workflow = load_old(shared_tab, name)
+    values = shared_tab.page.evaluate(VALUES)
+    nodes = [node for node in workflow["nodes"] if node["type"].startswith("TDPO")]
+    assert len(nodes) >= 5
+    for node in nodes:
+        saved = saved_values(node)
+        assert saved.items() <= values[str(node["id"])].items(), node["type"]
+    after = json.loads(shared_tab.page.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
+    assert sorted(after["links"]) == sorted(workflow["links"])
+    assert shared_tab.problems == []
+
+
+@pytest.mark.slow
+@old_workflows
+def test_a_workflow_of_version_0_1_0_runs(shared_tab, name):
+    """With little to train and to draw."""
+    workflow = load_old(shared_tab, name)
+    shared_tab.page.evaluate(CHANGE, {"epochs": 1, "samples_per_epoch": 4, "steps": 3, "batch_size": 1})
+    prompt = shared_tab.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    (train,) = (node for node in workflow["nodes"] if node["type"] == "TDPOTrain")
+    assert shared_tab.server.run(prompt)[str(train["id"])] == {"tdpo_run": [saved_values(train)["run_name"]]}
+
+
 # The boxes of all nodes, as the renderer at hand shows them, in units of the graph; and which overlap.
 BOXES = """() => {
   const { graph, canvas } = window.app;
