@@ -70,6 +70,7 @@ PICTURES = {
     "shapes_inspect_neurons": Picture(("Neurons over the epochs",)),
     "multi_reward": Picture(("Aligned, with scores",)),
     "sd15_align_aesthetic": Picture(("1  Align",), is_run=False),
+    "sd15_align_colourfulness": Picture(("1  Align",), is_run=False),
     "sd15_apply_and_compare": Picture(is_run=False),
 }
 
@@ -95,6 +96,9 @@ def take(page: Any, server: str, name: str, picture: Picture) -> None:
     page.evaluate(OPEN, json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
     if picture.is_run:
         run(page)
+    else:
+        page.keyboard.press("Escape")  # the dialog about a missing checkpoint
+        page.wait_for_timeout(1000)
     if picture.is_voted:
         vote(page)
     has_images = picture.is_run and not picture.is_voted

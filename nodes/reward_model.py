@@ -32,7 +32,7 @@ class RewardModel(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     tooltip="The reward's file in models/tdpo_rewards. auto: looks for its published name there and in "
-                    "the Hugging Face cache, then downloads it. Shapes and JPEG rewards have no file.",
+                    "the Hugging Face cache, then downloads it. Colourfulness, JPEG and Shapes have no file.",
                 ),
                 also,
             ],

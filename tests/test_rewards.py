@@ -173,6 +173,24 @@ def test_jpeg_is_the_size_of_the_file(name, sign):
     assert abs(scores[0]) < abs(scores[1])
 
 
+# --- colourfulness
+
+
+def test_colourfulness_is_that_of_the_closed_form():
+    """Red has rg = 255 and yb = 127.5; its complement, cyan, has the same with the other sign."""
+    size = (255**2 + 127.5**2) ** 0.5
+    red, grey = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 4, 6), torch.full((3, 4, 6), 0.4)
+    both = torch.cat([red[..., :3], 1 - red[..., :3]], -1)
+    scores = load_reward("colourfulness", CPU).score(torch.stack([grey, red, both]), ["", "", ""])
+    torch.testing.assert_close(scores, torch.tensor([0, 0.3 * size, size]), rtol=1e-6, atol=1e-4)  # float32
+
+
+def test_colourfulness_has_a_gradient_also_where_an_image_is_grey():
+    images = torch.full((1, 3, 8, 8), 0.5).requires_grad_()
+    load_reward("colourfulness", CPU).score(images, [""]).sum().backward()
+    assert images.grad is not None and images.grad.isfinite().all()
+
+
 # --- a user's own function
 
 

@@ -68,6 +68,7 @@ REWARDS = {
     "hpsv2.1": "comfy_tdpo.rewards.hpsv2:HPSv21",
     "imagereward": "comfy_tdpo.rewards.imagereward:ImageReward",
     "clipscore": "comfy_tdpo.rewards.clipscore:ClipScore",
+    "colourfulness": "comfy_tdpo.rewards.colourfulness:Colourfulness",
     "jpeg-compressibility": "comfy_tdpo.rewards.jpeg:JpegSize",
     "jpeg-incompressibility": "comfy_tdpo.rewards.jpeg:JpegSize",
     "shapes-aesthetic": "comfy_tdpo.rewards.shapes:ShapesAesthetic",
@@ -78,7 +79,7 @@ REWARDS = {
 }
 
 # Those without an image encoder that a critic could use; users' functions have none either.
-WITHOUT_ENCODER = {"imagereward", "jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"}
+WITHOUT_ENCODER = {"colourfulness", "imagereward", "jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"}
 
 # What evaluates runs must have no part in restraining them, nor in choosing what they keep.
 ONLY_EVALUATE = ("shapes-gold", "shapes-judge")
