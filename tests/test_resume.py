@@ -71,7 +71,7 @@ VARIANTS = {
     "ddpo-2": {"algorithm": "ddpo-2", "epochs": 2},
     "ddpo-100": {"algorithm": "ddpo-100", "epochs": 2},
     "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None, "epochs": 2},
-    "alignprop": {"algorithm": "alignprop", "epochs": 2},
+    "alignprop": {"algorithm": "alignprop", "truncation": {"first": "uniform"}, "epochs": 2},
     "draft-lv": {"algorithm": "draft", "renoised": 2, "epochs": 2},
     "refl": {"algorithm": "refl", "epochs": 2},
 }
