@@ -327,6 +327,17 @@ def test_every_reward_trains_with_the_default_algorithm(server, reward):
     assert told in server.log.read_text()
 
 
+@pytest.mark.parametrize("algorithm", ["alignprop", "draft", "refl"])
+def test_a_direct_gradient_trains_through_comfyuis_own_decoder(server, algorithm):
+    name = f"direct-{algorithm}"
+    more = "output.grid_images = 2\nrecompute.decoder = true\nrecompute.reward = true"
+    server.run(train_graph(name, algorithm=algorithm, epochs=1, settings=more))
+    assert server.status(name)["state"] == "finished"
+    graph = train_graph("direct-jpeg", algorithm=algorithm, epochs=1)
+    graph["reward"]["inputs"]["reward"] = "jpeg-compressibility"
+    assert "'jpeg-compressibility', which has no gradient" in server.error(graph)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -57,10 +57,10 @@ def courses(
     ]
 
 
-def make_summary(tmp_path, metrics: list[dict[str, float]]) -> str:
+def make_summary(tmp_path, metrics: list[dict[str, float]], **settings) -> str:
     run = RunFolder(tmp_path / "run")
     run.path.mkdir(exist_ok=True)
-    run.write_config(make_config())
+    run.write_config(make_config(overrides=settings))
     for line in metrics:
         run.append_metrics(line)
     return summary(run)
@@ -282,6 +282,17 @@ def test_it_names_the_last_lora_from_before_the_fall(tmp_path, kept, named):
     text = make_summary(tmp_path, courses(UP, late)).replace("\n", " ")
     assert "at the expense of the others" in text
     assert (f"such as lora/{named}.safetensors" in text) if named else ("such as" not in text)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "advice"),
+    [
+        ("tdpo-r", "Use an earlier LoRA of this run, train for fewer epochs, or add a KL penalty (--kl.coefficient)."),
+        ("alignprop", "Use an earlier LoRA of this run, or train for fewer epochs."),
+    ],
+)
+def test_the_advice_is_what_the_algorithm_has(tmp_path, algorithm, advice):
+    assert advice in make_summary(tmp_path, courses(UP, DOWN), algorithm=algorithm).replace("\n", " ")
 
 
 def test_without_held_out_rewards_it_says_how_to_watch_one(tmp_path):

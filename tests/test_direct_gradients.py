@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from toy import Brightness, new_run
 
 from comfy_tdpo.methods.direct.alignprop import first_step
-from comfy_tdpo.methods.direct.recompute import blocks_of, networks_of
+from comfy_tdpo.methods.direct.recompute import blocks_of, networks_of, recomputing
 from comfy_tdpo.methods.direct.refl import drawn_step
 from comfy_tdpo.methods.direct.settings import TruncationSettings
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
-from comfy_tdpo.rewards import RewardError, WeightedSum, function
+from comfy_tdpo.rewards import RewardError, WeightedSum, function, load_rewards
 from comfy_tdpo.rollout import denoise, draw_noise
 from comfy_tdpo.swapping import copied, swapped
 from comfy_tdpo.trainer import assemble as assembling
@@ -431,6 +431,18 @@ def test_the_networks_of_sums_and_tastes_are_found():
             self.encoder = encoder
 
     inner = Smooth()
-    summed = WeightedSum([(Through(inner), 1.0, 1.0), (Brightness(), 2.0, 1.0)])
+    summed = WeightedSum([(Brightness(), 2.0, 1.0), (Through(inner), 1.0, 1.0)])
     assert networks_of(summed) == [inner.encoder]
     assert blocks_of(inner.encoder) == list(inner.encoder.layers)
+
+
+def test_an_encoder_that_two_rewards_share_is_recomputed_once():
+    both = load_rewards({"shapes-aesthetic": 1.0, "shapes-alignment": 1.0}, torch.device("cpu"))
+    layers = blocks_of(networks_of(both)[0])
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (plain,) = torch.autograd.grad(both.score(images, ["a red circle"] * 2).sum(), images)
+    with recomputing(networks_of(both)):
+        assert all("forward" in vars(layer) for layer in layers)
+        (found,) = torch.autograd.grad(both.score(images, ["a red circle"] * 2).sum(), images)
+    assert layers and not any("forward" in vars(layer) for layer in layers)
+    assert torch.equal(found, plain) and plain.any()

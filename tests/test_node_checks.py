@@ -14,14 +14,24 @@ from comfy_tdpo.trainer.config import override
 JPEG = RewardChoice({"jpeg-compressibility": 1.0})
 
 
+DIRECT = {"alignprop", "draft", "refl"}
+
+
 def ask(words=("a red circle",), schedule=SD1_SCHEDULE, **changes) -> None:
     check_run(wanted(**changes).config(), list(words), DDIMScheduler(**schedule), "ddim", factor=8)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS.keys() - DIRECT))
 def test_what_can_start_is_let_through(algorithm):
     for reward in ("shapes-aesthetic", "shapes-gold", "jpeg-incompressibility"):
         ask(algorithm=algorithm, reward=RewardChoice({reward: 1.0}), settings="samples_per_prompt = 2")
+
+
+@pytest.mark.parametrize("algorithm", sorted(DIRECT))
+def test_what_has_a_gradient_is_let_through_for_algorithms_that_need_one(algorithm):
+    ask(algorithm=algorithm)
+    with pytest.raises(ValueError, match="got reward 'jpeg-compressibility', which has no gradient, for algorithm"):
+        ask(algorithm=algorithm, reward=JPEG)
 
 
 def test_a_taste_is_let_through(tmp_path):
@@ -65,11 +75,14 @@ def test_what_could_not_start_is_refused(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("algorithm", ["tdpo-r", "ddpo-2", "sdpo"])
-@pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_updates_of_a_run_are_those_that_a_training_makes(algorithm, share, make_policy, tmp_path):
+@pytest.mark.parametrize(
+    ("algorithm", "policy"),
+    [(name, {"train_share": share}) for name in ("tdpo-r", "ddpo-2", "sdpo") for share in (1.0, 0.5)]
+    + [("alignprop", {})],
+)
+def test_the_updates_of_a_run_are_those_that_a_training_makes(algorithm, policy, make_policy, tmp_path):
     """The last warm-up that the training accepts, and the first one that it refuses."""
-    run = new_run(tmp_path / "run", algorithm=algorithm, policy={"train_share": share})
+    run = new_run(tmp_path / "run", algorithm=algorithm, policy=policy)
     training = toy_training(run, make_policy)
     updates = run.config.epochs * len(training.method.groups(1))
     scheduler, rest = (

@@ -84,7 +84,7 @@ VARIANTS = {
     "dpok": {"algorithm": "dpok", "epochs": 2},
     "grpo": {"algorithm": "grpo", "epochs": 2, "samples_per_prompt": 4},
     "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None, "epochs": 2},
-    "alignprop": {"algorithm": "alignprop", "epochs": 2},
+    "alignprop": {"algorithm": "alignprop", "truncation": {"first": "uniform"}, "epochs": 2},
     "draft-lv": {"algorithm": "draft", "renoised": 2, "epochs": 2},
     "refl": {"algorithm": "refl", "epochs": 2},
 }

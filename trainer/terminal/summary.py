@@ -119,15 +119,18 @@ def _row(course: Course, role: str) -> tuple[str, ...]:
 def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
     if len(training.means) == 1:
         return "Only one epoch has finished, so there is no change to report yet."
+    remedies = ["train for fewer epochs"]
+    if hasattr(run.config, "kl"):  # some algorithms have no penalty
+        remedies.append("add a KL penalty (--kl.coefficient)")
     if alarm := told(run, run.metrics(), run.config):
-        return f"{alarm} Or train for fewer epochs, or add a KL penalty (--kl.coefficient)."
+        return f"{alarm} Or {', or '.join(remedies)}."
     fallen = [course for course in held_out if course.direction < 0]
     fell = [course.name for course in fallen]
     if training.direction > 0 and fallen:
         return (
             f"{training.name} rose while the held-out {_listed(fell)} fell. Later images score well "
             "on the training reward at the expense of the others. Use an earlier LoRA of this run"
-            f"{_earlier(run, fallen)}, train for fewer epochs, or add a KL penalty (--kl.coefficient)."
+            f"{', '.join([_earlier(run, fallen), *remedies[:-1]])}, or {remedies[-1]}."
         )
     return f"{_training_sentence(training)} {_held_out_sentence(held_out, fell)}"
 

@@ -18,7 +18,8 @@ def recomputing(networks: list[nn.Module]) -> Iterator[None]:
 
     What was computed inside may be back-propagated afterwards too.
     """
-    blocks = [block for network in networks for block in blocks_of(network)]
+    # rewards of a sum may share their encoder
+    blocks = list(dict.fromkeys(block for network in networks for block in blocks_of(network)))
     own = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
