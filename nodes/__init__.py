@@ -41,6 +41,7 @@ def _nodes() -> list[Any]:
     from .apply_lora import ApplyLoRA
     from .comfy.folders import register_rewards_folder
     from .comfy.routes import register_routes
+    from .evaluate import Evaluate
     from .neuron_inspector import NeuronInspector
     from .reward_model import RewardModel
     from .score_images import ScoreImages
@@ -51,4 +52,4 @@ def _nodes() -> list[Any]:
 
     register_rewards_folder()
     register_routes()
-    return [RewardModel, Taste, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]
+    return [RewardModel, Taste, TemporalCritic, Train, Evaluate, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel]

@@ -32,6 +32,16 @@ export const gridURL = (id, epoch) => api.apiURL(`/tdpo/${runRoute(id, `/samples
 export const strengthURL = (id, epoch, strength) =>
   api.apiURL(`/tdpo/${runRoute(id, `/strengths/${epoch}/${strength}`)}`);
 
+/** The URL of a picture of a run, by its name. */
+export const plotURL = (id, name) => api.apiURL(`/tdpo/${runRoute(id, `/pictures/${name}`)}`);
+
+/** The last evaluation of a run, or null and why there is none. */
+export const evaluationOf = (id) =>
+  ask(runRoute(id, "/evaluation")).then(
+    (found) => [found, ""],
+    (error) => [null, error.message],
+  );
+
 /** The server's runs, newest first. Shared by all nodes; listens and sends requests only while it is watched. */
 class Runs {
   list = [];
