@@ -45,6 +45,7 @@ def _nodes() -> list[Any]:
     from .apply_lora import ApplyLoRA
     from .comfy.folders import register_rewards_folder
     from .comfy.routes import register_routes
+    from .evaluate import Evaluate
     from .neuron_inspector import NeuronInspector
     from .prompts import Prompts
     from .reward_model import RewardModel
@@ -56,4 +57,15 @@ def _nodes() -> list[Any]:
 
     register_rewards_folder()
     register_routes()
-    return [RewardModel, Taste, TemporalCritic, Train, NeuronInspector, ApplyLoRA, ScoreImages, ShapesModel, Prompts]
+    return [
+        RewardModel,
+        Taste,
+        TemporalCritic,
+        Train,
+        Evaluate,
+        NeuronInspector,
+        ApplyLoRA,
+        ScoreImages,
+        ShapesModel,
+        Prompts,
+    ]

@@ -267,6 +267,18 @@ def apply_graph(**changes: Any) -> dict:
     }
 
 
+def evaluate_graph(**changes: Any) -> dict:
+    """Evaluate on the run of `train_graph`; its table is shown by `told`."""
+    inputs = {"run": ["train", 0], "model": MODEL, "clip": CLIP, "vae": VAE, "prompt_set": "auto", "images": 1}
+    judge = {"reward": "shapes-gold", "weight": 1.0}
+    inputs |= {"epochs": "", "rewards": ["judge", 0]}
+    return {
+        "judge": {"class_type": "TDPORewardModel", "inputs": judge},
+        "evaluate": {"class_type": "TDPOEvaluate", "inputs": inputs | changes},
+        "told": {"class_type": "PreviewAny", "inputs": {"source": ["evaluate", 0]}},
+    }
+
+
 def sample_graph(model: list, seed: int = 7) -> dict:
     """ComfyUI's own sampler on a MODEL, and Score Images on what it draws; the text is shown by `scored`."""
     sampler = {"model": model, "positive": ["text", 0], "negative": ["empty", 0], "latent_image": ["latent", 0]}

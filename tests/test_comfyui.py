@@ -7,7 +7,16 @@ import shutil
 import comfyui
 import pytest
 from backends import EACH, OLDEST, Backend, ask
-from comfyui import Events, Server, apply_graph, loop_graph, sample_graph, train_graph, wait_until
+from comfyui import (
+    Events,
+    Server,
+    apply_graph,
+    evaluate_graph,
+    loop_graph,
+    sample_graph,
+    train_graph,
+    wait_until,
+)
 from safetensors.torch import load_file, save_file
 
 NODES = [
@@ -15,6 +24,7 @@ NODES = [
     "Taste",
     "TemporalCritic",
     "Train",
+    "Evaluate",
     "NeuronInspector",
     "ApplyLoRA",
     "ScoreImages",
@@ -56,6 +66,7 @@ def server(servers, request):
 
 
 in_each = pytest.mark.parametrize("server", EACH, indirect=True)
+KINDS = {1: "plot", 2: "curves", 3: "pictures"}  # of what Evaluate draws
 
 
 def folders(server: Server) -> set[str]:
@@ -147,6 +158,58 @@ def test_a_run_recommends_a_lora_that_apply_takes(server):
     save_file(weights, run / "lora" / "recommended.safetensors", {"epoch": "2", "strength": "0.5"})
     outputs = server.run(asked | apply_graph(run=["train", 0], snapshot="recommended", strength=0.8))
     assert outputs["info"]["text"] == ["run judged, after epoch 2, strength 0.4 (the recommended 0.5 times 0.8)"]
+
+
+@in_each
+def test_a_run_is_evaluated_cancelled_and_evaluated_further(server):
+    """In the same file, which a whole evaluation would have written; nothing is scored twice."""
+    train = train_graph("rated", settings="output.grid_images = 2\noutput.samples_every = 1", learning_rate=0.01)
+    shown = {kind: {"class_type": "PreviewImage", "inputs": {"images": ["evaluate", i]}} for i, kind in KINDS.items()}
+    outputs = server.run(train | evaluate_graph() | shown)
+    assert outputs["evaluate"] == {"tdpo_evaluation": ["rated"]} and set(KINDS.values()) <= set(outputs)
+    heads = [line.split() for line in outputs["told"]["text"][0].splitlines()]
+    assert heads[0] == ["shapes-unseen:", "8", "prompts,", "1", "images", "each"]
+    assert [row[:3] for row in heads[2:5]] == [["base", "-", "0"], ["tdpo-r", "1", "4"], ["tdpo-r", "2", "8"]]
+    folder = server.base / "output" / "tdpo" / "rated" / "evaluation"
+    whole = (folder / "evaluation.jsonl").read_bytes()
+    assert whole.count(b"\n") == 3 * 2
+    tables = server.get("/tdpo/runs/rated/evaluation")["tables"]
+    assert [table["title"].split(":")[0] for table in tables] == ["shapes-unseen", "shapes-complex"]
+    status, body = server.raw("/api/tdpo/runs/rated/pictures/evaluation")
+    assert status == 200 and body.startswith(b"\x89PNG")
+
+    shutil.move(folder, folder.with_name("whole"))
+    many = train | evaluate_graph(images=64, prompts="a red circle")
+    prompt = server.queue(many)
+    wait_until(lambda: (folder / "evaluation.jsonl").exists(), "the first line")
+    server.post("/interrupt")
+    assert "execution_interrupted" in server.ended(prompt)["messages"]
+    assert server.get("/queue")["queue_running"] == []
+    kept = (folder / "evaluation.jsonl").read_bytes()
+    assert 1 <= kept.count(b"\n") < 3
+    server.run(many)
+    assert (folder / "evaluation.jsonl").read_bytes().startswith(kept)
+    (folder / "evaluation.jsonl").write_bytes(whole[: len(whole) // 2])
+    server.run(train | evaluate_graph(images=1))
+    assert (folder / "evaluation.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": "7"}, "run 'refused' has no snapshot of epoch 7; expected some of those it has ("),
+        ({"prompt_set": "complex"}, "shapes-gold can only judge prompts of Shapes"),
+        ({"prompt_set": "nothing"}, "got prompt_set 'nothing'; expected one of auto"),
+        (
+            {"model": ["apply", 0]},
+            "expected the same, without the run's LoRA: connect the MODEL that TDPO-R Train takes",
+        ),
+    ],
+)
+def test_hostile_inputs_to_evaluate_are_one_sentence(server, changes, message):
+    train = train_graph("refused", learning_rate=0.01) | apply_graph(run=["train", 0])
+    error = server.error(train | evaluate_graph(**changes))
+    assert message in error and "\n" not in error and len(error) < 500
 
 
 @in_each

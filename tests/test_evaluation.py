@@ -14,7 +14,7 @@ from comfy_tdpo.rollout import Decoder, draw_images
 from comfy_tdpo.trainer.evaluation import work
 from comfy_tdpo.trainer.evaluation.asked import Asked, Options, PromptSet, Subject, ask, usual_folder
 from comfy_tdpo.trainer.evaluation.files import Place, Results, places_of
-from comfy_tdpo.trainer.evaluation.numbers import Evaluation, interval, methods_of
+from comfy_tdpo.trainer.evaluation.numbers import Evaluation, interval, setups_of
 from comfy_tdpo.trainer.evaluation.table import markdown, told
 from comfy_tdpo.trainer.evaluation.work import evaluate
 from comfy_tdpo.trainer.plots.evaluation import cross_reward_figure, efficiency_figure
@@ -252,7 +252,7 @@ SEEDS = {
     ("tdpo-1", 2): {TRAINING: [2.0, 2.0], "shapes-gold": [0.6, 0.6]},
     ("tdpo-1", 4): {TRAINING: [4.0, 4.0], "shapes-gold": [0.1, 0.3]},
     ("tdpo-2", 2): {TRAINING: [3.0, 3.0], "shapes-gold": [0.6, 0.8]},
-    ("tdpo-2", 3): {TRAINING: [9.0, 9.0], "shapes-gold": [0.0, 0.0]},
+    ("tdpo-1", 3): {TRAINING: [9.0, 9.0], "shapes-gold": [0.0, 0.0]},
     ("tdpo-2", 4): {TRAINING: [5.0, 5.0], "shapes-gold": [0.4, 0.4]},
     ("ddpo-2-1", 4): {TRAINING: [1.5, 2.5], "shapes-gold": [0.9, 0.5]},
 }
@@ -261,7 +261,7 @@ SEEDS = {
 def test_curves_go_through_the_means_of_the_seeds_with_their_intervals(tmp_path):
     """Over the epochs that all seeds have; a single run has no band."""
     found = known(tmp_path, SEEDS)
-    tdpo, ddpo = found.methods
+    tdpo, ddpo = found.setups
     cross = found.curve(tdpo, ONE, "shapes-gold", against=TRAINING)
     assert [(point.epoch, point.x) for point in cross] == [(0, 1.0), (2, 2.5), (4, 4.5)]
     assert [point.y for point in cross] == pytest.approx([0.8, 0.65, 0.3])
@@ -281,22 +281,22 @@ def test_reward_queries_are_those_that_were_logged(tmp_path):
 
 def test_changes_are_paired(tmp_path):
     found = known(tmp_path, SEEDS)
-    tdpo, ddpo = found.methods
+    tdpo, ddpo = found.setups
     gold = found.change(ddpo, 4, ONE, "shapes-gold")  # of 0 and -0.2
     assert gold == (pytest.approx(-0.1), pytest.approx(12.7062 * 0.1, rel=1e-4))
     assert found.change(tdpo, 2, ONE, "shapes-gold").mean == pytest.approx(-0.15)
 
 
-def test_runs_that_differ_only_in_their_seed_are_a_method(tmp_path):
+def test_runs_that_differ_only_in_their_seed_are_a_setup(tmp_path):
     def subject(name, **settings):
         run = new_run(tmp_path / name, **settings)
         return Subject(run, run.config, ())
 
     a, b = subject("a", seed=1), subject("b", seed=2, epochs=5, eval_rewards=["shapes-gold"])
     c, d = subject("c", seed=1, policy={"lr": 0.01}), subject("d", algorithm="ddpo-2")
-    methods = methods_of([a, d, c, b])
-    assert [[s.name for s in method.subjects] for method in methods] == [["a", "b"], ["d"], ["c"]]
-    assert [method.label for method in methods] == ["a", "ddpo-2", "c"], "by its algorithm, if no other has it"
+    setups = setups_of([a, d, c, b])
+    assert [[s.name for s in setup.subjects] for setup in setups] == [["a", "b"], ["d"], ["c"]]
+    assert [setup.label for setup in setups] == ["a", "ddpo-2", "c"], "by its algorithm, if no other has it"
 
 
 def test_snapshots_of_equal_reward_are_those_nearest_to_what_all_reach(tmp_path):
@@ -333,7 +333,7 @@ def test_the_pictures_show_what_there_is(runs, make, tmp_path):
     names += [f"equal-reward-shapes-aesthetic-{prompts}.png" for prompts in ("one", "two")]
     assert list(found.pictures) == names and all((out / name).is_file() for name in names)
     assert Image.open(out / names[0]).width == 1600
-    assert len(list((out / "images").iterdir())) == 2 * 3, "of the base model and one method, three prompts"
+    assert len(list((out / "images").iterdir())) == 2 * 3, "of the base model and one set-up, three prompts"
     evaluate(runs, replace(OPTIONS, rewards=()), tmp_path / "alone", CPU, make)
     assert not (tmp_path / "alone" / names[0]).exists(), "no other reward"
 

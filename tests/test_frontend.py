@@ -666,6 +666,22 @@ def row_of_table(run: dict) -> dict:
     return row | {"modified": 1_780_000_000, "metrics": EPOCHS[: run["epoch"]]} | run.get("of_table", {})
 
 
+TABLES = [
+    {
+        "title": f"{prompts}: 8 prompts, 4 images each",
+        "rows": [
+            ["runs", "epoch", "reward queries", "shapes-aesthetic", "<b>gold</b>"],
+            ["base", "-", "0", "5.02", "0.648"],
+            *(
+                ["tdpo-r", str(n), str(96 * n), "6.04 (+1.02 ± 0.15)", "0.586 (-0.062 ± 0.119)"]
+                for n in range(3, 16, 3)
+            ),
+        ],
+    }
+    for prompts in ("shapes-unseen", "shapes-complex")
+]
+
+
 def train_node(id: int, x: int = 0, **more: Any) -> dict:
     place = {"pos": [x, 0], "size": [600, 960], "flags": {}, "mode": 0, "order": 0, "properties": {}}
     return {"id": id, "type": "TDPOTrain"} | place | more
@@ -724,7 +740,9 @@ def tab(shared_tab) -> Iterator[Tab]:
             route.fulfill(json={"metrics": shared_tab.epochs, "next": 6})
         elif "/samples/" in path and shared_tab.no_samples:
             route.abort()
-        elif "/samples/" in path or "/strengths/" in path:
+        elif path.endswith("/evaluation") and "/pictures/" not in path and shared_tab.tables:
+            route.fulfill(json={"tables": shared_tab.tables})
+        elif "/samples/" in path or "/strengths/" in path or "/pictures/evaluation" in path:
             route.fulfill(body=SQUARE, content_type="image/png")
         elif path.endswith("/votes"):
             shared_tab.votes.append((path, route.request.post_data_json))
@@ -746,7 +764,7 @@ def tab(shared_tab) -> Iterator[Tab]:
     shared_tab.page.route("**/tdpo/runs**", answer)
     shared_tab.page.route("**/tdpo/runs/**", answer)
     shared_tab.page.route("**/tdpo/tastes/**", answer)
-    shared_tab.votes, shared_tab.undeletable = [], set()
+    shared_tab.votes, shared_tab.undeletable, shared_tab.tables = [], set(), TABLES
     yield shared_tab
     shared_tab.page.evaluate("() => document.querySelectorAll('dialog[open]').forEach((dialog) => dialog.close())")
     shared_tab.load(graph_of())
@@ -772,6 +790,42 @@ def tell(tab: Tab, **status: Any) -> None:
     event = TOLD | {"metrics": None} | status
     tab.page.evaluate("(detail) => window.app.api.dispatchCustomEvent('tdpo.progress', detail)", event)
     tab.page.wait_for_timeout(200)
+
+
+def evaluate_node(**more: Any) -> dict:
+    return train_node(1, type="TDPOEvaluate", size=[600, 700]) | more
+
+
+@in_each
+def test_an_evaluation_is_seen_in_its_node(tab):
+    """At once where one was made before, and anew after each run; what is asked in vain says why."""
+    tab.tables = []
+    tab.load(graph_of(evaluate_node()))
+    tab.page.evaluate(LOOK_AT, "TDPOEvaluate")
+    panel = tab.page.locator(".tdpo-evaluation")
+    panel.wait_for(state="visible")
+    assert panel.inner_text() == "Press Run: the rewards of the run's snapshots appear here."
+    executed = "() => window.app.graph.nodes[0].onExecuted({ tdpo_evaluation: ['made up'] })"
+    tab.page.evaluate(executed)
+    tab.page.get_by_text("no such picture").wait_for()
+    tab.tables = TABLES
+    tab.page.evaluate(executed)
+    tab.page.wait_for_selector(".tdpo-table")
+    assert tab.page.locator(".tdpo-table").count() == 2
+    words = panel.inner_text()
+    for text in ("made up", "shapes-unseen: 8 prompts, 4 images each", "6.04 (+1.02 ± 0.15)", "<b>gold</b>"):
+        assert text in words
+    tab.page.wait_for_function("() => document.querySelector('.tdpo-evaluation img').naturalWidth === 64")
+    screenshot(tab, f"evaluation-{tab.page.evaluate('() => window.__COMFYUI_FRONTEND_VERSION__')}")
+    saved = json.loads(tab.page.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
+    (node,) = saved["nodes"]
+    assert node["widgets_values"] == ["auto", 4, "", ""], "the panel is none of them"
+    tab.load(saved)
+    tab.page.wait_for_selector(".tdpo-table")
+    tab.load(graph_of(saved["nodes"][0] | {"id": 2}))
+    tab.page.wait_for_timeout(500)
+    assert tab.page.locator(".tdpo-table").count() == 0, "a copy has found nothing yet"
+    assert tab.problems == []
 
 
 def test_before_any_run_there_is_a_quiet_hint(tab):

@@ -17,6 +17,7 @@ NODES = {
     "TDPOTaste": "taste.Taste",
     "TDPOTemporalCritic": "temporal_critic.TemporalCritic",
     "TDPOTrain": "train.Train",
+    "TDPOEvaluate": "evaluate.Evaluate",
     "TDPONeuronInspector": "neuron_inspector.NeuronInspector",
     "TDPOApplyLoRA": "apply_lora.ApplyLoRA",
     "TDPOScoreImages": "score_images.ScoreImages",

@@ -25,6 +25,7 @@ from comfy_tdpo.policy import DiffusionPolicy
 
 from ...trainer.assemble import DTYPES, assemble, policy_settings
 from ...trainer.config import TrainConfig
+from ...trainer.evaluation.work import MakePolicy
 from ...trainer.job import TrainingFactory
 from ...trainer.recommend.options import unseen_prompts
 from ..runs.checks import check_run
@@ -52,6 +53,11 @@ class Wires:
         Raises:
             ValueError: the CLIP or VAE is missing, or the MODEL cannot be trained.
         """
+        self.check()
+        return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
+
+    def check(self) -> None:
+        """Raise ValueError if the CLIP or VAE is missing, or the MODEL is none that a policy can be made of."""
         for name, part in (("CLIP", self.clip), ("VAE", self.vae)):
             if part is None:
                 raise ValueError(
@@ -64,7 +70,6 @@ class Wires:
                 "the base model; expected none: set blend_over_steps of TDPO LoRA Apply to 'none'"
             )
         check_plain(self.model.model.diffusion_model)
-        return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
 
     def factory(self, config: TrainConfig, prompts: Prompts, device: torch.device) -> TrainingFactory:
         """A factory of the Training, with copies of the three models.
@@ -73,19 +78,34 @@ class Wires:
             ValueError: the three do not belong together, weights are not finite, or the run could not start.
         """
         more = unseen_prompts(config, prompts.words, prompts.words)[0] if config.output.recommend else []
-        texts = {words: prompts.for_clip(words) for words in [*prompts.words, *more]}
-        encode, decode = EncodedPrompts(self.clip, texts, device), ComfyDecoder(self.vae, self.model)
-        scheduler = scheduler_of(self.model)
+        encode, decode, scheduler = self._parts(Prompts([*prompts.words, *more], prompts.written), device)
         check_run(config, prompts.words, scheduler, StableDiffusion.process, decode.factor)
+        make_policy = self._maker(config, encode, decode, scheduler)
+        return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
+
+    def policy_maker(self, config: TrainConfig, prompts: Prompts, device: torch.device) -> MakePolicy:
+        """What makes one policy on `device`, with copies of the three models, for these prompts alone.
+
+        Raises:
+            ValueError: the three do not belong together, or weights are not finite.
+        """
+        return self._maker(config, *self._parts(prompts, device))
+
+    def _parts(self, prompts: Prompts, device: torch.device) -> "tuple[EncodedPrompts, ComfyDecoder, DDIMScheduler]":
+        texts = {words: prompts.for_clip(words) for words in prompts.words}
+        encode, decode = EncodedPrompts(self.clip, texts, device), ComfyDecoder(self.vae, self.model)
+        return encode, decode, scheduler_of(self.model)
+
+    def _maker(
+        self, config: TrainConfig, encode: "EncodedPrompts", decode: ComfyDecoder, scheduler: DDIMScheduler
+    ) -> MakePolicy:
         expected = diffusers_config(self.model)["cross_attention_dim"]
         if encode.width != expected:
             raise ValueError(
                 f"got a CLIP whose embeddings are {encode.width} wide; expected {expected}: use the CLIP of the "
                 "MODEL's checkpoint"
             )
-        unet = diffusers_unet(self.model, DTYPES[config.precision])
-        make_policy = partial(_policy, unet, scheduler, encode, decode)
-        return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
+        return partial(_policy, diffusers_unet(self.model, DTYPES[config.precision]), scheduler, encode, decode)
 
 
 def _policy(unet, scheduler, encode, decode, config: TrainConfig, device: torch.device) -> DiffusionPolicy:

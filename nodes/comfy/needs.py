@@ -40,6 +40,7 @@ comfy.lora_convert.convert_lora(_)
 comfy.model_management.free_memory(_, _)
 comfy.model_management.get_torch_device()
 comfy.model_management.soft_empty_cache()
+comfy.model_management.throw_exception_if_processing_interrupted
 comfy.model_management.unet_offload_device()
 comfy.model_management.unload_all_models()
 comfy.model_patcher.ModelPatcher(_, load_device=_, offload_device=_)

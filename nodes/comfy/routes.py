@@ -35,6 +35,10 @@ def register_routes() -> None:
     async def grid(request: web.Request) -> web.Response:
         return await _respond("grid", request.match_info["id"], request.match_info["epoch"])
 
+    @routes.get("/tdpo/runs/{id}/evaluation")
+    async def evaluation(request: web.Request) -> web.Response:
+        return await _respond("evaluation", request.match_info["id"])
+
     @routes.get("/tdpo/runs/{id}/strengths/{epoch}/{strength}")
     async def at_strength(request: web.Request) -> web.Response:
         return await _respond("at_strength", *(request.match_info[part] for part in ("id", "epoch", "strength")))

@@ -42,6 +42,10 @@ def grid(runs: Runs, name: str, epoch: str) -> tuple[int, Any]:
     return answer(runs, lambda: runs.grid(runs.find(name), _epoch(epoch)))
 
 
+def evaluation(runs: Runs, name: str) -> tuple[int, Any]:
+    return answer(runs, lambda: runs.evaluation(runs.find(name)))
+
+
 def at_strength(runs: Runs, name: str, epoch: str, strength: str) -> tuple[int, Any]:
     return answer(runs, lambda: runs.at_strength(runs.find(name), _epoch(epoch), _strength(strength)))
 

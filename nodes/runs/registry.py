@@ -154,6 +154,10 @@ class Runs:
             raise NoSuchRun(f"run {run.path.name!r} has no samples of epoch {epoch}")
         return run.sample_grid(epoch).read_bytes()
 
+    def evaluation(self, run: RunFolder) -> Fields:
+        """The tables of the run's last evaluation."""
+        return _of_evaluation(run, "kept_tables")
+
     def at_strength(self, run: RunFolder, epoch: int, strength: float) -> bytes:
         """What `recommend` has drawn with an epoch's LoRA at a strength, as PNG."""
         try:
@@ -328,4 +332,22 @@ def _rewards(run: RunFolder) -> bytes:
     return buffer.getvalue()
 
 
-PICTURES: dict[str, Callable[[RunFolder], bytes]] = {"samples": _samples, "reward": _rewards}
+def _evaluated(run: RunFolder) -> bytes:
+    return _of_evaluation(run, "kept_plot")
+
+
+def _of_evaluation(run: RunFolder, what: str) -> Any:
+    """What `evaluation.py` has of a run."""
+    from . import evaluation  # slow to import
+
+    try:
+        return getattr(evaluation, what)(run)
+    except FileNotFoundError as error:
+        raise NoSuchRun(f"run {run.path.name!r} has not been evaluated yet; run a TDPO Evaluate node") from error
+
+
+PICTURES: dict[str, Callable[[RunFolder], bytes]] = {
+    "samples": _samples,
+    "reward": _rewards,
+    "evaluation": _evaluated,
+}

@@ -39,6 +39,16 @@ export const strengthURL = (id, epoch, strength) =>
 /** The rows of the table of runs: of each, what its status does not have. */
 export const table = async () => (await ask("table")).rows;
 
+/** The URL of a picture of a run, by its name. */
+export const plotURL = (id, name) => api.apiURL(`/tdpo/${runRoute(id, `/pictures/${name}`)}`);
+
+/** The last evaluation of a run, or null and why there is none. */
+export const evaluationOf = (id) =>
+  ask(runRoute(id, "/evaluation")).then(
+    (found) => [found, ""],
+    (error) => [null, error.message],
+  );
+
 /** The server's runs, newest first. Shared by all nodes; listens and sends requests only while it is watched. */
 class Runs {
   list = [];

@@ -4,6 +4,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyNodes, takeOver } from "./apply.js";
 import { Ballot, leastHeight as leastBallot } from "./ballot.js";
+import { after, LOOK, MARGIN, passToCanvas, place, rootOf } from "./host.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
@@ -15,13 +16,6 @@ const WIDGET = "tdpo_live"; // our own type: the Vue renderer replaces the types
 const REMEMBERED = "tdpo_run"; // property of the node: "id of the node|id of the run"; a copy has another id
 const RUNS = "comfy_tdpo.runs"; // the command that opens the table of runs
 const WIDTH = 600; // pixels of a new node
-const MARGIN = 10; // default margin of a widget, in pixels
-const LOOK = 500; // milliseconds between checks that the element is still on the page
-
-const style = document.createElement("link");
-style.rel = "stylesheet";
-style.href = new URL("./tdpo.css", import.meta.url).href;
-document.head.append(style);
 
 api.addEventListener("tdpo.progress", () => {}); // ComfyUI warns about events without a listener
 
@@ -39,8 +33,6 @@ app.registerExtension({
     for (const node of nodesWithin(rootOf(app.graph))) views.get(node)?.begin();
   },
 });
-
-const rootOf = (graph) => graph?.rootGraph ?? graph;
 
 /** Shows a panel in a node from when the node is added to a graph until it, or the subgraph around it, is removed. */
 class LiveView {
@@ -171,32 +163,4 @@ function refold(node, hidden) {
   const before = node.computeSize()[1];
   fold(node, hidden);
   node.setSize([node.size[0], node.size[1] + node.computeSize()[1] - before]);
-}
-
-function after(object, method, extra) {
-  const original = object[method];
-  object[method] = function (...args) {
-    const result = original?.apply(this, args);
-    extra(...args);
-    return result;
-  };
-}
-
-/** Let zooming and panning work over the panel, as they do over ComfyUI's own text fields. */
-function passToCanvas(element) {
-  const pass = (method, wanted) => (event) => {
-    if (window.LiteGraph?.vueNodesMode || !wanted(event)) return; // the page then passes them on itself
-    event.preventDefault();
-    app.canvas[method](event);
-  };
-  element.addEventListener("wheel", pass("processMouseWheel", () => true), { passive: false });
-  element.addEventListener("pointerdown", pass("processMouseDown", ({ button }) => button === 1));
-  element.addEventListener("pointermove", pass("processMouseMove", ({ buttons }) => buttons & 4));
-  element.addEventListener("pointerup", pass("processMouseUp", ({ button }) => button === 1));
-}
-
-/** Insert the element: Vue nodes of frontend 1.28.8, unlike those of 1.34.9, do not show the widgets of extensions. */
-function place(node, element) {
-  if (!window.LiteGraph?.vueNodesMode || element.isConnected || node.graph !== app.canvas?.graph) return;
-  document.querySelector(`[data-testid="node-body-${CSS.escape(String(node.id))}"]`)?.append(element);
 }

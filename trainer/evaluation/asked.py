@@ -26,10 +26,11 @@ COMPLEX = {"shapes-unseen": "shapes-complex", "unseen-animals": "complex"}  # se
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts under a name."""
+    """Prompts under a name; written: (prompt, line) for those that a graph's CLIP reads otherwise."""
 
     name: str
     prompts: tuple[str, ...]
+    written: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def load(source: str) -> "PromptSet":
@@ -115,7 +116,7 @@ class Asked:
 
     def drawing(self, prompts: PromptSet) -> str:
         """A digest of how the images of `prompts` are drawn, apart from the snapshot."""
-        how = [*_sampling(self.subjects[0].config).values(), SEED, self.images, prompts.prompts]
+        how = [*_sampling(self.subjects[0].config).values(), SEED, self.images, prompts.prompts, prompts.written]
         return hashlib.sha256(json.dumps(how).encode()).hexdigest()[:16]
 
     def trained_on(self, name: str) -> Subject | None:

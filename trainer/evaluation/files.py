@@ -4,7 +4,7 @@ evaluation.jsonl                one line per run, snapshot and prompt set, appen
 evaluation.md                   the tables, and the pictures below
 cross-reward-REWARD.png         each other reward against the training reward REWARD
 efficiency-REWARD.png           all rewards against the reward queries
-equal-reward-REWARD-SET.png     images of all methods at equal training reward
+equal-reward-REWARD-SET.png     images of all set-ups at equal training reward
 images/                         the images of that picture
 
 A line has the scores of every image, prompt by prompt, and the base model has lines of its own. Rewards that are added

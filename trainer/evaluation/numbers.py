@@ -1,6 +1,6 @@
-"""What an evaluation says: methods and their curves, with 95 % intervals.
+"""What an evaluation says: set-ups and their curves, with 95 % intervals.
 
-A method is all runs that differ only in their seed. Its interval is Student's over these runs or, for a single run,
+A set-up is all runs that differ only in their seed. Its interval is Student's over these runs or, for a single run,
 over its images. Changes from the base model are paired: the same prompts from the same noise.
 
 Shapes: n images of a snapshot.
@@ -49,7 +49,7 @@ class Point(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A method's snapshot to show, and its mean training reward."""
+    """A set-up's snapshot to show, and its mean training reward."""
 
     label: str
     cell: Cell
@@ -57,7 +57,7 @@ class Chosen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class Setup:
     """Runs that differ only in their seed, in the order in which they were given."""
 
     label: str
@@ -77,8 +77,8 @@ class Method:
         return 0 if epoch == BASE_EPOCH else fmean(subject.queries(epoch) for subject in self.subjects)
 
 
-def methods_of(subjects: Sequence[Subject]) -> list[Method]:
-    """The methods in the order of their first runs, called by their algorithm or, if others have it, by that run."""
+def setups_of(subjects: Sequence[Subject]) -> list[Setup]:
+    """The set-ups in the order of their first runs, called by their algorithm or, if others have it, by that run."""
     groups: list[list[Subject]] = []
     for subject in subjects:
         group = next((group for group in groups if _differ_only_in_seed(group[0], subject)), None)
@@ -90,11 +90,11 @@ def methods_of(subjects: Sequence[Subject]) -> list[Method]:
     labels = [
         name if algorithms.count(name) == 1 else group[0].name for name, group in zip(algorithms, groups, strict=True)
     ]
-    return [Method(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
+    return [Setup(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
 
 
 def _differ_only_in_seed(a: Subject, b: Subject) -> bool:
-    """Whether a method covers both: other settings than the seed differ only if they may change within a run."""
+    """Whether a set-up covers both: other settings than the seed differ only if they may change within a run."""
     found = differences(plain_values(a.config), plain_values(b.config))
     return all(name == "seed" or may_change(name) for name in found)
 
@@ -108,8 +108,8 @@ class Evaluation:
     pictures: tuple[str, ...] = ()
 
     @property
-    def methods(self) -> list[Method]:
-        return methods_of(self.asked.subjects)
+    def setups(self) -> list[Setup]:
+        return setups_of(self.asked.subjects)
 
     @property
     def trainings(self) -> list[str]:
@@ -118,46 +118,45 @@ class Evaluation:
 
     def scores(self, subject: Subject | None, epoch: int, prompts: PromptSet, reward: str) -> list[float]:
         """The n scores of a run's snapshot; those of the base model for epoch 0."""
-        is_base = subject is None or epoch == BASE_EPOCH
-        place = Place(None, BASE, prompts) if is_base else Place(subject, subject.cell(epoch), prompts)
-        return self.results.scores(place)[reward]
+        cell = BASE if subject is None or epoch == BASE_EPOCH else subject.cell(epoch)
+        return self.results.scores(Place(None if cell.is_base else subject, cell, prompts))[reward]
 
-    def mean(self, method: Method | None, epoch: int, prompts: PromptSet, reward: str) -> Interval:
-        """Of a snapshot, over the runs; of the base model without a method."""
-        subjects = method.subjects if method else (None,)
+    def mean(self, setup: Setup | None, epoch: int, prompts: PromptSet, reward: str) -> Interval:
+        """Of a snapshot, over the runs; of the base model without a set-up."""
+        subjects = setup.subjects if setup else (None,)
         return interval([fmean(self.scores(subject, epoch, prompts, reward)) for subject in subjects])
 
-    def change(self, method: Method, epoch: int, prompts: PromptSet, reward: str) -> Interval:
+    def change(self, setup: Setup, epoch: int, prompts: PromptSet, reward: str) -> Interval:
         """How far a snapshot is above the base model: over the runs or, of a single run, over its images."""
         base = self.scores(None, BASE_EPOCH, prompts, reward)
         of_each = [
             [own - of_base for own, of_base in zip(self.scores(subject, epoch, prompts, reward), base, strict=True)]
-            for subject in method.subjects
+            for subject in setup.subjects
         ]
         return interval(of_each[0] if len(of_each) == 1 else [fmean(changes) for changes in of_each])
 
-    def curve(self, method: Method, prompts: PromptSet, reward: str, against: str | None = None) -> list[Point]:
+    def curve(self, setup: Setup, prompts: PromptSet, reward: str, against: str | None = None) -> list[Point]:
         """A reward from the base model on, epoch by epoch, over another reward or, without one, over reward queries."""
         points = []
-        for epoch in [BASE_EPOCH, *method.epochs]:
-            y = self.mean(method, epoch, prompts, reward)
-            x = self.mean(method, epoch, prompts, against).mean if against else method.queries(epoch)
+        for epoch in [BASE_EPOCH, *setup.epochs]:
+            y = self.mean(setup, epoch, prompts, reward)
+            x = self.mean(setup, epoch, prompts, against).mean if against else setup.queries(epoch)
             points.append(Point(epoch, x, y.mean, y.mean - y.half, y.mean + y.half))
         return points
 
     def at_equal_reward(self, training: str, prompts: PromptSet) -> list[Chosen]:
-        """The snapshot of each method's first run that is nearest to the highest training reward which all reach."""
+        """The snapshot of each set-up's first run that is nearest to the highest training reward which all reach."""
         rewards = {
-            method: {
-                cell.epoch: fmean(self.scores(method.subjects[0], cell.epoch, prompts, training))
-                for cell in method.subjects[0].cells
+            setup: {
+                cell.epoch: fmean(self.scores(setup.subjects[0], cell.epoch, prompts, training))
+                for cell in setup.subjects[0].cells
             }
-            for method in self.methods
-            if method.training == training
+            for setup in self.setups
+            if setup.training == training
         }
         level = min(max(of_epochs.values()) for of_epochs in rewards.values())
         chosen = []
-        for method, of_epochs in rewards.items():
+        for setup, of_epochs in rewards.items():
             epoch = min(of_epochs, key=lambda epoch: abs(of_epochs[epoch] - level))
-            chosen.append(Chosen(method.label, method.subjects[0].cell(epoch), of_epochs[epoch]))
+            chosen.append(Chosen(setup.label, setup.subjects[0].cell(epoch), of_epochs[epoch]))
         return chosen

@@ -1,16 +1,17 @@
 """The tables of an evaluation, for a terminal and as Markdown: one for each prompt set."""
 
+import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..metrics import columns_of, padded, readable, shortened
 from ..recommend.files import BASE_EPOCH
 from .asked import PromptSet
 from .files import BASE_RUN
-from .numbers import Evaluation, Interval, Method
+from .numbers import Evaluation, Interval, Setup
 
 LONGEST = 28  # columns of a name
-INTERVALS = "± is the 95 % interval of the change, over the images of a run or over the runs of a method"
+INTERVALS = "± is the 95 % interval of the change, over the images of a run or over the runs of a set-up"
 
 
 class Row(NamedTuple):
@@ -24,20 +25,20 @@ class Row(NamedTuple):
 
 
 def rows(evaluation: Evaluation, prompts: PromptSet) -> Iterator[Row]:
-    """The base model, and every method's snapshots."""
+    """The base model, and every set-up's snapshots."""
     rewards = evaluation.asked.rewards
     means = [evaluation.mean(None, BASE_EPOCH, prompts, reward) for reward in rewards]
     yield Row(BASE_RUN, "-", "0", means, [None] * len(rewards))
-    for method in evaluation.methods:
-        for epoch in method.epochs:
-            means = [evaluation.mean(method, epoch, prompts, reward) for reward in rewards]
-            changes = [evaluation.change(method, epoch, prompts, reward) for reward in rewards]
-            yield Row(_name(method), str(epoch), f"{method.queries(epoch):.0f}", means, list(changes))
+    for setup in evaluation.setups:
+        for epoch in setup.epochs:
+            means = [evaluation.mean(setup, epoch, prompts, reward) for reward in rewards]
+            changes = [evaluation.change(setup, epoch, prompts, reward) for reward in rewards]
+            yield Row(_name(setup), str(epoch), f"{setup.queries(epoch):.0f}", means, list(changes))
 
 
-def _name(method: Method) -> str:
-    count = len(method.subjects)
-    return method.label if count == 1 else f"{method.label} ({count} runs)"
+def _name(setup: Setup) -> str:
+    count = len(setup.subjects)
+    return setup.label if count == 1 else f"{setup.label} ({count} runs)"
 
 
 def told(evaluation: Evaluation) -> str:
@@ -68,12 +69,24 @@ def markdown(evaluation: Evaluation) -> str:
     """Means and changes, followed by the pictures."""
     parts = ["# Evaluation", f"In brackets: the change from the base model; {INTERVALS}."]
     for prompts in evaluation.asked.sets:
-        head = ["method", "epoch", "reward queries", *evaluation.asked.rewards]
+        head = ["runs", "epoch", "reward queries", *evaluation.asked.rewards]
         lines = [_cells(head), _cells(["---"] * len(head))]
         lines += [_cells([row.name, row.epoch, row.queries, *_values(row)]) for row in rows(evaluation, prompts)]
         parts += [f"## {_title(evaluation, prompts)}", "\n".join(lines)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in evaluation.pictures]
     return "\n\n".join(parts) + "\n"
+
+
+def tables_in(text: str) -> list[dict[str, Any]]:
+    """The tables in what `markdown` wrote, each with its title and its rows, the first of which is its head."""
+    tables: list[dict[str, Any]] = []
+    for part in text.split("\n\n"):
+        if part.startswith("## "):
+            tables.append({"title": part.removeprefix("## "), "rows": []})
+        elif part.startswith("| ") and tables:
+            head, _, *lines = part.splitlines()
+            tables[-1]["rows"] = [_uncelled(line) for line in (head, *lines)]
+    return tables
 
 
 def _values(row: Row) -> list[str]:
@@ -89,3 +102,7 @@ def _value(own: Interval, change: Interval | None) -> str:
 
 def _cells(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _uncelled(line: str) -> list[str]:
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]

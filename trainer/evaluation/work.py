@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MakePolicy = Callable[[TrainConfig, torch.device], "DiffusionPolicy"]
 
-SHOWN = 8  # prompts of a set in the picture of all methods
+SHOWN = 8  # prompts of a set in the picture of all set-ups
 PHASE = "evaluating"
 CROSS, EFFICIENCY, EQUAL = "cross-reward", "efficiency", "equal-reward"
 
@@ -119,8 +119,8 @@ def _score(asked: Asked, results: Results, studio: _Studio, watch: Watch, tell: 
         with painter.applied(place.cell):
             while draws:
                 watch(PHASE, done, total)
-                prompts, seeds = [draw.prompt for draw in draws], [seed_of(draw) for draw in draws]
-                images, found = painter.draw(prompts, seeds, [judges[name] for name in names])
+                texts, seeds = [draw.prompt for draw in draws], [seed_of(draw) for draw in draws]
+                images, found = painter.draw(texts, seeds, [judges[name] for name in names])
                 for name in names:
                     scores[name] += found[name]
                 draws, done = draws[len(images) :], done + len(images)
@@ -150,8 +150,11 @@ def _draw_pictures(evaluation: Evaluation, studio: _Studio, folder: Path) -> tup
 
     pictures = {}
     for training in evaluation.trainings:
+        cross = picture(folder, CROSS, training)
         if len(evaluation.asked.rewards) > 1:
-            pictures[picture(folder, CROSS, training)] = cross_reward_figure(evaluation, training)
+            pictures[cross] = cross_reward_figure(evaluation, training)
+        else:
+            cross.unlink(missing_ok=True)  # of an earlier evaluation, by other rewards
         pictures[picture(folder, EFFICIENCY, training)] = efficiency_figure(evaluation, training)
         for prompts in evaluation.asked.sets:
             shown = evaluation.asked.draws(prompts)[:: evaluation.asked.images][:SHOWN]

@@ -1,4 +1,4 @@
-"""The same prompts from the same noise (rows) by the base model and by each method at equal reward (columns)."""
+"""The same prompts from the same noise (rows) by the base model and by each set-up at equal reward (columns)."""
 
 from collections.abc import Sequence
 from pathlib import Path

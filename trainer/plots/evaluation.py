@@ -1,12 +1,10 @@
-"""The rewards of an evaluation: each over the training reward, or over the reward queries, one curve per method."""
+"""The rewards of an evaluation: each over the training reward, or over the reward queries, one curve per set-up."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..evaluation.asked import PromptSet
-from ..evaluation.numbers import Evaluation, Method, Point
+from ..evaluation.numbers import Evaluation, Point, Setup
 from ..metrics import shortened
 from .drawing import (
     COLORS,
@@ -27,11 +25,9 @@ if TYPE_CHECKING:
 
 LEFT, RIGHT, BETWEEN = 0.55, 0.2, 0.6  # inches, across: margins, and between panels
 TOP, LEGEND, SET, TITLE, HEIGHT, FOOT, BOTTOM = 0.55, 0.28, 0.42, 0.3, 1.9, 0.32, 0.15  # inches, from top to bottom
-STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of methods that have the colour of an earlier one
+STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of set-ups that have the colour of an earlier one
 BASE_MARK: dict[str, Any] = {"color": INK, "marker": "s", "markersize": 6, "markerfacecolor": "none"}
-PER_ROW = 4  # methods in a row of the legend
-
-Curve = Callable[[Method, PromptSet, str], list[Point]]
+PER_ROW = 4  # set-ups in a row of the legend
 
 
 def cross_reward_figure(evaluation: Evaluation, training: str) -> Image.Image:
@@ -58,15 +54,15 @@ def efficiency_figure(evaluation: Evaluation, training: str) -> Image.Image:
 def _draw(
     evaluation: Evaluation, training: str, title: str, rewards: list[str], x: str, more: str, against: str | None
 ) -> Image.Image:
-    methods = [method for method in evaluation.methods if method.training == training]
+    setups = [setup for setup in evaluation.setups if setup.training == training]
     columns = 2 if len(rewards) in (1, 2, 4) else 3
     side = (WIDTH - LEFT - RIGHT - (columns - 1) * BETWEEN) / columns
-    sets, rows, legend = evaluation.asked.sets, -(-len(rewards) // columns), -(-(len(methods) + 1) // PER_ROW)
+    sets, rows, legend = evaluation.asked.sets, -(-len(rewards) // columns), -(-(len(setups) + 1) // PER_ROW)
     total = TOP + LEGEND * legend + len(sets) * (SET + rows * (TITLE + HEIGHT + FOOT)) + BOTTOM
     figure = blank_figure(total)
-    banded = "; shaded: 95 % intervals over seeds" if any(len(method.subjects) > 1 for method in methods) else ""
+    banded = "; shaded: 95 % intervals over seeds" if any(len(setup.subjects) > 1 for setup in setups) else ""
     write_title(figure, (LEFT / WIDTH, 1 - 0.36 / total), "figure fraction", title, 13, more + banded)
-    _draw_legend(figure, methods, total)
+    _draw_legend(figure, setups, total)
     bottom = total - TOP - LEGEND * legend
     for prompts in sets:
         bottom -= SET
@@ -79,21 +75,21 @@ def _draw(
             left = LEFT + column * (side + BETWEEN)
             axes = figure.add_axes((left / WIDTH, (bottom + FOOT) / total, side / WIDTH, HEIGHT / total))
             _style(axes, reward, x)
-            for number, method in enumerate(methods):
-                points = evaluation.curve(method, prompts, reward, against)
-                draw_method(axes, number, points, banded=len(method.subjects) > 1)
+            for number, setup in enumerate(setups):
+                points = evaluation.curve(setup, prompts, reward, against)
+                draw_setup(axes, number, points, banded=len(setup.subjects) > 1)
     return render(figure)
 
 
-def _draw_legend(figure: "Figure", methods: list[Method], total: float) -> None:
+def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
     from matplotlib.lines import Line2D
 
     marks = [
         Line2D([], [], color=INK, marker="s", markersize=6, linestyle="", markerfacecolor="none", label="base model")
     ]
-    for number, method in enumerate(methods):
-        count = f" ({len(method.subjects)} runs)" if len(method.subjects) > 1 else ""
-        label = shortened(method.label, 22) + count
+    for number, setup in enumerate(setups):
+        count = f" ({len(setup.subjects)} runs)" if len(setup.subjects) > 1 else ""
+        label = shortened(setup.label, 22) + count
         marks.append(Line2D([], [], color=_color(number), linestyle=_style_of(number), linewidth=1.8, label=label))
     legend = figure.legend(
         handles=marks,
@@ -130,8 +126,8 @@ def _style(axes: "Axes", reward: str, x: str) -> None:
     axes.set_xlabel(x, color=GREY, fontsize=8.5, parse_math=False, labelpad=2)
 
 
-def draw_method(axes: "Axes", number: int, points: list[Point], banded: bool) -> None:
-    """A curve in the colour of the method of this number, its band, and the base model that it begins at."""
+def draw_setup(axes: "Axes", number: int, points: list[Point], banded: bool) -> None:
+    """A curve in the colour of the set-up of this number, its band, and the base model that it begins at."""
     x, y = [point.x for point in points], [point.y for point in points]
     draw_curve(axes, x, y, _color(number))
     axes.lines[-1].set_linestyle(_style_of(number))

@@ -6,6 +6,7 @@ metrics.jsonl                  one line per epoch, appended and flushed
 samples/epoch-0010.png         grid of images with fixed prompts and seeds
 lora/epoch-0010.safetensors    and lora/latest.safetensors
 lora/recommended.safetensors   the LoRA to use, with its strength baked in
+evaluation/                    how its snapshots were judged, see trainer/evaluation
 recommendation/                how it was chosen, see trainer/recommend
 checkpoints/epoch-0010/        exact state
 tastes/NAME.safetensors        the tastes it is scored by, fitted to the votes there were when it started
