@@ -46,20 +46,38 @@ def keep_gradients(optimizer: torch.optim.Optimizer, kept: list[torch.Tensor]) -
     optimizer.register_step_pre_hook(lambda *_: kept.extend(parameter.grad.clone() for parameter in parameters))
 
 
-@pytest.mark.parametrize("algorithm", ["tdpo-r", "ddpo-2"])
-def test_the_update_does_not_know_the_micro_batch(make_training, algorithm):
-    settings = {"algorithm": algorithm, "samples_per_epoch": 16, "samples_per_update": 8}
+UPDATES = {
+    "tdpo-r": {},
+    "ddpo-2": {"algorithm": "ddpo-2"},
+    "step-normalised": {"policy": {"objective": "step-normalised"}},
+    "trust-region": {"policy": {"objective": "trust-region", "trust_region": 0.16}},
+    "kl": {"kl": {"coefficient": 0.03}},
+}
+
+
+def drift(training: Training) -> None:
+    """Move the LoRA away from what it sampled with, so that some steps leave the range that is allowed."""
+    draw = torch.Generator().manual_seed(1)
+    for parameter in training.policy.parameters:
+        parameter.data.add_(torch.randn(parameter.shape, generator=draw), alpha=0.01)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_update_does_not_know_the_micro_batch(make_training, name):
+    settings = {"samples_per_epoch": 16, "samples_per_update": 8} | UPDATES[name]
     # at an epsilon of 1e-8 Adam's first step is the gradient's sign, which rounding decides near 0
-    settings["policy"] = {"lr": 1e-4, "eps": 1e-3}
+    settings["policy"] = settings.get("policy", {}) | {"lr": 1e-4, "eps": 1e-3}
     sampled_by = make_training(micro_batch=8, **settings)
     batch, targets = sampled(sampled_by)
     seen = {}
     for micro_batch in (8, 1):
         training = make_training(micro_batch=micro_batch, **settings)
+        if "objective" in settings["policy"]:
+            drift(training)
         gradients, before = [], [p.detach().clone() for p in training.policy.parameters]
         keep_gradients(training.context.optimizer, gradients)
         rows, steps = training.method.groups(1)[0]
-        assert len(rows) == (8 * len(training.policy.process) if algorithm == "ddpo-2" else 8)
+        assert len(rows) == (8 * len(training.policy.process) if name == "ddpo-2" else 8)
         training.method.update_policy(batch, targets, rows, steps)
         parameters = [p.detach() for p in training.policy.parameters]
         assert not any(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
@@ -71,7 +89,10 @@ def test_the_update_does_not_know_the_micro_batch(make_training, algorithm):
     # Adam's first step is lr g / (|g| + eps): 2e-7 of the gradient are at most 2e-8 of a parameter, which near 1 is
     # rounded by 6e-8 besides
     torch.testing.assert_close(parameters_1, parameters, rtol=0, atol=2e-7)
-    assert sums_1["policy/loss"].item() == pytest.approx(sums["policy/loss"].item(), abs=1e-6)  # float32
+    if "objective" in settings["policy"]:
+        assert 0.1 < sums["policy/clip_fraction"].item() < 0.9, "some steps are outside the range, and some inside"
+    for metric, value in sums.items():  # float32
+        assert sums_1[metric].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), metric
 
 
 # --- the ratio gate
