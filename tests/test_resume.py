@@ -80,7 +80,7 @@ VARIANTS = {
         "policy": {"replay": 1, "objective": "step-normalised"},
         "samples_per_epoch": 4,
     },
-    "sdpo": {"algorithm": "sdpo", "epochs": 2, "steps": 4},
+    "sdpo": {"algorithm": "sdpo", "epochs": 2, "steps": 4, "prompts": "shapes-complex"},
     "dpok": {"algorithm": "dpok", "epochs": 2},
     "grpo": {"algorithm": "grpo", "epochs": 2, "samples_per_prompt": 4},
     "ddpo-100 without a clip": {"algorithm": "ddpo-100", "advantage_clip": None, "epochs": 2},

@@ -31,7 +31,10 @@ SETTINGS = {
 #   tdpo         6.4     -2.9     -6.0     0.0
 #   ddpo-2       2.0     -5.3     -2.3     0.0
 #   ddpo-100     3.6     -6.8     -4.0     0.0
-# Seeds 1 to 3 give 3.6 to 5.1, 3.6 to 5.1, 0.6 to 1.6 and 2.4 to 4.1.
+#   dpok         4.2     -1.9     -4.2     0.0
+#   grpo         3.9     -6.1     -3.9     0.0
+#   sdpo         6.9     -6.6     -7.0     0.0   (pair_loss, and its log-ratios)
+# Seeds 1 to 3 give 3.6 to 5.1, 3.6 to 5.1, 0.6 to 1.6, 2.4 to 4.1, 2.0 to 4.1, 0.7 to 2.8 and 2.8 to 5.9.
 MARGIN = 0.5
 
 
