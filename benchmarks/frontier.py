@@ -352,7 +352,7 @@ def page(runs: Runs, found: list[dict[str, Any]]) -> str:
     for name, seeds in runs.items():
         if make_config("shapes", overrides=VARIANTS[name].settings).overoptimisation.reward is None:
             continue  # its guard is the reward that would be watched
-        rang = [lost(epochs, GOLD)[epochs["alarm"][0] - 1] for epochs in seeds.values() if epochs["alarm"]]
+        rang = [lost(epochs, GOLD)[int(epochs["alarm"][0]) - 1] for epochs in seeds.values() if epochs["alarm"]]
         silent = [lost(epochs, GOLD)[-1] for epochs in seeds.values() if not epochs["alarm"]]
         cells = [
             name,
