@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exact import exact
+
 
 def diversity(embeds: Tensor, prompts: Sequence[str]) -> float | None:
     """The mean cosine distance between two images of the same prompt: 0 if they are equal, 1 if they are orthogonal.
@@ -20,8 +22,8 @@ def diversity(embeds: Tensor, prompts: Sequence[str]) -> float | None:
     embeds: (N, D), of the images; prompts: the prompt of each.
     """
     names = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    groups = torch.tensor([names[prompt] for prompt in prompts], device=embeds.device)
-    units = F.normalize(embeds.double(), dim=-1)
+    groups = torch.tensor([names[prompt] for prompt in prompts])
+    units = F.normalize(exact(embeds), dim=-1)
     sums = units.new_zeros(len(names), units.shape[1]).index_add_(0, groups, units)
     counts = torch.bincount(groups, minlength=len(names)).double()
     if counts.max() < 2:

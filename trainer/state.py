@@ -79,13 +79,14 @@ class TrainState:
         load_optimizer_tensors(context.optimizer, trainable.parameters, tensors["policy_optimizer"])
         if average := context.policy.average:
             average.load(tensors["policy_average"])
+        watched = tensors.pop("overoptimisation", None)  # stays on the CPU: it is float64, which not every device has
         on_device = {name: _to(context.policy.device, group) for name, group in tensors.items()}
         self.method.load_state(on_device, state)
         context.epoch, context.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]
         if _watched(state["identity"]) != _watched(self.identity):  # the other reward is watched from here on
             self.metrics = [_without_alarm(line) for line in self.metrics]
-        elif "overoptimisation" in tensors:
-            self.overoptimisation.load(tensors["overoptimisation"], state["overoptimisation"])
+        elif watched:
+            self.overoptimisation.load(watched, state["overoptimisation"])
         context.progress = _progress_from(on_device, state["updates"], prompts_of_epoch(context.epoch + 1))
         return True
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..exact import exact
+
 
 def beside(values: Tensor, scores: Tensor) -> Tensor:
     """One value for each of B samples, shaped so that it counts for all of a sample's scores, (B, ...)."""
@@ -18,14 +20,15 @@ def beside(values: Tensor, scores: Tensor) -> Tensor:
 
 
 class Standard(NamedTuple):
-    """What each sample's reward is compared with and divided by, (B,) float64 each."""
+    """What each sample's reward is compared with and divided by, (B,) each, float64 on the CPU."""
 
     mean: Tensor
     std: Tensor
 
     def __call__(self, scores: Tensor) -> Tensor:
         """`scores`, (B, ...), normalised; float32."""
-        return ((scores.double() - beside(self.mean, scores)) / beside(self.std, scores)).float()
+        normalised = (exact(scores) - beside(self.mean, scores)) / beside(self.std, scores)
+        return normalised.float().to(scores.device)
 
 
 class RewardMoments:
@@ -46,7 +49,7 @@ class RewardMoments:
         batch = _moments(rewards.tolist())
         moments = {prompt: self._prompt_moments(prompt) or batch for prompt in set(prompts)}
         mean, std = torch.tensor([moments[prompt] for prompt in prompts], dtype=torch.float64).unbind(1)
-        return Standard(mean.to(rewards.device), (std + 1e-6).to(rewards.device))
+        return Standard(mean, std + 1e-6)
 
     def _prompt_moments(self, prompt: str) -> tuple[float, float] | None:
         buffer = self._buffers[prompt]

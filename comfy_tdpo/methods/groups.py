@@ -10,12 +10,13 @@ Shapes: B samples of all processes, in B / K groups; D embedding width.
 import torch
 from torch import Tensor
 
+from ..exact import exact
 from .advantages import Standard
 
 
 def leave_one_out(values: Tensor, size: int) -> Tensor:
-    """Each value minus the mean of the other `size` - 1 of its group, (B,) float64."""
-    groups = values.double().unflatten(0, (-1, size))
+    """Each value minus the mean of the other `size` - 1 of its group, (B,) float64 on the CPU."""
+    groups = exact(values).unflatten(0, (-1, size))
     return (size / (size - 1) * (groups - groups.mean(1, keepdim=True))).flatten()
 
 
@@ -25,7 +26,7 @@ def standard(rewards: Tensor, size: int, std: str) -> Standard:
     std: "batch" for that of all rewards (Flow-GRPO, arXiv 2505.05470), "group" for that of the sample's own group
     (GRPO, arXiv 2402.03300), "none" for no division.
     """
-    rewards = rewards.double()
+    rewards = exact(rewards)
     deviation = torch.ones_like(rewards)
     if std == "batch":
         deviation = (rewards.std(correction=0) + 1e-6).expand_as(rewards)
@@ -42,11 +43,12 @@ def diversity_factors(embeds: Tensor, size: int) -> Tensor:
     Args:
         embeds: unit embeddings (B, D).
     """
-    groups = embeds.double().unflatten(0, (-1, size))
-    similar = groups @ groups.mT - 3 * torch.eye(size, device=embeds.device)  # so that none is its own neighbour
+    groups = exact(embeds).unflatten(0, (-1, size))
+    similar = groups @ groups.mT - 3 * torch.eye(size)  # so that none is its own neighbour
     distance = (1 - similar.amax(2)).clamp(min=0)
     mean = distance.mean(1, keepdim=True)
-    return torch.where(mean > 1e-7, distance / mean.clamp(min=1e-7), 1.0).float().flatten()  # float32 has 1e-7 noise
+    factors = torch.where(mean > 1e-7, distance / mean.clamp(min=1e-7), 1.0)  # float32 has 1e-7 noise
+    return factors.float().flatten().to(embeds.device)
 
 
 def favour_diversity(advantages: Tensor, factors: Tensor) -> Tensor:

@@ -22,13 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..exact import exact
 from .advantages import beside
 
 Scores = dict[str, Tensor]  # guard -> (B,)
 
 
 def share_beaten(scores: Tensor) -> Tensor:
-    """The share of the other samples that each sample's score exceeds, (B,) float64; an equal score counts half."""
+    """The share of the other samples that each sample's score exceeds, (B,) float64 on the CPU; an equal score counts
+    half."""
+    scores = exact(scores)
     ours, theirs = scores[:, None], scores[None, :]
     beaten = (ours > theirs).double() + 0.5 * (ours == theirs).double()
     return (beaten.sum(1) - 0.5) / (len(scores) - 1)
@@ -56,10 +59,10 @@ class Gate:
         """1 for the samples that are chosen and 0 for the others, float32 (B,); once per epoch."""
         uncertain = disagreement(rewards, guards)
         self._adapt(uncertain[uncertain >= 0].mean().item())
-        chosen = torch.zeros_like(rewards, dtype=torch.float32)
+        chosen = torch.zeros(len(rewards))
         count = round(self.share * len(rewards))
         chosen[uncertain.argsort(descending=True, stable=True)[:count]] = 1
-        return torch.where(uncertain > 0, chosen, 0.0)
+        return torch.where(uncertain > 0, chosen, 0.0).to(rewards.device)
 
     def _adapt(self, level: float) -> None:
         if len(self.history) == self.window:
@@ -92,7 +95,7 @@ class Level:
         A prompt's level is the mean of its scores and of two more at the overall mean, so that one lucky or unlucky
         image does not set it.
         """
-        mean, std = scores.double().mean().item(), scores.double().std(correction=0).item()
+        mean, std = exact(scores).mean().item(), exact(scores).std(correction=0).item()
         values: dict[str, list[float]] = {}
         for prompt, score in zip(prompts, scores.tolist(), strict=True):
             values.setdefault(prompt, [mean, mean]).append(score)
@@ -106,7 +109,7 @@ class Level:
         A prompt's level is its mean, drawn to the overall mean as far as its error and the spread of the prompts say
         (empirical Bayes, for normal scores).
         """
-        count, scores = scores.shape[1], scores.double()
+        count, scores = scores.shape[1], exact(scores)
         within, means = scores.var(1).mean(), scores.mean(1)
         error = within / count
         between = (means.var() - error).clamp(min=0) if len(prompts) > 1 else torch.zeros_like(error)
@@ -116,9 +119,10 @@ class Level:
         return cls(means.mean().item(), std.item(), dict(zip(prompts, levels.tolist(), strict=True)))
 
     def fall(self, prompts: list[str], scores: Tensor) -> Tensor:
-        """How far each score, (B, ...), is below its prompt's level, float64 in units of `std`; negative above it."""
+        """How far each score, (B, ...), is below its prompt's level in units of `std`, float64 on the CPU; negative
+        above it."""
         levels = torch.tensor([self.prompts.get(prompt, self.mean) for prompt in prompts], dtype=torch.float64)
-        return (beside(levels.to(scores.device), scores) - scores.double()) / (self.std + 1e-6)
+        return (beside(levels, scores) - exact(scores)) / (self.std + 1e-6)
 
 
 @dataclass
@@ -169,12 +173,13 @@ class GuardPenalty:
         self.weights = {name: Weights(self.penalty, self.penalty / 3, self.penalty * 4) for name in levels}
 
     def __call__(self, prompts: list[str], guards: Scores) -> Tensor:
-        """What each sample, or each of its scores, loses for each guard, (B, ..., G) float64; guards: (B, ...) each."""
+        """What each sample, or each of its scores, loses for each guard, (B, ..., G) float64 on the CPU; guards:
+        (B, ...) each."""
         penalties = []
         for name, scores in guards.items():
             fall = self.levels[name].fall(prompts, scores)
             weights = torch.tensor([self.weights[name].of(prompt) for prompt in prompts], dtype=torch.float64)
-            penalties.append(beside(weights.to(fall.device), fall) * (fall if self.credit else fall.clamp(min=0)))
+            penalties.append(beside(weights, fall) * (fall if self.credit else fall.clamp(min=0)))
         return torch.stack(penalties, dim=-1)
 
     def adapt(self, prompts: list[str], guards: Scores) -> None:

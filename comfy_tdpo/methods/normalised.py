@@ -67,7 +67,7 @@ class NormalisedRewards:
         if self.guarded:
             lost = self.guards(prompts, guards).sum(-1)
             centred = groups.leave_one_out(lost, size) if self._in_groups else lost - lost.mean()
-            normalised = normalised - centred.float()
+            normalised = normalised - centred.float().to(normalised.device)
         return normalised
 
     def of_steps(self, batch: Trajectories) -> Tensor:
@@ -79,7 +79,8 @@ class NormalisedRewards:
         if not self.guarded:
             return normalised
         named = dict(zip(self.context.guards, guards, strict=True))
-        return torch.cat([normalised, self.guards(batch.prompts, named).float()], dim=-1)
+        lost = self.guards(batch.prompts, named).float()
+        return torch.cat([normalised, lost.to(normalised.device)], dim=-1)
 
     def _levels(self, prompts: list[str], guards: Scores) -> dict[str, Level]:
         """The guards' levels, from images of every prompt that the model draws for this before it is trained.

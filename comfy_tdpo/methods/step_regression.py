@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..exact import exact
+
 RIDGE = 1.0  # shrinks a coefficient as much as one more sample would, with a score of 1 and a return of 0 from the mean
 
 
@@ -24,13 +26,13 @@ class StepRegression:
     @classmethod
     def fit(cls, scores: Tensor, returns: Tensor) -> "StepRegression":
         """The ridge regression of returns, (N, T), on scores, (N, T, S), solved in float64."""
-        x, y = scores.double().transpose(0, 1), returns.double().T  # (T, N, S), (T, N)
+        x, y = exact(scores).transpose(0, 1), exact(returns).T  # (T, N, S), (T, N)
         x_mean, y_mean = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         centred = x - x_mean
-        gram = centred.mT @ centred + RIDGE * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        gram = centred.mT @ centred + RIDGE * torch.eye(x.shape[-1], dtype=x.dtype)
         weights = torch.linalg.solve(gram, centred.mT @ (y - y_mean)[..., None])[..., 0]
         intercept = y_mean[:, 0] - (x_mean[:, 0] * weights).sum(-1)
-        return cls(weights.float(), intercept.float())
+        return cls(*(found.float().to(scores.device) for found in (weights, intercept)))
 
     def __call__(self, scores: Tensor) -> Tensor:
         """The predicted returns, (N, T), from scores, (N, T, S)."""

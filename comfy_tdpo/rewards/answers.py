@@ -57,17 +57,24 @@ def _as_tensor(answer: Any, device: torch.device) -> Tensor | None:
 
     if isinstance(answer, (list, tuple)):
         numbers = [_number(item) for item in answer]
-        found = [number.to(device) for number in numbers if number is not None]
+        found = [_moved(number, device) for number in numbers if number is not None]
         if len(found) < len(numbers):
             return None
         return torch.stack(found) if found else torch.empty(0, device=device)
     if isinstance(answer, torch.Tensor):
-        return answer.to(device)
+        return _moved(answer, device)
     if hasattr(answer, "__array__"):
         array = np.asarray(answer)
-        return torch.as_tensor(array.astype(np.float64), device=device) if array.dtype.kind in "biuf" else None
+        return _moved(torch.as_tensor(array.astype(np.float64)), device) if array.dtype.kind in "biuf" else None
     number = _number(answer)
-    return None if number is None else number.to(device)
+    return None if number is None else _moved(number, device)
+
+
+def _moved(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers` on `device`, as float32 if they are float64: Apple's GPUs have no float64."""
+    import torch
+
+    return (numbers.float() if numbers.dtype == torch.float64 else numbers).to(device)
 
 
 def _number(item: Any) -> Tensor | None:
