@@ -18,8 +18,8 @@ class RewardModel(io.ComfyNode):
             node_id="TDPORewardModel",
             display_name="TDPO Reward Model",
             category=CATEGORY,
-            description="Chooses a reward, which scores images. Chain several through 'also' to train on their "
-            "weighted sum.",
+            description="Chooses a reward, which gives each image a number: the higher, the better. Chain several "
+            "through 'also' to train on their weighted sum.",
             inputs=[
                 io.Combo.Input(
                     "reward", reward_names(), default="shapes-aesthetic", tooltip="The reward that scores the images."
@@ -31,7 +31,8 @@ class RewardModel(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     round=0.0001,
-                    tooltip="The reward is multiplied by this in a sum. Weights of held-out rewards are ignored.",
+                    tooltip="How much this reward counts in a sum: it is multiplied by this. A negative weight avoids "
+                    "what the reward likes. Weights of held-out rewards are ignored.",
                 ),
                 io.Combo.Input(
                     "weights",

@@ -38,7 +38,8 @@ class Taste(io.ComfyNode):
                     max=1000.0,
                     step=0.1,
                     round=0.0001,
-                    tooltip="The taste is multiplied by this in a sum. Weights of held-out rewards are ignored.",
+                    tooltip="How much the taste counts in a sum with other rewards: it is multiplied by this. Weights "
+                    "of held-out rewards are ignored.",
                 ),
                 io.Image.Input(
                     "pictures",
@@ -62,7 +63,8 @@ class Taste(io.ComfyNode):
                     ENCODERS,
                     default=AUTO,
                     optional=True,
-                    tooltip="The reward whose image encoder reads the pictures; fixed by the first vote. auto: that of "
+                    tooltip="The reward whose image encoder, a network that describes a picture in numbers, reads the "
+                    "pictures; fixed when the taste is made. auto: that of "
                     "Shapes if the first picture has 64 x 64 pixels, else CLIP ViT-L/14, that of 'aesthetic'.",
                 ),
                 io.Int.Input(

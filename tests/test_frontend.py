@@ -245,10 +245,10 @@ def test_limits_are_never_empty(evaluate):
         ("m.signed(0.4)", "+0.40"),
         ("m.reading([])", ""),
         ("m.reading([{ value: 5.14, spread: 1.2 }])", "5.14"),
-        ("m.reading([{ value: 5.14, spread: 1.2 }, { value: 6.74, spread: 1 }])", "6.74 (+1.33 SD)"),
+        ("m.reading([{ value: 5.14, spread: 1.2 }, { value: 6.74, spread: 1 }])", "6.74 (+1.33 spreads)"),
         ("m.reading([{ value: 0.8, spread: 0 }, { value: 0.7, spread: 0 }])", "0.70 (\N{MINUS SIGN}0.10)"),
-        ("m.reading([{ value: 5, spread: 1 }, { value: 4.999, spread: 1 }])", "5.00 (0.00 SD)"),
-        ("m.reading([{ value: 5, spread: 1 }, { value: 4.99, spread: 1 }])", "4.99 (\N{MINUS SIGN}0.010 SD)"),
+        ("m.reading([{ value: 5, spread: 1 }, { value: 4.999, spread: 1 }])", "5.00 (0.00 spreads)"),
+        ("m.reading([{ value: 5, spread: 1 }, { value: 4.99, spread: 1 }])", "4.99 (\N{MINUS SIGN}0.010 spreads)"),
         ("m.labels([-0.5, 0, 0.5])", ["\N{MINUS SIGN}0.5", "0.0", "0.5"]),
         ("m.labels([0, 2e-5])", ["0", "2e\N{MINUS SIGN}5"]),
         ("m.heading('gold', 'held out', '0.58', 300)", ["gold", "held out"]),
@@ -694,7 +694,7 @@ def test_what_is_seen_of_a_run(tab):
         "Epoch 7 of 10",
         "about 75 s left",
         "Sampling, 48 of 96",
-        "6.20 (+1.00 SD)",
+        "6.20 (+1.00 spreads)",
         "held out",
     ):
         assert text in texts
