@@ -13,7 +13,8 @@ class NeuronInspector(io.ComfyNode):
             node_id="TDPONeuronInspector",
             display_name="TDPO Neuron Reset Inspector",
             category=CATEGORY,
-            description="Shows the critic's neurons over the epochs: how active each one is, when it was reset, how "
+            description="Shows the neurons of the critic, a small network that predicts rewards, over the epochs: "
+            "how active each one is, when it was reset, how "
             "many are dormant and how many of those stay dormant.",
             inputs=[
                 Run.Input("run", tooltip="A run of TDPO-R Train whose algorithm has a critic: tdpo-g, tdpo-r or tdpo."),

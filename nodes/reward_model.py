@@ -19,8 +19,8 @@ class RewardModel(io.ComfyNode):
             node_id="TDPORewardModel",
             display_name="TDPO Reward Model",
             category=CATEGORY,
-            description="Chooses a reward, which scores images. Chain several through 'also' to train on their "
-            "weighted sum.",
+            description="Chooses a reward, which gives each image a number: the higher, the better. Chain several "
+            "through 'also' to train on their weighted sum.",
             inputs=[
                 io.Combo.Input(
                     "reward", reward_names(), default="shapes-aesthetic", tooltip="The reward that scores the images."

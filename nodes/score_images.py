@@ -17,7 +17,7 @@ class ScoreImages(io.ComfyNode):
             display_name="TDPO Score Images",
             category=CATEGORY,
             description="Scores images with a reward and returns the scores as numbers, as text, and written under the "
-            "images. Score images from before and after training to see what has changed.",
+            "images: the higher, the better. Score images from before and after training to see what has changed.",
             inputs=[
                 io.Image.Input("images", tooltip="The images to score."),
                 Reward.Input("reward", tooltip="The reward that scores them, or the weighted sum of a chain."),

@@ -55,7 +55,8 @@ class Taste(io.ComfyNode):
                     ENCODERS,
                     default=AUTO,
                     optional=True,
-                    tooltip="The reward whose image encoder reads the pictures; fixed by the first vote. auto: that of "
+                    tooltip="The reward whose image encoder, a network that describes a picture in numbers, reads the "
+                    "pictures; fixed when the taste is made. auto: that of "
                     "Shapes if the first picture has 64 x 64 pixels, else CLIP ViT-L/14, that of 'aesthetic'.",
                 ),
                 io.Int.Input(

@@ -17,9 +17,10 @@ class TemporalCritic(io.ComfyNode):
             node_id="TDPOTemporalCritic",
             display_name="TDPO Temporal Critic",
             category=CATEGORY,
-            description="Sets how the critic of TDPO-R learns to predict the reward of a half-finished image, and "
-            "which of its neurons are reset to counter overoptimisation. The defaults are the paper's, for tdpo-r; "
-            "that of activation is from the authors' code. For tdpo-g, see the help.",
+            description="Sets how the critic of TDPO-R, a small network, learns to predict the reward of a "
+            "half-finished image, and which of its neurons are reset. Resets counter overoptimisation: a reward that "
+            "rises while the images get worse. The defaults are the paper's, for tdpo-r; that of activation is from "
+            "the authors' code. For tdpo-g, see the help.",
             inputs=[
                 io.Combo.Input(
                     "activation",

@@ -21,8 +21,9 @@ class Train(io.ComfyNode):
             node_id="TDPOTrain",
             display_name="TDPO-R Train",
             category=CATEGORY,
-            description="Aligns a model with a reward: draws images, scores them, and trains a LoRA to make images "
-            "like the best ones more likely. Runs are kept in output/tdpo, and resume where they were stopped.",
+            description="Aligns a model with a reward, a number that says how good an image is: draws images, scores "
+            "them, and trains a LoRA to make images like the best ones more likely. Runs are kept in output/tdpo, and "
+            "resume where they were stopped.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             inputs=[
@@ -59,7 +60,9 @@ class Train(io.ComfyNode):
                     "algorithm",
                     list(ALGORITHMS),
                     default="tdpo-g",
-                    tooltip=" ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
+                    tooltip="How the model learns; tdpo-g is for use, the others for comparison. A critic is a small "
+                    "network that predicts the reward of unfinished images. "
+                    + " ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
                 ),
                 io.Int.Input(
                     "epochs", default=0, min=0, max=9999, tooltip="Rounds of sampling and updating." + AS_PRESET
@@ -134,13 +137,15 @@ class Train(io.ComfyNode):
                 Critic.Input(
                     "critic",
                     optional=True,
-                    tooltip="A TDPO Temporal Critic; without one, the preset's values are used.",
+                    tooltip="A TDPO Temporal Critic: settings of the small network that predicts the reward of "
+                    "unfinished images. You need none: the preset has values for it.",
                 ),
                 Reward.Input(
                     "held_out",
                     optional=True,
-                    tooltip="Held-out rewards: measured every epoch and never trained on. They show whether the images "
-                    "get better or only score better on the training reward. Their weights are ignored.",
+                    tooltip="Held-out rewards: a second opinion, measured every epoch and never trained on. They show "
+                    "whether the images get better or only score better on the training reward. Their weights are "
+                    "ignored.",
                 ),
                 io.String.Input(
                     "settings",

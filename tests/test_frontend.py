@@ -217,8 +217,13 @@ def test_runs_on_one_reward_are_compared_in_its_unit_and_others_in_standard_devi
     ]
     other = row_of("b", "q", "judge", epochs=4)
     assert panels_of(evaluate, row_of("a"), other, row_of("c", "p", None, spread=0)) == [
-        ("training reward", "change since epoch 1", ["a", "b"], ["+0.50 SD", "+1.50 SD"]),
-        ("watched reward", "change since epoch 1", ["a", "b"], ["\N{MINUS SIGN}0.50 SD", "\N{MINUS SIGN}1.50 SD"]),
+        ("training reward", "change since epoch 1", ["a", "b"], ["+0.50 spreads", "+1.50 spreads"]),
+        (
+            "watched reward",
+            "change since epoch 1",
+            ["a", "b"],
+            ["\N{MINUS SIGN}0.50 spreads", "\N{MINUS SIGN}1.50 spreads"],
+        ),
     ], "without a spread there is no such unit"
     assert panels_of(evaluate, row_of("a", watched=None)) == [("r", "training reward", ["a"], ["2.00"])]
     assert panels_of(evaluate, row_of("a", epochs=0)) == []
@@ -298,10 +303,10 @@ def test_limits_are_never_empty(evaluate):
         ("m.signed(0.4)", "+0.40"),
         ("m.reading([])", ""),
         ("m.reading([{ value: 5.14, spread: 1.2 }])", "5.14"),
-        ("m.reading([{ value: 5.14, spread: 1.2 }, { value: 6.74, spread: 1 }])", "6.74 (+1.33 SD)"),
+        ("m.reading([{ value: 5.14, spread: 1.2 }, { value: 6.74, spread: 1 }])", "6.74 (+1.33 spreads)"),
         ("m.reading([{ value: 0.8, spread: 0 }, { value: 0.7, spread: 0 }])", "0.70 (\N{MINUS SIGN}0.10)"),
-        ("m.reading([{ value: 5, spread: 1 }, { value: 4.999, spread: 1 }])", "5.00 (0.00 SD)"),
-        ("m.reading([{ value: 5, spread: 1 }, { value: 4.99, spread: 1 }])", "4.99 (\N{MINUS SIGN}0.010 SD)"),
+        ("m.reading([{ value: 5, spread: 1 }, { value: 4.999, spread: 1 }])", "5.00 (0.00 spreads)"),
+        ("m.reading([{ value: 5, spread: 1 }, { value: 4.99, spread: 1 }])", "4.99 (\N{MINUS SIGN}0.010 spreads)"),
         ("m.labels([-0.5, 0, 0.5])", ["\N{MINUS SIGN}0.5", "0.0", "0.5"]),
         ("m.labels([0, 2e-5])", ["0", "2e\N{MINUS SIGN}5"]),
         ("m.heading('gold', 'held out', '0.58', 300)", ["gold", "held out"]),
@@ -846,7 +851,7 @@ def test_what_is_seen_of_a_run(tab):
         "Epoch 7 of 10",
         "about 75 s left",
         "Sampling, 48 of 96",
-        "6.20 (+1.00 SD)",
+        "6.20 (+1.00 spreads)",
         "held out",
     ):
         assert text in texts
@@ -1134,7 +1139,7 @@ def test_the_table_lists_all_runs_and_overlays_those_that_are_ticked(tab):
     assert rows.count() == len(SEVERAL)
     cells = rows.nth(2).locator("td").all_inner_texts()
     assert cells[1:6] == ["watercolours 2", "Finished", "tdpo-g", "r", "6 of 6"]
-    assert cells[7:10] == ["+0.75 SD", "\N{MINUS SIGN}0.10⚠ since 4", "1.2 GB"]
+    assert cells[7:10] == ["+0.75 spreads", "\N{MINUS SIGN}0.10⚠ since 4", "1.2 GB"]
     assert [rows.nth(i).locator(".tdpo-sparkline polyline").count() for i in range(6)] == [2, 0, 2, 2, 2, 0]
     assert rows.nth(5).get_by_text("Failed").get_attribute("title") == "It is damaged."
     screenshot(tab, "table")
@@ -1149,7 +1154,7 @@ def test_the_table_lists_all_runs_and_overlays_those_that_are_ticked(tab):
     assert table.locator(".tdpo-legend").inner_text().split("\n") == ["watercolours 2", "watercolours"]
     screenshot(tab, "table-overlay")
     tell(tab, id="watercolours 3", epoch=7, metrics=EPOCHS[0] | {"epoch": 7, "reward/r/mean": 7})
-    assert rows.first.locator("td").nth(5).inner_text() == "7 of 10" and "+1.80 SD" in rows.first.inner_text()
+    assert rows.first.locator("td").nth(5).inner_text() == "7 of 10" and "+1.80 spreads" in rows.first.inner_text()
     table.get_by_label("Tick all runs").check()
     assert lines_of(table) == 4 and "6 runs, " in table.inner_text()
     screenshot(tab, "table-all")

@@ -33,7 +33,8 @@ def in_a_sum() -> list[Any]:
             max=1000.0,
             step=0.1,
             round=0.0001,
-            tooltip="The reward is multiplied by this in a sum. Weights of held-out rewards are ignored.",
+            tooltip="How much this reward counts in a sum: it is multiplied by this. A negative weight avoids what the "
+            "reward likes. Weights of held-out rewards are ignored.",
         ),
         Reward.Input(
             "also",

@@ -246,8 +246,8 @@ export function number(value) {
 
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
 
-/** A change in standard deviations, to a hundredth; what rounds to zero has no sign. */
-export const inDeviations = (value) => (Math.abs(value) < 0.005 ? "0.00" : signed(value)) + " SD";
+/** A change in standard deviations, to a hundredth, called spreads; what rounds to zero has no sign. */
+export const inDeviations = (value) => (Math.abs(value) < 0.005 ? "0.00" : signed(value)) + " spreads";
 
 /** The labels of ticks, with as many decimals as they need. */
 export function labels(marks) {
@@ -280,7 +280,7 @@ export function duration(seconds) {
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.round(hours / 24)} days`;
 }
 
-/** "6.73 (+1.3 SD)", or the change in its own unit if the spread is unknown; `at` is the index of the point. */
+/** "6.73 (+1.33 spreads)", or the change in its own unit if the spread is unknown; `at` is the index of the point. */
 export function reading(points, at = points.length - 1) {
   if (!points.length) return "";
   const moved = change(points, at);
