@@ -67,8 +67,8 @@ EACH = [
 
 @cache
 def ask(*question: str, backend: Backend = OLDEST) -> dict[str, Any]:
-    """What inside_comfyui.py answers under ComfyUI's own Python."""
-    command = [backend.python, ROOT / "tests" / "inside_comfyui.py", backend.checkout, *question]
+    """What inside_comfyui answers under ComfyUI's own Python."""
+    command = [backend.python, ROOT / "tests" / "inside_comfyui", backend.checkout, *question]
     with TemporaryDirectory() as folder:
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr

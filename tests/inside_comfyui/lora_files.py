@@ -1,0 +1,152 @@
+"""LoRAs as ComfyUI applies them, and as we do."""
+
+from pathlib import Path
+
+import comfy.lora_convert
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from begin import CPU, PROMPTS, difference, drawn
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from comfy_tdpo.models.components import load_components
+from comfy_tdpo.models.stable_diffusion import ClipText
+from comfy_tdpo.nodes.comfy import models_in, shapes_out
+from comfy_tdpo.shapes import WORLD
+
+
+def lora(file: str) -> dict[str, float]:
+    """What Shapes predicts with the LoRA on, by whoever applies it."""
+    from comfy_tdpo.nodes.comfy.lora import apply_weights
+    from comfy_tdpo.trainer.run.loras import read_lora
+
+    model, _, _ = shapes_out.shapes_native()
+    parts = load_components(str(WORLD / "pipeline"))
+    latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
+
+    def by_comfyui(patched) -> Tensor:
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.diffusion_model(latents, timesteps, context=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    plain = by_comfyui(model.clone())
+    loaded, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(file), 1.0, 0)
+    ours = apply_weights(model, read_lora(Path(file)), 1.0, "test")
+    expected = by_comfyui(loaded)
+    pipeline = StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
+    return {
+        "Apply": difference(by_comfyui(ours), expected),
+        "diffusers": difference(pipeline.unet(latents, timesteps, context).sample, expected),
+        "baked in": difference(models_in.diffusers_unet(ours)(latents, timesteps, context).sample, expected),
+        "what it changes": difference(plain, expected),
+        "names differ": float(models_in.model_name(ours) != models_in.model_name(model)),
+        "names repeat": float(models_in.model_name(ours) == models_in.model_name(apply_again(model, file))),
+    }
+
+
+def baked(snapshot: str, file: str, strength: str) -> dict[str, float]:
+    """How far a FILE in ComfyUI's own Load LoRA at 1 is from the SNAPSHOT at the STRENGTH baked into it."""
+    from nodes import LoraLoader
+
+    model, _, _ = shapes_out.shapes_native()
+    parts = load_components(str(WORLD / "pipeline"))
+    latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
+
+    def by_load_lora(name: str, strength: float) -> Tensor:
+        folder_paths.folder_names_and_paths["loras"] = ([str(Path(name).parent)], {".safetensors"})
+        patched, _ = LoraLoader().load_lora(model, None, Path(name).name, strength, 0)
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.diffusion_model(latents, timesteps, context=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    expected = by_load_lora(snapshot, float(strength))
+    return {
+        "Load LoRA": difference(by_load_lora(file, 1.0), expected),
+        "what strength changes": difference(by_load_lora(snapshot, 1.0), expected),
+    }
+
+
+def blended(file: str) -> dict[str, float]:
+    """How far each step of a sampling is from the LoRA at the strength that its schedule says, and from the base."""
+    import comfy.sample
+
+    from comfy_tdpo.nodes.comfy.lora import apply_weights
+    from comfy_tdpo.trainer.run.loras import read_lora
+
+    model, clip, _ = shapes_out.shapes_native()
+    positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPTS[0], ""))
+    context = positive[0][0]
+    weights, steps = read_lora(Path(file)), 10
+
+    passes: list[int] = []
+
+    def run(network, given: dict) -> Tensor:
+        passes.append(len(given["input"]))
+        return network(given["input"], given["timestep"], **given["c"])
+
+    def sample(patched) -> tuple[list[dict], Tensor]:
+        seen: list[dict] = []
+        passes.clear()
+        patched = patched.clone()
+        patched.set_model_sampler_post_cfg_function(lambda args: (seen.append(dict(args)), args["denoised"])[1])
+        patched.set_model_unet_function_wrapper(run)
+        latent = torch.zeros(1, 4, 8, 8)
+        settings = ("ddim", "simple", positive, negative, latent)
+        result = comfy.sample.sample(patched, drawn(1, 4, 8, 8), steps, 3.0, *settings, disable_pbar=True, seed=1)
+        return seen, result
+
+    def predicted(step: dict, strength: float) -> Tensor:
+        """What the model with the LoRA at that strength makes of a step's latent, by the weights."""
+        patched = apply_weights(model, weights, strength, "test")
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.apply_model(step["input"], step["sigma"], c_crossattn=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    found = {"difference of base and tuned": 0.0}
+    shares = {
+        "linear": lambda k: k / steps,
+        "power_2": lambda k: (k / steps) ** 2,
+        "step_0.6": lambda k: k >= 6,
+        "until_0.5": lambda k: k < 5,
+    }
+    plain, base = sample(model)
+    for schedule, share in shares.items():
+        seen, _ = sample(apply_weights(model, weights, 0.8, "test", schedule))
+        found[f"{schedule}, passes"] = len(passes)
+        found[f"{schedule}, first step is the base's"] = difference(seen[0]["denoised"], plain[0]["denoised"])
+        for k in range(steps):
+            # the schedule moves on in hundredths, and the times of the steps are whole numbers out of 1000
+            low, high = (0.8 * share(min(max(k + slack, 0), steps)) for slack in (-0.15, 0.15))
+            strength = 0.8 * share(k)
+            tolerance = max(difference(predicted(seen[k], s), predicted(seen[k], strength)) for s in (low, high))
+            off = difference(seen[k]["cond_denoised"], predicted(seen[k], strength))
+            found[f"{schedule}, step {k}"] = off - tolerance
+            far = difference(predicted(seen[k], 0.0), predicted(seen[k], 0.8))
+            found["difference of base and tuned"] = max(found["difference of base and tuned"], far)
+    found["the MODEL afterwards"] = difference(sample(model)[1], base)
+    return found
+
+
+def apply_again(model, file: str):
+    patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(file), 1.0, 0)
+    return patched

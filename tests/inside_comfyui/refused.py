@@ -1,0 +1,98 @@
+"""What a user reads who wires in something else, or something damaged."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import comfy.supported_models
+import torch
+from begin import CPU, PROMPTS, refusal
+from kept_otherwise import Coded
+from small_models import small_sd2
+from torch import nn
+
+from comfy_tdpo.nodes.comfy import models_in, shapes_out
+from comfy_tdpo.nodes.comfy.decoder import ComfyDecoder
+from comfy_tdpo.nodes.runs.prompts import Prompts
+
+
+class SimpleVAE(SimpleNamespace):
+    """A VAE, as far as it is asked before it is refused."""
+
+    def __init__(self, channels: int):
+        super().__init__(latent_channels=channels)
+
+    def throw_exception_if_invalid(self) -> None:
+        pass
+
+
+def refusals() -> dict[str, str]:
+    """What a user reads who wires in something else."""
+    from comfy_tdpo.trainer.config import make_config
+
+    model, clip, vae = shapes_out.shapes_native()
+    families = {
+        "SD3": comfy.supported_models.SD3({"in_channels": 16, "pos_embed_scaling_factor": None}),
+        "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
+        "SDXL": comfy.supported_models.SDXL({"model_channels": 320, "context_dim": 2048, "adm_in_channels": 2816}),
+        "inpainting": comfy.supported_models.SD15({"model_channels": 320, "context_dim": 768, "in_channels": 9}),
+    }
+    others = {
+        name: lambda config=config: models_in.diffusers_unet(
+            SimpleNamespace(model=SimpleNamespace(model_config=config))
+        )
+        for name, config in families.items()
+    }
+    config = make_config("shapes")
+    blended = model.clone()
+    blended.hook_patches = {object(): {"diffusion_model.out.2.weight": []}}
+    wires = {
+        "blended": lambda: models_in.Wires(blended, clip, vae).wanted(),
+        "another CLIP": lambda: models_in.Wires(small_sd2(), clip, vae).factory(config, Prompts(PROMPTS), CPU),
+        "another VAE": lambda: ComfyDecoder(SimpleVAE(16), model),
+        "no CLIP": lambda: models_in.Wires(model, None, vae).wanted(),
+        "no VAE": lambda: models_in.Wires(model, clip, None).wanted(),
+    }
+    return {name: refusal(ask) for name, ask in (others | wires).items()}
+
+
+def broken(network: nn.Module, name: str) -> None:
+    """One value of a weight becomes NaN."""
+    with torch.no_grad():
+        network.get_parameter(name).view(-1)[1] = torch.nan
+
+
+def damaged() -> dict[str, str]:
+    """What a user reads who wires in weights that are NaN, or no numbers."""
+    from comfy_tdpo.trainer.config import make_config
+
+    def refused(wire: str = "", name: str = "", change: Callable = lambda *wires: None) -> str:
+        model, clip, vae = shapes_out.shapes_native()
+        networks = {"MODEL": model.model.diffusion_model, "CLIP": clip.cond_stage_model, "VAE": vae.first_stage_model}
+        if name:
+            broken(networks[wire], name)
+        change(model, networks["MODEL"])
+        wires = models_in.Wires(model, clip, vae)
+        return refusal(lambda: (wires.wanted(reward=None), wires.factory(make_config("shapes"), Prompts(PROMPTS), CPU)))
+
+    def lora(model, network) -> None:
+        change = torch.full_like(network.input_blocks[0][0].weight, torch.nan)
+        model.add_patches({"diffusion_model.input_blocks.0.0.weight": ("diff", (change,))})
+
+    def coded(model, network) -> None:
+        layer = network.out[2]
+        del layer.weight
+        layer.weight = nn.Parameter(Coded(torch.zeros(4, 4), 1.0, "TensorCoreNVFP4Layout"), requires_grad=False)
+
+    def bytes_(model, network) -> None:
+        network.out[2].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+
+    return {
+        "as it is": refused(),
+        "NaN in the MODEL": refused("MODEL", "input_blocks.0.0.weight"),
+        "NaN in a LoRA": refused(change=lora),
+        "NaN in the CLIP": refused("CLIP", "clip_l.transformer.text_model.final_layer_norm.weight"),
+        "NaN in the VAE": refused("VAE", "decoder.conv_in.weight"),
+        "NaN in the VAE's encoder": refused("VAE", "encoder.conv_in.weight"),
+        "quantised": refused(change=coded),
+        "integers": refused(change=bytes_),
+    }
