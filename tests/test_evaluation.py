@@ -292,11 +292,13 @@ def test_runs_that_differ_only_in_their_seed_are_a_setup(tmp_path):
         run = new_run(tmp_path / name, **settings)
         return Subject(run, run.config, ())
 
-    a, b = subject("a", seed=1), subject("b", seed=2, epochs=5, eval_rewards=["shapes-gold"])
-    c, d = subject("c", seed=1, policy={"lr": 0.01}), subject("d", algorithm="ddpo-2")
+    a, b = subject("a-1", seed=1), subject("a-2", seed=2, epochs=5, eval_rewards=["shapes-gold"], micro_batch=1)
+    c, d = subject("c-1", seed=1, policy={"lr": 0.01}), subject("d", algorithm="ddpo-2")
     setups = setups_of([a, d, c, b])
-    assert [[s.name for s in setup.subjects] for setup in setups] == [["a", "b"], ["d"], ["c"]]
-    assert [setup.label for setup in setups] == ["a", "ddpo-2", "c"], "by its algorithm, if no other has it"
+    assert [[s.name for s in setup.subjects] for setup in setups] == [["a-1", "a-2"], ["d"], ["c-1"]]
+    assert [setup.label for setup in setups] == ["a", "ddpo-2", "c-1"], "by its algorithm, if no other has it"
+    others = subject("a-3", seed=3, steps=9), subject("a-4", seed=4, steps=9)
+    assert [setup.label for setup in setups_of([a, b, *others])] == ["a-1", "a-3"], "both begin with an a"
 
 
 def test_snapshots_of_equal_reward_are_those_nearest_to_what_all_reach(tmp_path):

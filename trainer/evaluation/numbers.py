@@ -7,6 +7,7 @@ Shapes: n images of a snapshot.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -19,6 +20,7 @@ from .asked import Asked, PromptSet, Subject
 from .files import Place, Results
 
 CONFIDENCE = 0.95
+NO_PART = ("seed", "overoptimisation.", "micro_batch", "decode_batch")  # settings that may differ within a set-up
 
 
 class Interval(NamedTuple):
@@ -78,7 +80,7 @@ class Setup:
 
 
 def setups_of(subjects: Sequence[Subject]) -> list[Setup]:
-    """The set-ups in the order of their first runs, called by their algorithm or, if others have it, by that run."""
+    """The set-ups in the order of their first runs, called by their algorithm or, if others have it, by their runs."""
     groups: list[list[Subject]] = []
     for subject in subjects:
         group = next((group for group in groups if _differ_only_in_seed(group[0], subject)), None)
@@ -87,16 +89,23 @@ def setups_of(subjects: Sequence[Subject]) -> list[Setup]:
         else:
             group.append(subject)
     algorithms = [group[0].config.algorithm for group in groups]
+    names = [_common([subject.name for subject in group]) for group in groups]
     labels = [
-        name if algorithms.count(name) == 1 else group[0].name for name, group in zip(algorithms, groups, strict=True)
+        algorithm if algorithms.count(algorithm) == 1 else name if names.count(name) == 1 else group[0].name
+        for algorithm, name, group in zip(algorithms, names, groups, strict=True)
     ]
     return [Setup(label, tuple(group)) for label, group in zip(labels, groups, strict=True)]
 
 
+def _common(names: list[str]) -> str:
+    """What the names begin with, such as "tdpo-r" for "tdpo-r-1" and "tdpo-r-2"."""
+    return os.path.commonprefix(names).rstrip("-_. ") if len(names) > 1 else names[0]
+
+
 def _differ_only_in_seed(a: Subject, b: Subject) -> bool:
-    """Whether a set-up covers both: other settings than the seed differ only if they may change within a run."""
+    """Whether a set-up covers both: other settings differ only if they decide no result, or may change within a run."""
     found = differences(plain_values(a.config), plain_values(b.config))
-    return all(name == "seed" or may_change(name) for name in found)
+    return all(name.startswith(NO_PART) or may_change(name) for name in found)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The same prompts from the same noise (rows) by the base model and by each set-up at equal reward (columns)."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ..metrics import readable, shortened
 from .drawing import DPI, GREY, INK, SMALL, render
 
 SIDE, GAP = 1.3, 0.08  # inches: of an image, and between images
-LEFT, TOP, RIGHT, BOTTOM = 1.75, 1.0, 0.15, 0.1
+LEFT, TOP, RIGHT, BOTTOM = 1.75, 1.05, 0.15, 0.1
 PIXELS = round(SIDE * DPI)
 
 
@@ -31,11 +32,11 @@ def equal_reward_figure(
     write(0.15, height - 0.3, f"At equal {shortened(training, 40)}", color=INK, fontsize=13, weight="bold")
     for row, prompt in enumerate(prompts):
         middle = height - TOP - row * (SIDE + GAP) - SIDE / 2
-        write(LEFT - 0.12, middle, _wrapped(prompt), color=INK, ha="right", va="center")
+        write(LEFT - 0.12, middle, _wrapped(prompt, 22, 5), color=INK, ha="right", va="center")
     for column, (chosen, paths) in enumerate(zip(columns, files, strict=True)):
         x = LEFT + column * (SIDE + GAP)
         epoch = "" if chosen.cell.is_base else f"epoch {chosen.cell.epoch}: "
-        write(x + SIDE / 2, height - TOP + 0.27, shortened(chosen.label, 18), color=INK, ha="center", weight="bold")
+        write(x + SIDE / 2, height - TOP + 0.25, _wrapped(chosen.label, 15, 2), color=INK, ha="center", weight="bold")
         write(x + SIDE / 2, height - TOP + 0.09, epoch + readable(chosen.reward), color=GREY, ha="center")
         for row, path in enumerate(paths):
             y = height - TOP - row * (SIDE + GAP) - SIDE
@@ -46,8 +47,5 @@ def equal_reward_figure(
     return render(figure)
 
 
-def _wrapped(prompt: str) -> str:
-    """On a few lines of the margin's width."""
-    import textwrap
-
-    return "\n".join(textwrap.wrap(prompt, 22, max_lines=5, placeholder="..."))
+def _wrapped(text: str, width: int, lines: int) -> str:
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder="..."))

@@ -11,6 +11,7 @@ from .drawing import (
     GREY,
     INK,
     LIGHT,
+    MARK,
     SMALL,
     WIDTH,
     blank_figure,
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEFT, RIGHT, BETWEEN = 0.55, 0.2, 0.6  # inches, across: margins, and between panels
-TOP, LEGEND, SET, TITLE, HEIGHT, FOOT, BOTTOM = 0.55, 0.28, 0.42, 0.3, 1.9, 0.32, 0.15  # inches, from top to bottom
+TOP, LEGEND, SET, TITLE, HEIGHT, FOOT, BOTTOM = 0.55, 0.24, 0.42, 0.3, 1.9, 0.32, 0.15  # inches, from top to bottom
 STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # of set-ups that have the colour of an earlier one
 BASE_MARK: dict[str, Any] = {"color": INK, "marker": "s", "markersize": 6, "markerfacecolor": "none"}
-PER_ROW = 4  # set-ups in a row of the legend
+PER_ROW = 3  # entries in a row of the legend
 
 
 def cross_reward_figure(evaluation: Evaluation, training: str) -> Image.Image:
@@ -57,11 +58,10 @@ def _draw(
     setups = [setup for setup in evaluation.setups if setup.training == training]
     columns = 2 if len(rewards) in (1, 2, 4) else 3
     side = (WIDTH - LEFT - RIGHT - (columns - 1) * BETWEEN) / columns
-    sets, rows, legend = evaluation.asked.sets, -(-len(rewards) // columns), -(-(len(setups) + 1) // PER_ROW)
+    sets, rows, legend = evaluation.asked.sets, -(-len(rewards) // columns), _rows_of_legend(setups)
     total = TOP + LEGEND * legend + len(sets) * (SET + rows * (TITLE + HEIGHT + FOOT)) + BOTTOM
     figure = blank_figure(total)
-    banded = "; shaded: 95 % intervals over seeds" if any(len(setup.subjects) > 1 for setup in setups) else ""
-    write_title(figure, (LEFT / WIDTH, 1 - 0.36 / total), "figure fraction", title, 13, more + banded)
+    write_title(figure, (LEFT / WIDTH, 1 - 0.36 / total), "figure fraction", title, 13, more)
     _draw_legend(figure, setups, total)
     bottom = total - TOP - LEGEND * legend
     for prompts in sets:
@@ -75,34 +75,39 @@ def _draw(
             left = LEFT + column * (side + BETWEEN)
             axes = figure.add_axes((left / WIDTH, (bottom + FOOT) / total, side / WIDTH, HEIGHT / total))
             _style(axes, reward, x)
-            for number, setup in enumerate(setups):
-                points = evaluation.curve(setup, prompts, reward, against)
+            curves = [evaluation.curve(setup, prompts, reward, against) for setup in setups]
+            for number, (setup, points) in enumerate(zip(setups, curves, strict=True)):
                 draw_setup(axes, number, points, banded=len(setup.subjects) > 1)
+            _limit(axes, curves)
     return render(figure)
 
 
 def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
+    """The base model's mark, each set-up's line and, if there are any, what bands are; row by row."""
     from matplotlib.lines import Line2D
 
-    marks = [
-        Line2D([], [], color=INK, marker="s", markersize=6, linestyle="", markerfacecolor="none", label="base model")
-    ]
+    looks: list[tuple[str, dict[str, Any]]] = [("base model", BASE_MARK | {"linestyle": ""})]
     for number, setup in enumerate(setups):
         count = f" ({len(setup.subjects)} runs)" if len(setup.subjects) > 1 else ""
-        label = shortened(setup.label, 22) + count
-        marks.append(Line2D([], [], color=_color(number), linestyle=_style_of(number), linewidth=1.8, label=label))
-    legend = figure.legend(
-        handles=marks,
-        loc="upper left",
-        bbox_to_anchor=(LEFT / WIDTH, 1 - TOP / total),
-        ncols=PER_ROW,
-        frameon=False,
-        fontsize=SMALL,
-        borderaxespad=0,
-        handlelength=1.6,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+        looks.append((shortened(setup.label, 27) + count, {"color": _color(number), "linestyle": _style_of(number)}))
+    if _has_bands(setups):
+        looks.append(("95 % interval over runs", {"color": MARK, "linewidth": 8, "alpha": 0.4}))
+    for index, (label, look) in enumerate(looks):
+        row, column = divmod(index, PER_ROW)
+        x = (LEFT + column * (WIDTH - LEFT - RIGHT) / PER_ROW) / WIDTH
+        y = 1 - (TOP + 0.1 + row * LEGEND) / total
+        ends = [x + 0.1 / WIDTH] if "marker" in look else [x, x + 0.25 / WIDTH]
+        figure.add_artist(Line2D(ends, [y] * len(ends), **({"linewidth": 1.8} | look)))
+        place = {"va": "center", "fontsize": SMALL, "color": INK, "parse_math": False}
+        figure.text(x + 0.33 / WIDTH, y, label, **place)
+
+
+def _rows_of_legend(setups: list[Setup]) -> int:
+    return -(-(1 + len(setups) + _has_bands(setups)) // PER_ROW)
+
+
+def _has_bands(setups: list[Setup]) -> bool:
+    return any(len(setup.subjects) > 1 for setup in setups)
 
 
 def _color(number: int) -> str:
@@ -135,3 +140,12 @@ def draw_setup(axes: "Axes", number: int, points: list[Point], banded: bool) -> 
         low, high = [point.low for point in points], [point.high for point in points]
         axes.fill_between(x, low, high, color=_color(number), alpha=0.15, linewidth=0)
     axes.plot(x[:1], y[:1], **BASE_MARK, zorder=4)
+
+
+def _limit(axes: "Axes", curves: list[list[Point]]) -> None:
+    """Cut off bands that are much wider than the curves are high, as those of two runs may be."""
+    heights = [point.y for points in curves for point in points]
+    low, high = min(heights), max(heights)
+    room = (high - low) / 2 or 0.5
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low - room), min(top, high + room))
