@@ -98,7 +98,7 @@ def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
         y = 1 - (TOP + 0.1 + row * LEGEND) / total
         ends = [x + 0.1 / WIDTH] if "marker" in look else [x, x + 0.25 / WIDTH]
         figure.add_artist(Line2D(ends, [y] * len(ends), **({"linewidth": 1.8} | look)))
-        place = {"va": "center", "fontsize": SMALL, "color": INK, "parse_math": False}
+        place: dict[str, Any] = {"va": "center", "fontsize": SMALL, "color": INK, "parse_math": False}
         figure.text(x + 0.33 / WIDTH, y, label, **place)
 
 
