@@ -29,6 +29,7 @@ NODES = [
     "ApplyLoRA",
     "ScoreImages",
     "ShapesModel",
+    "Prompts",
 ]
 
 pytestmark = pytest.mark.skipif(bool(comfyui.MISSING), reason=comfyui.MISSING)

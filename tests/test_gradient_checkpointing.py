@@ -28,7 +28,8 @@ def gradients_of_an_update(path, make_policy, checkpointing: bool, count: list |
         for module in policy.model.network.modules():
             if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
                 module.register_forward_pre_hook(lambda *_: count.append(1))
-    training.method.update(training.method.groups(1)[0])
+    progress = training.context.progress
+    training.method.update_policy(progress.batch(), progress.targets, *training.method.groups(1)[0])
     return [parameter.grad for parameter in policy.parameters]
 
 

@@ -109,7 +109,7 @@ def test_a_comfyui_that_lacks_something_is_told_in_one_line(backend):
     """Whatever does not need it still works; without what every node needs, there are no nodes, and no traceback."""
     lacking = ask("needs", backend=backend)["lacking"]
     assert lacking["convert_lora"] == {
-        "nodes": 9,
+        "nodes": 10,
         "log": [
             "TDPO: this ComfyUI has no comfy.lora_convert.convert_lora; expected 0.3.64 or a later version that has: "
             "update ComfyUI, or this pack if ComfyUI is newer"

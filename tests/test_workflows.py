@@ -72,7 +72,8 @@ def kind(socket) -> str:
 
 
 def test_there_are_these_and_every_node_is_in_one():
-    assert set(WORKFLOWS) == {"multi_reward", "shapes_inspect_neurons", "shapes_quickstart", "shapes_taste", *SD15}
+    of_shapes = {"shapes_inspect_neurons", "shapes_quickstart", "shapes_taste"}
+    assert set(WORKFLOWS) == {"compare_algorithms", "multi_reward", *of_shapes, *SD15}
     used = {node["type"] for name in WORKFLOWS for node in nodes_of(load(name))}
     assert set(NODES) <= used
 
@@ -198,7 +199,7 @@ def server(tmp_path_factory):
 
 
 SMALL = {"epochs": 2, "samples_per_epoch": 8, "steps": 3, "batch_size": 4, "reset_every": 1, "count": 1}
-OUTPUTS = ("PreviewImage", "PreviewAny", "TDPOTrain", "TDPOTaste")
+OUTPUTS = ("PreviewImage", "PreviewAny", "TDPOTrain", "TDPOTaste", "TDPOEvaluate")
 
 
 @in_comfyui
@@ -210,9 +211,9 @@ def test_it_runs(server, name):
     for taste in nodes_of(workflow, "TDPOTaste"):
         outputs = voted_and_run_again(server, prompt, outputs, taste)
     assert {str(node["id"]) for kind in OUTPUTS for node in nodes_of(workflow, kind)} == set(outputs)
-    (train,) = nodes_of(workflow, "TDPOTrain")
-    status = server.status(train["widgets_values"][0].replace(" ", "%20"))
-    assert (status["state"], status["epoch"], status["node"]) == ("finished", 2, str(train["id"]))
+    for train in nodes_of(workflow, "TDPOTrain"):
+        status = server.status(train["widgets_values"][0].replace(" ", "%20"))
+        assert (status["state"], status["epoch"], status["node"]) == ("finished", 2, str(train["id"]))
 
 
 def voted_and_run_again(server, prompt: dict, outputs: dict, taste: dict) -> dict:
