@@ -69,8 +69,9 @@ def _moments(values: list[float]) -> tuple[float, float]:
 
 def standard_of(rewards: Tensor) -> Standard:
     """What `rewards`, (B,), are normalised by if all of them count alike: their mean and standard deviation."""
-    mean, std = rewards.double().mean(), rewards.double().std(correction=0) + 1e-6
-    return Standard(mean.expand(len(rewards)), std.expand(len(rewards)))
+    values = exact(rewards)
+    mean, std = values.mean(), values.std(correction=0) + 1e-6
+    return Standard(mean.expand(len(values)), std.expand(len(values)))
 
 
 def returns(rewards: Tensor, penalties: Tensor, gamma: float = 1.0) -> Tensor:

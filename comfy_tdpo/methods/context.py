@@ -61,8 +61,6 @@ class Context:
     check: called between forward passes; if it raises, everything is left as after the last complete update.
     watch: sees the progress, called with (phase, done, total); see `begin`.
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
-    watch: told of progress within an epoch, called with (phase, done, total); by a method that samples in its updates
-        for the phase "training".
     epoch: number of finished epochs.
     """
 
