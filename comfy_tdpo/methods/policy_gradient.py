@@ -31,7 +31,7 @@ from .kl_penalty import KLPenalty
 from .neuron_states import NeuronStates
 from .normalised import NormalisedRewards
 from .replay import Replay
-from .window import trained_steps, window
+from .window import trained_steps, update_order, window
 
 Pairs = tuple[Tensor, Tensor]  # rows and steps, int64 (M,) each, on the CPU; rows of replayed samples come last
 
@@ -136,13 +136,7 @@ class PolicyGradient:
         """The order of the epoch's updates: of the samples, int64 (N,), and of the K trained steps of each,
         (N, K)."""
         generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
-        samples = self.context.samples
-        rows = torch.randperm(samples, generator=generator)
-        (trained,) = self._trained(epoch).nonzero(as_tuple=True)
-        steps = trained.repeat(samples, 1)  # (N, K)
-        if self.config.policy.timestep_order == "shuffled":
-            steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
-        return rows, steps
+        return update_order(self.config.policy, self._trained(epoch), self.context.samples, generator)
 
     def _trained(self, epoch: int) -> Tensor:
         """Which steps the epoch trains, bool (T,)."""

@@ -30,7 +30,7 @@ from ..rollout import Sampler, Trajectories
 from . import Metrics, TensorGroup, advantages, objectives
 from .advantages import RewardMoments
 from .context import Context
-from .window import trained_steps, window
+from .window import trained_steps, update_order, window
 
 SIMILAR = 1e-3
 
@@ -129,13 +129,8 @@ class SDPO:
     def groups(self, epoch: int) -> list[Pairs]:
         """The epoch's gradient updates, one step of each pair at a time."""
         generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
-        count = self.context.samples // 2
-        order = torch.randperm(count, generator=generator)
-        stochastic = self.policy.process.stochastic
-        (trained,) = trained_steps(self.config.policy, stochastic, self.config.seed, epoch).nonzero(as_tuple=True)
-        steps = trained.repeat(count, 1)  # (N / 2, K)
-        if self.config.policy.timestep_order == "shuffled":
-            steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
+        trained = trained_steps(self.config.policy, self.policy.process.stochastic, self.config.seed, epoch)
+        order, steps = update_order(self.config.policy, trained, self.context.samples // 2, generator)
         parts = order.split(self.context.samples_per_update // 2)
         return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
 

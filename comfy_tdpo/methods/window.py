@@ -1,9 +1,10 @@
-"""Which denoising steps an epoch trains: a window of the steps, or a share of those in it, drawn anew for each epoch.
+"""Which denoising steps an epoch trains: a window of the steps, or a share of those in it, drawn anew for each epoch;
+and in which order.
 
 Steps outside are sampled like the others, with noise. (MixGRPO and Flow-GRPO-Fast sample them without noise, so that
 only the noise of trained steps decides about the reward; here the sampled distribution is the same for every window.)
 
-Shapes: T denoising steps.
+Shapes: T denoising steps, N rows.
 """
 
 import torch
@@ -42,6 +43,19 @@ def trained_steps(settings: SteppedPolicySettings, stochastic: Tensor, seed: int
     trained = torch.zeros_like(allowed)
     trained[steps[drawn]] = True
     return trained
+
+
+def update_order(
+    settings: SteppedPolicySettings, trained: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The order of an epoch's updates: of `count` rows, int64 (N,), and of the K `trained` steps, bool (T,), of each,
+    (N, K)."""
+    rows = torch.randperm(count, generator=generator)
+    (numbers,) = trained.nonzero(as_tuple=True)
+    steps = numbers.repeat(count, 1)
+    if settings.timestep_order == "shuffled":
+        steps = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(dim=1))
+    return rows, steps
 
 
 def _numbers(steps: Tensor) -> str:
