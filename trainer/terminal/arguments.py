@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from comfy_tdpo import __version__
@@ -11,13 +10,13 @@ from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.settings import NONE, section_of
-from comfy_tdpo.user_files import user_path
 
 from ..config import TrainConfig, leaf_fields, presets
 from ..config.changes import changeable
 from ..config.messages import nearest
 from ..config.parsing import weighted
 from . import WRONG_INPUT
+from .command_parser import path_argument
 from .tastes import with_named_tastes
 
 
@@ -44,11 +43,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"one of {', '.join(presets())} (default: shapes, or sd15 for any other --model)",
     )
-    where.add_argument("--config", type=_path, metavar="FILE", help="TOML file that overrides the preset")
-    where.add_argument("--run-dir", type=_path, metavar="DIR", help="folder of the new run (default: runs/<date>)")
+    where.add_argument("--config", type=path_argument, metavar="FILE", help="TOML file that overrides the preset")
+    where.add_argument(
+        "--run-dir", type=path_argument, metavar="DIR", help="folder of the new run (default: runs/<date>)"
+    )
     where.add_argument(
         "--resume",
-        type=_path,
+        type=path_argument,
         metavar="DIR",
         help=f"resume the run in this folder; only {flags_of(changeable())} may change",
     )
@@ -104,13 +105,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             hint = "; options begin with --"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
-
-
-def _path(text: str) -> Path:
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 _REPEATED = {"rewards": "--reward", "eval_rewards": "--eval-reward", "guards": "--guard"}  # one value each time

@@ -1,14 +1,12 @@
 """Evaluates runs: `python -m comfy_tdpo.trainer evaluate RUN [RUN ...]`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from comfy_tdpo.prompts import prompt_sets
-from comfy_tdpo.rewards import RewardError, reward_names
+from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.rewards.function import allow_functions
-from comfy_tdpo.user_files import user_path
 
 from ..config.parsing import named_values, split_names
 from ..evaluation.asked import IMAGES, LAST, SEED, Options, PromptSet, usual_folder
@@ -17,10 +15,8 @@ from ..evaluation.numbers import Evaluation
 from ..evaluation.table import told
 from ..evaluation.work import evaluate
 from ..run import RunFolder
-from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
-from .command_parser import CommandParser
+from .command_parser import CommandParser, path_argument, status_of
 from .progress import Progress
-from .streams import say
 from .tastes import Paths
 
 
@@ -28,21 +24,17 @@ def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
     allow_functions()  # on the command line, users may name their own functions
     args = _parser().parse_args(argv)
-    try:
-        runs, options = [RunFolder.open(path) for path in args.runs], _options(args)
-        folder = args.out or usual_folder(runs)
-        from accelerate import Accelerator  # takes seconds to import
+    return status_of(lambda: _evaluate(args), "what was scored is saved: run the same command again to go on")
 
-        with Progress("evaluating") as progress:
-            found = evaluate(runs, options, folder, Accelerator().device, watch=progress.watch, tell=progress.tell)
-    except (ValueError, RewardError, OSError) as error:
-        say(f"comfy_tdpo: {' '.join(str(error).split())}", sys.stderr)
-        return WRONG_INPUT if isinstance(error, ValueError) else FAILED
-    except KeyboardInterrupt:
-        say("comfy_tdpo: stopped; what was scored is saved: run the same command again to go on", sys.stderr)
-        return STOPPED
-    say(f"{told(found)}\n\n{_files(found, folder)}")
-    return FINISHED
+
+def _evaluate(args: argparse.Namespace) -> str:
+    runs, options = [RunFolder.open(path) for path in args.runs], _options(args)
+    folder = args.out or usual_folder(runs)
+    from accelerate import Accelerator  # takes seconds to import
+
+    with Progress("evaluating") as progress:
+        found = evaluate(runs, options, folder, Accelerator().device, watch=progress.watch, tell=progress.tell)
+    return f"{told(found)}\n\n{_files(found, folder)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "scored is not scored again: the command goes on where it was interrupted.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="the folders of the runs")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="the folders of the runs")
     parser.add_argument(
         "--rewards",
         metavar="NAME,NAME,...",
@@ -81,20 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=_path,
+        type=path_argument,
         metavar="DIR",
         help="folder of the results (default: the folder 'evaluation' in that of the run or, for several, in the one "
         "that holds them)",
     )
     parser.epilog = f"The noise has the seed {SEED} for all runs, whatever theirs."
     return parser
-
-
-def _path(text: str) -> Path:
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _epochs(text: str) -> tuple[int | str, ...]:

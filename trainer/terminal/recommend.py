@@ -5,11 +5,9 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
-from comfy_tdpo.rewards import RewardError, reward_names
+from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.rewards.function import allow_functions
-from comfy_tdpo.user_files import user_path
 
 from ..metrics import columns_of, padded, readable, shortened
 from ..recommend.choice import CONFIDENCE, Outcome, Recommendation
@@ -17,10 +15,8 @@ from ..recommend.files import FRONTIER, PICTURE, TABLE
 from ..recommend.options import IMAGES, STRENGTHS, TOLERANCE, Options
 from ..recommend.work import CLOSER, recommend
 from ..run import RunFolder
-from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
-from .command_parser import CommandParser
+from .command_parser import CommandParser, path_argument, status_of
 from .progress import Progress
-from .streams import say
 
 RULE = (
     "The rule: of all snapshots and strengths whose training reward is above the base model's, and whose held-out "
@@ -35,20 +31,16 @@ def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
     allow_functions()  # on the command line, users may name their own functions
     args = _parser().parse_args(argv)
-    try:
-        run, options = RunFolder.open(args.run), _options(args)
-        from accelerate import Accelerator  # takes seconds to import
+    return status_of(lambda: _recommend(args), "what was scored is saved: run the same command again to go on")
 
-        with Progress("recommending") as progress:
-            found = recommend(run, options, Accelerator().device, watch=progress.watch, tell=progress.tell)
-    except (ValueError, RewardError, OSError) as error:
-        say(f"comfy_tdpo: {' '.join(str(error).split())}", sys.stderr)
-        return WRONG_INPUT if isinstance(error, ValueError) else FAILED
-    except KeyboardInterrupt:
-        say("comfy_tdpo: stopped; what was scored is saved: run the same command again to go on", sys.stderr)
-        return STOPPED
-    say(told(run, found))
-    return FINISHED
+
+def _recommend(args: argparse.Namespace) -> str:
+    run, options = RunFolder.open(args.run), _options(args)
+    from accelerate import Accelerator  # takes seconds to import
+
+    with Progress("recommending") as progress:
+        found = recommend(run, options, Accelerator().device, watch=progress.watch, tell=progress.tell)
+    return told(run, found)
 
 
 def command(run: RunFolder) -> str:
@@ -63,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "baked in as lora/recommended.safetensors. " + RULE,
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=_path, metavar="RUN", help="the folder of the run")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="the folder of the run")
     parser.add_argument(
         "--strengths",
         type=_numbers,
@@ -96,13 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         f"(default: {TOLERANCE:g})",
     )
     return parser
-
-
-def _path(text: str) -> Path:
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:

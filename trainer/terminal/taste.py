@@ -1,21 +1,17 @@
 """Makes a reward of pictures that somebody likes and dislikes: `python -m comfy_tdpo.trainer taste NAME`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from comfy_tdpo.rewards import RewardError, reward_names
+from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import name_of, usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb, Vote
-from comfy_tdpo.user_files import user_path
 
 from ..config.parsing import named_values
-from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
-from .command_parser import CommandParser
+from .command_parser import CommandParser, path_argument, status_of
 from .image_files import read_image
-from .streams import say
 from .tastes import TASTES, taste_path
 from .vote_files import Opinion, opinions_in, opinions_of
 
@@ -23,16 +19,12 @@ from .vote_files import Opinion, opinions_in, opinions_of
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 it failed, 2 wrong input, 130 stopped."""
     args = _parser().parse_args(argv)
-    try:
-        taste, new = _vote(args)
-        say("\n".join([*_about(taste, new), *_sureness(taste, named_values(args.reward_weights))]))
-    except (ValueError, RewardError, OSError) as error:
-        say(f"comfy_tdpo: {' '.join(str(error).split())}", sys.stderr)
-        return WRONG_INPUT if isinstance(error, ValueError) else FAILED
-    except KeyboardInterrupt:
-        say("comfy_tdpo: stopped; run the same command again to go on", sys.stderr)
-        return STOPPED
-    return FINISHED
+    return status_of(lambda: _told(args), "run the same command again to go on")
+
+
+def _told(args: argparse.Namespace) -> str:
+    taste, new = _vote(args)
+    return "\n".join([*_about(taste, new), *_sureness(taste, named_values(args.reward_weights))])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
             f"--{name}",
             action="append",
             default=[],
-            type=_path,
+            type=path_argument,
             metavar="DIR",
             help=f"folder of {what}; may be repeated",
         )
@@ -57,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ratings",
         action="append",
         default=[],
-        type=_path,
+        type=path_argument,
         metavar="FILE.csv",
         help="table with the columns image, a path relative to the table, and rating, a number; may be repeated",
     )
@@ -72,13 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         "--reward-weights", default="", metavar="NAME=PATH,...", help="file or folder to load the encoder's reward from"
     )
     return parser
-
-
-def _path(text: str) -> Path:
-    try:
-        return user_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # --- votes ------------------------------------------------------------------------------------------------------------
