@@ -3,13 +3,13 @@
 
 import { app } from "../../scripts/app.js";
 import { keepPresses, make, setText } from "./dom.js";
-import { after, LOOK, passToCanvas, place, rootOf } from "./host.js";
+import { addWidget, after, Placing, remember, remembered, rootOf } from "./host.js";
 import { nodesWithin } from "./model.js";
 import { evaluationOf, plotURL } from "./runs.js";
 
 const NODE = "TDPOEvaluate";
 const WIDGET = "tdpo_evaluation"; // our own type: the Vue renderer replaces the types it knows
-const REMEMBERED = "tdpo_evaluated"; // property of the node: "id of the node|id of the run"; a copy has another id
+const REMEMBERED = "tdpo_evaluated"; // property of the node: the run that it evaluated last
 const WIDTH = 600; // pixels of a new node
 const HEIGHT = 420; // pixels of the panel, as in tdpo.css
 const HINT = "Press Run: the rewards of the run's snapshots appear here.";
@@ -29,42 +29,28 @@ app.registerExtension({
 /** Shows what the node found last, from when the node is added to a graph until it is removed. */
 class EvaluationView {
   #panel = new EvaluationPanel();
-  #placing = null;
 
   constructor(node) {
     this.node = node;
-    const { element } = this.#panel;
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT }; // not part of the prompt
-    const widget = node.addDOMWidget(WIDGET, WIDGET, element, options);
-    widget.serialize = false; // nor of the saved workflow
+    this.placing = new Placing(node, this.#panel.element);
+    addWidget(node, WIDGET, this.#panel.element, () => HEIGHT, true);
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, WIDTH), height]);
-    passToCanvas(element, true);
     after(node, "onAdded", () => this.begin());
-    after(node, "onRemoved", () => this.#finish());
-    after(node, "onConfigure", () => this.#panel.show(this.#remembered()));
+    after(node, "onRemoved", () => this.placing.end());
+    after(node, "onConfigure", () => this.#panel.show(remembered(node, REMEMBERED)));
     after(node, "onExecuted", (output) => this.#remember(output?.tdpo_evaluation?.[0]));
     if (node.graph) this.begin();
   }
 
   begin() {
-    this.#placing ??= setInterval(() => place(this.node, this.#panel.element), LOOK);
-    this.#panel.show(this.#remembered());
-  }
-
-  #finish() {
-    clearInterval(this.#placing);
-    this.#placing = null;
-  }
-
-  #remembered() {
-    const [node, run] = String(this.node.properties?.[REMEMBERED] ?? "").split(/\|(.*)/s);
-    return node === String(this.node.id) ? run : null;
+    this.placing.begin();
+    this.#panel.show(remembered(this.node, REMEMBERED));
   }
 
   #remember(run) {
     if (typeof run !== "string") return;
-    this.node.properties[REMEMBERED] = `${this.node.id}|${run}`;
+    remember(this.node, REMEMBERED, run);
     this.#panel.show(run, true);
   }
 }

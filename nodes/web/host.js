@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 
 export const MARGIN = 10; // default margin of a widget, in pixels
-export const LOOK = 500; // milliseconds between checks that the element is still on the page
+const LOOK = 500; // milliseconds between checks that the element is still on the page
 
 const style = document.createElement("link");
 style.rel = "stylesheet";
@@ -25,7 +25,7 @@ export function after(object, method, extra) {
  * Let zooming and panning work over the panel, as they do over ComfyUI's own text fields. If it `scrolls`, the wheel
  * scrolls it while it has more than it shows.
  */
-export function passToCanvas(element, scrolls = false) {
+function passToCanvas(element, scrolls = false) {
   const pass = (method, wanted) => (event) => {
     if (window.LiteGraph?.vueNodesMode || !wanted(event)) return; // the page then passes them on itself
     event.preventDefault();
@@ -37,8 +37,44 @@ export function passToCanvas(element, scrolls = false) {
   element.addEventListener("pointerup", pass("processMouseUp", ({ button }) => button === 1));
 }
 
+/** Add the element to the node as a widget that is part of neither the prompt nor the saved workflow. */
+export function addWidget(node, type, element, getMinHeight, scrolls = false) {
+  node.addDOMWidget(type, type, element, { serialize: false, hideOnZoom: false, getMinHeight }).serialize = false;
+  passToCanvas(element, scrolls);
+}
+
+/** The id of the run that `remember` noted in a property of the node; null if there is none, as in a copy. */
+export function remembered(node, property) {
+  const [id, run] = String(node.properties?.[property] ?? "").split(/\|(.*)/s);
+  return id === String(node.id) ? run : null;
+}
+
+/** Note a run in a property of the node: "id of the node|id of the run", as a copy has another id. */
+export function remember(node, property, run) {
+  node.properties[property] = `${node.id}|${run}`;
+}
+
+/** Keeps the element in the node, see `place`, from `begin` to `end`. */
+export class Placing {
+  #timer = null;
+
+  constructor(node, element) {
+    this.node = node;
+    this.element = element;
+  }
+
+  begin() {
+    this.#timer ??= setInterval(() => place(this.node, this.element), LOOK);
+  }
+
+  end() {
+    clearInterval(this.#timer);
+    this.#timer = null;
+  }
+}
+
 /** Insert the element: Vue nodes of frontend 1.28.8, unlike those of 1.34.9, do not show the widgets of extensions. */
-export function place(node, element) {
+function place(node, element) {
   if (!window.LiteGraph?.vueNodesMode || element.isConnected || node.graph !== app.canvas?.graph) return;
   document.querySelector(`[data-testid="node-body-${CSS.escape(String(node.id))}"]`)?.append(element);
 }

@@ -14,7 +14,7 @@ const COLUMNS = {
   reward: ["Reward"],
   epochs: ["Epochs"],
   curves: ["Curves", "The training reward in blue, the watched reward in orange, each on a scale of its own"],
-  gain: ["Gain", "Change of the training reward since the first epoch, in its standard deviations (SD) there"],
+  gain: ["Gain", "Change of the training reward since the first epoch, in spreads: its standard deviations there"],
   watched: ["Watched", "The same for the held-out reward that is watched, and since when the run overoptimises"],
   size: ["Size"],
   modified: ["Last trained"],
@@ -91,7 +91,7 @@ export class Table {
     this.said = make("span", "tdpo-quiet", { role: "status" });
     this.close = makeButton("tdpo-button", "Close");
     this.element = make(
-      "dialog", "tdpo-table", { "aria-label": "Runs" },
+      "dialog", "tdpo-runs", { "aria-label": "Runs" },
       make("div", "tdpo-head", {}, make("strong", "tdpo-title", {}, "Runs"), this.close),
       make("div", "tdpo-rows", {}, rows, this.none),
       this.overlay, this.problem, this.asking,

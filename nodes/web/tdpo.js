@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyNodes, takeOver } from "./apply.js";
 import { Ballot, leastHeight as leastBallot } from "./ballot.js";
-import { after, LOOK, MARGIN, passToCanvas, place, rootOf } from "./host.js";
+import { addWidget, after, MARGIN, Placing, remember, remembered, rootOf } from "./host.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
@@ -13,7 +13,7 @@ import { Table } from "./table.js";
 const TRAIN = "TDPOTrain";
 const TASTE = "TDPOTaste";
 const WIDGET = "tdpo_live"; // our own type: the Vue renderer replaces the types it knows
-const REMEMBERED = "tdpo_run"; // property of the node: "id of the node|id of the run"; a copy has another id
+const REMEMBERED = "tdpo_run"; // property of the node: its run
 const RUNS = "comfy_tdpo.runs"; // the command that opens the table of runs
 const WIDTH = 600; // pixels of a new node
 
@@ -45,7 +45,8 @@ class LiveView {
   constructor(node) {
     this.node = node;
     const { element } = this.#panel;
-    addWidget(node, element, () => leastHeight(node.size[0] - 2 * MARGIN));
+    this.placing = new Placing(node, element);
+    addWidget(node, WIDGET, element, () => leastHeight(node.size[0] - 2 * MARGIN));
     keepSeed(node);
     if (canFold()) fold(node, true);
     const [width, height] = node.computeSize();
@@ -53,7 +54,10 @@ class LiveView {
     after(node, "onAdded", () => this.begin());
     after(node, "onRemoved", () => this.#finish());
     after(node, "onConfigure", () => this.#update());
-    after(node, "onExecuted", (output) => this.#remember(output?.tdpo_run?.[0]));
+    after(node, "onExecuted", (output) => {
+      const run = output?.tdpo_run?.[0];
+      if (typeof run === "string") remember(node, REMEMBERED, run);
+    });
     if (node.graph) this.begin();
   }
 
@@ -61,9 +65,9 @@ class LiveView {
     if (this.#end) return;
     this.#panel.attach();
     const unwatch = runs.watch(() => this.#update() || this.#finish());
-    const placing = setInterval(() => place(this.node, this.#panel.element), LOOK);
+    this.placing.begin();
     this.#end = () => {
-      clearInterval(placing);
+      this.placing.end();
       unwatch();
       this.#panel.detach();
     };
@@ -78,43 +82,30 @@ class LiveView {
   #update() {
     const root = rootOf(this.node.graph);
     const ids = executionIds(this.node, root);
-    const id = chooseRun(runs.list, { ids, workflow: root?.id }, this.#remembered(), runName(this.node));
-    if (id !== null) this.#remember(id);
+    const id = chooseRun(runs.list, { ids, workflow: root?.id }, remembered(this.node, REMEMBERED), runName(this.node));
+    if (id !== null) remember(this.node, REMEMBERED, id);
     this.#panel.show(id);
     return ids.length > 0;
   }
 
-  #remembered() {
-    const [node, run] = String(this.node.properties?.[REMEMBERED] ?? "").split(/\|(.*)/s);
-    return node === String(this.node.id) ? run : null;
-  }
-
-  #remember(run) {
-    if (typeof run === "string") this.node.properties[REMEMBERED] = `${this.node.id}|${run}`;
-  }
 }
 
 /** Shows the pictures that are voted on in a node. */
 class BallotView {
   #ballot = new Ballot();
-  #placing = null;
 
   constructor(node) {
     this.node = node;
-    addWidget(node, this.#ballot.element, () => leastBallot(this.#ballot.isShown));
+    this.placing = new Placing(node, this.#ballot.element);
+    addWidget(node, WIDGET, this.#ballot.element, () => leastBallot(this.#ballot.isShown));
     after(node, "onAdded", () => this.begin());
-    after(node, "onRemoved", () => this.#finish());
+    after(node, "onRemoved", () => this.placing.end());
     after(node, "onExecuted", (output) => this.#show(output?.tdpo_ballot?.[0]));
     if (node.graph) this.begin();
   }
 
   begin() {
-    this.#placing ??= setInterval(() => place(this.node, this.#ballot.element), LOOK);
-  }
-
-  #finish() {
-    clearInterval(this.#placing);
-    this.#placing = null;
+    this.placing.begin();
   }
 
   #show(told) {
@@ -123,12 +114,6 @@ class BallotView {
     const [width, height] = this.node.computeSize();
     this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)]);
   }
-}
-
-function addWidget(node, element, getMinHeight) {
-  const options = { serialize: false, hideOnZoom: false, getMinHeight }; // serialize: not part of the prompt
-  node.addDOMWidget(WIDGET, WIDGET, element, options).serialize = false; // nor of the saved workflow
-  passToCanvas(element);
 }
 
 /** The name of the node's run; null if it comes from a wire. */
