@@ -27,10 +27,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from scipy.stats import t as student
 
 from comfy_tdpo.trainer.alarm import alarm_of
 from comfy_tdpo.trainer.config import TrainConfig, make_config
+from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE, interval
 from comfy_tdpo.trainer.run import RunFolder
 
 HERE = Path(__file__).parent
@@ -44,7 +44,6 @@ COLUMNS = (("queries", ".0f"), (GOLD, ".3f"), (JUDGE, ".3f"))
 ENOUGH = 4  # seeds for saying that a change helps or does not
 RECIPE, BASELINE, SLOWEST = "recipe", "ddpo-100", "ddpo-2"
 SEEDS = 5
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -245,15 +244,6 @@ def at(level: float, over: list[float], values: list[float]) -> float | None:
             share = (level - over[i - 1]) / (reached - over[i - 1])
             return values[i - 1] + share * (values[i] - values[i - 1])
     return None
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half the width of its confidence interval by Student's t: a percentile bootstrap of five values
-    would cover far less than it says."""
-    if len(values) < 2:
-        return statistics.fmean(values), float("inf")
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * error
 
 
 Runs = dict[str, dict[int, dict[str, list[float]]]]  # variant -> seed -> series

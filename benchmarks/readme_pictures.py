@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from comfy_tdpo.trainer.plots.image_grid import grid_shape, image_in_grid
+from comfy_tdpo.trainer.recommend.drawing import as_picture
 from comfy_tdpo.trainer.run import RunFolder
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -30,8 +31,7 @@ def main() -> None:
 def images_of(grid: Path, count: int) -> list[Image.Image]:
     """The images of a sample grid, row by row."""
     _, columns = grid_shape(count)
-    images = [image_in_grid(grid, count, *divmod(index, columns))[1] for index in range(count)]
-    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+    return [as_picture(image_in_grid(grid, count, *divmod(index, columns))[1]) for index in range(count)]
 
 
 def pairs(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:

@@ -1,22 +1,16 @@
 """The statistics of benchmarks/frontier.py, on curves and noise whose truth is known."""
 
-import importlib.util
 import math
 import random
 import statistics
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent.parent / "benchmarks" / "frontier.py"
+from benchmark_files import benchmark
 
 
 @pytest.fixture(scope="module")
 def frontier():
-    spec = importlib.util.spec_from_file_location("frontier", HERE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("frontier")
 
 
 def curves(count: int) -> dict[str, list[float]]:

@@ -1,23 +1,17 @@
 """How often the rule of `recommend` errs, by the simulation of benchmarks/recommend_rule.py."""
 
-import importlib.util
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmark_files import benchmark
 
 from comfy_tdpo.trainer.recommend.choice import CONFIDENCE
-
-HERE = Path(__file__).parent.parent / "benchmarks" / "recommend_rule.py"
 
 
 @pytest.fixture(scope="module")
 def simulation():
-    spec = importlib.util.spec_from_file_location("recommend_rule", HERE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("recommend_rule")
 
 
 def test_the_choice_seldom_falls_by_more_than_allowed_and_is_reported_without_its_luck(simulation):

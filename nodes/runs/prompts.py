@@ -15,6 +15,8 @@ from comfy_tdpo.clean_text import clean, one_line
 from comfy_tdpo.prompts.files import prompt_lines
 from comfy_tdpo.prompts.markup import check_words
 
+from ...trainer.run.folder import spread as evenly
+
 WRITTEN = "comfyui-prompts.json"  # in a run's folder: `written` of its prompts, if there are any
 EXPECTED = "words, with ComfyUI's weights or without"
 _ESCAPED = {"\\(": "\ufdd0", "\\)": "\ufdd1"}  # code points that are no characters, for the time of parsing
@@ -73,8 +75,7 @@ def read_lines(text: str, widget: str) -> list[tuple[str, str]]:
 
 def spread(prompts: list[str], count: int) -> list[str]:
     """`count` of the prompts in their order, spread evenly; at most all."""
-    count = min(count, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+    return evenly(prompts, min(count, len(prompts)))
 
 
 def keep_written(folder: Path, prompts: Prompts) -> None:
