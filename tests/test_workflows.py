@@ -71,7 +71,8 @@ def kind(socket) -> str:
 
 
 def test_there_are_these_and_every_node_is_in_one():
-    assert set(WORKFLOWS) == {"multi_reward", "shapes_inspect_neurons", "shapes_quickstart", *SD15}
+    of_shapes = {"compare_algorithms", "multi_reward", "shapes_inspect_neurons", "shapes_quickstart"}
+    assert set(WORKFLOWS) == {*of_shapes, *SD15}
     used = {node["type"] for name in WORKFLOWS for node in nodes_of(load(name))}
     assert set(NODES) - {"TDPOTaste"} <= used, "a taste needs pictures of the user's own"
 
@@ -205,11 +206,11 @@ def test_it_runs(server, name):
     workflow = load(name)
     prompt = prompt_of(workflow, server.get("/object_info"), **SMALL)
     outputs = server.run(prompt)
-    shown = [node["id"] for kind in ("PreviewImage", "PreviewAny", "TDPOTrain") for node in nodes_of(workflow, kind)]
-    assert {str(id) for id in shown} == set(outputs)
-    (train,) = nodes_of(workflow, "TDPOTrain")
-    status = server.status(train["widgets_values"][0].replace(" ", "%20"))
-    assert (status["state"], status["epoch"], status["node"]) == ("finished", 2, str(train["id"]))
+    kinds = ("PreviewImage", "PreviewAny", "TDPOTrain", "TDPOEvaluate")
+    assert {str(node["id"]) for kind in kinds for node in nodes_of(workflow, kind)} == set(outputs)
+    for train in nodes_of(workflow, "TDPOTrain"):
+        status = server.status(train["widgets_values"][0].replace(" ", "%20"))
+        assert (status["state"], status["epoch"], status["node"]) == ("finished", 2, str(train["id"]))
 
 
 @in_comfyui

@@ -12,6 +12,7 @@ const WIDGET = "tdpo_evaluation"; // our own type: the Vue renderer replaces the
 const REMEMBERED = "tdpo_evaluated"; // property of the node: "id of the node|id of the run"; a copy has another id
 const WIDTH = 600; // pixels of a new node
 const HEIGHT = 420; // pixels of the panel, as in tdpo.css
+const PROMPTS = 100; // pixels that the prompts take at most
 const HINT = "Press Run: the rewards of the run's snapshots appear here.";
 
 const views = new WeakMap(); // by node
@@ -37,6 +38,8 @@ class EvaluationView {
     const options = { serialize: false, hideOnZoom: false, getMinHeight: () => HEIGHT }; // not part of the prompt
     const widget = node.addDOMWidget(WIDGET, WIDGET, element, options);
     widget.serialize = false; // nor of the saved workflow
+    const prompts = node.widgets.find(({ name }) => name === "prompts");
+    if (prompts?.options) prompts.options.getMaxHeight = () => PROMPTS; // or it takes half of a tall node
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, WIDTH), height]);
     passToCanvas(element, true);
