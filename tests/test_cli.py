@@ -237,7 +237,8 @@ def test_watching_no_reward_lets_other_prompts_in(tmp_path, capsys):
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-MISSING = {"score": "*.png cannot be read as an image", "recommend": "expected the folder of a run"}
+MISSING = {"score": "*.png cannot be read as an image"}
+MISSING |= dict.fromkeys(("recommend", "evaluate"), "expected the folder of a run")
 README_COMMANDS = set(re.findall(r"python -m comfy_tdpo\.trainer([^`\n]*)", README))
 
 

@@ -89,7 +89,8 @@ def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
     looks: list[tuple[str, dict[str, Any]]] = [("base model", BASE_MARK | {"linestyle": ""})]
     for number, setup in enumerate(setups):
         count = f" ({len(setup.subjects)} runs)" if len(setup.subjects) > 1 else ""
-        looks.append((shortened(setup.label, 27) + count, {"color": _color(number), "linestyle": _style_of(number)}))
+        look: dict[str, Any] = {"color": _color(number), "linestyle": _style_of(number)}
+        looks.append((shortened(setup.label, 27) + count, look))
     if _has_bands(setups):
         looks.append(("95 % interval over runs", {"color": MARK, "linewidth": 8, "alpha": 0.4}))
     for index, (label, look) in enumerate(looks):
@@ -98,8 +99,7 @@ def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
         y = 1 - (TOP + 0.1 + row * LEGEND) / total
         ends = [x + 0.1 / WIDTH] if "marker" in look else [x, x + 0.25 / WIDTH]
         figure.add_artist(Line2D(ends, [y] * len(ends), **({"linewidth": 1.8} | look)))
-        place = {"va": "center", "fontsize": SMALL, "color": INK, "parse_math": False}
-        figure.text(x + 0.33 / WIDTH, y, label, **place)
+        figure.text(x + 0.33 / WIDTH, y, label, va="center", fontsize=SMALL, color=INK, parse_math=False)
 
 
 def _rows_of_legend(setups: list[Setup]) -> int:
