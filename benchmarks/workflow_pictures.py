@@ -68,6 +68,9 @@ PICTURES = {
     "shapes_quickstart": Picture(("Before, with scores", "After, with scores")),
     "shapes_taste": Picture(("TDPO Taste",), is_voted=True),
     "shapes_inspect_neurons": Picture(("Neurons over the epochs",)),
+    "compare_algorithms": Picture(
+        ("tdpo-r: before, and at its highest reward", "ddpo-100: before, and at its highest reward")
+    ),
     "multi_reward": Picture(("Aligned, with scores",)),
     "sd15_align_aesthetic": Picture(("1  Align",), is_run=False),
     "sd15_align_colourfulness": Picture(("1  Align",), is_run=False),

@@ -72,10 +72,10 @@ def kind(socket) -> str:
 
 
 def test_there_are_these_and_every_node_is_in_one():
-    of_shapes = {"shapes_inspect_neurons", "shapes_quickstart", "shapes_taste"}
+    of_shapes = {"compare_algorithms", "shapes_inspect_neurons", "shapes_quickstart", "shapes_taste"}
     assert set(WORKFLOWS) == {"multi_reward", *of_shapes, *SD15}
     used = {node["type"] for name in WORKFLOWS for node in nodes_of(load(name))}
-    assert set(NODES) - {"TDPOEvaluate"} <= used
+    assert set(NODES) <= used
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

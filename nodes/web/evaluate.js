@@ -12,6 +12,7 @@ const WIDGET = "tdpo_evaluation"; // our own type: the Vue renderer replaces the
 const REMEMBERED = "tdpo_evaluated"; // property of the node: the run that it evaluated last
 const WIDTH = 600; // pixels of a new node
 const HEIGHT = 420; // pixels of the panel, as in tdpo.css
+const PROMPTS = 100; // pixels that the prompts take at most
 const HINT = "Press Run: the rewards of the run's snapshots appear here.";
 
 const views = new WeakMap(); // by node
@@ -34,6 +35,8 @@ class EvaluationView {
     this.node = node;
     this.placing = new Placing(node, this.#panel.element);
     addWidget(node, WIDGET, this.#panel.element, () => HEIGHT, true);
+    const prompts = node.widgets.find(({ name }) => name === "prompts");
+    if (prompts?.options) prompts.options.getMaxHeight = () => PROMPTS; // or it takes half of a tall node
     const [width, height] = node.computeSize();
     node.setSize([Math.max(width, WIDTH), height]);
     after(node, "onAdded", () => this.begin());

@@ -29,7 +29,8 @@ def equal_reward_figure(
     def write(x: float, y: float, text: str, **look: Any) -> None:
         figure.text(x / width, y / height, text, parse_math=False, **({"fontsize": SMALL} | look))
 
-    write(0.15, height - 0.3, f"At equal {shortened(training, 40)}", color=INK, fontsize=13, weight="bold")
+    level = "equal" if len(columns) > 2 else "the highest"
+    write(0.15, height - 0.3, f"At {level} {shortened(training, 40)}", color=INK, fontsize=13, weight="bold")
     for row, prompt in enumerate(prompts):
         middle = height - TOP - row * (SIDE + GAP) - SIDE / 2
         write(LEFT - 0.12, middle, _wrapped(prompt, 22, 5), color=INK, ha="right", va="center")

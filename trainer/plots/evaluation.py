@@ -89,7 +89,8 @@ def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
     looks: list[tuple[str, dict[str, Any]]] = [("base model", BASE_MARK | {"linestyle": ""})]
     for number, setup in enumerate(setups):
         count = f" ({len(setup.subjects)} runs)" if len(setup.subjects) > 1 else ""
-        looks.append((shortened(setup.label, 27) + count, {"color": _color(number), "linestyle": _style_of(number)}))
+        look: dict[str, Any] = {"color": _color(number), "linestyle": _style_of(number)}
+        looks.append((shortened(setup.label, 27) + count, look))
     if _has_bands(setups):
         looks.append(("95 % interval over runs", {"color": MARK, "linewidth": 8, "alpha": 0.4}))
     for index, (label, look) in enumerate(looks):
