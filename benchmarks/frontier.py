@@ -73,8 +73,8 @@ def seeing(**more: Any) -> dict[str, Any]:
     return PAPER | {"critic": SEEING} | more
 
 
-def recipe(**more: Any) -> dict[str, Any]:
-    return {"algorithm": "tdpo-g"} | more
+def recipe(algorithm: str = "ddpo-g", **more: Any) -> dict[str, Any]:
+    return {"algorithm": algorithm} | more
 
 
 def guarded(**more: Any) -> dict[str, Any]:
@@ -89,18 +89,22 @@ PANELS = {  # of the figure
         "tdpo-r": Variant("the paper's critic, its active neurons reset", PAPER, of=""),
     },
     "The recipe": {
-        "recipe": Variant("a bundle: a critic that sees, no resets, a guard both ways, cosine", recipe()),
-        "recipe, no critic": Variant("without a critic", recipe(critic={"enabled": False}), of="recipe"),
+        "recipe": Variant("a bundle: no critic, a guard both ways, cosine", recipe()),
         "recipe, no guard": Variant("without a guard", recipe(guards=[]), of="recipe"),
         "recipe, constant rate": Variant(
             "a constant learning rate", recipe(policy={"lr_schedule": "constant"}), of="recipe"
         ),
-        "recipe, penalty 2": Variant("a penalty of 2 instead of 1.5", recipe(guard_penalty=2.0), of="recipe"),
-        "recipe, match": Variant("shapes-match as the guard", recipe(**MATCH), of="recipe, penalty 2"),
-        "recipe, match, window": Variant(
+        "recipe, critic": Variant("with a critic that sees", recipe("tdpo-g"), of="recipe"),
+        "recipe, critic, penalty 2": Variant(
+            "a penalty of 2 instead of 1.5", recipe("tdpo-g", guard_penalty=2.0), of="recipe, critic"
+        ),
+        "recipe, critic, match": Variant(
+            "shapes-match as the guard", recipe("tdpo-g", **MATCH), of="recipe, critic, penalty 2"
+        ),
+        "recipe, critic, match, window": Variant(
             "the last fifth of the steps not trained",
-            recipe(**MATCH, policy={"train_until": 0.8}),
-            of="recipe, match",
+            recipe("tdpo-g", **MATCH, policy={"train_until": 0.8}),
+            of="recipe, critic, match",
         ),
     },
     "The critic": {

@@ -59,8 +59,8 @@ class Train(io.ComfyNode):
                 io.Combo.Input(
                     "algorithm",
                     list(ALGORITHMS),
-                    default="tdpo-g",
-                    tooltip="How the model learns; tdpo-g is for use, the others for comparison. A critic is a small "
+                    default="ddpo-g",
+                    tooltip="How the model learns; ddpo-g is for use, the others for comparison. A critic is a small "
                     "network that predicts the reward of unfinished images. "
                     + " ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
                 ),

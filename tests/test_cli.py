@@ -61,7 +61,7 @@ def test_it_prints_lines_and_a_summary_and_nothing_else(finished):
     _, process = finished
     loading, training, *epochs = process.stderr.splitlines()
     assert loading.startswith("run ") and loading.endswith("loading")
-    assert training == "training shapes with tdpo-g on cpu, 4 samples per epoch"
+    assert training == "training shapes with ddpo-g on cpu, 4 samples per epoch"
     assert [line.split()[:2] for line in epochs] == [["epoch", "1/2"], ["epoch", "2/2"]]
     assert "shapes-gold (held out)" in process.stdout
     assert "shapes-alignment (guard)" in process.stdout

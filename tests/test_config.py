@@ -79,8 +79,11 @@ def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
     """And of no other algorithm: the paper's, on the same presets, know no guard."""
     for preset, guard in {"shapes": "shapes-alignment", "sd15": "clipscore"}.items():
         config = make_config(preset)
-        assert (config.algorithm, config.guards, config.guard_credit) == ("tdpo-g", [guard], True)
-        assert (config.critic.reads, config.critic.prompt, config.critic.step) == ("clean", True, True)
+        assert (config.algorithm, config.guards, config.guard_credit) == ("ddpo-g", [guard], True)
+        assert not config.critic.enabled
+        seeing = make_config(preset, overrides={"algorithm": "tdpo-g"})
+        assert (seeing.guards, seeing.guard_credit, seeing.guard_penalty) == ([guard], True, config.guard_penalty)
+        assert (seeing.critic.reads, seeing.critic.prompt, seeing.critic.step) == ("clean", True, True)
         paper = make_config(preset, overrides={"algorithm": "tdpo-r"})
         assert (paper.guards, paper.critic.reads, paper.critic.architecture) == ([], "noisy", "authors")
     assert make_config("sd14-aesthetic").algorithm == "tdpo-r"
@@ -153,16 +156,16 @@ def test_every_setting_says_what_it_means():
 
 WRONG = [
     ({"eval_rewards": 5}, "eval_rewards: got 5; expected a list of names"),
-    ({"algorithm": ["tdpo"]}, "got algorithm ['tdpo']; expected one of tdpo-g, tdpo-r"),
+    ({"algorithm": ["tdpo"]}, "got algorithm ['tdpo']; expected one of ddpo-g, tdpo-g, tdpo-r"),
     ({"kl": {"target": 5.0}}, "kl.target adapts kl.coefficient, which is 0"),
     ({"kl": {"coefficient": 0.1, "target": 5.0, "horizon": 10}}, "kl.horizon 10 is less than"),
-    ({"advantage_clip": 5.0}, "advantage_clip is for algorithms without a critic"),
+    ({"algorithm": "tdpo-g", "advantage_clip": 5.0}, "advantage_clip is for algorithms without a critic"),
     ({"rewards": {"shapes-judge": float("nan")}}, "rewards.shapes-judge: got nan"),
     ({"policy": {"learning_rate": 1}}, "unknown setting 'policy.learning_rate'"),
     ({"polcy": {}}, "unknown setting 'polcy'"),
     ({"epochs": True}, "epochs: got True; true and false are for switches"),
     ({"policy": {"lr": True}}, "policy.lr: got True; true and false are for switches"),
-    ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of tdpo-g, tdpo-r"),
+    ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of ddpo-g, tdpo-g, tdpo-r"),
     ({"algorithm": "draft", "last_steps": 51}, "last_steps is 51, but there are only 10 steps"),
     ({"algorithm": "draft", "last_steps": 2, "renoised": 2}, "renoised 2 repeats the last step alone"),
     ({"algorithm": "alignprop", "truncation": {"first": "fixed", "last_steps": 51}}, "truncation.last_steps is 51"),

@@ -72,7 +72,7 @@ def test_what_is_finished_is_given_again_as_it_would_only_repeat_itself(runs):
         ({"seed": 7}, "seed was 42 and is 7"),
         ({"model": "comfyui:Test:2"}, "model was 'comfyui:Test:1' and is 'comfyui:Test:2'"),
         ({"text": "a blue circle"}, "its prompts were different"),
-        ({"algorithm": "ddpo-100"}, "algorithm was 'tdpo-g' and is 'ddpo-100'"),
+        ({"algorithm": "ddpo-100"}, "algorithm was 'ddpo-g' and is 'ddpo-100'"),
     ],
 )
 def test_other_settings_are_another_run(runs, change, difference):
@@ -563,7 +563,7 @@ def test_the_table_has_what_a_status_lacks(runs):
     (runs.find("one").path / "linked").symlink_to(runs.find("two").path, target_is_directory=True)
     rows = {row["id"]: row for row in answers.table(runs)[1]["rows"]}
     one, two, bad = (rows[name] for name in ("one", "two", "bad"))
-    assert (one["algorithm"], one["watched"], two["watched"]) == ("tdpo-g", "shapes-match", "shapes-judge")
+    assert (one["algorithm"], one["watched"], two["watched"]) == ("ddpo-g", "shapes-match", "shapes-judge")
     key = "reward/shapes-aesthetic"
     assert one["metrics"] == [{"epoch": n, f"{key}/mean": n, f"{key}/std": 1.0} for n in (1, 2)]
     own = [path for path in runs.find("one").path.rglob("*") if path.is_file() and "linked" not in path.parts]

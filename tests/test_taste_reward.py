@@ -171,7 +171,7 @@ def test_it_scores_image_files(taste, capsys, tmp_path):
 def test_a_taste_on_shapes_is_guarded_and_watched_by_default(taste):
     where = {"reward_weights": {"taste:dark": str(taste.path)}}
     config = make_config(overrides={"rewards": {"taste:dark": 1.0}, **where})
-    assert config.algorithm == "tdpo-g" and config.guards == ["shapes-alignment"] and config.guard_penalty > 0
+    assert config.algorithm == "ddpo-g" and config.guards == ["shapes-alignment"] and config.guard_penalty > 0
     assert config.overoptimisation.reward == "shapes-match" and unguarded(config) == ""
     bare = make_config(overrides={"rewards": {"taste:dark": 1.0}, "guards": [], **where})
     assert re.fullmatch("taste:dark is learned from few votes .*it has no guard: .*", unguarded(bare))

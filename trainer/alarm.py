@@ -54,7 +54,7 @@ def unguarded(config: TrainConfig) -> str:
     tastes = [name for name in config.trained_on if is_taste(name)]
     guarded = bool(config.guards) and getattr(config, "guard_penalty", 0) > 0
     lacking = (
-        [] if guarded else ["it has no guard: choose algorithm tdpo-g and set guards to a reward that reads prompts"]
+        [] if guarded else ["it has no guard: choose algorithm ddpo-g and set guards to a reward that reads prompts"]
     )
     if config.overoptimisation.reward is None:
         lacking.append("no held-out reward is watched: set overoptimisation.reward to one")

@@ -95,20 +95,31 @@ class Algorithm:
 _POLICY_GRADIENT = "comfy_tdpo.methods.policy_gradient:PolicyGradient"
 _SETTINGS = "comfy_tdpo.methods.settings:PolicyGradientSettings"
 _DIRECT = "comfy_tdpo.methods.direct"
+_GUARDED: dict[str, Any] = {
+    "neurons": {"reset": "none"},
+    "guard_penalty": 1.5,
+    "guard_credit": True,
+    "policy": {"timestep_order": "denoising", "lr_schedule": "cosine"},
+}
 
-# tdpo-g is this project's recipe, see docs/recipe.md. tdpo-r to ddpo-2 are Table 1 of the paper, and the settings'
-# defaults are the paper's values of TDPO-R. grpo has the groups and updates of DanceGRPO on Stable Diffusion 1.4
-# (arXiv 2505.07818), which trains all weights, and the LoRA, its learning rate and the clip of Flow-GRPO
-# (arXiv 2505.05470). Both leave the last step out, 0.98 of 50 steps. dpok is DPOK (arXiv 2305.16381) on many prompts:
-# its code weighs rewards by 1000 and the KL by 0.1, and with Adam only their ratio matters. sdpo is SDPO
-# (arXiv 2411.11727). alignprop, draft and refl have their authors' values; the numbers of steps and samples that belong
-# to them are in the presets sd14-*.
+# ddpo-g is this project's recipe, see docs/recipe.md, and tdpo-g is the same with a critic. tdpo-r to ddpo-2 are
+# Table 1 of the paper, and the settings' defaults are the paper's values of TDPO-R. grpo has the groups and updates
+# of DanceGRPO on Stable Diffusion 1.4 (arXiv 2505.07818), which trains all weights, and the LoRA, its learning rate
+# and the clip of Flow-GRPO (arXiv 2505.05470). Both leave the last step out, 0.98 of 50 steps. dpok is DPOK (arXiv
+# 2305.16381) on many prompts: its code weighs rewards by 1000 and the KL by 0.1, and with Adam only their ratio
+# matters. sdpo is SDPO (arXiv 2411.11727). alignprop, draft and refl have their authors' values; the numbers of steps
+# and samples that belong to them are in the presets sd14-*.
 ALGORITHMS = {
+    "ddpo-g": Algorithm(
+        _POLICY_GRADIENT,
+        _SETTINGS,
+        "no critic, one update per timestep, held by guards, rewards that must not fall",
+        {"critic": {"enabled": False}} | _GUARDED,
+    ),
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
         _SETTINGS,
-        "TDPO held by guards, rewards that must not fall, with a critic that sees the clean image, the prompt and the "
-        "step",
+        "the same with a critic that sees the clean image, the prompt and the step",
         {
             "critic": {
                 "reads": "clean",
@@ -119,12 +130,9 @@ ALGORITHMS = {
                 "history": 4,
                 "lr": 1e-3,
                 "weight_decay": 1e-2,
-            },
-            "neurons": {"reset": "none"},
-            "guard_penalty": 1.5,
-            "guard_credit": True,
-            "policy": {"timestep_order": "denoising", "lr_schedule": "cosine"},
-        },
+            }
+        }
+        | _GUARDED,
     ),
     "tdpo-r": Algorithm(_POLICY_GRADIENT, _SETTINGS, "TDPO with resets of the critic's active neurons"),
     "tdpo": Algorithm(

@@ -41,7 +41,7 @@ class Wanted:
     model: str
     shapes: bool
     reward: RewardChoice
-    algorithm: str = "tdpo-g"
+    algorithm: str = "ddpo-g"
     seed: int = 42
     numbers: dict[str, float] = field(default_factory=dict)
     held_out: RewardChoice | None = None

@@ -67,7 +67,7 @@ class TrainConfig(MethodSettings):
 
     algorithm: str = Field(
         default=DEFAULT_ALGORITHM,
-        description="training algorithm, which brings values of its own; tdpo-g, the recipe, is the default of the "
+        description="training algorithm, which brings values of its own; ddpo-g, the recipe, is the default of the "
         "presets shapes and sd15",
     )
     model: Annotated[str, MAY_CHANGE] = Field(
@@ -264,12 +264,17 @@ def leaf_fields(algorithm: str | None = None) -> Iterator[tuple[str, FieldInfo]]
                 yield field, info
 
 
+OFF = {"enabled": False}  # a section that an algorithm does not use
+
+
 def algorithms_with(name: str) -> list[str]:
-    """The algorithms that have the setting, or the section, of this dotted name."""
+    """The algorithms that have the setting, or the section, of this dotted name, and do not turn its section off."""
+    section, _, _ = name.partition(".")
     return [
         algorithm
-        for algorithm in ALGORITHMS
-        if any(known == name or known.startswith(f"{name}.") for known, _ in leaf_fields(algorithm))
+        for algorithm, entry in ALGORITHMS.items()
+        if entry.values.get(section) != OFF
+        and any(known == name or known.startswith(f"{name}.") for known, _ in leaf_fields(algorithm))
     ]
 
 

@@ -30,8 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m comfy_tdpo.trainer",
         usage="%(prog)s [--preset NAME] [--config FILE] [--run-dir DIR] [--reward NAME] [--SETTING VALUE ...]\n"
         "       %(prog)s --resume DIR [--epochs N]",
-        description="Align a diffusion model with a reward, by TDPO-R (arXiv 2402.08552) or tdpo-g, a recipe with "
-        "guards. Without arguments, it trains on Shapes, the toy world that ships with the package, in a few minutes.",
+        description="Align a diffusion model with a reward, by TDPO-R (arXiv 2402.08552), or by ddpo-g, a recipe "
+        "with guards. Without arguments, it trains on Shapes, the toy world that ships with the package, in a few "
+        "minutes.",
         epilog="To find the LoRA of a run to use, see `recommend --help`; to score image files with rewards, see "
         "`score --help`; to make a reward of pictures you like and dislike, see `taste --help`.",
         allow_abbrev=False,
