@@ -9,16 +9,9 @@ days: `--variants`, `--seeds` and `--jobs` choose what is done now, and the page
 """
 
 import argparse
-import hashlib
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,21 +20,34 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from pairs import (
+    ENOUGH,
+    LEVELS,
+    SMOOTHING,
+    Line,
+    Series,
+    add,
+    at,
+    fingerprint,
+    gains,
+    lost,
+    results,
+    series,
+    train,
+    with_interval,
+)
 
 from comfy_tdpo.trainer.alarm import alarm_of
-from comfy_tdpo.trainer.config import TrainConfig, make_config
+from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE, interval
 from comfy_tdpo.trainer.run import RunFolder
 
 HERE = Path(__file__).parent
 REWARD, GOLD, JUDGE = "shapes-aesthetic", "shapes-gold", "shapes-judge"
 WATCHED = [JUDGE, GOLD]
-SMOOTHING = 3  # epochs that a point of a curve is the mean of
-LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
 AT = 1.0  # the level at which the page compares with the baselines
 WORTH = (0.75, 1.0)  # the levels at which it compares a change with what it changes; more seeds reach the first
 COLUMNS = (("queries", ".0f"), (GOLD, ".3f"), (JUDGE, ".3f"))
-ENOUGH = 4  # seeds for saying that a change helps or does not
 RECIPE, BASELINE, SLOWEST = "recipe", "ddpo-100", "ddpo-2"
 SEEDS = 5
 
@@ -175,85 +181,29 @@ def run(name: str, seed: int, runs: Path, out: Path) -> None:
     if any(result["settings"] == mark for result in results(out)):
         return
     path = runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}-{mark[:8]}"
-    if not (path / "config.toml").exists():
-        RunFolder(path).create(config)
     print(f"--- {name}, seed {seed}", flush=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "comfy_tdpo.trainer", "--resume", str(path)]
-    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-    line = {"variant": name, "seed": seed, "settings": mark, "date": str(date.today()), "machine": machine()}
-    with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line | {"epochs": series(RunFolder.open(path))}) + "\n")
+    finished = train(path, config)
+    add(out, {"variant": name, "seed": seed, "settings": mark}, epochs_of(finished))
 
 
-NO_PART = {"eval_rewards", "output", "overoptimisation", "micro_batch", "decode_batch"}  # decide no result
-
-
-def fingerprint(config: TrainConfig) -> str:
-    """A digest of the settings that decide a run's results and are not at their defaults, which never change."""
-    values = config.model_dump(mode="json", exclude_defaults=True, exclude=NO_PART)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python {platform.python_version()}"
-
-
-def series(run: RunFolder) -> dict[str, list[float]]:
+def epochs_of(run: RunFolder) -> Series:
     """What the page needs of each epoch."""
     names = {"queries": "reward_queries", "reward": f"reward/{REWARD}/mean", "std": f"reward/{REWARD}/std"}
     names |= {name: f"eval/{name}/mean" for name in WATCHED}
     names |= {"explained": "critic/explained_variance", "explained_last": "critic/explained_variance_last"}
     names |= {"kl": "kl/nats", "diversity": "diversity", "seconds": "time/epoch_s"}
     metrics = run.metrics()
-    found = {
-        ours: [round(line[key], 5) for line in metrics]
-        for ours, key in names.items()
-        if all(key in line for line in metrics)
-    }
     alarm = alarm_of(metrics)
-    return found | {"alarm": [alarm.epoch] if alarm else []}
-
-
-def results(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    return series(metrics, names) | {"alarm": [alarm.epoch] if alarm else []}
 
 
 # --- curves and their comparison
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Each epoch's value as the mean of the SMOOTHING latest; the first stays as it is."""
-    return [statistics.fmean(values[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(values))]
+Runs = dict[str, dict[int, Series]]  # variant -> seed -> series
 
 
-def gains(epochs: dict[str, list[float]]) -> list[float]:
-    """The training reward gained, in standard deviations of the first epoch's rewards."""
-    reward = smooth(epochs["reward"])
-    return [(value - reward[0]) / epochs["std"][0] for value in reward]
-
-
-def lost(epochs: dict[str, list[float]], name: str) -> list[float]:
-    """How far a held-out reward is below the first epoch's."""
-    values = smooth(epochs[name])
-    return [values[0] - value for value in values]
-
-
-def at(level: float, over: list[float], values: list[float]) -> float | None:
-    """`values` where `over` first reaches `level`, on the line between the two epochs; None if it never does."""
-    for i, reached in enumerate(over):
-        if reached >= level:
-            if i == 0:
-                return values[0]
-            share = (level - over[i - 1]) / (reached - over[i - 1])
-            return values[i - 1] + share * (values[i] - values[i - 1])
-    return None
-
-
-Runs = dict[str, dict[int, dict[str, list[float]]]]  # variant -> seed -> series
-
-
-def by_variant(found: list[dict[str, Any]]) -> Runs:
+def by_variant(found: list[Line]) -> Runs:
     runs: Runs = {}
     for result in found:
         if result["variant"] in VARIANTS:
@@ -287,7 +237,7 @@ def write_page(out: Path) -> None:
     out.with_suffix(".md").write_text(page(runs, found), encoding="utf-8")
 
 
-def page(runs: Runs, found: list[dict[str, Any]]) -> str:
+def page(runs: Runs, found: list[Line]) -> str:
     days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
     lines = [
         "# What keeps alignment honest: shapes-gold left at equal training reward",
@@ -419,13 +369,6 @@ def found_at(runs: Runs, name: str, of: str, level: float, form: str) -> str:
         return "-"
     count = "" if len(values) == len(runs[name]) else f" ({len(values)})"
     return f"{statistics.fmean(values.values()):{form}}{count}"
-
-
-def with_interval(values: list[float]) -> str:
-    if len(values) < 2:
-        return "-"
-    middle, half = interval(values)
-    return f"{middle:+.3f} ± {half:.3f}"
 
 
 def draw(runs: Runs, path: Path) -> None:

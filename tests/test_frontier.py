@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 
+import pairs
 import pytest
 from benchmark_files import benchmark
 
@@ -26,7 +27,7 @@ def curves(count: int) -> dict[str, list[float]]:
 
 
 def test_a_curve_is_read_where_the_training_reward_reaches_a_level(frontier, monkeypatch):
-    monkeypatch.setattr(frontier, "SMOOTHING", 1)
+    monkeypatch.setattr(pairs, "SMOOTHING", 1)
     epochs = curves(30)
     gained, lost = frontier.gains(epochs), frontier.lost(epochs, "gold")
     assert gained == pytest.approx([0.1 * i for i in range(30)])
@@ -41,8 +42,8 @@ def test_it_is_the_first_time(frontier):
     assert frontier.at(0.0, [0.0, 1.0], [3.0, 4.0]) == 3.0
 
 
-def test_epochs_are_smoothed_backwards(frontier):
-    assert frontier.smooth([1.0, 2.0, 6.0, 1.0]) == [1.0, 1.5, 3.0, 3.0]
+def test_epochs_are_smoothed_backwards():
+    assert pairs.smooth([1.0, 2.0, 6.0, 1.0]) == [1.0, 1.5, 3.0, 3.0]
 
 
 def test_the_intervals_of_one_method_against_itself_miss_zero_in_5_percent(frontier):

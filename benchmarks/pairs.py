@@ -1,0 +1,125 @@
+"""What the benchmarks share that compare variants over paired seeds: their runs, their results, how curves are read.
+
+Runs of one seed have the same prompts and noise, so that seed by seed only what a variant changes makes a difference. A
+finished run is a line of a .jsonl: its settings' fingerprint and the series of its epochs.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from comfy_tdpo.trainer.config import TrainConfig
+from comfy_tdpo.trainer.evaluation.numbers import interval
+from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
+from comfy_tdpo.trainer.run.json_lines import append_lines, read_lines
+
+SMOOTHING = 3  # epochs that a point of a curve is the mean of
+LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
+ENOUGH = 4  # seeds for saying that a difference is one
+NO_PART = {"eval_rewards", "output", "overoptimisation", "micro_batch", "decode_batch"}  # decide no result
+THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # with one thread, results repeat exactly
+
+Series = dict[str, list[Any]]  # by name, a value for each epoch
+Line = dict[str, Any]
+
+_writing = Lock()
+
+
+# --- runs and results
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """A digest of the settings that decide a run's results and are not at their defaults, which never change."""
+    values = config.model_dump(mode="json", exclude_defaults=True, exclude=NO_PART)
+    neurons = values.get("neurons", {})
+    if neurons.pop("policy_measure", False) and not neurons:  # measuring decides nothing either
+        del values["neurons"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python {platform.python_version()}"
+
+
+def run_trainer(*arguments: str) -> None:
+    """Run the trainer's command line with one thread."""
+    command = [sys.executable, "-m", "comfy_tdpo.trainer", *arguments]
+    subprocess.run(command, check=True, env=os.environ | THREAD, stdout=subprocess.DEVNULL)
+
+
+def train(path: Path, config: TrainConfig) -> RunFolder:
+    """The finished run at `path`, which is begun or resumed."""
+    if not (path / "config.toml").exists():
+        RunFolder(path).create(config)
+    run_trainer("--resume", str(path))
+    return RunFolder.open(path)
+
+
+def add(out: Path, line: Line, epochs: Series) -> None:
+    """Append a result to `out`."""
+    with _writing:
+        read_lines(out, lambda line: None, "remove what is no line of JSON")  # removes a line that was cut off
+        append_lines(out, [line | {"date": str(date.today()), "machine": machine(), "epochs": epochs}])
+
+
+def results(out: Path) -> list[Line]:
+    """The lines of `out`; none if there is no such file."""
+    text = out.read_text(encoding="utf-8") if out.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def series(metrics: list[EpochMetrics], names: dict[str, str]) -> Series:
+    """What all epochs have of the metrics in `names`: our name -> key."""
+    return {
+        ours: [round(line[key], 5) for line in metrics]
+        for ours, key in names.items()
+        if all(key in line for line in metrics)
+    }
+
+
+# --- curves and their comparison
+
+
+def smooth(values: Sequence[float], over: int | None = None) -> list[float]:
+    """Each epoch's value as the mean of the `over` latest, SMOOTHING if not given; the first stays as it is."""
+    over = over or SMOOTHING
+    return [statistics.fmean(values[max(0, i - over + 1) : i + 1]) for i in range(len(values))]
+
+
+def gains(epochs: Series, over: int | None = None) -> list[float]:
+    """The training reward gained, in standard deviations of the first epoch's rewards."""
+    reward = smooth(epochs["reward"], over)
+    return [(value - reward[0]) / epochs["std"][0] for value in reward]
+
+
+def lost(epochs: Series, name: str, over: int | None = None) -> list[float]:
+    """How far a held-out reward is below the first epoch's."""
+    values = smooth(epochs[name], over)
+    return [values[0] - value for value in values]
+
+
+def at(level: float, over: Sequence[float], values: Sequence[float]) -> float | None:
+    """`values` where `over` first reaches `level`, on the line between the two epochs; None if it never does."""
+    for i, reached in enumerate(over):
+        if reached >= level:
+            if i == 0:
+                return values[0]
+            share = (level - over[i - 1]) / (reached - over[i - 1])
+            return values[i - 1] + share * (values[i] - values[i - 1])
+    return None
+
+
+def with_interval(values: list[float]) -> str:
+    if len(values) < 2:
+        return "-"
+    middle, half = interval(values)
+    return f"{middle:+.3f} ± {half:.3f}"
