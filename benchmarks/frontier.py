@@ -48,8 +48,8 @@ WATCHED = [JUDGE, GOLD]
 AT = 1.0  # the level at which the page compares with the baselines
 WORTH = (0.75, 1.0)  # the levels at which it compares a change with what it changes; more seeds reach the first
 COLUMNS = (("queries", ".0f"), (GOLD, ".3f"), (JUDGE, ".3f"))
-RECIPE, BASELINE, SLOWEST = "recipe", "ddpo-100", "ddpo-2"
-SEEDS = 5
+RECIPE, WITH_CRITIC, BASELINE, SLOWEST = "recipe", "recipe, critic", "ddpo-100", "ddpo-2"
+SEEDS = 5  # on these the recipe was chosen
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,7 @@ def page(runs: Runs, found: list[Line]) -> str:
         *meaning(runs),
         "![Gold lost over training reward gained](frontier.png)",
         "",
+        *seed_by_seed(runs),
         "What each change is worth: how much more gold is left at equal training reward than with the variant that it "
         "changes, seed by seed. A seed counts where both runs reach the gain.",
         "",
@@ -358,6 +359,34 @@ def said_of_changes(runs: Runs, level: float = WORTH[0]) -> list[str]:
         f"Of {count} changes with {ENOUGH} seeds or more at a gain of {level:+.2f}, these keep more gold than what "
         f"they change: {names['more']}. These keep less: {names['less']}. For the others, the interval holds 0: "
         f"{names['neither']}. Of {count} intervals, {count * (1 - CONFIDENCE):.1f} would miss 0 by chance.",
+        "",
+    ]
+
+
+def seed_by_seed(runs: Runs) -> list[str]:
+    """How the recipe ends, with a critic and without, beside DDPO-100; nothing without a seed that is fresh to it."""
+    names = [name for name in (RECIPE, WITH_CRITIC, BASELINE) if name in runs]
+    seeds = sorted(runs.get(RECIPE, {}))
+    parts = {f"1 to {SEEDS}": seeds[:SEEDS], f"{SEEDS + 1} to {seeds[-1]}, fresh": seeds[SEEDS:]} if seeds else {}
+    if not all(parts.values()):
+        return []
+    curves = (gains, partial(lost, name=GOLD), partial(lost, name=JUDGE))
+
+    def cell(name: str, seeds: list[int]) -> str:
+        ends = [[curve(runs[name][seed])[-1] for seed in seeds if seed in runs[name]] for curve in curves]
+        if not all(ends):
+            return "-"
+        gain, gold, judge = map(statistics.fmean, ends)
+        return f"{gain:+.2f}, {gold:.3f}, {judge:.3f}"
+
+    rows = [(str(seed), [seed]) for seed in seeds] + [(f"mean of {part}", some) for part, some in parts.items()]
+    return [
+        f"The recipe was chosen on seeds 1 to {SEEDS}; those from {SEEDS + 1} on are fresh to it. Reward gained, gold lost "
+        "and judge lost at the end of each run:",
+        "",
+        "| seed | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+        *(f"| {label} | " + " | ".join(cell(name, some) for name in names) + " |" for label, some in rows),
         "",
     ]
 

@@ -153,3 +153,23 @@ def test_settings_at_their_defaults_do_not_make_another_run(frontier):
     assert mark == frontier.fingerprint(make_config("shapes", overrides={"eval_rewards": ["shapes-gold"]}))
     assert mark != frontier.fingerprint(make_config("shapes", overrides={"kl": {"coefficient": 0.1}}))
     assert mark != frontier.fingerprint(make_config("shapes", overrides={"seed": 1}))
+
+
+def test_the_recipe_is_shown_seed_by_seed_with_the_means_of_the_seeds_it_was_not_chosen_on(frontier):
+    base = curves(30)
+    base |= {frontier.JUDGE: base["gold"], frontier.GOLD: base["gold"]}
+    runs = {
+        name: {
+            seed: base | {frontier.GOLD: [value - seed / 10 * (i > 0) for i, value in enumerate(base["gold"])]}
+            for seed in range(1, seeds + 1)
+        }
+        for name, seeds in {"recipe": 7, "ddpo-100": 6}.items()
+    }
+    table = frontier.seed_by_seed(runs)
+    assert table[2] == "| seed | recipe | ddpo-100 |" and len(table) == 2 + 2 + 7 + 2 + 1
+    lost = frontier.lost(base, frontier.GOLD)[-1]
+    fresh = table[-2]
+    assert fresh.startswith("| mean of 6 to 7, fresh | ")
+    assert f", {lost + 0.65:.3f}, " in fresh.split(" | ")[1] and f", {lost + 0.6:.3f}, " in fresh.split(" | ")[2]
+    del runs["recipe"][6], runs["recipe"][7]
+    assert frontier.seed_by_seed(runs) == []
