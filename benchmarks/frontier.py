@@ -381,8 +381,8 @@ def seed_by_seed(runs: Runs) -> list[str]:
 
     rows = [(str(seed), [seed]) for seed in seeds] + [(f"mean of {part}", some) for part, some in parts.items()]
     return [
-        f"The recipe was chosen on seeds 1 to {SEEDS}; those from {SEEDS + 1} on are fresh to it. Reward gained, gold lost "
-        "and judge lost at the end of each run:",
+        f"The recipe was chosen on seeds 1 to {SEEDS}; those from {SEEDS + 1} on are fresh to it. Reward gained, "
+        "gold lost and judge lost at the end of each run:",
         "",
         "| seed | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
