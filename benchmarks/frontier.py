@@ -147,7 +147,7 @@ PANELS = {  # of the figure
             "its rises rewarded, too", guarded(guard_penalty=2.0, guard_credit=True), of="guard"
         ),
         "guard, adapting": Variant("and a weight for each prompt", guarded(**ADAPTING), of="guard, both ways"),
-        "gate": Variant("GARDO's gated KL", guarded(guard_penalty=0.0, kl={"coefficient": 0.3, "gate": True})),
+        "gate": Variant("gated as in GARDO", guarded(guard_penalty=0.0, kl={"coefficient": 0.03, "gate": True}), "kl"),
         "diversity": Variant("advantages that favour diversity", PAPER | GROUPS | {"favour_diversity": True}, "groups"),
     },
 }
