@@ -7,8 +7,9 @@ from comfy_api.latest import io
 from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.prompts import prompt_sets
 
-from .comfy.sockets import CATEGORY, Critic, Reward, Run, advanced
+from .comfy.sockets import CATEGORY, Critic, Reward, Run, advanced, telling
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
+from .runs.used import used_by
 from .runs.wording import words_of_nodes
 
 AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and 'sd15' for any other model."
@@ -56,13 +57,16 @@ class Train(io.ComfyNode):
                     "background: "
                     "the graph continues at once with what the run has so far; queue it again for newer results.",
                 ),
-                io.Combo.Input(
-                    "algorithm",
-                    list(ALGORITHMS),
-                    default="ddpo-g",
-                    tooltip="How the model learns; ddpo-g is for use, the others for comparison. A critic is a small "
-                    "network that predicts the reward of unfinished images. "
-                    + " ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
+                telling(
+                    io.Combo.Input(
+                        "algorithm",
+                        list(ALGORITHMS),
+                        default="ddpo-g",
+                        tooltip="How the model learns; ddpo-g is for use, the others for comparison. A critic is a "
+                        "small network that predicts the reward of unfinished images. "
+                        + " ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
+                    ),
+                    used_by=used_by(),
                 ),
                 io.Int.Input(
                     "epochs", default=0, min=0, max=9999, tooltip="Rounds of sampling and updating." + AS_PRESET

@@ -140,6 +140,52 @@ def test_which_run_a_node_shows(evaluate, name, runs, remembered, chosen):
     assert evaluate(f"m.chooseRun({asked})") == chosen
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", []),
+        ("micro_batch = 4\n kl.target=0.1\n# kl.horizon = 3", ["micro_batch", "kl.target"]),
+        ("[output]\ngrid_images = 4\n[policy]\nreplay = 1", ["output.grid_images", "policy.replay"]),
+        ("kl = { target = 1 }\nnot toml", ["kl"]),
+    ],
+)
+def test_the_names_of_settings_are_read_from_their_lines(evaluate, text, names):
+    assert evaluate(f"m.settingNames({json.dumps(text)})") == names
+
+
+USED_BY = {
+    "critic": ["r", "g"],
+    "resets": ["r"],
+    "settings": {"kl.target": ["r", "g"], "kl.form": ["r", "g"], "policy.replay": ["g"], "last_steps": ["draft"]},
+}
+NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic have no effect."
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "wired", "settings", "text", "refused"),
+    [
+        ("r", True, "kl.target = 1\nseed = 3", "", False),
+        ("g", False, "", "", False),
+        ("g", True, "", NO_RESETS, False),
+        ("draft", False, "last_steps = 2\npolicy.lr = 1", "draft uses no critic.", False),
+        ("draft", True, "", "draft uses no critic: disconnect it.", True),
+        ("r", False, "policy.replay = 1", "In settings, remove what is for other algorithms: policy.replay.", True),
+        ("g", False, "last_steps = 1\nkl = {}", "In settings, remove what is for other algorithms: last_steps.", True),
+        (
+            "draft",
+            False,
+            "kl = {}\n[policy]\nreplay = 1",
+            "draft uses no critic. In settings, remove what is for other algorithms: kl, policy.replay.",
+            True,
+        ),
+        ("", True, "kl = {}", "", False),
+    ],
+)
+def test_what_an_algorithm_does_not_use_is_said(evaluate, algorithm, wired, settings, text, refused):
+    asked = ", ".join(map(json.dumps, (algorithm, USED_BY, {"wired": wired, "settings": settings})))
+    assert evaluate(f"m.unused({asked})") == {"text": text, "refused": refused}
+
+
 def epochs(*numbers: int) -> str:
     return json.dumps([{"epoch": number} for number in numbers])
 
@@ -1317,6 +1363,54 @@ def test_a_name_on_a_wire_is_not_the_one_in_the_widget(tab):
     tab.page.evaluate(WIRE)
     tell(tab, **finished)
     assert tab.page.locator(".tdpo-run").get_attribute("title") == "wired"
+
+
+CHOOSE = """(algorithm) => {
+  const widget = window.app.graph.nodes[0].widgets.find(({ name }) => name === "algorithm");
+  widget.value = algorithm;
+  widget.callback(algorithm);
+}"""
+WIRE_CRITIC = """() => {
+  const { graph } = window.app;
+  const critic = window.LiteGraph.createNode("TDPOTemporalCritic");
+  critic.pos = [650, 0];
+  graph.add(critic);
+  const [train] = graph.nodes;
+  critic.connect(0, train, train.inputs.findIndex((input) => input.name === "critic"));
+}"""
+
+
+def wait_for_text(locator: Any, text: str) -> None:
+    locator.filter(has_text=re.compile(f"^{re.escape(text)}$")).wait_for(state="attached")
+
+
+@in_each
+def test_the_node_says_what_its_algorithm_does_not_use(tab):
+    """As soon as an algorithm is chosen, a critic connected or a setting written; what would be refused is marked."""
+    tab.told = []
+    show(tab)
+    said = tab.page.locator(".tdpo-unused")
+    assert said.text_content() == ""
+    tab.page.evaluate(WIRE_CRITIC)
+    wait_for_text(said, "tdpo-g resets no neurons, so the reset settings of TDPO Temporal Critic have no effect.")
+    assert not re.search("tdpo-problem", said.get_attribute("class"))
+    tab.page.evaluate(CHOOSE, "tdpo-r")
+    wait_for_text(said, "")
+    tab.page.evaluate(CHOOSE, "alignprop")
+    wait_for_text(said, "alignprop uses no critic: disconnect it.")
+    assert re.search("tdpo-problem", said.get_attribute("class"))
+    assert said.bounding_box()["height"] < 30, "one line"
+    screenshot(tab, f"unused-{tab.page.evaluate('() => window.__COMFYUI_FRONTEND_VERSION__ + LiteGraph.vueNodesMode')}")
+    tab.page.evaluate("() => window.app.graph.remove(window.app.graph.nodes[1])")
+    wait_for_text(said, "alignprop uses no critic.")
+    tab.page.locator("textarea").last.fill("kl.target = 1\nloss_weight = 2")
+    both = "alignprop uses no critic. In settings, remove what is for other algorithms: kl.target."
+    wait_for_text(said, both)
+    saved = json.loads(tab.page.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
+    assert len(saved["nodes"][0]["widgets_values"]) == 16
+    tab.load(saved)
+    wait_for_text(tab.page.locator(".tdpo-unused"), both)
+    assert tab.problems == []
 
 
 SPY = """() => {

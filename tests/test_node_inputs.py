@@ -2,8 +2,10 @@
 
 import pytest
 
+from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.settings import Wanted
+from comfy_tdpo.nodes.runs.used import used_by
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import make_config
 
@@ -76,6 +78,36 @@ def test_the_critic_is_the_one_wired_in():
     config = wanted(critic=critic, algorithm="tdpo-r").config()
     assert (config.critic.lr, config.neurons.every, config.critic.image_size) == (5e-3, 2, 32)
     assert wanted(critic=critic, algorithm="tdpo").config().neurons.reset == "none"
+
+
+@pytest.mark.parametrize("shapes", [True, False])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_critic_and_its_resets_count_where_the_node_says_so(algorithm, shapes):
+    def config(section: str, **changes):
+        critic = PAPER | {section: PAPER[section] | changes}
+        return wanted(critic=critic, algorithm=algorithm, shapes=shapes, model="x").config()
+
+    if algorithm not in used_by()["critic"]:
+        with pytest.raises(ValueError, match=f"got a critic for {algorithm}, which has none; disconnect the critic"):
+            config("critic")
+        return
+    plain = config("critic")
+    assert config("critic", lr=5e-3) != plain
+    for changes in ({"reset": "dormant"}, {"every": 3}, {"threshold": 0.5}, {"data": "batch"}):
+        assert (config("neurons", **changes) != plain) == (algorithm in used_by()["resets"]), changes
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_setting_that_the_node_says_is_for_other_algorithms_is_refused(algorithm):
+    """Whatever its value, which may itself be refused where the algorithm has the setting."""
+    for name, users in used_by()["settings"].items():
+        section, said = name.partition(".")[0], ""
+        try:
+            wanted(algorithm=algorithm, settings=f"{name} = 1").config()
+        except ValueError as error:
+            said = str(error)
+        refused = any(f"{part} is for other algorithms; remove it" in said for part in (name, section))
+        assert refused == (algorithm not in users), name
 
 
 def test_prompts_are_the_text_or_the_set():

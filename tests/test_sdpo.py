@@ -133,6 +133,22 @@ def test_the_update_does_not_know_the_micro_batch(tmp_path):
         torch.testing.assert_close(loss, seen[-1][1])
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+@pytest.mark.parametrize("step", range(4))
+def test_the_ratio_drift_is_of_all_trained_steps(tmp_path, step, micro_batch):
+    """The log-probabilities of one step are off: exp(-0.01) - 1, in float32 from log-probabilities of size 1."""
+    training, batch, _ = sampled(tmp_path / "run", micro_batch=micro_batch, policy={"timestep_order": "denoising"})
+    batch.log_probs[:, step] += 0.01
+    training.context.progress.parts = [batch]
+    first, second, *_ = training.method.groups(1)
+    training.method.update(first)
+    drift = training.context.progress.maxima["policy/ratio_drift"].item()
+    assert drift == pytest.approx(1 - 0.990050, abs=1e-5)
+    training.context.progress.updates += 1
+    training.method.update(second)  # by a policy that has moved
+    assert training.context.progress.maxima["policy/ratio_drift"].item() == drift
+
+
 # --- the training
 
 

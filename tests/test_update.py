@@ -104,8 +104,7 @@ def all_ratios(training: Training, batch) -> torch.Tensor:
     for rows, steps in training.method.groups(1):
         size = training.context.micro_batch
         for micro_rows, micro_steps in zip(rows.split(size), steps.split(size), strict=True):
-            _, log_ratio = training.method._step_now(batch, micro_rows, micro_steps)
-            ratio = log_ratio.exp()
+            ratio = training.method._ratio_now(batch, micro_rows, micro_steps).exp()
             assert ratio.requires_grad, "as in the update"
             drift[micro_rows, micro_steps] = (ratio.detach() - 1).abs()
     assert drift.isfinite().all(), "every sample and step once"

@@ -100,9 +100,13 @@ class Context:
 
     def draws(self, rows: range) -> tuple[list[str], list[Coordinates]]:
         """Prompts and noise coordinates for the given rows, out of this process's N, in the current epoch."""
-        epoch, first = self.epoch + 1, self.accelerator.process_index * self.samples
-        prompts, places = self.prompts(epoch), [first + row for row in rows]
-        return [prompts[place] for place in places], [(self.config.seed, "noise", epoch, place) for place in places]
+        prompts, first = self.prompts(self.epoch + 1), self.accelerator.process_index * self.samples
+        return [prompts[first + row] for row in rows], [self.noise_of(row) for row in rows]
+
+    def noise_of(self, row: int) -> Coordinates:
+        """The coordinates of the noise of one row."""
+        place = self.accelerator.process_index * self.samples + row
+        return (self.config.seed, "noise", self.epoch + 1, place)
 
     # --- several processes
 
@@ -142,7 +146,7 @@ class Context:
             self.optimizer.zero_grad()
             results: list[Result] = []
             try:
-                size = max(self.micro_batch // together, 1) * together
+                size = self.rows_at_once(together)
                 for begin in range(0, rows, size):
                     self.check()
                     if begin:
@@ -158,6 +162,10 @@ class Context:
         if self.policy.average:
             self.policy.average.update()
         return results
+
+    def rows_at_once(self, together: int = 1) -> int:
+        """How many rows `update_policy` gives to `accumulate` at once."""
+        return max(self.micro_batch // together, 1) * together
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Apply the gradients, averaged over processes and clipped to the given norm."""

@@ -13,7 +13,7 @@ of a micro-batch, D embedding width.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..rollout import Sampler, Trajectories, draw_noise
 from . import Metrics, TensorGroup, advantages, groups, objectives
 from .context import Context
 from .critic_training import CriticTraining
+from .drift import measure_drift
 from .kl_penalty import KLPenalty
 from .neuron_states import NeuronStates
 from .normalised import NormalisedRewards
@@ -148,7 +149,7 @@ class PolicyGradient:
         batch, targets = progress.batch(), progress.targets
         assert targets is not None, "targets are computed before the updates"
         if progress.updates == 0:
-            self._measure_drift(batch)
+            measure_drift(self.context, self._trained(self.context.epoch + 1), partial(self._ratio_now, batch))
         self.update_policy(batch, targets, *group)
         if self.critic is not None:
             rows, steps = group
@@ -169,14 +170,16 @@ class PolicyGradient:
     ) -> None:
         """Add the gradients and metrics of B of the update's M = `total` pairs, of which `new` are of new samples."""
         context, pick = self.context, self.replay.pick
-        step, log_ratio = self._step_now(batch, rows, steps)
+        inputs = self._inputs(batch, rows, steps)
+        step = self.policy.step(*inputs)
+        log_ratio = self._log_ratio(batch, rows, steps, step)
         temporal = pick("temporal_rewards", targets["temporal_rewards"], rows, steps)
         losses, outside = self._policy_losses(batch, rows, steps, step, log_ratio, temporal)
         loss = losses.sum() / total
         context.add("policy/loss", loss)
         if self.kl.in_loss:
             weights = pick("kl_weight", targets["kl_weight"], rows, steps)
-            penalties = weights * self.kl.now(step, self._inputs(batch, rows, steps))
+            penalties = weights * self.kl.now(step, inputs)
             context.add("kl/loss", penalties.sum() / total)
             loss = loss + penalties.sum() / total
         loss.backward()
@@ -187,18 +190,6 @@ class PolicyGradient:
                 kl = objectives.approximate_kl(log_ratio[part] * self.policy.latent_size)
                 context.add(f"{name}/approx_kl", pairs / count * kl)
                 context.add(f"{name}/clip_fraction", pairs / count * outside[part].float().mean())
-
-    @torch.no_grad()
-    def _measure_drift(self, batch: Trajectories) -> None:
-        """Before the first update the policy is still the one that sampled, so that all ratios of Eq. 8 should be 1.
-
-        Measured on a few samples at each trained step: later steps have smaller sigmas, and so drift more.
-        """
-        size, (trained,) = self.context.micro_batch, self._trained(self.context.epoch + 1).nonzero(as_tuple=True)
-        pairs = torch.arange(-(-len(trained) // size) * size)  # all steps, in full micro-batches
-        for part in pairs.split(size):
-            _, log_ratio = self._step_now(batch, part % len(batch), trained[part % len(trained)])
-            self.context.raise_to("policy/ratio_drift", (log_ratio.exp() - 1).abs().max())
 
     def _policy_losses(
         self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step, log_ratio: Tensor, temporal: Tensor
@@ -221,9 +212,7 @@ class PolicyGradient:
 
     def _noise(self, rows: Tensor, steps: Tensor) -> Tensor:
         """The noise with which B steps were sampled, (B, C, H, W), drawn again."""
-        _, seeds = self.context.draws(range(self.context.samples))
-        known = [seeds[row] if row < len(seeds) else self.replay.noise_of(row) for row in rows.tolist()]
-        noise = draw_noise(self.policy, known)
+        noise = draw_noise(self.policy, [self.replay.noise_of(row) for row in rows.tolist()])
         return noise[torch.arange(len(rows)), steps + 1]
 
     @cached_property
@@ -232,12 +221,15 @@ class PolicyGradient:
         normalised ratios."""
         return self.policy.process.sigma[self.policy.process.stochastic].median().item()
 
-    def _step_now(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Step, Tensor]:
-        """The step under the current policy, and log rho of Eq. 8, (B,), for B pairs."""
-        step = self.policy.step(*self._inputs(batch, rows, steps))
+    def _ratio_now(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> Tensor:
+        """log rho of Eq. 8 under the current policy, (B,), for B pairs."""
+        return self._log_ratio(batch, rows, steps, self.policy.step(*self._inputs(batch, rows, steps)))
+
+    def _log_ratio(self, batch: Trajectories, rows: Tensor, steps: Tensor, step: Step) -> Tensor:
+        """log rho of Eq. 8, (B,), for B pairs and the current policy's `step` at them."""
         pick = self.replay.pick
         log_probs = log_prob(pick("latents", batch.latents, rows, steps + 1), step.mean, step.std)
-        return step, log_probs - pick("log_probs", batch.log_probs, rows, steps)
+        return log_probs - pick("log_probs", batch.log_probs, rows, steps)
 
     def _inputs(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
         conditioning = self.policy.encode_prompts([self.replay.prompt(batch, row) for row in rows.tolist()])

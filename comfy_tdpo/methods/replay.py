@@ -69,7 +69,9 @@ class Replay:
         return batch.prompts[row] if row < size else self.prompts[row - size]
 
     def noise_of(self, row: int) -> Coordinates:
-        """The coordinates of the noise with which a kept sample was drawn; those of new ones are the context's."""
+        """The coordinates of the noise with which a sample was drawn."""
+        if row < self.context.samples:
+            return self.context.noise_of(row)
         index = row - self.context.samples
         epoch, place = int(self.samples["epochs"][index]), index % self.config.samples_per_epoch
         return (self.config.seed, "noise", epoch, place)

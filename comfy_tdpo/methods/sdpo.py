@@ -17,6 +17,7 @@ micro-batch; P pairs; T denoising steps, K of them trained, Q queries of a traje
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ from ..rollout import Sampler, Trajectories
 from . import Metrics, TensorGroup, advantages, objectives
 from .advantages import RewardMoments
 from .context import Context
+from .drift import measure_drift
 from .window import trained_steps, update_order, window
 
 SIMILAR = 1e-3
+PAIR = 2  # rows
 
 Pairs = tuple[Tensor, Tensor]  # pairs and the step of each, int64 (P,) each, on the CPU
 
@@ -129,10 +132,13 @@ class SDPO:
     def groups(self, epoch: int) -> list[Pairs]:
         """The epoch's gradient updates, one step of each pair at a time."""
         generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
-        trained = trained_steps(self.config.policy, self.policy.process.stochastic, self.config.seed, epoch)
-        order, steps = update_order(self.config.policy, trained, self.context.samples // 2, generator)
+        order, steps = update_order(self.config.policy, self._trained(epoch), self.context.samples // 2, generator)
         parts = order.split(self.context.samples_per_update // 2)
         return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
+
+    def _trained(self, epoch: int) -> Tensor:
+        """Which steps the epoch trains, bool (T,)."""
+        return trained_steps(self.config.policy, self.policy.process.stochastic, self.config.seed, epoch)
 
     def update(self, group: Pairs) -> None:
         """One gradient update of the policy, averaged over the pairs in `group`."""
@@ -141,11 +147,13 @@ class SDPO:
         batch, targets = progress.batch(), progress.targets
         assert targets is not None, "targets are computed before the updates"
         rows, steps = torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten(), steps.repeat_interleave(2)
+        if progress.updates == 0:
+            measure_drift(self.context, self._trained(self.context.epoch + 1), partial(self._log_ratio, batch), PAIR)
 
         def accumulate(part: slice) -> None:
             self._accumulate(batch, targets["advantages"], rows[part], steps[part], len(rows))
 
-        self.context.update_policy(len(rows), accumulate, together=2)
+        self.context.update_policy(len(rows), accumulate, together=PAIR)
 
     def _accumulate(self, batch: Trajectories, advantages: Tensor, rows: Tensor, steps: Tensor, total: int) -> None:
         """Add the gradients and metrics of B of the update's `total` rows, partner beside partner."""
@@ -161,8 +169,6 @@ class SDPO:
         context.add("policy/loss", loss)
         context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
         context.add("policy/clip_fraction", share * outside.float().mean())
-        if context.progress.updates == 0:  # first update: the policy is still the one that sampled
-            context.raise_to("policy/ratio_drift", (log_ratio.exp() - 1).abs().max())
 
     def _log_ratio(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> Tensor:
         """log p_theta - log p_theta_old of B steps, (B,)."""

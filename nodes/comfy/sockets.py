@@ -19,7 +19,12 @@ def waiting() -> ExecutionBlocker:
 
 def advanced(socket: Any) -> Any:
     """The same input, which newer frontends show only on request; 0.3.64 has no argument for that yet."""
-    socket.extra_dict["advanced"] = True
+    return telling(socket, advanced=True)
+
+
+def telling(socket: Any, **more: Any) -> Any:
+    """The same input, with more for the browser, which gets it with the node's definition."""
+    socket.extra_dict |= more
     return socket
 
 

@@ -11,6 +11,7 @@ from ...trainer.config.toml_files import parse_toml
 from .combos import AUTO, check_choice
 from .prompts import Prompts, read_prompts
 from .reward_choice import RewardChoice, joined
+from .used import used_by, used_of_critic
 
 SHAPES, OTHER = "shapes", "sd15"  # presets: for the embedded world, and for other models
 # Settings that the node's inputs and wires set, so that the `settings` text must not.
@@ -92,13 +93,13 @@ class Wanted:
         """The settings of the critic on the wire, for the algorithm's own `config`."""
         if self.critic is None:
             return {}
-        if "critic" not in type(config).model_fields or not config.critic.enabled:
+        sections = used_of_critic(config)
+        if not sections:
             raise ValueError(
-                f"got a critic for {self.algorithm}, which has none; disconnect the critic, or choose tdpo-g, "
-                "tdpo-r or tdpo"
+                f"got a critic for {self.algorithm}, which has none; disconnect the critic, or choose one of "
+                f"{', '.join(used_by()['critic'])}"
             )
-        resets = config.neurons.reset != "none"  # TDPO is TDPO-R without resets
-        return self.critic | {"neurons": self.critic["neurons"] if resets else {}}
+        return {section: self.critic[section] for section in sections}
 
     def _more(self) -> Fields:
         try:

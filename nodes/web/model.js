@@ -46,6 +46,43 @@ export function chooseRun(runs, { ids, workflow = null }, remembered = null, nam
   return chosen?.id ?? null;
 }
 
+// --- which settings have no effect
+
+/** The dotted names that lines of TOML set, such as "kl.target". */
+export function settingNames(text) {
+  let table = "";
+  const names = [];
+  for (const line of text.split("\n")) {
+    const [, header] = line.match(/^\s*\[([\w.]+)\]/) ?? [];
+    const [, key] = line.match(/^\s*([\w.]+)\s*=/) ?? [];
+    if (header) table = `${header}.`;
+    if (key) names.push(table + key);
+  }
+  return names;
+}
+
+/**
+ * What has no effect with the algorithm, in words, and whether a run would be refused for it.
+ *
+ * `algorithm` is empty if a wire decides about it; `usedBy` is what the node's definition says; `wired` is whether a
+ * critic is connected, `settings` the text.
+ */
+export function unused(algorithm, usedBy, { wired, settings }) {
+  if (!algorithm) return { text: "", refused: false };
+  const uses = (names) => names.includes(algorithm);
+  const critic = uses(usedBy.critic);
+  const users = (name) =>
+    Object.entries(usedBy.settings).flatMap(([known, all]) => (`${known}.`.startsWith(`${name}.`) ? all : []));
+  const foreign = settingNames(settings).filter((name) => users(name).length && !uses(users(name)));
+  const words = [];
+  if (!critic) words.push(`${algorithm} uses no critic${wired ? ": disconnect it" : ""}.`);
+  else if (wired && !uses(usedBy.resets)) {
+    words.push(`${algorithm} resets no neurons, so the reset settings of TDPO Temporal Critic have no effect.`);
+  }
+  if (foreign.length) words.push(`In settings, remove what is for other algorithms: ${foreign.join(", ")}.`);
+  return { text: words.join(" "), refused: (wired && !critic) || foreign.length > 0 };
+}
+
 // --- metrics
 
 /** `known` updated with `fresh`, sorted by epoch, without epochs after `last`, which a resumed run has dropped. */

@@ -120,7 +120,8 @@ export class Panel {
       make("div", "tdpo-pictures", {}, this.plot, make("div", "tdpo-pair", {}, this.before.element, this.after.element)),
     );
     this.all = makeButton("tdpo-link tdpo-quiet", "All runs…");
-    const top = make("div", "tdpo-top", {}, this.#makeMore(fold), this.all);
+    this.unused = make("p", "tdpo-unused tdpo-quiet", { role: "status" });
+    const top = make("div", "tdpo-top", {}, this.#makeMore(fold), this.unused, this.all);
     this.element = make("section", "tdpo-panel", { "aria-label": "Training" }, top, this.hint, this.body);
     this.button.addEventListener("click", () => this.#stop());
     this.use.addEventListener("click", () => this.#takeOver(runs.find(this.#run)?.use));
@@ -145,6 +146,12 @@ export class Panel {
       fold(!shown);
     });
     return button;
+  }
+
+  /** Say which of the node's settings have no effect, and whether a run would be refused for it. */
+  showUnused({ text, refused }) {
+    setText(this.unused, text);
+    this.unused.classList.toggle("tdpo-problem", refused);
   }
 
   /** Follow the size of the element until `detach`. */

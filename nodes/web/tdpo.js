@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { applyNodes, takeOver } from "./apply.js";
 import { Ballot, leastHeight as leastBallot } from "./ballot.js";
 import { addWidget, after, MARGIN, Placing, remember, remembered, rootOf } from "./host.js";
-import { chooseRun, executionIds, nodesWithin } from "./model.js";
+import { chooseRun, executionIds, nodesWithin, unused } from "./model.js";
 import { leastHeight, Panel } from "./panel.js";
 import { runs } from "./runs.js";
 import { Table } from "./table.js";
@@ -20,11 +20,15 @@ const WIDTH = 600; // pixels of a new node
 api.addEventListener("tdpo.progress", () => {}); // ComfyUI warns about events without a listener
 
 const views = new WeakMap(); // by node
+let usedBy = null; // which algorithms use what, as the definition of TDPO-R Train says
 
 app.registerExtension({
   name: "comfy_tdpo.live",
   commands: [{ id: RUNS, label: "TDPO: All runs", icon: "pi pi-chart-line", function: () => new Table().open() }],
   menuCommands: [{ path: ["TDPO"], commands: [RUNS] }],
+  beforeRegisterNodeDef(_type, { name, input }) {
+    if (name === TRAIN) usedBy = input.required.algorithm[1].used_by;
+  },
   nodeCreated(node) {
     if (node.comfyClass === TRAIN) views.set(node, new LiveView(node));
     if (node.comfyClass === TASTE) views.set(node, new BallotView(node));
@@ -54,6 +58,8 @@ class LiveView {
     after(node, "onAdded", () => this.begin());
     after(node, "onRemoved", () => this.#finish());
     after(node, "onConfigure", () => this.#update());
+    after(node, "onConnectionsChange", () => this.#sayUnused());
+    for (const name of ["algorithm", "settings"]) after(widgetOf(node, name), "callback", () => this.#sayUnused());
     after(node, "onExecuted", (output) => {
       const run = output?.tdpo_run?.[0];
       if (typeof run === "string") remember(node, REMEMBERED, run);
@@ -82,12 +88,18 @@ class LiveView {
   #update() {
     const root = rootOf(this.node.graph);
     const ids = executionIds(this.node, root);
-    const id = chooseRun(runs.list, { ids, workflow: root?.id }, remembered(this.node, REMEMBERED), runName(this.node));
+    const name = valueOf(this.node, "run_name");
+    const id = chooseRun(runs.list, { ids, workflow: root?.id }, remembered(this.node, REMEMBERED), name);
     if (id !== null) remember(this.node, REMEMBERED, id);
     this.#panel.show(id);
+    this.#sayUnused();
     return ids.length > 0;
   }
 
+  #sayUnused() {
+    const [algorithm, settings] = ["algorithm", "settings"].map((name) => valueOf(this.node, name) ?? "");
+    this.#panel.showUnused(unused(algorithm, usedBy, { wired: isWired(this.node, "critic"), settings }));
+  }
 }
 
 /** Shows the pictures that are voted on in a node. */
@@ -116,13 +128,15 @@ class BallotView {
   }
 }
 
-/** The name of the node's run; null if it comes from a wire. */
-function runName(node) {
-  const isRunName = ({ name }) => name === "run_name";
-  const input = node.inputs?.findIndex(isRunName) ?? -1;
-  if (input >= 0 && node.isInputConnected(input)) return null;
-  return node.widgets?.find(isRunName)?.value ?? null;
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+
+function isWired(node, name) {
+  const index = node.inputs?.findIndex((input) => input.name === name) ?? -1;
+  return index >= 0 && node.isInputConnected(index);
 }
+
+/** The value of a widget of the node; null if it comes from a wire. */
+const valueOf = (node, name) => (isWired(node, name) ? null : (widgetOf(node, name)?.value ?? null));
 
 /** A different seed starts a different run, so ComfyUI must not change it after each one unless asked to. */
 function keepSeed(node) {

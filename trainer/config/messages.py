@@ -58,7 +58,7 @@ def explain(
     """Pydantic's errors in one line.
 
     fields: the dotted names of all settings, and their fields; elsewhere: of a setting or a section that is not among
-    them, the names of the algorithms that have it.
+    them, the names of the algorithms that use it.
     """
     told = [_explain(detail, fields, elsewhere) for detail in errors[:AT_ONCE]]
     more = len(errors) - len(told)

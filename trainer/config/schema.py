@@ -241,7 +241,7 @@ def validate(values: Fields) -> TrainConfig:
     try:
         return config_class(algorithm).model_validate(with_named_rewards(values) | expanded)
     except ValidationError as error:
-        raise ValueError(explain(error.errors(), dict(leaf_fields(algorithm)), algorithms_with)) from error
+        raise ValueError(explain(error.errors(), dict(leaf_fields(algorithm)), algorithms_using)) from error
 
 
 def config_class(algorithm: str) -> type[TrainConfig]:
@@ -264,18 +264,19 @@ def leaf_fields(algorithm: str | None = None) -> Iterator[tuple[str, FieldInfo]]
                 yield field, info
 
 
-OFF = {"enabled": False}  # a section that an algorithm does not use
-
-
 def algorithms_with(name: str) -> list[str]:
-    """The algorithms that have the setting, or the section, of this dotted name, and do not turn its section off."""
-    section, _, _ = name.partition(".")
+    """The algorithms that have the setting, or the section, of this dotted name."""
     return [
         algorithm
-        for algorithm, entry in ALGORITHMS.items()
-        if entry.values.get(section) != OFF
-        and any(known == name or known.startswith(f"{name}.") for known, _ in leaf_fields(algorithm))
+        for algorithm in ALGORITHMS
+        if any(known == name or known.startswith(f"{name}.") for known, _ in leaf_fields(algorithm))
     ]
+
+
+def algorithms_using(name: str) -> list[str]:
+    """Those that have it, and do not turn its section off."""
+    section, _, _ = name.partition(".")
+    return [one for one in algorithms_with(name) if ALGORITHMS[one].values.get(section) != {"enabled": False}]
 
 
 def plain_values(config: TrainConfig) -> Fields:

@@ -1,0 +1,324 @@
+"""How much GPU memory do AlignProp, DRaFT and ReFL need at 512 px? `python benchmarks/direct_memory.py`
+
+Runs one update of one sample through the trainer's own code on Stable Diffusion 1.x and a reward of true size, with
+fake tensors: they have shapes and no values, so that nothing is computed and no GPU is needed. Counts the bytes of all
+tensors that are alive at once. What is counted is what a GPU would hold, because two things that CPUs do otherwise are
+as on CUDA: autocast normalises in float32, and attention keeps no matrix of weights.
+
+Not counted: the CUDA context (0.3 to 0.6 GiB), the work space of kernels, and gaps that the allocator leaves.
+"""
+
+import argparse
+import platform
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
+
+from comfy_tdpo import policy as policies
+from comfy_tdpo.methods.context import Context
+from comfy_tdpo.methods.direct.direct_gradient import DirectGradient
+from comfy_tdpo.models.components import Components
+from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
+from comfy_tdpo.models.stable_diffusion import StableDiffusion
+from comfy_tdpo.optimizers import adamw
+from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.rewards import aesthetic, hpsv2, pixels
+from comfy_tdpo.rewards.clip import ClipImages
+from comfy_tdpo.rewards.head import LinearHead
+from comfy_tdpo.rollout import Decoder
+from comfy_tdpo.trainer.config import TrainConfig, make_config
+
+HERE = Path(__file__).parent
+GIB = 2**30
+BEGIN, END = "<!-- direct-memory: begin -->", "<!-- direct-memory: end -->"
+OFF: dict[str, Any] = {"recompute": {"steps": False}}
+STEPS: dict[str, Any] = {"recompute": {"steps": True}}
+BLOCKS = STEPS | {"policy": {"gradient_checkpointing": True}}
+ALL = BLOCKS | {"recompute": {"steps": True, "decoder": True, "reward": True}}
+CASES = [  # reward, its precision, K, what is recomputed
+    ("aesthetic", "fp32", 1, "nothing", OFF),
+    ("aesthetic", "fp32", 2, "nothing", OFF),
+    ("aesthetic", "fp32", 1, "steps (default)", STEPS),
+    ("aesthetic", "fp32", 8, "steps (default)", STEPS),
+    ("aesthetic", "fp32", 1, "steps, their blocks", BLOCKS),
+    ("aesthetic", "fp32", 1, "steps, their blocks, decoder, reward", ALL),
+    ("hpsv2", "fp32", 1, "steps (default)", STEPS),
+    ("hpsv2", "fp32", 1, "steps, their blocks, decoder, reward", ALL),
+    ("hpsv2", "bf16", 1, "steps, their blocks, decoder, reward", ALL),
+]
+PROMPT = "a photo of a cat"
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all storages that operations inside the block have made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def let_go(_: weakref.ref) -> None:
+            del self._alive[key]
+            self.bytes -= size
+
+        self._alive[key] = weakref.ref(storage, let_go)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+    def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What `work` returns, and the most bytes alive meanwhile."""
+        self.peak = self.bytes
+        return work(), self.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "direct-gradients.md")
+    args = parser.parse_args()
+    rows = [measured(*case, args.resolution) for case in CASES]
+    table = report(rows, args.resolution)
+    before, _, rest = args.page.read_text(encoding="utf-8").partition(BEGIN)
+    args.page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    print(table)
+
+
+def measured(reward: str, precision: str, graded: int, what: str, recompute: dict[str, Any], resolution: int) -> dict:
+    """Peaks, in bytes, of one update of one sample with `graded` steps with gradient."""
+    settings = {"resolution": resolution, "micro_batch": 1, "decode_batch": 1, "reward_precision": precision}
+    draft = {"algorithm": "draft", "last_steps": graded, "samples_per_epoch": 1, "samples_per_update": 1}
+    config = make_config(f"sd14-{reward}", overrides={**settings, **draft, **recompute})
+    with counted() as held:
+        peaks = peaks_of(held, make_method(config, CONFIGS / "sd1"))
+    found = {"reward": reward, "precision": precision, "K": graded, "what": what, **peaks}
+    print(found, flush=True)
+    return found
+
+
+def peaks_of(held: Held, method: DirectGradient) -> dict[str, int]:
+    """The most bytes alive in an update: in decoder and reward, and in the steps; and before it, the weights."""
+    decoder, found = method.context.decoder, {"weights": held.bytes}
+
+    def decode(*args: Any, **named: Any) -> Tensor:
+        columns, found["in reward"] = held.peak_of(lambda: decoder(*args, **named))
+        held.peak = held.bytes
+        return columns
+
+    with patch.object(method.context, "decoder", decode):
+        final, drawing = held.peak_of(lambda: draw(method))
+        method._backward(final, [PROMPT], measure=False)
+        method.context.optimizer.step()
+    return found | {"in steps": max(drawing, held.peak)}
+
+
+# --- an update without values
+
+
+@contextmanager
+def counted(fake: bool = True) -> Iterator[Held]:
+    """Inside the block, tensors are counted; if they are `fake`, they have no values."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(),
+        Held() as held,
+        patch.object(F, "scaled_dot_product_attention", attention),
+        patch.object(F, "group_norm", in_float32(F.group_norm)),
+        patch.object(F, "layer_norm", in_float32(F.layer_norm)),
+        patch.object(policies, "make_process", with_values(policies.make_process)),
+        patch.object(nn.Module, "_apply", applied),
+    ):
+        pixels._windows.cache_clear()
+        try:
+            yield held
+        finally:
+            pixels._windows.cache_clear()  # tensors without values are of no use to others
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *more: Any, **named: Any) -> Tensor:
+    """Without a matrix of weights, as on a GPU; but texts, which are masked, are encoded without gradient."""
+    if attn_mask is not None or named.get("is_causal"):
+        return attention_of_torch(query, key, value, attn_mask, *more, **named)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+
+attention_of_torch = F.scaled_dot_product_attention
+
+
+def in_float32(norm: Callable) -> Callable:
+    """CUDA's autocast normalises in float32, and CPU's in the dtype of the input."""
+
+    def normed(input: Tensor, *sizes: Any, **named: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return norm(input, *sizes, **named)
+        cast = [part.float() if isinstance(part, Tensor) else part for part in sizes]
+        return norm(input.float(), *cast, **{k: v.float() if isinstance(v, Tensor) else v for k, v in named.items()})
+
+    return normed
+
+
+def with_values(make: Callable) -> Callable:
+    """The same function, whose tensors have values: a process's tables decide which steps there are."""
+
+    def made(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return make(*args)
+
+    return made
+
+
+def applied(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`module` with other tensors, as `nn.Module.to` makes them; torch's own cannot exchange fake ones."""
+    for child in module.children() if recurse else ():
+        applied(child, change)
+    for name, weight in module._parameters.items():
+        if weight is not None:
+            module._parameters[name] = nn.Parameter(change(weight.detach()), weight.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+def draw(method: DirectGradient) -> Tensor:
+    """The steps with gradient of one sample; those before them need less."""
+    policy = method.policy
+    conditioning = policy.encode_prompts([PROMPT])
+    latents = torch.randn(1, *policy.latent_shape)
+    for k in range(len(policy.process) - method.config.last_steps, len(policy.process)):
+        mean, sigma, _ = method.take_step(latents, torch.full((1,), k), conditioning)
+        latents = mean + sigma * torch.randn_like(latents)
+    return latents
+
+
+# --- what is trained
+
+
+class Unchecked(DirectGradient):
+    """With rewards that nobody looks at, since they have no values."""
+
+    def loss(self, rewards: Tensor) -> Tensor:
+        return -rewards
+
+    def _rewards(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.context.reward.score(images, prompts)
+
+
+def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
+    """What draws and updates as `config` says, with a model whose configuration is in the folder `sizes`."""
+    with unset_fake_temporarily():
+        scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(sizes / "scheduler"))
+    with dtype_of(config.precision):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(sizes / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(sizes / "vae"))
+        text = CLIPTextModel(CLIPTextConfig.from_pretrained(sizes / "text_encoder"))
+    components = Components(unet, vae, text, clip_tokenizer(sizes), scheduler, "Stable Diffusion 1.x")
+    policy = DiffusionPolicy(
+        StableDiffusion.from_components(components),
+        steps=config.steps,
+        guidance=config.guidance,
+        resolution=config.resolution,
+        settings=config.policy,
+        autocast=None if config.precision == "fp32" else torch.bfloat16,
+    )
+    (name,) = config.rewards
+    with dtype_of(config.reward_precision):
+        reward = REWARDS[name](torch.get_default_dtype())
+    context = Context(
+        config=config,
+        policy=policy,
+        optimizer=adamw(policy.parameters, config.policy),
+        decoder=Decoder(policy, config.decode_batch),
+        reward=reward,
+        eval_rewards={},
+        accelerator=Accelerator(cpu=True),
+        samples=1,
+        samples_per_update=1,
+        micro_batch=1,
+        prompts=lambda epoch: [PROMPT],
+        check=lambda: None,
+        record=lambda *_: None,
+    )
+    return Unchecked(context)
+
+
+@contextmanager
+def dtype_of(precision: str) -> Iterator[None]:
+    """Inside the block, new weights have this precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_aesthetic(dtype: torch.dtype) -> aesthetic.Aesthetic:
+    with dtype_of("fp32"):
+        head = LinearHead(aesthetic.ARCHITECTURE.projection_dim)
+    encoder = ClipImages(CLIPModel(aesthetic.ARCHITECTURE))
+    size = aesthetic.ARCHITECTURE.vision_config.image_size
+    return unloaded(aesthetic.Aesthetic, name="aesthetic", head=head, encoder=encoder, size=size, embed_dim=768)
+
+
+def make_hpsv2(dtype: torch.dtype) -> hpsv2.HPSv2:
+    encoder = CLIP(**hpsv2.ARCHITECTURE)
+    more = {"tokenizer": SimpleTokenizer(), "size": 224, "dtype": dtype, "embed_dim": 1024}
+    return unloaded(hpsv2.HPSv2, name="hpsv2", encoder=encoder, **more)
+
+
+def unloaded(cls: type, **attributes: Any) -> Any:
+    """A reward whose networks, among its `attributes`, are not read from a file."""
+    reward: Any = object.__new__(cls)
+    for value in attributes.values():
+        if isinstance(value, nn.Module):
+            value.requires_grad_(False).eval()
+    vars(reward).update(attributes)
+    return reward
+
+
+REWARDS: dict[str, Callable[[torch.dtype], Any]] = {"aesthetic": make_aesthetic, "hpsv2": make_hpsv2}
+
+
+def report(rows: list[dict], resolution: int) -> str:
+    lines = [
+        f"Computed on {date.today()} by `python benchmarks/direct_memory.py` (torch {torch.__version__}, Python "
+        f"{platform.python_version()}): one sample at a time at {resolution} px, base model in bf16, GiB.",
+        "",
+        "| reward | its precision | K | computed again | weights | decoder and reward | steps | peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sizes = [row["weights"], row["in reward"], row["in steps"], max(row["in reward"], row["in steps"])]
+        cells = [row["reward"], row["precision"], str(row["K"]), row["what"], *(f"{size / GIB:.1f}" for size in sizes)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

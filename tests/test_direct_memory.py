@@ -1,0 +1,53 @@
+"""The table of memory in docs/direct-gradients.md: what is counted without values is what tensors with values hold."""
+
+import pytest
+import small_rewards
+import torch
+from benchmark_files import benchmark
+from tiny_models import make_tiny_configs
+
+from comfy_tdpo.trainer.config import make_config
+
+memory = benchmark("direct_memory")
+
+
+def test_what_is_alive_is_counted_also_where_only_a_graph_holds_it():
+    with memory.counted(fake=False) as held:
+        x = torch.zeros(1000, requires_grad=True)
+        assert held.bytes == 4000
+        y = x.exp().exp()  # each exp keeps its result
+        assert held.bytes == 12_000
+        y.sum().backward()
+        assert held.bytes == 12_000, "x, y and the gradient of x"
+        assert held.peak == 20_008, "before that also the first exp, its gradient, the sum and the sum's"
+        view = x.detach()[10:]
+        assert held.bytes == 12_000, "a view holds nothing of its own"
+        del x, y, view
+        assert held.bytes == 0
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    return make_tiny_configs(tmp_path_factory.mktemp("configs") / "tiny") / "sd1"
+
+
+@pytest.mark.parametrize(
+    ("reward", "precision", "recompute"),
+    [
+        ("aesthetic", "fp32", memory.OFF),
+        ("aesthetic", "bf16", memory.STEPS),
+        ("aesthetic", "bf16", memory.ALL),
+        ("hpsv2", "fp32", memory.ALL),
+    ],
+)
+def test_tensors_without_values_take_what_tensors_with_values_do(monkeypatch, sizes, reward, precision, recompute):
+    small_rewards.use_small_architectures(monkeypatch)
+    draft = {"algorithm": "draft", "last_steps": 2, "samples_per_epoch": 1, "samples_per_update": 1}
+    draft |= {"steps": 3, "resolution": 64, "decode_batch": 1, "precision": precision}
+    config = make_config(f"sd14-{reward}", overrides=draft | recompute)
+    peaks = []
+    for fake in (False, True):
+        with memory.counted(fake) as held:
+            peaks.append(memory.peaks_of(held, memory.make_method(config, sizes)))
+    assert peaks[0] == peaks[1]
+    assert peaks[0]["in steps"] > peaks[0]["weights"] > 1e5
