@@ -4,9 +4,9 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyNodes, takeOver } from "./apply.js";
 import { Ballot, leastHeight as leastBallot } from "./ballot.js";
-import { addWidget, after, MARGIN, Placing, remember, remembered, rootOf } from "./host.js";
+import { addWidget, after, Placing, remember, remembered, rootOf } from "./host.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
-import { leastHeight, Panel } from "./panel.js";
+import { LEAST_HEIGHT, Panel } from "./panel.js";
 import { runs } from "./runs.js";
 import { Table } from "./table.js";
 
@@ -46,7 +46,7 @@ class LiveView {
     this.node = node;
     const { element } = this.#panel;
     this.placing = new Placing(node, element);
-    addWidget(node, WIDGET, element, () => leastHeight(node.size[0] - 2 * MARGIN));
+    addWidget(node, WIDGET, element, () => LEAST_HEIGHT, true);
     keepSeed(node);
     if (canFold()) fold(node, true);
     const [width, height] = node.computeSize();
