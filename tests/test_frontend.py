@@ -728,7 +728,7 @@ def tab(shared_tab) -> Iterator[Tab]:
     """A page whose server knows the runs in `tab.told`, and fails while `tab.down`."""
     shared_tab.problems.clear()
     shared_tab.told, shared_tab.down, shared_tab.asked, shared_tab.epochs = [dict(TOLD)], False, [], EPOCHS
-    shared_tab.no_samples = False
+    shared_tab.no_samples, shared_tab.ballot = False, {"pictures": []}
 
     def answer(route: Any) -> None:
         path = route.request.url.split("/tdpo/")[1]
@@ -749,6 +749,8 @@ def tab(shared_tab) -> Iterator[Tab]:
             route.fulfill(json={"tables": shared_tab.tables})
         elif "/samples/" in path or "/strengths/" in path or "/pictures/evaluation" in path:
             route.fulfill(body=SQUARE, content_type="image/png")
+        elif path.endswith("/ballot"):
+            route.fulfill(json=shared_tab.ballot)
         elif path.endswith("/votes"):
             shared_tab.votes.append((path, route.request.post_data_json))
             route.fulfill(json={"name": "mine", "votes": len(shared_tab.votes)})
@@ -1275,6 +1277,26 @@ def test_pictures_are_shown_in_the_taste_and_each_click_is_a_vote(tab):
     screenshot(tab, "ballot")
     assert pictures.nth(0).locator("img").get_attribute("alt") == "Picture 1, liked"
     assert tab.problems == []
+
+
+@in_each
+def test_the_pictures_of_a_taste_are_back_at_once_after_a_reload(tab):
+    """With their votes, and as the server has them: the page that told of them may have been another."""
+    taste = train_node(1) | {"type": "TDPOTaste", "size": [460, 544], "widgets_values": ["my own"]}
+    tab.load(graph_of(taste))
+    tab.page.evaluate(LOOK_AT, "TDPOTaste")
+    tab.page.wait_for_selector(".tdpo-votes .tdpo-hint", state="visible")
+    tab.page.wait_for_timeout(1000)  # until the page has noted its graph
+    tab.page.route("**/view?**", lambda route: route.fulfill(body=SQUARE, content_type="image/png"))
+    tab.ballot, tab.asked = BALLOT, []
+    tab.page.reload()
+    tab.page.wait_for_function(READY)
+    tab.page.wait_for_function("() => window.app.graph.nodes.some((node) => node.type === 'TDPOTaste')")
+    tab.page.evaluate(LOOK_AT, "TDPOTaste")
+    tab.page.wait_for_selector(".tdpo-picture[data-vote=liked]", state="visible")
+    assert tab.page.locator(".tdpo-picture").count() == 4
+    assert "1 vote so far" in tab.page.locator(".tdpo-votes").inner_text()
+    assert "GET tastes/my%20own/ballot" in tab.asked and tab.problems == []
 
 
 def test_words_from_the_server_are_never_html(tab):

@@ -7,13 +7,14 @@ import { Ballot, leastHeight as leastBallot } from "./ballot.js";
 import { addWidget, after, Placing, remember, remembered, rootOf } from "./host.js";
 import { chooseRun, executionIds, nodesWithin } from "./model.js";
 import { LEAST_HEIGHT, Panel } from "./panel.js";
-import { runs } from "./runs.js";
+import { ballotOf, runs } from "./runs.js";
 import { Table } from "./table.js";
 
 const TRAIN = "TDPOTrain";
 const TASTE = "TDPOTaste";
 const WIDGET = "tdpo_live"; // our own type: the Vue renderer replaces the types it knows
 const REMEMBERED = "tdpo_run"; // property of the node: its run
+const VOTED_ON = "tdpo_taste"; // property of the node: the taste that it showed last
 const RUNS = "comfy_tdpo.runs"; // the command that opens the table of runs
 const WIDTH = 600; // pixels of a new node
 
@@ -82,17 +83,17 @@ class LiveView {
   #update() {
     const root = rootOf(this.node.graph);
     const ids = executionIds(this.node, root);
-    const id = chooseRun(runs.list, { ids, workflow: root?.id }, remembered(this.node, REMEMBERED), runName(this.node));
+    const id = chooseRun(runs.list, { ids, workflow: root?.id }, remembered(this.node, REMEMBERED), valueOf(this.node, "run_name"));
     if (id !== null) remember(this.node, REMEMBERED, id);
     this.#panel.show(id);
     return ids.length > 0;
   }
-
 }
 
-/** Shows the pictures that are voted on in a node. */
+/** Shows the pictures that are voted on in a node; those that the taste showed last from when the node is loaded. */
 class BallotView {
   #ballot = new Ballot();
+  #told = null; // what is shown
 
   constructor(node) {
     this.node = node;
@@ -100,6 +101,7 @@ class BallotView {
     addWidget(node, WIDGET, this.#ballot.element, () => leastBallot(this.#ballot.isShown));
     after(node, "onAdded", () => this.begin());
     after(node, "onRemoved", () => this.placing.end());
+    after(node, "onConfigure", () => this.#recall());
     after(node, "onExecuted", (output) => this.#show(output?.tdpo_ballot?.[0]));
     if (node.graph) this.begin();
   }
@@ -108,20 +110,28 @@ class BallotView {
     this.placing.begin();
   }
 
+  async #recall() {
+    const name = valueOf(this.node, "name") ?? remembered(this.node, VOTED_ON);
+    const told = name && (await ballotOf(name).catch(() => null)); // without an answer, the next Run shows them
+    if (told?.pictures.length && !this.#told) this.#show(told);
+  }
+
   #show(told) {
     if (!told) return;
+    this.#told = told;
+    if (told.pictures.length) remember(this.node, VOTED_ON, told.name);
     this.#ballot.show(told);
     const [width, height] = this.node.computeSize();
     this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)]);
   }
 }
 
-/** The name of the node's run; null if it comes from a wire. */
-function runName(node) {
-  const isRunName = ({ name }) => name === "run_name";
-  const input = node.inputs?.findIndex(isRunName) ?? -1;
+/** The value of one of the node's widgets; null if it comes from a wire. */
+function valueOf(node, name) {
+  const isMeant = (part) => part.name === name;
+  const input = node.inputs?.findIndex(isMeant) ?? -1;
   if (input >= 0 && node.isInputConnected(input)) return null;
-  return node.widgets?.find(isRunName)?.value ?? null;
+  return node.widgets?.find(isMeant)?.value ?? null;
 }
 
 /** A different seed starts a different run, so ComfyUI must not change it after each one unless asked to. */
