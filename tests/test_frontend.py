@@ -650,6 +650,70 @@ def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, servers, s
     page.close()
 
 
+ADD_TRAIN = """() => {
+  const { graph } = window.app;
+  const add = (type, x) => {
+    const node = Object.assign(window.LiteGraph.createNode(type), { pos: [x, 0] });
+    graph.add(node);
+    return node;
+  };
+  const [shapes, reward, train] = [add("TDPOShapesModel", -700), add("TDPORewardModel", -350), add("TDPOTrain", 0)];
+  for (const output of [0, 1, 2]) shapes.connect(output, train, output);
+  reward.connect(0, train, 3);
+}"""
+ENDLESS = SMALL | {"reward": "shapes-aesthetic", "mode": "background"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", NEWEST)
+def test_runs_wait_in_a_queue_say_so_and_are_stopped_one_by_one(browser, servers, shown):
+    """Three of one node: the second is stopped before its turn, the first in its turn, and the third ends by itself."""
+    frontend, renderer = shown
+    server = servers(frontend)
+    tab = Tab(browser, server, **{"Comfy.VueNodes.Enabled": RENDERERS[renderer]})
+    page = tab.page
+    tab.open()
+    tab.load(graph_of())
+    page.evaluate(ADD_TRAIN)
+    tab.look_at_train()
+    first, second, third = names = [f"{number} {renderer}" for number in ("first", "second", "third")]
+    for name in names:
+        page.evaluate(CHANGE, ENDLESS | {"run_name": name, "epochs": 2 if name == third else 500})
+        page.locator(RUN_BUTTON).first.click()
+        server.until(name.replace(" ", "%20"), lambda status: status["state"] in ("running", "waiting"))
+    tab.wait_for_state("Waiting to start")
+    waits = f"Waits for run '{first}' to end, then starts by itself. Stop takes it out of the queue."
+    assert page.locator(".tdpo-run").get_attribute("title") == third
+    assert page.locator(".tdpo-message").text_content() == waits
+
+    page.get_by_role("button", name="All runs").click()
+    table = page.get_by_role("dialog", name="Runs")
+    state = lambda name: table.locator(f"tr:has([aria-label='Tick {name}']) .tdpo-cell-state")  # noqa: E731
+    row = lambda name: (state(name).text_content(), state(name).get_attribute("title"))  # noqa: E731
+    is_now = lambda name, told: state(name).get_by_text(told, exact=True).wait_for()  # noqa: E731
+    stop = table.get_by_role("button", name="Stop", exact=True)
+    is_now(first, "Training")
+    assert row(second) == row(third) == ("Waiting to start", waits)
+    assert stop.is_disabled(), "none is ticked"
+    screenshot(tab, f"queue-{renderer}")
+
+    table.get_by_label(f"Tick {second}").check()
+    stop.click()
+    is_now(second, "Stopped")
+    assert (row(first)[0], row(third)) == ("Training", ("Waiting to start", waits))
+    assert stop.is_disabled(), "it has ended"
+    table.get_by_label(f"Tick {second}").uncheck()
+    table.get_by_label(f"Tick {first}").check()
+    stop.click()
+    is_now(first, "Stopped")
+    is_now(third, "Finished")
+    table.get_by_role("button", name="Close").click()
+    tab.wait_for_state("Finished")
+    assert [server.status(name.replace(" ", "%20"))["state"] for name in names] == ["stopped", "stopped", "finished"]
+    assert tab.problems == []
+    page.close()
+
+
 # What a made-up server tells; a graph with Train nodes alone shows it without a training.
 EPOCHS = [
     {"epoch": n, "reward/r/mean": 5 + n / 5, "reward/r/std": 1.0, "eval/gold/mean": 0.7 - n / 50, "eval/judge/mean": 1}
@@ -1052,6 +1116,7 @@ def test_one_click_takes_the_recommended_lora_or_an_epoch_over(tab):
     assert tab.page.locator(".tdpo-message").text_content() == said
 
 
+@in_each
 def test_before_and_after_are_compared_at_any_strength(tab):
     show(tab, train_node(1), apply_node())
     tab.wait_for_epochs(6)
@@ -1073,6 +1138,7 @@ def test_before_and_after_are_compared_at_any_strength(tab):
     assert dialog.count() == 0
 
 
+@in_each
 def test_images_are_voted_on_with_a_click(tab):
     show(tab)
     tab.wait_for_epochs(6)
