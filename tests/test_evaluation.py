@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from comfy_tdpo.trainer.evaluation.asked import Asked, Options, PromptSet, Subje
 from comfy_tdpo.trainer.evaluation.files import Place, Results, places_of
 from comfy_tdpo.trainer.evaluation.numbers import Evaluation, interval, setups_of
 from comfy_tdpo.trainer.evaluation.table import markdown, told
-from comfy_tdpo.trainer.evaluation.work import evaluate
 from comfy_tdpo.trainer.plots.evaluation import cross_reward_figure, efficiency_figure
 from comfy_tdpo.trainer.recommend.files import BASE, Cell
 from comfy_tdpo.trainer.run import RunFolder
@@ -79,6 +79,10 @@ def make(monkeypatch, make_policy):
 
 def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+
+
+def evaluate(runs: list[RunFolder], options: Options, *how: Any, **more: Any) -> Evaluation:
+    return work.evaluate(ask(runs, options, in_graph=True), *how, **more)
 
 
 # --- what is scored

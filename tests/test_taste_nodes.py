@@ -133,6 +133,7 @@ def test_pictures_are_shown_and_what_follows_waits_for_votes(node, runs, tastes)
         (ballot,) = out.ui["tdpo_ballot"]
         return hasattr(reward, "weights"), ballot
 
+    assert answers.ballot(runs, "mine", shown_in(runs)) == (200, {"pictures": []})
     is_reward, ballot = run(votes_needed=3)
     assert not is_reward and (ballot["votes"], ballot["needed"], ballot["encoder"]) == (0, 3, "shapes-judge")
     assert ballot["pictures"] == [{"file": file, "liked": None} for file in shown]
@@ -144,6 +145,8 @@ def test_pictures_are_shown_and_what_follows_waits_for_votes(node, runs, tastes)
     send(runs, {"picture": {"shown": shown[1]}, "liked": False})
     is_reward, ballot = run(votes_needed=3)
     assert is_reward and [picture["liked"] for picture in ballot["pictures"]] == [1, 0, 1, None]
+    assert answers.ballot(runs, "mine", shown_in(runs)) == (200, ballot), "as a page asks that was reloaded"
+    assert answers.ballot(runs, "../mine", shown_in(runs))[0] == 400
     assert not run(votes_needed=4)[0]
     kept = tastes.find("mine").picture(shown[0])
     assert torch.equal(kept, pictures_of(pictures)[0])

@@ -221,9 +221,11 @@ def voted_and_run_again(server, prompt: dict, outputs: dict, taste: dict) -> dic
     assert set(outputs) == {str(taste["id"])}, "nothing is trained without votes"
     (ballot,) = outputs[str(taste["id"])]["tdpo_ballot"]
     assert (ballot["votes"], ballot["needed"], len(ballot["pictures"])) == (0, 60, 4)
+    route = f"/tdpo/tastes/{ballot['name'].replace(' ', '%20')}"
     for i, picture in enumerate(ballot["pictures"]):
         body = {"picture": {"shown": picture["file"]}, "liked": i % 2 == 0}
-        assert server.post(f"/tdpo/tastes/{ballot['name'].replace(' ', '%20')}/votes", body)[0] == 200
+        assert server.post(f"{route}/votes", body)[0] == 200
+    assert [picture["liked"] for picture in server.get(f"{route}/ballot")["pictures"]] == [1, 0, 1, 0]
     assert set(server.run(prompt)) == set(outputs), "nor with too few"
     prompt[str(taste["id"])]["inputs"]["votes_needed"] = 4
     return server.run(prompt)

@@ -16,6 +16,7 @@ from comfy_tdpo.rewards.gradients import check_functions
 from comfy_tdpo.shapes import WORLD
 
 from .config import TrainConfig
+from .config.loadable import check_loadable
 from .recommend.options import held_out_reward
 from .run import RunFolder
 from .run.tastes import weights_of
@@ -81,8 +82,7 @@ def check_trackers(names: list[str]) -> list[str] | None:
 
 def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     """The policy that `config` describes, on `device`."""
-    if config.model.startswith("comfyui:"):
-        raise ValueError(f"got {config.model!r}, a MODEL that only exists in its ComfyUI graph: resume the run there")
+    check_loadable(config, "resume the run")
     model = str(WORLD / "pipeline") if config.model == "shapes" else config.model
     loaded = load_model(model, DTYPES[config.precision], config.prediction_type)
     return DiffusionPolicy(loaded, **policy_settings(config, device))

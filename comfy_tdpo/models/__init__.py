@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..settings import PolicySettings
     from .conditioning import Conditioning
 
+OF_GRAPH = "comfyui:"  # begins the names of models that only a ComfyUI graph has
+
 # Encodes prompts on the model's device. If it truncates long prompts, it has a method `cut`, see `describe_unread`.
 PromptEncoder = Callable[[list[str]], "Conditioning"]
 

@@ -14,6 +14,8 @@ import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
+from comfy_tdpo.models import OF_GRAPH
+
 from .weights_in import check_baked, layout_of
 
 NETWORK = "diffusion_model"  # of a MODEL's `model`, and what the keys of its patches start with
@@ -44,7 +46,7 @@ def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
         readable = _plain(model, key, stored) if layout_of(stored) or stored.is_meta else stored
         for value in _values((key, readable, patches)):
             digest.update(value)
-    return f"comfyui:{type(model.model.model_config).__name__}:{digest.hexdigest()[:12]}"
+    return f"{OF_GRAPH}{type(model.model.model_config).__name__}:{digest.hexdigest()[:12]}"
 
 
 def _values(part: Any) -> Iterator[bytes]:

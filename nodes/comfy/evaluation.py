@@ -37,8 +37,7 @@ def evaluate_run(wires: Wires, run: RunFolder, options: Options) -> Evaluation:
     try:
         with torch.inference_mode(False):
             return evaluate(
-                [run],
-                options,
+                asked,
                 usual_folder([run]),
                 device,
                 make_policy,

@@ -59,6 +59,10 @@ def register_routes() -> None:
     async def taste(request: web.Request) -> web.Response:
         return await _respond("taste", request.match_info["name"])
 
+    @routes.get("/tdpo/tastes/{name}/ballot")
+    async def ballot(request: web.Request) -> web.Response:
+        return await _respond("ballot", request.match_info["name"], shown_pictures())
+
     @routes.post("/tdpo/tastes/{name}/votes")
     async def vote(request: web.Request) -> web.Response:
         return await _respond("vote", request.match_info["name"], await request.text(), shown_pictures())

@@ -66,6 +66,10 @@ def taste(runs: Runs, name: str) -> tuple[int, Any]:
     return answer(runs, lambda: tastes_beside(runs).status(name))
 
 
+def ballot(runs: Runs, name: str, shown: TasteFolder) -> tuple[int, Any]:
+    return answer(runs, lambda: tastes_beside(runs).ballot(name, shown))
+
+
 def vote(runs: Runs, name: str, body: str, shown: TasteFolder) -> tuple[int, Any]:
     return answer(runs, lambda: add_vote(tastes_beside(runs), runs, shown, name, parsed(body)))
 

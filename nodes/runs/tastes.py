@@ -1,12 +1,14 @@
 """The tastes in ComfyUI's output folder: their names, their votes, and the reward that each is."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import PREFIX, VOTES, usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb, has_contrast
@@ -62,11 +64,25 @@ class Tastes:
         votes = self.folder(name).path / VOTES
         return hashlib.sha256(votes.read_bytes()).hexdigest() if votes.is_file() else ""
 
-    def ballot(self, name: str, files: list[str], needed: int) -> Fields:
-        """The status of the taste, how many votes it needs, and the votes on the pictures in these files."""
+    def show(self, name: str, files: list[str], needed: int, shown: TasteFolder) -> Fields:
+        """The ballot of a taste that needs so many votes, with the pictures in these files of `shown`; it is kept."""
+        about = json.dumps({"needed": needed, "files": files}) + "\n"
+        write_atomically(self._ballot(name, shown), lambda file: file.write_text(about, encoding="utf-8"))
+        return self.ballot(name, shown)
+
+    def ballot(self, name: str, shown: TasteFolder) -> Fields:
+        """The status of the taste, how many votes it needs, and the votes on the pictures that it has shown last; if
+        it has shown none, only that there are no pictures."""
+        path = self._ballot(name, shown)
+        if not path.is_file():
+            return {"pictures": []}
+        kept = json.loads(path.read_text(encoding="utf-8"))
         votes = {vote.image: vote.liked for vote in self.find(name).counted() if isinstance(vote, Thumb)}
-        pictures = [{"file": file, "liked": votes.get(file)} for file in files]
-        return self.status(name) | {"needed": needed, "pictures": pictures}
+        pictures = [{"file": file, "liked": votes.get(file)} for file in kept["files"]]
+        return self.status(name) | {"needed": kept["needed"], "pictures": pictures}
+
+    def _ballot(self, name: str, shown: TasteFolder) -> Path:
+        return shown.path / "ballots" / f"{check_taste_name(name)}.json"
 
     def is_enough(self, name: str, needed: int, is_shown: bool) -> bool:
         """Whether the taste has so many votes, some for and some against.

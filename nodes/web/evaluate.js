@@ -11,7 +11,7 @@ const NODE = "TDPOEvaluate";
 const WIDGET = "tdpo_evaluation"; // our own type: the Vue renderer replaces the types it knows
 const REMEMBERED = "tdpo_evaluated"; // property of the node: the run that it evaluated last
 const WIDTH = 600; // pixels of a new node
-const HEIGHT = 420; // pixels of the panel, as in tdpo.css
+const HEIGHT = 380; // pixels of the panel, as in tdpo.css
 const PROMPTS = 100; // pixels that the prompts take at most
 const HINT = "Press Run: the rewards of the run's snapshots appear here.";
 

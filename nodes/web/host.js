@@ -2,7 +2,6 @@
 
 import { app } from "../../scripts/app.js";
 
-export const MARGIN = 10; // default margin of a widget, in pixels
 const LOOK = 500; // milliseconds between checks that the element is still on the page
 
 const style = document.createElement("link");

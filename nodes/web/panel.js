@@ -10,10 +10,10 @@ import { Table } from "./table.js";
 
 const AWAY = "The server does not answer. Trying again…";
 const HINT = "Press Run: the reward curve and sample images appear here during training.";
-const WIDE = 540; // pixels from which on the samples stand beside the chart, and not below it
+const WIDE = 520; // pixels from which on the samples stand beside the chart, and not below it
 
-/** The height in pixels, as in tdpo.css, that a panel of this width needs to show all its content. */
-export const leastHeight = (width) => (width >= WIDE ? 480 : 640);
+/** The least height of a panel in pixels, as in tdpo.css; it scrolls if it has more to show. */
+export const LEAST_HEIGHT = 480;
 
 /** A label above a progress bar; both are hidden if there is no text. */
 class Bar {

@@ -23,6 +23,9 @@ export const vote = (taste, fields) =>
     body: JSON.stringify(fields),
   });
 
+/** What TDPO Taste showed last to be voted on; no pictures if nothing. */
+export const ballotOf = (taste) => ask(`tastes/${encodeURIComponent(taste)}/ballot`);
+
 /** The URL of a picture that TDPO Taste shows to be voted on. */
 export const shownURL = (file) =>
   api.apiURL(`/view?type=temp&subfolder=tdpo_shown/images&filename=${encodeURIComponent(file)}`);

@@ -36,12 +36,12 @@ class Row {
 
   show({ status, color, ...row }) {
     this.tick.checked = color !== undefined;
-    const changing = [status.state, status.epoch, status.epochs, status.overoptimised, row.modified, row.metrics.length];
+    const changing = [status.state, status.epoch, status.epochs, status.message, status.overoptimised, row.modified, row.metrics.length];
     if (changing.join() === this.#shown) return;
     this.#shown = changing.join();
     this.element.dataset.state = status.state;
     const [trained, watched] = rowCurves({ status, ...row });
-    this.#set("state", title(status), status.error ?? undefined);
+    this.#set("state", title(status), status.error ?? status.message);
     this.#set("algorithm", row.algorithm);
     this.#set("reward", status.reward, watched ? `${status.reward}; watched: ${watched.name}` : undefined);
     this.#set("epochs", status.epochs ? `${status.epoch} of ${status.epochs}` : "");
@@ -87,6 +87,7 @@ export class Table {
       "div", "tdpo-asking", { role: "group", "aria-label": "Delete these runs?" },
       this.question, make("div", "tdpo-row", {}, this.confirm, this.cancel),
     );
+    this.stop = makeButton("tdpo-button tdpo-stop", "Stop");
     this.remove = makeButton("tdpo-button tdpo-stop", "Delete…");
     this.said = make("span", "tdpo-quiet", { role: "status" });
     this.close = makeButton("tdpo-button", "Close");
@@ -95,9 +96,10 @@ export class Table {
       make("div", "tdpo-head", {}, make("strong", "tdpo-title", {}, "Runs"), this.close),
       make("div", "tdpo-rows", {}, rows, this.none),
       this.overlay, this.problem, this.asking,
-      make("div", "tdpo-row", {}, this.remove, this.said),
+      make("div", "tdpo-row", {}, this.stop, this.remove, this.said),
     );
     this.all.addEventListener("change", () => this.#tick(runs.list.map(({ id }) => id), this.all.checked));
+    this.stop.addEventListener("click", () => this.#each(({ id }) => runs.stop(id), this.#active));
     this.remove.addEventListener("click", () => this.#ask());
     this.confirm.addEventListener("click", () => this.#delete());
     this.cancel.addEventListener("click", () => this.#tick([], false));
@@ -143,6 +145,11 @@ export class Table {
     return runs.list.filter(({ id }) => this.#ticked.has(id)).map((status) => this.#row(status));
   }
 
+  /** Those of the ticked runs that train or wait. */
+  get #active() {
+    return this.#chosen.filter(({ status }) => isActive(status));
+  }
+
   #show(listed) {
     const fresh = runs.list.filter(({ id }) => !this.#asked.has(id));
     if (fresh.length) this.#load(fresh);
@@ -159,8 +166,9 @@ export class Table {
     const chosen = this.#chosen;
     this.all.checked = chosen.length > 0 && chosen.length === elements.length;
     this.all.indeterminate = chosen.length > 0 && !this.all.checked;
+    this.stop.disabled = this.#active.length === 0;
     this.remove.disabled = chosen.length === 0 || !this.asking.hidden;
-    setText(this.said, chosen.length ? `${counted(chosen)} ticked` : "Tick runs to compare or delete them.");
+    setText(this.said, chosen.length ? `${counted(chosen)} ticked` : "Tick runs to compare, stop or delete them.");
     setText(this.problem, this.#problem);
     this.problem.hidden = !this.#problem;
     this.#draw();
@@ -200,7 +208,7 @@ export class Table {
 
   #ask() {
     const chosen = this.#chosen;
-    const active = chosen.filter(({ status }) => isActive(status)).map(({ id }) => id);
+    const active = this.#active.map(({ id }) => id);
     this.#problem = active.length ? `Still training or waiting: ${active.join(", ")}. Stop or untick these first.` : "";
     this.asking.hidden = active.length > 0;
     const each = chosen.map((row) => `${row.id} (${bytes(row.bytes)}, ${row.files} files)`);
@@ -215,16 +223,17 @@ export class Table {
 
   async #delete() {
     this.asking.hidden = true;
-    const failed = [];
-    for (const { id } of this.#chosen) {
-      try {
-        await runs.remove(id);
-        for (const kept of [this.#ticked, this.#rows, this.#asked, this.#known]) kept.delete(id);
-      } catch (error) {
-        failed.push(error.message);
-      }
-    }
+    await this.#each(async ({ id }) => {
+      await runs.remove(id);
+      for (const kept of [this.#ticked, this.#rows, this.#asked, this.#known]) kept.delete(id);
+    }, this.#chosen);
     await runs.refresh();
+  }
+
+  /** Do something to each of the rows, and show why it failed for some. */
+  async #each(work, rows) {
+    const failed = [];
+    for (const row of rows) await work(row).catch((error) => failed.push(error.message));
     this.#problem = failed.join("; ");
     this.#show(true);
   }

@@ -4,16 +4,17 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { applyNodes, takeOver } from "./apply.js";
 import { Ballot, leastHeight as leastBallot } from "./ballot.js";
-import { addWidget, after, MARGIN, Placing, remember, remembered, rootOf } from "./host.js";
+import { addWidget, after, Placing, remember, remembered, rootOf } from "./host.js";
 import { chooseRun, executionIds, nodesWithin, unused } from "./model.js";
-import { leastHeight, Panel } from "./panel.js";
-import { runs } from "./runs.js";
+import { LEAST_HEIGHT, Panel } from "./panel.js";
+import { ballotOf, runs } from "./runs.js";
 import { Table } from "./table.js";
 
 const TRAIN = "TDPOTrain";
 const TASTE = "TDPOTaste";
 const WIDGET = "tdpo_live"; // our own type: the Vue renderer replaces the types it knows
 const REMEMBERED = "tdpo_run"; // property of the node: its run
+const VOTED_ON = "tdpo_taste"; // property of the node: the taste that it showed last
 const RUNS = "comfy_tdpo.runs"; // the command that opens the table of runs
 const WIDTH = 600; // pixels of a new node
 
@@ -50,7 +51,7 @@ class LiveView {
     this.node = node;
     const { element } = this.#panel;
     this.placing = new Placing(node, element);
-    addWidget(node, WIDGET, element, () => leastHeight(node.size[0] - 2 * MARGIN));
+    addWidget(node, WIDGET, element, () => LEAST_HEIGHT, true);
     keepSeed(node);
     if (canFold()) fold(node, true);
     const [width, height] = node.computeSize();
@@ -102,9 +103,10 @@ class LiveView {
   }
 }
 
-/** Shows the pictures that are voted on in a node. */
+/** Shows the pictures that are voted on in a node; those that the taste showed last from when the node is loaded. */
 class BallotView {
   #ballot = new Ballot();
+  #told = null; // what is shown
 
   constructor(node) {
     this.node = node;
@@ -112,6 +114,7 @@ class BallotView {
     addWidget(node, WIDGET, this.#ballot.element, () => leastBallot(this.#ballot.isShown));
     after(node, "onAdded", () => this.begin());
     after(node, "onRemoved", () => this.placing.end());
+    after(node, "onConfigure", () => this.#recall());
     after(node, "onExecuted", (output) => this.#show(output?.tdpo_ballot?.[0]));
     if (node.graph) this.begin();
   }
@@ -120,8 +123,16 @@ class BallotView {
     this.placing.begin();
   }
 
+  async #recall() {
+    const name = valueOf(this.node, "name") ?? remembered(this.node, VOTED_ON);
+    const told = name && (await ballotOf(name).catch(() => null)); // without an answer, the next Run shows them
+    if (told?.pictures.length && !this.#told) this.#show(told);
+  }
+
   #show(told) {
     if (!told) return;
+    this.#told = told;
+    if (told.pictures.length) remember(this.node, VOTED_ON, told.name);
     this.#ballot.show(told);
     const [width, height] = this.node.computeSize();
     this.node.setSize([Math.max(this.node.size[0], width), Math.max(this.node.size[1], height)]);

@@ -14,6 +14,7 @@ from comfy_tdpo.tastes.names import is_taste
 from comfy_tdpo.user_files import user_path
 
 from ..config import TrainConfig
+from ..config.loadable import check_loadable
 from ..recommend.files import LATEST, Cell, Draw, cells_of
 from ..recommend.options import SHAPES, counterpart, is_of_shapes
 from ..run import RunFolder
@@ -141,7 +142,7 @@ def ask(runs: Sequence[RunFolder], options: Options, in_graph: bool = False) -> 
     _check_names(runs)
     _check_alike(runs, configs)
     if not in_graph:
-        check_loadable(configs[0])
+        check_loadable(configs[0], "use the node TDPO Evaluate")
     subjects = tuple(
         Subject(run, config, _cells(run, options.epochs)) for run, config in zip(runs, configs, strict=True)
     )
@@ -176,15 +177,6 @@ def usual_sets(config: TrainConfig, trained: list[str]) -> tuple[PromptSet, ...]
             "or files with --prompts SET,SET"
         )
     return PromptSet.load(unseen), PromptSet.load(COMPLEX[unseen])
-
-
-def check_loadable(config: TrainConfig) -> None:
-    """Raise ValueError for a model that can only be had from a graph."""
-    if config.model.startswith("comfyui:"):
-        raise ValueError(
-            f"got a run of {config.model!r}, a MODEL that only exists in its ComfyUI graph; expected a model that can "
-            "be loaded: in the graph, use the node TDPO Evaluate"
-        )
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """From runs to an evaluation: draw and score what is missing, and write the table and the pictures."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -14,9 +14,8 @@ from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
 
 from ..config import TrainConfig
 from ..recommend.files import BASE, BASE_EPOCH, Cell, Draw
-from ..run import RunFolder
 from ..state import Watch
-from .asked import Asked, Options, PromptSet, ask, seed_of
+from .asked import Asked, PromptSet, seed_of
 from .files import BASE_RUN, Results, check_folder, image_file, locked, picture, places_of, write_table
 from .numbers import Chosen, Evaluation
 from .table import markdown
@@ -34,8 +33,7 @@ CROSS, EFFICIENCY, EQUAL = "cross-reward", "efficiency", "equal-reward"
 
 
 def evaluate(
-    runs: Sequence[RunFolder],
-    options: Options,
+    asked: Asked,
     folder: Path,
     device: torch.device,
     make_policy: MakePolicy | None = None,
@@ -43,7 +41,7 @@ def evaluate(
     watch: Watch = lambda phase, done, total: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """Evaluate the snapshots of `runs`, and write everything into `folder`. What was scored there is not scored again.
+    """Evaluate what is `asked`, and write everything into `folder`. What was scored there is not scored again.
 
     Args:
         make_policy: makes the policy of a run from a model that the caller holds; None: the run's model is loaded.
@@ -54,7 +52,6 @@ def evaluate(
         ValueError: it cannot be done as asked.
         RewardError: a reward failed.
     """
-    asked = ask(runs, options, in_graph=make_policy is not None)
     check_folder(folder)
     with locked(folder):
         results = Results(folder, asked)

@@ -10,6 +10,7 @@ from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
 
 from ..config import TrainConfig
+from ..config.loadable import check_loadable
 from ..run import RunFolder
 from ..run.loras import read_lora
 from ..run.tastes import weights_of
@@ -98,11 +99,7 @@ def _load_rewards(
 
 
 def _load_policy(config: TrainConfig, device: torch.device) -> "DiffusionPolicy":
-    if config.model.startswith("comfyui:"):
-        raise ValueError(
-            f"got a run of {config.model!r}, a MODEL that only exists in its ComfyUI graph; expected a model that can "
-            "be loaded: in the graph, add the line output.recommend = true to the settings of TDPO-R Train and queue it"
-        )
+    check_loadable(config, "add the line output.recommend = true to the settings of TDPO-R Train and queue it")
     from ..assemble import load_policy
 
     return load_policy(config, device)

@@ -9,7 +9,7 @@ from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.rewards.function import allow_functions
 
 from ..config.parsing import named_values, split_names
-from ..evaluation.asked import IMAGES, LAST, SEED, Options, PromptSet, usual_folder
+from ..evaluation.asked import IMAGES, LAST, SEED, Options, PromptSet, ask, usual_folder
 from ..evaluation.files import RESULTS, TABLE
 from ..evaluation.numbers import Evaluation
 from ..evaluation.table import told
@@ -28,12 +28,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> str:
-    runs, options = [RunFolder.open(path) for path in args.runs], _options(args)
-    folder = args.out or usual_folder(runs)
+    runs = [RunFolder.open(path) for path in args.runs]
+    asked, folder = ask(runs, _options(args)), args.out or usual_folder(runs)
     from accelerate import Accelerator  # takes seconds to import
 
     with Progress("evaluating") as progress:
-        found = evaluate(runs, options, folder, Accelerator().device, watch=progress.watch, tell=progress.tell)
+        found = evaluate(asked, folder, Accelerator().device, watch=progress.watch, tell=progress.tell)
     return f"{told(found)}\n\n{_files(found, folder)}"
 
 
