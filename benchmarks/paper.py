@@ -6,7 +6,8 @@ paper.jsonl (a line for each run and each of its evaluations), paper.md and pape
 
 It goes on where it was stopped, so the work can be spread over days: `--figure`, `--seeds` and `--jobs` choose what is
 done now. Before it starts, and with `--plan` instead, it says how much that is; `--page` only writes the page. With a
-preset sd14-*, the same figures are made with Stable Diffusion v1.4 on a GPU.
+preset sd14-*, the same figures are made with Stable Diffusion v1.4 on a GPU. On one machine, `--figure 7 --seeds 1`,
+with another `--runs` and `--out`, repeats the numbers of that figure and seed exactly.
 """
 
 import argparse
@@ -340,8 +341,9 @@ def needs(world: World, figures: Iterable[Figure]) -> dict[Place, set[str]]:
     found: dict[Place, set[str]] = {}
     for figure in figures:
         for key, names in figure.needed(world):
-            found.setdefault((key, TRAINED), set()).add("reward")
             found.setdefault((key, figure.where(world)), set()).update(names)
+            if figure.prompts is not None:  # a run whose snapshots are there: those of frontier.py have not all series
+                found.setdefault((key, TRAINED), set()).update(series_for("others", world, key))
     return found
 
 

@@ -173,7 +173,7 @@ def test_all_variants_are_different_runs(work):
 def test_evaluations_need_their_runs(work):
     of = needs(SHAPES, [FIGURES["12"]])
     assert of["tdpo/2", "shapes-complex"] >= {"reward", "std", "shapes-gold", "shapes-aesthetic std"}
-    assert of["tdpo/2", ""] == {"reward"}
+    assert of["tdpo/2", ""] >= {"reward", "shapes-aesthetic std"}  # which no run of frontier.py has
     assert "shapes-match" not in of["tdpo/2", "shapes-complex"]  # it is trained on
 
 
