@@ -235,7 +235,7 @@ def test_every_import_is_a_declared_dependency(path):
     declared = distributions(PROJECT["dependencies"])
     if path.parts[0] == "tests":
         declared |= distributions(PROJECT["optional-dependencies"]["test"])
-        declared |= {beside.stem for beside in (ROOT / path).parent.glob("*.py")}
+        declared |= {beside.stem for folder in (path.parent, "benchmarks") for beside in (ROOT / folder).glob("*.py")}
     tops = {name.split(".")[0] for name, _ in imported(path, read(path))}
     foreign = tops - sys.stdlib_module_names - COMFYUI - {"comfy_tdpo"}
     assert {DISTRIBUTIONS.get(top, top).lower() for top in foreign} <= declared

@@ -1,0 +1,648 @@
+"""The figures of the TDPO paper (arXiv 2402.08552), regenerated on Shapes: `python benchmarks/paper.py --all`.
+
+Trains what the chosen figures need over paired seeds, each run once; draws the snapshots on unseen prompts with the
+trainer's `evaluate`; and sets each statement of the paper beside what was found. paper.toml lists the figures. Writes
+paper.jsonl (a line for each run and each of its evaluations), paper.md and paper-*.png beside this file.
+
+It goes on where it was stopped, so the work can be spread over days: `--figure`, `--seeds` and `--jobs` choose what is
+done now. Before it starts, and with `--plan` instead, it says how much that is; `--page` only writes the page. With a
+preset sd14-*, the same figures are made with Stable Diffusion v1.4 on a GPU. On one machine, `--figure 7 --seeds 1`,
+with another `--runs` and `--out`, repeats the numbers of that figure and seed exactly.
+"""
+
+import argparse
+import re
+import statistics
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import frontier
+import pairs
+from matplotlib.figure import Figure as Canvas
+from pairs import Line, Series, gains, smooth
+from PIL import Image
+
+from comfy_tdpo.trainer.config import TrainConfig, make_config
+from comfy_tdpo.trainer.config.layers import merge
+from comfy_tdpo.trainer.evaluation.asked import Options, PromptSet, Subject, ask
+from comfy_tdpo.trainer.evaluation.files import Results, picture
+from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE, Evaluation, Point, interval
+from comfy_tdpo.trainer.evaluation.work import CROSS, EQUAL
+from comfy_tdpo.trainer.plots.evaluation import draw_setup
+from comfy_tdpo.trainer.recommend.files import BASE_EPOCH
+from comfy_tdpo.trainer.run import RunFolder
+
+HERE = Path(__file__).parent
+DATA = tomllib.loads((HERE / "paper.toml").read_text(encoding="utf-8"))
+SEEDS, IMAGES = 5, 4  # seeds of each variant, and images of each prompt in an evaluation
+RESETS = 10  # of a run: the paper's F is 10 of 100 epochs
+WIDE, DPI = 1000, 75  # pixels of copied pictures, and resolution of those drawn here
+TRAINED = ""  # instead of a prompt set: the training itself, epoch by epoch
+MEASURES = {  # the first three at equal training reward
+    "queries": "reward queries saved",
+    "gold": "how much more of the gold measure is left",
+    "others": "how much more of the held-out rewards is left: their mean, in standard deviations",
+    "gain": "training reward gained by the end, in standard deviations",
+    "explained": "explained variance of the critic, after the first two epochs",
+    "dormant": "dormant neurons of the critic, in percent",
+    "policy dormant": "dormant neurons of the LoRA, in percent",
+    "overlap": "overlap of the critic's dormant neurons with those of the epoch before, above chance, in percent",
+    "policy overlap": "the same of the LoRA's",
+}
+AXES = {"queries": "reward queries", "gain": "training reward gained"}
+EPOCHS = {  # our names of series -> keys of metrics
+    "queries": "reward_queries",
+    "explained": "critic/explained_variance",
+    "seconds": "time/epoch_s",
+    "dormant": "neurons/dormant_percent",
+    "policy dormant": "policy_neurons/dormant_percent",
+}
+OVERLAPS = {"overlap": "neurons/overlap_percent", "policy overlap": "policy_neurons/overlap_percent"}
+
+
+# --- the variants, the figures, and where they are trained
+
+
+@dataclass(frozen=True)
+class World:
+    """An entry of paper.toml, which says what its fields mean. changed: settings for all runs."""
+
+    name: str
+    preset: str
+    rewards: tuple[str, ...]
+    judges: tuple[str, ...]
+    truth: tuple[str, ...]
+    sets: tuple[str, ...]
+    mib: float
+    changed: dict[str, Any]
+
+    def held_out(self, key: str) -> list[str]:
+        """The rewards that judge a variant, apart from the gold measure."""
+        return [name for name in (*self.rewards, *self.judges) if name != self.reward(key)]
+
+    def reward(self, key: str) -> str:
+        return self.rewards[index_of(key)]
+
+    def label(self, key: str) -> str:
+        return f"{name_of(key)} on {self.reward(key)}" if index_of(key) else key
+
+    def config(self, key: str, seed: int) -> TrainConfig:
+        values = {"rewards": {self.reward(key): 1.0}, "eval_rewards": [*self.held_out(key), *self.truth], "seed": seed}
+        values |= {"overoptimisation": {"reward": "none"}, "output": {"keep_checkpoints": 1}}
+        values = merge(merge(values, VARIANTS[name_of(key)]), self.changed)
+        if values.get("critic", {}).get("encoder") == "other":
+            values = merge(values, {"critic": {"encoder": self.rewards[0 if index_of(key) else -1]}})
+        preset = self.preset.format(self.reward(key))
+        config = make_config(preset, overrides=values)
+        neurons = getattr(config, "neurons", None)
+        if neurons and {neurons.reset, neurons.policy_reset} != {"none"}:
+            every = max(1, round(config.epochs / RESETS))
+            config = make_config(preset, overrides=merge(values, {"neurons": {"every": every}}))
+        return config
+
+
+def name_of(key: str) -> str:
+    return key.partition("/")[0]
+
+
+def index_of(key: str) -> int:
+    """Which reward a variant is trained on."""
+    return int(key.partition("/")[2] or 0)
+
+
+def world_of(preset: str, changed: dict[str, Any]) -> World:
+    """The world of a preset, whose reward comes first."""
+    entry = DATA["worlds"][preset.partition("-")[0]]
+    rewards = sorted(entry["rewards"], key=lambda name: entry["preset"].format(name) != preset)
+    return World(**entry | {"rewards": rewards, "changed": changed})
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `ours` has more of a measure than `theirs`, or more than none if there is no `theirs`."""
+
+    ours: str
+    theirs: str
+    measure: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An entry of paper.toml, with what stands for several spelled out."""
+
+    subject: str
+    shows: list[str]
+    claims: list[Claim]
+    x: str = "gain"
+    ys: tuple[str, ...] = ("others", "gold")
+    prompts: int | None = None
+    numbered: bool = False
+
+    @staticmethod
+    def of(entry: dict[str, Any]) -> "Figure":
+        shows = [key for each in entry["shows"] for (key,) in spelled_out(each)]
+        claims = [
+            Claim(ours, theirs, measure, text)
+            for *keys, measures, text in entry.get("claims", [])
+            for ours, theirs in spelled_out(*keys)
+            for measure in (("others", "gold") if measures == "left" else (measures,))
+        ]
+        return Figure(**entry | {"shows": shows, "claims": claims})
+
+    def where(self, world: World) -> str:
+        return TRAINED if self.prompts is None else world.sets[self.prompts]
+
+    def needed(self, world: World) -> Iterator[tuple[str, list[str]]]:
+        """Variants, and series that they need."""
+        for key in self.shows:
+            yield key, [name for what in (self.x, *self.ys) for name in series_for(what, world, key)]
+        for claim in self.claims:
+            for key in filter(None, (claim.ours, claim.theirs)):
+                yield key, series_for(claim.measure, world, key)
+
+
+def spelled_out(*keys: str) -> list[tuple[str, ...]]:
+    """The variants themselves or, with "/*", on each of three rewards."""
+    on = range(3) if any("*" in key for key in keys) else [0]
+    return [tuple(key.replace("*", str(index)).replace("/0", "") for key in keys) for index in on]
+
+
+def series_for(what: str, world: World, key: str) -> list[str]:
+    """The series from which a measure, or an axis of a panel, is computed."""
+    of_gain, held_out = ["reward", "std"], world.held_out(key)
+    several: dict[str, list[str]] = {
+        "epoch": [],
+        "gain": of_gain,
+        "queries": ["queries", *of_gain],
+        "gold": [*of_gain, *world.truth],
+        "others": [*of_gain, *held_out, *(f"{name} std" for name in held_out)],
+    }
+    return several.get(what, [what])
+
+
+VARIANTS = {
+    name: frontier.VARIANTS[values["from_frontier"]].settings if "from_frontier" in values else values
+    for name, values in DATA["variants"].items()
+}
+FIGURES = {name: Figure.of(entry) for name, entry in DATA["figures"].items()}
+
+
+# --- what is needed, what there is, and the rest of the work
+
+Place = tuple[str, str]  # a variant, and a prompt set or TRAINED
+Held = dict[Place, dict[int, Series]]  # the results of each seed
+
+
+@dataclass(frozen=True)
+class Work:
+    """All runs and evaluations of a world. runs: their folders; out: the results; seconds: of an epoch, if known."""
+
+    world: World
+    seeds: int
+    jobs: int
+    runs: Path
+    out: Path
+    seconds: float = 0.0
+    command: str = "paper.py --all"
+
+    def lines(self) -> list[Line]:
+        """The results so far; those of frontier.py stand in for runs of the same settings."""
+        return (pairs.results(HERE / "frontier.jsonl") if self.world.truth else []) + pairs.results(self.out)
+
+    @cached_property
+    def marks(self) -> dict[tuple[str, int], str]:
+        keys = {key for figure in FIGURES.values() for key, _ in figure.needed(self.world)}
+        seeds = range(1, self.seeds + 1)
+        return {(key, seed): pairs.fingerprint(self.world.config(key, seed)) for key in keys for seed in seeds}
+
+    def held(self) -> Held:
+        """What there is; later lines replace earlier ones."""
+        of = {(line["settings"], line.get("prompts", TRAINED)): line["epochs"] for line in self.lines()}
+        found: Held = {}
+        for (key, seed), mark in self.marks.items():
+            for prompts in (TRAINED, *self.world.sets):
+                if (mark, prompts) in of:
+                    found.setdefault((key, prompts), {})[seed] = of[mark, prompts]
+        return found
+
+    def missing(self, needed: dict[Place, set[str]], there: Held) -> list[tuple[str, str, int]]:
+        """The variants, prompt sets and seeds to run: seed by seed, so that what there is can be paired."""
+        return [
+            (key, prompts, seed)
+            for seed in range(1, self.seeds + 1)
+            for (key, prompts), names in needed.items()
+            if not names <= there.get((key, prompts), {}).get(seed, {}).keys()
+        ]
+
+    def path(self, key: str, seed: int) -> Path:
+        name = re.sub(r"[^\w.]+", "-", self.world.label(key))
+        return self.runs / f"{name}-seed{seed}-{self.marks[key, seed][:8]}"
+
+    def add(self, key: str, seed: int, epochs: Series, **more: str) -> None:
+        line = {"variant": self.world.label(key), "seed": seed, "settings": self.marks[key, seed]}
+        pairs.add(self.out, line | more, epochs)
+
+    def do(self, needed: dict[Place, set[str]]) -> None:
+        """Train and evaluate what is missing."""
+        todo = self.missing(needed, self.held())
+        runs = [(key, seed) for key, prompts, seed in todo if prompts == TRAINED]
+        drawn: dict[int, set[tuple[str, str, int]]] = {}
+        for each in todo:
+            if each[1] != TRAINED:
+                drawn.setdefault(index_of(each[0]), set()).add(each)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda run: self.train(run[0], run[1], needed[run[0], TRAINED]), runs))
+            list(pool.map(self.evaluate, drawn.values()))
+
+    def train(self, key: str, seed: int, names: set[str]) -> None:
+        print(f"--- {self.world.label(key)}, seed {seed}", flush=True)
+        run = pairs.train(self.path(key, seed), self.world.config(key, seed))
+        epochs = trained_series(self.world, run, key)
+        assert names <= epochs.keys(), f"{key} has no {names - epochs.keys()}"
+        self.add(key, seed, epochs)
+
+    def evaluate(self, wanted: set[tuple[str, str, int]]) -> None:
+        """Draw the snapshots of runs on one reward, on all prompt sets. The pictures show those drawn earlier, too."""
+        whose = sorted({(key, seed) for key, _, seed in wanted})
+        for key, seed in whose:
+            run = self.path(key, seed)
+            if not run.exists() or len(RunFolder.open(run).metrics()) < self.world.config(key, seed).epochs:
+                pairs.train(run, self.world.config(key, seed))  # its folder was deleted
+        key, world = whose[0][0], self.world
+        shown = {key for figure in FIGURES.values() if figure.prompts is not None for key in figure.shows}
+        whose += [
+            who
+            for who in self.marks
+            if who not in whose and who[0] in shown and index_of(who[0]) == index_of(key) and self.path(*who).exists()
+        ]
+        runs = [RunFolder.open(self.path(*who)) for who in whose]
+        folder, judging = self.evaluations(key), [*world.held_out(key), *world.truth]
+        print(f"--- evaluating {len(runs)} runs on {world.reward(key)}", flush=True)
+        flags = {"rewards": ",".join(judging), "prompts": ",".join(world.sets), "images": str(IMAGES), "out": folder}
+        options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        pairs.run_trainer("evaluate", *(str(run.path) for run in runs), *options)
+        asked = ask(runs, Options(tuple(judging), tuple(PromptSet.load(name) for name in world.sets), IMAGES))
+        found = Evaluation(asked, Results(folder, asked))
+        for who, subject in zip(whose, asked.subjects, strict=True):
+            for prompts in asked.sets:
+                if (who[0], prompts.name, who[1]) in wanted:
+                    self.add(*who, evaluated_series(found, subject, prompts, judging), prompts=prompts.name)
+
+    def evaluations(self, key: str) -> Path:
+        return self.runs / f"evaluation-{self.world.reward(key)}"
+
+    def plan(self, needed: dict[Place, set[str]]) -> str:
+        """How much there is to do."""
+        todo, text, unknown = self.missing(needed, self.held()), [], []
+        sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in self.runs.glob("*-seed*")]
+        size, times = max([self.world.mib * 2**20, *sizes]), self.times()
+        runs = queries = images = 0
+        seconds = disk = 0.0
+        for key in dict.fromkeys(key for key, *_ in todo):
+            config = self.world.config(key, 1)
+            count = sum((key, TRAINED) == (other, prompts) for other, prompts, _ in todo)
+            snapshots = len({*range(0, config.epochs, config.output.samples_every), config.epochs})
+            drawn = [prompts for other, prompts, _ in todo if other == key and prompts != TRAINED]
+            shown = snapshots * IMAGES * sum(len(PromptSet.load(prompts).prompts) for prompts in drawn)
+            each = config.epochs * config.samples_per_epoch * config.queries_per_sample
+            own = times.get(self.world.label(key), times.get(name_of(key)))
+            per_epoch = self.seconds or own or (statistics.median(times.values()) if times else 0)
+            if not per_epoch:
+                unknown.append(key)
+            minutes = f"{config.epochs * per_epoch / 60:.1f}" if per_epoch else "?"
+            text.append(f"{self.world.label(key)}: {count} x {each} reward queries, {minutes} minutes")
+            runs, queries, images = runs + count, queries + count * each, images + shown
+            latents = config.samples_per_epoch * (config.steps + 1) * config.resolution**2 / 16 * 4  # bytes
+            disk += count * (size + getattr(config.policy, "replay", 0) * latents)
+            seconds += per_epoch * (count * config.epochs + shown / config.samples_per_epoch)
+        hours = f"{seconds / 3600 / self.jobs:.1f} hours with {self.jobs} at a time"
+        if unknown:
+            hours = f"hours unknown for {len(unknown)} variants: measure the seconds of an epoch, such as those in the "
+            hours += "metrics of a first run with --seeds 1, and give --epoch-seconds"
+        what = f"{runs} runs, {queries} reward queries, {images} images of evaluations (each counts as a sample)"
+        return "\n".join([*text, f"in all {what}: {hours}; {disk / 2**30:.1f} GiB of disk space"])
+
+    def times(self) -> dict[str, float]:
+        """The median seconds of an epoch, by variant."""
+        seconds: dict[str, list[float]] = {}
+        for line in self.lines():
+            seconds.setdefault(line["variant"], []).extend(line["epochs"].get("seconds", []))
+        return {name: statistics.median(values) for name, values in seconds.items() if values}
+
+
+def needs(world: World, figures: Iterable[Figure]) -> dict[Place, set[str]]:
+    """The series that the figures need."""
+    found: dict[Place, set[str]] = {}
+    for figure in figures:
+        for key, names in figure.needed(world):
+            found.setdefault((key, figure.where(world)), set()).update(names)
+            if figure.prompts is not None:  # a run whose snapshots are there: those of frontier.py have not all series
+                found.setdefault((key, TRAINED), set()).update(series_for("others", world, key))
+    return found
+
+
+def trained_series(world: World, run: RunFolder, key: str) -> Series:
+    """What the figures need of each epoch; an epoch without an overlap has None."""
+    names = EPOCHS | {"reward": f"reward/{world.reward(key)}/mean", "std": f"reward/{world.reward(key)}/std"}
+    for name in (*world.held_out(key), *world.truth):
+        names |= {name: f"eval/{name}/mean", f"{name} std": f"eval/{name}/std"}
+    metrics = run.metrics()
+    epochs = pairs.series(metrics, names)
+    for name, metric in OVERLAPS.items():
+        if name.replace("overlap", "dormant") in epochs:
+            epochs[name] = [line.get(metric) for line in metrics]
+    return epochs
+
+
+def evaluated_series(found: Evaluation, subject: Subject, prompts: PromptSet, judging: list[str]) -> Series:
+    """The same of snapshots, first of all the base model."""
+    snapshots = [BASE_EPOCH, *(cell.epoch for cell in subject.cells)]
+    epochs: Series = {"queries": [0, *(subject.queries(epoch) for epoch in snapshots[1:])]}
+    for name in (subject.training, *judging):
+        scores = [found.scores(subject, epoch, prompts, name) for epoch in snapshots]
+        mean, std = ("reward", "std") if name == subject.training else (name, f"{name} std")
+        epochs[mean] = [round(statistics.fmean(values), 5) for values in scores]
+        epochs[std] = [round(statistics.pstdev(values), 5) for values in scores]
+    return epochs
+
+
+# --- the rule, and what it decides
+
+VERDICTS = ("confirmed", "not seen", "contradicted", "undecided")
+
+
+def verdict(values: list[float]) -> str:
+    """Decides a claim by the differences, one for each seed, of which it says that they are positive."""
+    if len(values) < pairs.ENOUGH:
+        return "undecided"
+    middle, half = interval(values)
+    return "not seen" if abs(middle) <= half else "confirmed" if middle > 0 else "contradicted"
+
+
+def differences(world: World, there: Held, claim: Claim, prompts: str) -> list[float]:
+    """By common seed, how much more of the measure `ours` has, where that can be told."""
+    ours = there.get((claim.ours, prompts), {})
+    theirs = there.get((claim.theirs, prompts), {}) if claim.theirs else dict.fromkeys(ours)
+    names = {*series_for(claim.measure, world, claim.ours)}
+    over = pairs.SMOOTHING if prompts == TRAINED else 1  # snapshots share their noise, and need no smoothing
+    found = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        both = [run for run in (ours[seed], theirs[seed]) if run is not None]
+        if all(names <= run.keys() for run in both):
+            found.append(difference(world, claim, both, over))
+    return [value for value in found if value is not None]
+
+
+def difference(world: World, claim: Claim, both: list[Series], over: int) -> float | None:
+    """The measure of one run less that of another, or of one run alone; None if no level is reached by both."""
+    if claim.measure == "queries":
+        more = at_equal_gain(both, [run["queries"] for run in both], over)
+        return None if more is None else -more
+    if claim.measure in ("gold", "others"):
+        held_out = world.held_out(claim.ours) if claim.measure == "others" else []
+        parts = []
+        for name in held_out or world.truth:
+            more = at_equal_gain(both, [smooth(run[name], over) for run in both], over)
+            if more is None:
+                return None
+            parts.append(more / (both[0][f"{name} std"][0] or 1.0) if held_out else more)
+        return statistics.fmean(parts)
+    values = [of_run(claim.measure, run, over) for run in both]
+    return values[0] - sum(values[1:])
+
+
+def at_equal_gain(both: list[Series], curves: list[list[float]], over: int) -> float | None:
+    """How much higher the first curve is: the mean over the levels of training reward that both runs reach."""
+    reached = []
+    for level in pairs.LEVELS:
+        ours, theirs = (pairs.at(level, gains(run, over), curve) for run, curve in zip(both, curves, strict=True))
+        if ours is not None and theirs is not None:
+            reached.append(ours - theirs)
+    return statistics.fmean(reached) if reached else None
+
+
+def of_run(measure: str, run: Series, over: int) -> float:
+    if measure == "gain":
+        return gains(run, over)[-1]
+    if measure in OVERLAPS:  # two sets drawn at random overlap by the share of the larger one
+        dormant = run[measure.replace("overlap", "dormant")]
+        found = zip(run[measure], dormant, dormant[:1] + dormant, strict=False)
+        above = [overlap - max(now, before) for overlap, now, before in found if overlap is not None]
+        return statistics.fmean(above or [0.0])
+    return statistics.fmean(run[measure][2:] or run[measure])  # the first two epochs are too early
+
+
+# --- the page
+
+
+def write_page(work: Work) -> None:
+    there, shown = work.held(), {}
+    for name, figure in FIGURES.items():
+        path = work.out.with_name(f"{work.out.stem}-{'11-12' if name in ('11', '12') else name}.png")
+        drawn = draw(work.world, figure, there, path) if figure.prompts is None else copy(work, name, path)
+        if drawn or path.exists():
+            shown[name] = path.name
+    work.out.with_suffix(".md").write_text(page(work, there, shown), encoding="utf-8")
+
+
+def page(work: Work, there: Held, shown: dict[str, str]) -> str:
+    world, own = work.world, pairs.results(work.out)
+    resetting: Any = world.config("tdpo-r", 1)
+    days, machines = sorted({line["date"] for line in own}), sorted({line["machine"] for line in own})
+    when = f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {'; '.join(machines)}" if own else "Not run yet"
+    found = {
+        name: [
+            (claim, differences(world, there, claim, figure.where(world)))
+            for claim in figure.claims
+            if claim.measure != "gold" or world.truth
+        ]
+        for name, figure in FIGURES.items()
+    }
+    decided = sum(len(values) >= pairs.ENOUGH for claims in found.values() for _, values in claims)
+    numbered = [name for name, figure in FIGURES.items() if figure.numbered]
+    lines = [
+        f"# The figures of the TDPO paper on {world.name}",
+        "",
+        f"`python benchmarks/{work.command}`",
+        "",
+        f"{when}. Trained on {', '.join(world.rewards)}, and judged by the others and "
+        f"{', '.join((*world.judges, *world.truth))}. Unseen prompts are those of {world.sets[0]}, complex ones those "
+        f"of {world.sets[1]}, {IMAGES} images each. Neurons are reset after every {resetting.neurons.every} of "
+        f"{resetting.epochs} epochs, as after every 10 of 100 in the paper. Curves are means of the last "
+        f"{pairs.SMOOTHING} epochs. Gains are in standard deviations of the first epoch's rewards. Intervals and bands "
+        f"hold {CONFIDENCE:.0%} (Student's t over seeds).",
+        "",
+        "The subjects and statements are those of the paper (arXiv 2402.08552), in our words; the paper may not say "
+        f"what is marked as our reading. Only figures {', '.join(numbered)} are known to have these numbers there, as "
+        "the paper's text was not at hand when the others were numbered. What has no number is not in the paper.",
+        "",
+        "**The rule.** A statement says that one variant has more of something than another, and the difference is "
+        "taken seed by seed. At equal training reward, it is the mean over those gains of "
+        f"{', '.join(f'{level:g}' for level in pairs.LEVELS)} that both runs reach; a seed on which they reach none "
+        "does not count. A statement is *confirmed* if the interval of the differences is above 0, *contradicted* if "
+        f"it is below, *not seen* if it holds 0, and *undecided* with fewer than {pairs.ENOUGH} seeds. Of {decided} "
+        f"intervals, {decided * (1 - CONFIDENCE):.1f} would miss 0 by chance. What is compared, the first three at "
+        "equal training reward:",
+        "",
+        *(f"- *{name}*: {what}" for name, what in MEASURES.items()),
+        "",
+        *row("figure", "subject", *VERDICTS, "runs and evaluations to be done", head=True),
+    ]
+    for name, figure in FIGURES.items():
+        verdicts = [verdict(values) for _, values in found[name]]
+        left = len(work.missing(needs(world, [figure]), there))
+        lines += row(name, figure.subject, *(str(verdicts.count(each) or "") for each in VERDICTS), str(left or ""))
+    lines += ["", *rivals(world, there)]
+    for name, figure in FIGURES.items():
+        title = f"Figure {name}" if name.isdigit() else name.capitalize()
+        lines += [f"## {title}: {figure.subject}", ""]
+        if figure.claims:
+            lines += row("statement", "compared", "by", "difference", "seeds", "found", head=True)
+        for claim, values in found[name]:
+            compared = " and ".join(world.label(key) for key in (claim.ours, claim.theirs) if key)
+            difference = pairs.with_interval(values)
+            lines += row(claim.text, compared, claim.measure, difference, str(len(values)), verdict(values))
+        lines += ["", f"![{title}]({shown[name]})" if name in shown else "Not drawn yet.", ""]
+    return "\n".join(lines).rstrip().replace("\n\n\n", "\n\n") + "\n"
+
+
+def row(*cells: str, head: bool = False) -> list[str]:
+    return [f"| {' | '.join(cells)} |", *(["|" + "---|" * len(cells)] if head else [])]
+
+
+def rivals(world: World, there: Held) -> list[str]:
+    """What each algorithm reaches, and which of their aims."""
+    lost = [f"{name} lost at the end" for name in world.truth]
+    head = ["algorithm", "aim", "seeds that reach it", "reward queries until then", "gain at the end", *lost]
+    lines = [
+        f"What each algorithm reaches on {world.rewards[0]}. The aims are smoothed gains, to be "
+        "reached on every seed, in runs of at most five minutes on Shapes:",
+        "",
+    ]
+    lines += row(*head, "longest run, minutes", head=True)
+    for key in FIGURES["rivals"].shows:
+        runs, aim = list(there.get((key, TRAINED), {}).values()), DATA["aims"].get(key)
+        if not runs:
+            lines += row(key, *["not run yet"] * len(head))
+            continue
+        until = [pairs.at(aim, gains(run), run["queries"]) for run in runs] if aim else []
+        reached = [queries for queries in until if queries is not None]
+        cells = [key, f"{aim:+.1f}", f"{len(reached)} of {len(runs)}"] if aim else [key, "-", "-"]
+        cells.append(f"{statistics.fmean(reached):.0f}" if reached else "-")
+        cells.append(pairs.with_interval([gains(run)[-1] for run in runs]))
+        cells += [pairs.with_interval([pairs.lost(run, name)[-1] for run in runs]) for name in world.truth]
+        lines += row(*cells, f"{max(sum(run['seconds']) for run in runs) / 60:.1f}")
+    return [*lines, ""]
+
+
+def draw(world: World, figure: Figure, there: Held, path: Path) -> bool:
+    """A panel for each training reward and each series, from the epochs of the trainings; False if there are none."""
+    several = {"gold": lambda key: world.truth, "others": world.held_out}
+    panels: dict[tuple[str, str], list[tuple[int, str, list[Point]]]] = {}
+    names = list(dict.fromkeys(map(name_of, figure.shows)))
+    for key in figure.shows:
+        for y in [name for what in figure.ys for name in several.get(what, lambda key, what=what: [what])(key)]:
+            runs = [run for run in there.get((key, TRAINED), {}).values() if y in {*run, "gain"}]
+            if points := curve(runs, figure.x, y):
+                look = names.index(name_of(key)), f"{name_of(key)} ({len(runs)})"
+                panels.setdefault((world.reward(key), y), []).append((*look, points))
+    if not panels:
+        return False
+    rows = -(-len(panels) // 2)
+    canvas = Canvas(figsize=(11, 3.4 * rows), dpi=DPI, layout="constrained", facecolor="white")
+    places = list(canvas.subplots(rows, 2, squeeze=False).flat)
+    for axes, ((reward, y), curves) in zip(places, panels.items(), strict=False):
+        for number, label, points in curves:
+            draw_setup(axes, number, points, banded=True)
+            axes.lines[-2].set_label(label)
+        axes.set(xlabel=AXES.get(figure.x, figure.x), ylabel=AXES.get(y, y))
+        axes.set_title(f"trained on {reward}", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    canvas.savefig(path)
+    return True
+
+
+def curve(runs: list[Series], x: str, y: str) -> list[Point]:
+    """A point for each epoch that all runs have: the mean over runs, and its interval."""
+    neurons = {*OVERLAPS, "dormant", "policy dormant"}
+    ys = [gains(run) if y == "gain" else run[y] if y in neurons else smooth(run[y]) for run in runs]
+    of_x: dict[str, Callable[[Series], list[float]]] = {"gain": gains, "queries": lambda run: run["queries"]}
+    xs = [of_x[x](run) if x in of_x else range(1, len(run["reward"]) + 1) for run in runs]
+    points = []
+    for epoch, (at_x, at_y) in enumerate(zip(zip(*xs, strict=False), zip(*ys, strict=False), strict=False)):
+        if None not in at_y:
+            middle, half = interval(at_y)
+            points.append(Point(epoch, statistics.fmean(at_x), middle, middle - half, middle + half))
+    return points
+
+
+def copy(work: Work, name: str, path: Path) -> bool:
+    """Copy the picture that `evaluate` drew for the first reward, smaller; False if there is none."""
+    reward, folder = work.world.rewards[0], work.evaluations("tdpo")
+    source = picture(folder, EQUAL, reward, work.world.sets[0]) if name == "13" else picture(folder, CROSS, reward)
+    if not source.exists():
+        return False
+    with Image.open(source) as image:
+        small = image.convert("RGB").resize((WIDE, round(image.height * WIDE / image.width)), Image.Resampling.LANCZOS)
+    small.quantize(128).save(path, optimize=True)
+    return True
+
+
+# --- the command line
+
+
+def main() -> None:
+    presets = [entry["preset"].format(name) for entry in DATA["worlds"].values() for name in entry["rewards"]]
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--figure", nargs="+", choices=list(FIGURES), default=[], help="figures to work on")
+    parser.add_argument("--all", action="store_true", help="work on all figures")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 1 to this for every variant")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each; on a GPU, 1")
+    parser.add_argument("--preset", choices=list(dict.fromkeys(presets)), default="shapes", help="what to train")
+    parser.add_argument("--model", help="another model than the preset's: a folder, a hub id or a checkpoint")
+    parser.add_argument("--plan", action="store_true", help="only say how much there is to do")
+    parser.add_argument("--page", action="store_true", help="only write the page from what there is")
+    parser.add_argument("--epoch-seconds", type=float, default=0.0, help="seconds of an epoch, for the plan")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all runs, for trials")
+    parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/paper, or runs/paper-PRESET)")
+    parser.add_argument("--out", type=Path, help="the results (default: paper.jsonl, or paper-PRESET.jsonl)")
+    args = parser.parse_args()
+    stem = "paper" if args.preset == "shapes" else f"paper-{args.preset}"
+    changed: dict[str, Any] = {"model": args.model} if args.model else {}
+    for name, _, value in (text.partition("=") for text in args.set):
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        changed = merge(changed, value)
+    runs, out = args.runs or Path("runs") / stem, args.out or HERE / f"{stem}.jsonl"
+    command = "paper.py --all" + f" --preset {args.preset}" * (stem != "paper") + f" --seeds {args.seeds}"
+    work = Work(world_of(args.preset, changed), args.seeds, args.jobs, runs, out, args.epoch_seconds, command)
+    needed = needs(work.world, FIGURES.values() if args.all else [FIGURES[name] for name in args.figure])
+    if not needed and not args.page:
+        parser.error("got no figure; expected --figure N or --all, or --page for a page of what there is")
+    if needed:
+        print(work.plan(needed), flush=True)
+    if not args.plan:
+        if not args.page:
+            check_device(work.world, parser)
+            work.do(needed)
+        write_page(work)
+
+
+def check_device(world: World, parser: argparse.ArgumentParser) -> None:
+    import torch
+
+    if not world.truth and not torch.cuda.is_available():
+        parser.error(f"got {world.name} without a GPU; expected one, or --plan")
+
+
+if __name__ == "__main__":
+    main()
