@@ -12,7 +12,7 @@ import argparse
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from pairs import (
 )
 
 from comfy_tdpo.trainer.alarm import alarm_of
-from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE, interval
 from comfy_tdpo.trainer.run import RunFolder
 
@@ -170,13 +170,14 @@ def main() -> None:
     wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: run(job[0], job[1], args.runs, args.out), wanted))
+    if not results(args.out):
+        parser.error(f"got no results in {args.out} and no variants to train; expected either")
     write_page(args.out)
 
 
 def run(name: str, seed: int, runs: Path, out: Path) -> None:
     """Train one variant with one seed, unless `out` holds it, and add its series to `out`."""
-    values = VARIANTS[name].settings | {"seed": seed, "eval_rewards": WATCHED}
-    config = make_config("shapes", overrides=values)
+    config = config_of(name, seed)
     mark = fingerprint(config)
     if any(result["settings"] == mark for result in results(out)):
         return
@@ -184,6 +185,11 @@ def run(name: str, seed: int, runs: Path, out: Path) -> None:
     print(f"--- {name}, seed {seed}", flush=True)
     finished = train(path, config)
     add(out, {"variant": name, "seed": seed, "settings": mark}, epochs_of(finished))
+
+
+@cache
+def config_of(name: str, seed: int) -> TrainConfig:
+    return make_config("shapes", overrides=VARIANTS[name].settings | {"seed": seed, "eval_rewards": WATCHED})
 
 
 def epochs_of(run: RunFolder) -> Series:
@@ -204,10 +210,12 @@ Runs = dict[str, dict[int, Series]]  # variant -> seed -> series
 
 
 def by_variant(found: list[Line]) -> Runs:
+    """The series of each variant and seed; a line of other settings than today's variant of its name is left out."""
     runs: Runs = {}
     for result in found:
-        if result["variant"] in VARIANTS:
-            runs.setdefault(result["variant"], {})[result["seed"]] = result["epochs"]
+        name, seed = result["variant"], result["seed"]
+        if name in VARIANTS and result["settings"] == fingerprint(config_of(name, seed)):
+            runs.setdefault(name, {})[seed] = result["epochs"]
     return {name: runs[name] for name in VARIANTS if name in runs}
 
 
@@ -254,7 +262,8 @@ def page(runs: Runs, found: list[Line]) -> str:
         "",
         *seed_by_seed(runs),
         "What each change is worth: how much more gold is left at equal training reward than with the variant that it "
-        "changes, seed by seed. A seed counts where both runs reach the gain.",
+        "changes, seed by seed. A seed counts where both runs reach the gain. Until the first reset, after epoch 10, a "
+        "run with resets and one without are the same.",
         "",
         "| variant | what is changed | of | " + " | ".join(f"{level:+.2f}, seeds" for level in WORTH) + " |",
         "|---" * (len(WORTH) + 3) + "|",
@@ -295,7 +304,7 @@ def page(runs: Runs, found: list[Line]) -> str:
     lines += ["| variant | seeds with an alarm | gold lost at the alarm | gold lost at the end without one |"]
     lines += ["|---|---|---|---|"]
     for name, seeds in runs.items():
-        if make_config("shapes", overrides=VARIANTS[name].settings).overoptimisation.reward is None:
+        if config_of(name, 1).overoptimisation.reward is None:
             continue  # its guard is the reward that would be watched
         rang = [lost(epochs, GOLD)[int(epochs["alarm"][0]) - 1] for epochs in seeds.values() if epochs["alarm"]]
         silent = [lost(epochs, GOLD)[-1] for epochs in seeds.values() if not epochs["alarm"]]
@@ -350,7 +359,7 @@ def said_of_changes(runs: Runs, level: float = WORTH[0]) -> list[str]:
     found: dict[str, list[str]] = {"more": [], "less": [], "neither": []}
     for name, of in changes(runs):
         more = kept_more(runs, name, of, GOLD, level)
-        if len(more) >= ENOUGH:
+        if len(more) >= ENOUGH and any(more):
             middle, half = interval(more)
             found["neither" if abs(middle) <= half else "more" if middle > 0 else "less"].append(name)
     names = {kind: "; ".join(found[kind]) or "none" for kind in found}

@@ -62,7 +62,7 @@ class Train(io.ComfyNode):
                         "algorithm",
                         list(ALGORITHMS),
                         default="ddpo-g",
-                        tooltip="How the model learns; ddpo-g is for use, the others for comparison. A critic is a "
+                        tooltip="How the model learns. Choose ddpo-g; the others are for comparison. A critic is a "
                         "small network that predicts the reward of unfinished images. "
                         + " ".join(f"{name}: {algorithm.summary}." for name, algorithm in ALGORITHMS.items()),
                     ),

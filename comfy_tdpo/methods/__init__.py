@@ -113,13 +113,13 @@ ALGORITHMS = {
     "ddpo-g": Algorithm(
         _POLICY_GRADIENT,
         _SETTINGS,
-        "no critic, one update per timestep, held by guards, rewards that must not fall",
+        "one update per step, without a critic; guards, rewards that must not fall, restrain it",
         {"critic": {"enabled": False}} | _GUARDED,
     ),
     "tdpo-g": Algorithm(
         _POLICY_GRADIENT,
         _SETTINGS,
-        "the same with a critic that sees the clean image, the prompt and the step",
+        "ddpo-g with a critic that sees the predicted clean image, the prompt and the step",
         {
             "critic": {
                 "reads": "clean",
