@@ -625,7 +625,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="only say how much there is to do")
     parser.add_argument("--page", action="store_true", help="only write the page from what there is")
     parser.add_argument("--epoch-seconds", type=float, default=0.0, help="seconds of an epoch, for the plan")
-    named = {"nargs": "+", "type": pair, "default": []}
+    named: dict[str, Any] = {"nargs": "+", "type": pair, "default": []}
     parser.add_argument("--prompts", metavar="REWARD=FILE", help="training prompts of a reward", **named)
     parser.add_argument("--set", metavar="NAME=VALUE", help="settings of all runs, for trials", **named)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/paper, or runs/paper-PRESET)")
