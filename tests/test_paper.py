@@ -233,6 +233,14 @@ def test_a_line_that_was_cut_off_is_removed(tmp_path):
     assert [each["seed"] for each in pairs.results(out)] == [1, 3]
 
 
+def test_results_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"seed": 1}\n{"seed" 2}\n')
+    with pytest.raises(
+        ValueError, match=r"results.jsonl is damaged \(line 2: Expecting .*\); remove what is no line of JSON"
+    ):
+        pairs.results(tmp_path / "results.jsonl")
+
+
 def test_resets_come_as_often_in_a_run_as_in_the_papers():
     shapes, sd14 = SHAPES.config("tdpo-r", 1), world_of("sd14-hpsv2", {}).config("tdpo-r", 1)
     assert (shapes.epochs, shapes.neurons.every) == (15, 2)
