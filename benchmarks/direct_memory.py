@@ -1,4 +1,7 @@
-"""How much GPU memory do AlignProp, DRaFT and ReFL need at 512 px? `python benchmarks/direct_memory.py`
+"""How much GPU memory does DRaFT need at 512 px, and with it AlignProp, which differs in the number of steps?
+
+`python benchmarks/direct_memory.py` writes the table in docs/direct-gradients.md; with another `--resolution`, it only
+prints one, unless `--page` names a page.
 
 Runs one update of one sample through the trainer's own code on Stable Diffusion 1.x and a reward of true size, with
 fake tensors: they have shapes and no values, so that nothing is computed and no GPU is needed. Counts the bytes of all
@@ -46,6 +49,8 @@ from comfy_tdpo.trainer.config import TrainConfig, make_config
 
 HERE = Path(__file__).parent
 GIB = 2**30
+PAGE = HERE.parent / "docs" / "direct-gradients.md"
+RESOLUTION = 512  # pixels, of the page
 BEGIN, END = "<!-- direct-memory: begin -->", "<!-- direct-memory: end -->"
 OFF: dict[str, Any] = {"recompute": {"steps": False}}
 STEPS: dict[str, Any] = {"recompute": {"steps": True}}
@@ -101,14 +106,30 @@ class Held(TorchDispatchMode):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolution", type=int, default=512)
-    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "direct-gradients.md")
+    parser.add_argument("--resolution", type=int, default=RESOLUTION)
+    parser.add_argument("--page", type=Path, help=f"page with the table (default: {PAGE.name}, at {RESOLUTION} px)")
     args = parser.parse_args()
+    page = args.page or (PAGE if args.resolution == RESOLUTION else None)
+    try:
+        if page:
+            around_table(page)  # before the work
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     rows = [measured(*case, args.resolution) for case in CASES]
     table = report(rows, args.resolution)
-    before, _, rest = args.page.read_text(encoding="utf-8").partition(BEGIN)
-    args.page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(table)
+    if page:
+        before, after = around_table(page)
+        page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def around_table(page: Path) -> tuple[str, str]:
+    """The page before and after its table; ValueError if it has no place for one."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"got {page} without a place for the table; expected the lines {BEGIN} and {END}")
+    return before, after
 
 
 def measured(reward: str, precision: str, graded: int, what: str, recompute: dict[str, Any], resolution: int) -> dict:
@@ -306,9 +327,10 @@ REWARDS: dict[str, Callable[[torch.dtype], Any]] = {"aesthetic": make_aesthetic,
 
 
 def report(rows: list[dict], resolution: int) -> str:
+    command = "python benchmarks/direct_memory.py" + f" --resolution {resolution}" * (resolution != RESOLUTION)
     lines = [
-        f"Computed on {date.today()} by `python benchmarks/direct_memory.py` (torch {torch.__version__}, Python "
-        f"{platform.python_version()}): one sample at a time at {resolution} px, base model in bf16, GiB.",
+        f"Computed on {date.today()} by `{command}` (torch {torch.__version__}, Python {platform.python_version()}): "
+        f"one sample at a time at {resolution} px, base model in bf16, GiB.",
         "",
         "| reward | its precision | K | computed again | weights | decoder and reward | steps | peak |",
         "|---|---|---|---|---|---|---|---|",

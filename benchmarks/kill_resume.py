@@ -23,6 +23,7 @@ SETTINGS += ["--output.samples-every", "2", "--output.grid-images", "4"]
 
 # Together these have on everything that a checkpoint must keep.
 VARIANTS = {
+    "ddpo-g": "--algorithm ddpo-g",
     "tdpo-g": "--algorithm tdpo-g",
     "tdpo-r": "--algorithm tdpo-r --neurons.every 2",
     "normalised": "--algorithm tdpo-g --policy.objective step-normalised --kl.coefficient 0.03 "

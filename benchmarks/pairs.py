@@ -21,11 +21,13 @@ from comfy_tdpo.trainer.config import TrainConfig
 from comfy_tdpo.trainer.evaluation.numbers import interval
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 from comfy_tdpo.trainer.run.json_lines import append_lines, read_lines
+from comfy_tdpo.user_files import read_text
 
 SMOOTHING = 3  # epochs that a point of a curve is the mean of
 LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
 ENOUGH = 4  # seeds for saying that a difference is one
 NO_PART = {"eval_rewards", "output", "overoptimisation", "micro_batch", "decode_batch"}  # decide no result
+REMEDY = "remove what is no line of JSON"
 THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # with one thread, results repeat exactly
 
 Series = dict[str, list[Any]]  # by name, a value for each epoch
@@ -38,7 +40,10 @@ _writing = Lock()
 
 
 def fingerprint(config: TrainConfig) -> str:
-    """A digest of the settings that decide a run's results and are not at their defaults, which never change."""
+    """A digest of the settings that decide a run's results and differ from their defaults.
+
+    If a default changes, remove the old results.
+    """
     values = config.model_dump(mode="json", exclude_defaults=True, exclude=NO_PART)
     neurons = values.get("neurons", {})
     if neurons.pop("policy_measure", False) and not neurons:  # measuring decides nothing either
@@ -67,14 +72,20 @@ def train(path: Path, config: TrainConfig) -> RunFolder:
 def add(out: Path, line: Line, epochs: Series) -> None:
     """Append a result to `out`."""
     with _writing:
-        read_lines(out, lambda line: None, "remove what is no line of JSON")  # removes a line that was cut off
+        read_lines(out, lambda line: None, REMEDY)  # removes a line that was cut off
         append_lines(out, [line | {"date": str(date.today()), "machine": machine(), "epochs": epochs}])
 
 
 def results(out: Path) -> list[Line]:
-    """The lines of `out`; none if there is no such file."""
-    text = out.read_text(encoding="utf-8") if out.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    """The lines of `out`; none if there is no such file. ValueError if one is no JSON; the last may be cut off."""
+    text = read_text(out) if out.exists() else ""
+    lines = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{out} is damaged (line {number}: {error.msg}); {REMEDY}") from error
+    return lines
 
 
 def series(metrics: list[EpochMetrics], names: dict[str, str]) -> Series:

@@ -6,12 +6,14 @@ paper.jsonl (a line for each run and each of its evaluations), paper.md and pape
 
 It goes on where it was stopped, so the work can be spread over days: `--figure`, `--seeds` and `--jobs` choose what is
 done now. Before it starts, and with `--plan` instead, it says how much that is; `--page` only writes the page. With a
-preset sd14-*, the same figures are made with Stable Diffusion v1.4 on a GPU. On one machine, `--figure 7 --seeds 1`,
-with another `--runs` and `--out`, repeats the numbers of that figure and seed exactly.
+preset sd14-*, the same figures are made with Stable Diffusion v1.4 on a GPU; runs on hpsv2 need its prompts, which do
+not ship: `--prompts hpsv2=FILE`. On one machine, `--figure 7 --seeds 1`, with another `--runs` and `--out`, repeats the
+numbers of that figure and seed exactly.
 """
 
 import argparse
 import re
+import shlex
 import statistics
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +25,11 @@ from typing import Any
 
 import frontier
 import pairs
-from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import Figure
 from pairs import Line, Series, gains, smooth
 from PIL import Image
 
+from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.config.layers import merge
 from comfy_tdpo.trainer.evaluation.asked import Options, PromptSet, Subject, ask
@@ -70,7 +73,10 @@ OVERLAPS = {"overlap": "neurons/overlap_percent", "policy overlap": "policy_neur
 
 @dataclass(frozen=True)
 class World:
-    """An entry of paper.toml, which says what its fields mean. changed: settings for all runs."""
+    """An entry of paper.toml, which says what its fields mean.
+
+    changed: settings for all runs; prompts: by training reward, where the prompts are not the preset's.
+    """
 
     name: str
     preset: str
@@ -80,6 +86,7 @@ class World:
     sets: tuple[str, ...]
     mib: float
     changed: dict[str, Any]
+    prompts: dict[str, str]
 
     def held_out(self, key: str) -> list[str]:
         """The rewards that judge a variant, apart from the gold measure."""
@@ -97,6 +104,8 @@ class World:
         values = merge(merge(values, VARIANTS[name_of(key)]), self.changed)
         if values.get("critic", {}).get("encoder") == "other":
             values = merge(values, {"critic": {"encoder": self.rewards[0 if index_of(key) else -1]}})
+        if self.reward(key) in self.prompts:
+            values = merge(values, {"prompts": self.prompts[self.reward(key)]})
         preset = self.preset.format(self.reward(key))
         config = make_config(preset, overrides=values)
         neurons = getattr(config, "neurons", None)
@@ -115,11 +124,11 @@ def index_of(key: str) -> int:
     return int(key.partition("/")[2] or 0)
 
 
-def world_of(preset: str, changed: dict[str, Any]) -> World:
+def world_of(preset: str, changed: dict[str, Any], prompts: dict[str, str] | None = None) -> World:
     """The world of a preset, whose reward comes first."""
     entry = DATA["worlds"][preset.partition("-")[0]]
     rewards = sorted(entry["rewards"], key=lambda name: entry["preset"].format(name) != preset)
-    return World(**entry | {"rewards": rewards, "changed": changed})
+    return World(**entry | {"rewards": rewards, "changed": changed, "prompts": prompts or {}})
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Figure:
+class PaperFigure:
     """An entry of paper.toml, with what stands for several spelled out."""
 
     subject: str
@@ -145,7 +154,7 @@ class Figure:
     numbered: bool = False
 
     @staticmethod
-    def of(entry: dict[str, Any]) -> "Figure":
+    def of(entry: dict[str, Any]) -> "PaperFigure":
         shows = [key for each in entry["shows"] for (key,) in spelled_out(each)]
         claims = [
             Claim(ours, theirs, measure, text)
@@ -153,7 +162,7 @@ class Figure:
             for ours, theirs in spelled_out(*keys)
             for measure in (("others", "gold") if measures == "left" else (measures,))
         ]
-        return Figure(**entry | {"shows": shows, "claims": claims})
+        return PaperFigure(**entry | {"shows": shows, "claims": claims})
 
     def where(self, world: World) -> str:
         return TRAINED if self.prompts is None else world.sets[self.prompts]
@@ -190,7 +199,7 @@ VARIANTS = {
     name: frontier.VARIANTS[values["from_frontier"]].settings if "from_frontier" in values else values
     for name, values in DATA["variants"].items()
 }
-FIGURES = {name: Figure.of(entry) for name, entry in DATA["figures"].items()}
+FIGURES = {name: PaperFigure.of(entry) for name, entry in DATA["figures"].items()}
 
 
 # --- what is needed, what there is, and the rest of the work
@@ -336,7 +345,7 @@ class Work:
         return {name: statistics.median(values) for name, values in seconds.items() if values}
 
 
-def needs(world: World, figures: Iterable[Figure]) -> dict[Place, set[str]]:
+def needs(world: World, figures: Iterable[PaperFigure]) -> dict[Place, set[str]]:
     """The series that the figures need."""
     found: dict[Place, set[str]] = {}
     for figure in figures:
@@ -400,7 +409,7 @@ def differences(world: World, there: Held, claim: Claim, prompts: str) -> list[f
 
 
 def difference(world: World, claim: Claim, both: list[Series], over: int) -> float | None:
-    """The measure of one run less that of another, or of one run alone; None if no level is reached by both."""
+    """The measure of one run less that of another, or of one run alone; None where it cannot be told."""
     if claim.measure == "queries":
         more = at_equal_gain(both, [run["queries"] for run in both], over)
         return None if more is None else -more
@@ -409,12 +418,14 @@ def difference(world: World, claim: Claim, both: list[Series], over: int) -> flo
         parts = []
         for name in held_out or world.truth:
             more = at_equal_gain(both, [smooth(run[name], over) for run in both], over)
-            if more is None:
+            spread = both[0][f"{name} std"][0] if held_out else 1.0
+            if more is None or not spread:
                 return None
-            parts.append(more / (both[0][f"{name} std"][0] or 1.0) if held_out else more)
+            parts.append(more / spread)
         return statistics.fmean(parts)
     values = [of_run(claim.measure, run, over) for run in both]
-    return values[0] - sum(values[1:])
+    known = [value for value in values if value is not None]
+    return known[0] - sum(known[1:]) if len(known) == len(values) else None
 
 
 def at_equal_gain(both: list[Series], curves: list[list[float]], over: int) -> float | None:
@@ -427,14 +438,15 @@ def at_equal_gain(both: list[Series], curves: list[list[float]], over: int) -> f
     return statistics.fmean(reached) if reached else None
 
 
-def of_run(measure: str, run: Series, over: int) -> float:
+def of_run(measure: str, run: Series, over: int) -> float | None:
+    """The measure of one run; None if no epoch has an overlap."""
     if measure == "gain":
         return gains(run, over)[-1]
     if measure in OVERLAPS:  # two sets drawn at random overlap by the share of the larger one
         dormant = run[measure.replace("overlap", "dormant")]
         found = zip(run[measure], dormant, dormant[:1] + dormant, strict=False)
         above = [overlap - max(now, before) for overlap, now, before in found if overlap is not None]
-        return statistics.fmean(above or [0.0])
+        return statistics.fmean(above) if above else None
     return statistics.fmean(run[measure][2:] or run[measure])  # the first two epochs are too early
 
 
@@ -474,9 +486,10 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         f"{when}. Trained on {', '.join(world.rewards)}, and judged by the others and "
         f"{', '.join((*world.judges, *world.truth))}. Unseen prompts are those of {world.sets[0]}, complex ones those "
         f"of {world.sets[1]}, {IMAGES} images each. Neurons are reset after every {resetting.neurons.every} of "
-        f"{resetting.epochs} epochs, as after every 10 of 100 in the paper. Curves are means of the last "
-        f"{pairs.SMOOTHING} epochs. Gains are in standard deviations of the first epoch's rewards. Intervals and bands "
-        f"hold {CONFIDENCE:.0%} (Student's t over seeds).",
+        f"{resetting.epochs} epochs, as after every 10 of 100 in the paper. Curves of rewards over training "
+        f"are means of the last {pairs.SMOOTHING} epochs; those of neurons and of snapshots are not smoothed. Gains "
+        f"are in standard deviations of the first epoch's rewards. Intervals and bands hold {CONFIDENCE:.0%} "
+        "(Student's t over seeds).",
         "",
         "The subjects and statements are those of the paper (arXiv 2402.08552), in our words; the paper may not say "
         f"what is marked as our reading. Only figures {', '.join(numbered)} are known to have these numbers there, as "
@@ -485,10 +498,10 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         "**The rule.** A statement says that one variant has more of something than another, and the difference is "
         "taken seed by seed. At equal training reward, it is the mean over those gains of "
         f"{', '.join(f'{level:g}' for level in pairs.LEVELS)} that both runs reach; a seed on which they reach none "
-        "does not count. A statement is *confirmed* if the interval of the differences is above 0, *contradicted* if "
-        f"it is below, *not seen* if it holds 0, and *undecided* with fewer than {pairs.ENOUGH} seeds. Of {decided} "
-        f"intervals, {decided * (1 - CONFIDENCE):.1f} would miss 0 by chance. What is compared, the first three at "
-        "equal training reward:",
+        "does not count, nor one on which the measure is undefined. A statement is *confirmed* if the interval of the "
+        "differences is above 0, *contradicted* if it is below, *not seen* if it holds 0, and *undecided* with fewer "
+        f"than {pairs.ENOUGH} seeds. Of {decided} intervals, {decided * (1 - CONFIDENCE):.1f} would miss 0 by chance. "
+        "What is compared, the first three at equal training reward:",
         "",
         *(f"- *{name}*: {what}" for name, what in MEASURES.items()),
         "",
@@ -541,7 +554,7 @@ def rivals(world: World, there: Held) -> list[str]:
     return [*lines, ""]
 
 
-def draw(world: World, figure: Figure, there: Held, path: Path) -> bool:
+def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
     """A panel for each training reward and each series, from the epochs of the trainings; False if there are none."""
     several = {"gold": lambda key: world.truth, "others": world.held_out}
     panels: dict[tuple[str, str], list[tuple[int, str, list[Point]]]] = {}
@@ -555,7 +568,7 @@ def draw(world: World, figure: Figure, there: Held, path: Path) -> bool:
     if not panels:
         return False
     rows = -(-len(panels) // 2)
-    canvas = Canvas(figsize=(11, 3.4 * rows), dpi=DPI, layout="constrained", facecolor="white")
+    canvas = Figure(figsize=(11, 3.4 * rows), dpi=DPI, layout="constrained", facecolor="white")
     places = list(canvas.subplots(rows, 2, squeeze=False).flat)
     for axes, ((reward, y), curves) in zip(places, panels.items(), strict=False):
         for number, label, points in curves:
@@ -605,36 +618,77 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--figure", nargs="+", choices=list(FIGURES), default=[], help="figures to work on")
     parser.add_argument("--all", action="store_true", help="work on all figures")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 1 to this for every variant")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each; on a GPU, 1")
+    parser.add_argument("--seeds", type=count, default=SEEDS, help="seeds 1 to this for every variant")
+    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each; on a GPU, 1")
     parser.add_argument("--preset", choices=list(dict.fromkeys(presets)), default="shapes", help="what to train")
     parser.add_argument("--model", help="another model than the preset's: a folder, a hub id or a checkpoint")
     parser.add_argument("--plan", action="store_true", help="only say how much there is to do")
     parser.add_argument("--page", action="store_true", help="only write the page from what there is")
     parser.add_argument("--epoch-seconds", type=float, default=0.0, help="seconds of an epoch, for the plan")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all runs, for trials")
+    named: dict[str, Any] = {"nargs": "+", "type": pair, "default": []}
+    parser.add_argument("--prompts", metavar="REWARD=FILE", help="training prompts of a reward", **named)
+    parser.add_argument("--set", metavar="NAME=VALUE", help="settings of all runs, for trials", **named)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/paper, or runs/paper-PRESET)")
     parser.add_argument("--out", type=Path, help="the results (default: paper.jsonl, or paper-PRESET.jsonl)")
     args = parser.parse_args()
     stem = "paper" if args.preset == "shapes" else f"paper-{args.preset}"
     changed: dict[str, Any] = {"model": args.model} if args.model else {}
-    for name, _, value in (text.partition("=") for text in args.set):
+    for name, value in args.set:
         for part in reversed(name.split(".")):
             value = {part: value}
         changed = merge(changed, value)
     runs, out = args.runs or Path("runs") / stem, args.out or HERE / f"{stem}.jsonl"
-    command = "paper.py --all" + f" --preset {args.preset}" * (stem != "paper") + f" --seeds {args.seeds}"
-    work = Work(world_of(args.preset, changed), args.seeds, args.jobs, runs, out, args.epoch_seconds, command)
+    world = world_of(args.preset, changed, dict(args.prompts))
+    if unknown := world.prompts.keys() - {*world.rewards}:
+        parser.error(f"got prompts for {', '.join(sorted(unknown))}; expected one of {', '.join(world.rewards)}")
+    work = Work(world, args.seeds, args.jobs, runs, out, args.epoch_seconds, command_of(args))
     needed = needs(work.world, FIGURES.values() if args.all else [FIGURES[name] for name in args.figure])
     if not needed and not args.page:
         parser.error("got no figure; expected --figure N or --all, or --page for a page of what there is")
     if needed:
+        check_settings(world, needed, parser)
         print(work.plan(needed), flush=True)
     if not args.plan:
         if not args.page:
             check_device(work.world, parser)
             work.do(needed)
         write_page(work)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
+    return int(text)
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a name, = and a value")
+    return name, value
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command that makes all figures of the page."""
+    words = ["paper.py", "--all"]
+    words += ["--preset", args.preset] if args.preset != "shapes" else []
+    words += ["--model", args.model] if args.model else []
+    for flag, pairs_given in (("--prompts", args.prompts), ("--set", args.set)):
+        words += [flag, *("=".join(each) for each in pairs_given)] if pairs_given else []
+    return shlex.join([*words, "--seeds", str(args.seeds)])
+
+
+def check_settings(world: World, needed: Iterable[Place], parser: argparse.ArgumentParser) -> None:
+    """Refuse settings that a run would refuse, and prompts that are not there."""
+    for key in dict.fromkeys(key for key, _ in needed):
+        try:
+            source = world.config(key, 1).prompts
+        except ValueError as error:
+            parser.error(f"{world.label(key)}: {error}")
+        try:
+            load_prompts(source)
+        except ValueError as error:
+            parser.error(f"{world.label(key)}: {error} (--prompts {world.reward(key)}=FILE)")
 
 
 def check_device(world: World, parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@
 
 trains each algorithm for three epochs on Shapes, once with the code of COMMIT (checked out into a temporary worktree)
 and once with the code in this working tree. Then it compares every metric except times and memory, and every tensor of
-the LoRA. Runs of a commit are kept in `--work` and not repeated. Exits with 1 if anything differs.
+the LoRA. Runs of a commit are kept in `--work` and not repeated. Exits with 1 if anything differs. If COMMIT lacks an
+algorithm, name those to compare with `--algorithms`.
 """
 
 import argparse
@@ -16,15 +17,16 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from comfy_tdpo.methods import ALGORITHMS
+
 ROOT = Path(__file__).parent.parent
-ALGORITHMS = ("tdpo-g", "tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
 UNLIKE = ("time/", "memory/")  # metrics in which runs of the same code may differ
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", metavar="COMMIT", help="what to compare with")
-    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, metavar="NAME")
+    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), metavar="NAME", help="default: all")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("runs/same-results"), help="folder of the runs")
     parser.add_argument("--settings", nargs="*", default=[], metavar="FLAG", help="further settings, without the --")

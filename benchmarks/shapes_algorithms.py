@@ -1,7 +1,7 @@
-"""The four algorithms on Shapes after equal reward queries: `python benchmarks/shapes_algorithms.py`.
+"""The paper's four algorithms on Shapes after equal reward queries: `python benchmarks/shapes_algorithms.py`.
 
-Trains every algorithm on every seed with the preset `shapes`, one run after the other, and writes a table with date and
-machine. Runs that are already in the folder are not repeated; stopped ones are resumed.
+Trains each of them on every seed with the preset `shapes`, one run after the other, and writes a table with date and
+machine; `--algorithms` names others. Runs that are already in the folder are not repeated; stopped ones are resumed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from comfy_tdpo.methods import ALGORITHMS as EVERY
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 
-ALGORITHMS = ("tdpo-g", "tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
+ALGORITHMS = ("tdpo-r", "tdpo", "ddpo-100", "ddpo-2")
 REWARD = "reward/shapes-aesthetic"
 WATCHED = ("eval/shapes-judge/mean", "eval/shapes-gold/mean")
 LAST = 3  # epochs whose mean is the end of a run

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from .comfy.sockets import CATEGORY, Run
+from .runs.used import used_by
 from .runs.wording import words_of_nodes
 
 
@@ -17,7 +18,10 @@ class NeuronInspector(io.ComfyNode):
             "how active each one is, when it was reset, how "
             "many are dormant and how many of those stay dormant.",
             inputs=[
-                Run.Input("run", tooltip="A run of TDPO-R Train whose algorithm has a critic: tdpo-g, tdpo-r or tdpo."),
+                Run.Input(
+                    "run",
+                    tooltip=f"A run of TDPO-R Train whose algorithm has a critic: {', '.join(used_by()['critic'])}.",
+                ),
             ],
             outputs=[
                 io.Image.Output("picture", display_name="picture", tooltip="Each neuron's activation, layer by layer."),

@@ -1,5 +1,7 @@
 """The configuration's layers, the values of Table 1, and the messages about wrong settings."""
 
+from dataclasses import replace
+
 import pytest
 
 from comfy_tdpo.methods import ALGORITHMS
@@ -9,6 +11,7 @@ from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import leaf_fields, make_config, plain_values, presets, validate
+from comfy_tdpo.trainer.config.schema import algorithms_using, algorithms_with
 from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.terminal.arguments import choices
 
@@ -29,6 +32,13 @@ TABLE_1 = {
     "ddpo-100": (1e-4, "timestep", False, "none"),
     "ddpo-2": (3e-4, "trajectory", False, "none"),
 }
+
+
+def test_an_algorithm_that_turns_a_section_off_does_not_use_it_whatever_else_it_sets(monkeypatch):
+    other = replace(ALGORITHMS["ddpo-2"], values={"critic": {"enabled": False, "lr": 1.0}, "updates": "trajectory"})
+    monkeypatch.setitem(ALGORITHMS, "other", other)
+    assert "other" in algorithms_with("critic.lr") and "other" not in algorithms_using("critic.lr")
+    assert "other" in algorithms_using("updates") and "other" in algorithms_using("policy.lr")
 
 
 @pytest.mark.parametrize("algorithm", TABLE_1)

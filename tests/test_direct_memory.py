@@ -26,6 +26,30 @@ def test_what_is_alive_is_counted_also_where_only_a_graph_holds_it():
         assert held.bytes == 0
 
 
+@pytest.mark.parametrize("text", ["no table", f"{memory.BEGIN} no end", f"{memory.END} before {memory.BEGIN}"])
+def test_a_page_without_a_place_for_the_table_is_refused_before_the_work(monkeypatch, tmp_path, capsys, text):
+    (tmp_path / "page.md").write_text(text)
+    monkeypatch.setattr(memory, "CASES", [])
+    monkeypatch.setattr("sys.argv", ["direct_memory.py", "--page", str(tmp_path / "page.md")])
+    with pytest.raises(SystemExit):
+        memory.main()
+    assert "page.md without a place for the table; expected the lines" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == text
+
+
+@pytest.mark.parametrize(("arguments", "is_written"), [("", True), ("--resolution 256", False)])
+def test_only_the_table_of_512_pixels_is_written_unasked(monkeypatch, tmp_path, arguments, is_written):
+    monkeypatch.setattr(memory, "CASES", [])
+    monkeypatch.setattr(memory, "PAGE", tmp_path / "page.md")
+    before = f"Text.\n{memory.BEGIN}\nold\n{memory.END}\nMore.\n"
+    memory.PAGE.write_text(before)
+    monkeypatch.setattr("sys.argv", ["direct_memory.py", *arguments.split()])
+    memory.main()
+    after = memory.PAGE.read_text()
+    assert ("| reward | its precision |" in after) == is_written and (after == before) != is_written
+    assert after.startswith(f"Text.\n{memory.BEGIN}\n") and after.endswith(f"{memory.END}\nMore.\n")
+
+
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory):
     return make_tiny_configs(tmp_path_factory.mktemp("configs") / "tiny") / "sd1"

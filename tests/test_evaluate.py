@@ -143,7 +143,7 @@ def other_world(run: RunFolder) -> None:
         (lambda run: (run.path / "evaluation").write_text(""), "evaluation' is a file; choose another with --out DIR"),
         (
             lambda run: run.write_config(run.config.model_copy(update={"model": "comfyui:SD15:abc"})),
-            "only exists in its ComfyUI graph; expected a model that can be loaded: in the graph, use the node TDPO",
+            "exists only in its ComfyUI graph; expected one that can be loaded from disk. In that graph, use the node",
         ),
     ],
     ids=["another world", "no snapshot", "no run", "no prompts", "a file in the way", "of a graph"],

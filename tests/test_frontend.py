@@ -147,6 +147,9 @@ def test_which_run_a_node_shows(evaluate, name, runs, remembered, chosen):
         ("micro_batch = 4\n kl.target=0.1\n# kl.horizon = 3", ["micro_batch", "kl.target"]),
         ("[output]\ngrid_images = 4\n[policy]\nreplay = 1", ["output.grid_images", "policy.replay"]),
         ("kl = { target = 1 }\nnot toml", ["kl"]),
+        ('[ kl ]\n"target" = 1\n[ "policy" . ema ] # why\n x . y = 2', ["kl.target", "policy.ema.x.y"]),
+        ("[kl]\n[a-b]\ntarget = 1\n[[c]]\ntarget = 1\n[d e]\ntarget = 1", ["a-b.target", "?.target", "?.target"]),
+        ('"kl.target" = 1', ['"kl.target"']),
     ],
 )
 def test_the_names_of_settings_are_read_from_their_lines(evaluate, text, names):
@@ -156,7 +159,9 @@ def test_the_names_of_settings_are_read_from_their_lines(evaluate, text, names):
 USED_BY = {
     "critic": ["r", "g"],
     "resets": ["r"],
-    "settings": {"kl.target": ["r", "g"], "kl.form": ["r", "g"], "policy.replay": ["g"], "last_steps": ["draft"]},
+    "settings": {"kl.target": ["r", "g"], "kl.form": ["r", "g"], "policy.replay": ["g"], "last_steps": ["draft"]}
+    | {f"critic.{name}": ["r", "g", "off"] for name in ("lr", "step", "enabled")},
+    "effects": {"critic.lr": ["r", "g"], "critic.step": ["r", "g"]},
 }
 NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic have no effect."
 
@@ -179,6 +184,25 @@ NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic 
             True,
         ),
         ("", True, "kl = {}", "", False),
+        ("g", True, '[neurons]\nreset = "active"', "", False),
+        ("g", True, "neurons.every = 2", NO_RESETS, False),
+        ("off", True, "[critic]\nenabled = true\nlr = 1", "", False),
+        ("off", True, "critic = { enabled = true }", "", False),
+        ("off", True, "neurons.reset = 'none'", "off uses no critic: disconnect it.", True),
+        (
+            "off",
+            False,
+            "critic.lr = 1\n[critic]\nstep = true",
+            "off uses no critic. In settings, these have no effect: critic.lr, critic.step.",
+            False,
+        ),
+        (
+            "draft",
+            False,
+            "critic.lr = 1",
+            "draft uses no critic. In settings, remove what is for other algorithms: critic.lr.",
+            True,
+        ),
     ],
 )
 def test_what_an_algorithm_does_not_use_is_said(evaluate, algorithm, wired, settings, text, refused):
@@ -1393,9 +1417,12 @@ def test_pictures_are_shown_in_the_taste_and_each_click_is_a_vote(tab):
 
 @in_each
 def test_the_pictures_of_a_taste_are_back_at_once_after_a_reload(tab):
-    """With their votes, and as the server has them: the page that told of them may have been another."""
-    taste = train_node(1) | {"type": "TDPOTaste", "size": [460, 544], "widgets_values": ["my own"]}
-    tab.load(graph_of(taste))
+    """With their votes, and as the server has them: the page that told of them may have been another. A node of the
+    same taste without pictures shows none."""
+    other = train_node(1, 600) | {"type": "TDPOTaste", "size": [460, 544], "widgets_values": ["my own"]}
+    taste = other | {"id": 2, "pos": [0, 0], "inputs": [{"name": "pictures", "type": "IMAGE", "link": 1}]}
+    source = train_node(3, 1200) | {"type": "EmptyImage", "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}]}
+    tab.load(graph_of(taste, other, source) | {"last_link_id": 1, "links": [[1, 3, 0, 2, 0, "IMAGE"]]})
     tab.page.evaluate(LOOK_AT, "TDPOTaste")
     tab.page.wait_for_selector(".tdpo-votes .tdpo-hint", state="visible")
     tab.page.wait_for_timeout(1000)  # until the page has noted its graph
@@ -1407,8 +1434,8 @@ def test_the_pictures_of_a_taste_are_back_at_once_after_a_reload(tab):
     tab.page.evaluate(LOOK_AT, "TDPOTaste")
     tab.page.wait_for_selector(".tdpo-picture[data-vote=liked]", state="visible")
     assert tab.page.locator(".tdpo-picture").count() == 4
-    assert "1 vote so far" in tab.page.locator(".tdpo-votes").inner_text()
-    assert "GET tastes/my%20own/ballot" in tab.asked and tab.problems == []
+    assert "1 vote so far" in tab.page.locator(".tdpo-votes", has=tab.page.locator(".tdpo-picture")).inner_text()
+    assert tab.asked.count("GET tastes/my%20own/ballot") == 1 and tab.problems == []
 
 
 def test_words_from_the_server_are_never_html(tab):

@@ -87,7 +87,7 @@ def test_a_run_without_a_record_says_why(tmp_path, make_policy):
         neuron_figure(new_run(tmp_path / "new"))
     run = new_run(tmp_path / "ddpo", algorithm="ddpo-100", epochs=1, samples_per_update=8)
     train(run, make_policy)
-    with pytest.raises(ValueError, match="its algorithm has no critic"):
+    with pytest.raises(ValueError, match="no critic; expected a run of one of tdpo-g, tdpo-r, tdpo, dpok"):
         described(run)
 
 

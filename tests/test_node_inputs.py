@@ -110,6 +110,23 @@ def test_a_setting_that_the_node_says_is_for_other_algorithms_is_refused(algorit
         assert refused == (algorithm not in users), name
 
 
+def test_a_setting_of_a_critic_has_an_effect_where_the_node_does_not_say_that_it_has_none():
+    """Those without an effect are not refused, since a setting may turn the critic on: then it may be wired, too."""
+    of_critic = {name for name in used_by()["settings"] if name.startswith("critic.")}
+    assert used_by()["effects"].keys() == of_critic - {"critic.enabled"}
+    for algorithm in used_by()["settings"]["critic.lr"]:
+        plain = wanted(algorithm=algorithm, settings="critic.lr = 0.5").config()
+        assert plain.critic.enabled == (algorithm in used_by()["effects"]["critic.lr"])
+        settings = "critic.enabled = true\nadvantage_clip = 'none'"
+        assert wanted(algorithm=algorithm, settings=settings, critic=PAPER).config().critic.clip_range == 0.2
+
+
+def test_resets_that_a_setting_turns_on_are_those_of_the_critic_on_the_wire():
+    critic = PAPER | {"neurons": PAPER["neurons"] | {"reset": "dormant", "every": 3}}
+    config = wanted(algorithm="tdpo", settings='neurons.reset = "active"', critic=critic).config()
+    assert (config.neurons.reset, config.neurons.every) == ("active", 3)
+
+
 def test_prompts_are_the_text_or_the_set():
     assert wanted(text=" a red circle \n\n a blue square\n").prompts().words == ["a red circle", "a blue square"]
     assert wanted(text="  \n ", prompt_set="shapes-unseen").prompts().words == load_prompts("shapes-unseen")

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,20 @@ def test_overlap_is_measured_against_sets_drawn_at_random():
     assert sum(overlaps) / len(overlaps) == pytest.approx(40, abs=0.5)  # three standard errors
 
 
+def test_a_run_without_any_overlap_does_not_count():
+    runs = {1: {"overlap": [None, None], "dormant": [0.0, 0.0]}, 2: {"overlap": [None, 50.0], "dormant": [40.0, 30.0]}}
+    claim = Claim(*MAIN, "overlap", "")
+    assert paper.differences(SHAPES, {("tdpo-r", ""): runs}, Claim("tdpo-r", "", "overlap", ""), "") == [10.0]
+    assert paper.differences(SHAPES, {("tdpo-r", ""): runs, ("tdpo", ""): runs}, claim, "") == [0.0]
+
+
+def test_a_held_out_reward_without_spread_has_no_unit():
+    flat = finished(0.1) | {"shapes-judge std": [0.0] * 15}
+    there = {("tdpo-r", ""): {1: flat, 2: finished(0.1)}, ("tdpo", ""): {1: finished(0.2), 2: finished(0.2)}}
+    assert len(paper.differences(SHAPES, there, Claim(*MAIN, "others", ""), "")) == 1
+    assert len(paper.differences(SHAPES, there, Claim(*MAIN, "gold", ""), "")) == 2
+
+
 # --- what is needed
 
 
@@ -218,6 +233,14 @@ def test_a_line_that_was_cut_off_is_removed(tmp_path):
     assert [each["seed"] for each in pairs.results(out)] == [1, 3]
 
 
+def test_results_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"seed": 1}\n{"seed" 2}\n')
+    with pytest.raises(
+        ValueError, match=r"results.jsonl is damaged \(line 2: Expecting .*\); remove what is no line of JSON"
+    ):
+        pairs.results(tmp_path / "results.jsonl")
+
+
 def test_resets_come_as_often_in_a_run_as_in_the_papers():
     shapes, sd14 = SHAPES.config("tdpo-r", 1), world_of("sd14-hpsv2", {}).config("tdpo-r", 1)
     assert (shapes.epochs, shapes.neurons.every) == (15, 2)
@@ -238,6 +261,51 @@ def test_a_preset_of_stable_diffusion_plans_the_real_run(tmp_path):
     assert "in all 15 runs, 384000 reward queries" in plan(0)  # 3 variants x 5 seeds x 100 epochs x 256 samples
     assert "hours unknown for 3 variants" in plan(0) and "GiB of disk space" in plan(0)
     assert "416.7 hours with 1 at a time" in plan(1000)  # 1,500 epochs
+
+
+# --- the command line
+
+
+def run(monkeypatch, tmp_path, *arguments: str) -> None:
+    files = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr("sys.argv", ["paper.py", *arguments, *files])
+    paper.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--jobs 0", "--jobs: got '0'; expected a whole number of at least 1"),
+        ("--seeds 0", "--seeds: got '0'; expected a whole number of at least 1"),
+        ("--set epochs", "--set: got 'epochs'; expected a name, = and a value"),
+        ("--set epochs=x", "tdpo: epochs: got 'x'; expected a whole number"),
+        ("--prompts hpsv2=x.txt", "got prompts for hpsv2; expected one of shapes-aesthetic, shapes-alignment"),
+        ("--preset sd14-hpsv2", "tdpo: prompt set 'hpd-photo', .*, does not ship .* (--prompts hpsv2=FILE)"),
+        ("--preset sd14-hpsv2 --prompts hpsv2=no.txt", "got prompts 'no.txt'; expected a text file"),
+    ],
+)
+def test_what_no_run_could_use_is_refused_before_the_plan(monkeypatch, tmp_path, capsys, arguments, told):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, tmp_path, "--plan", "--figure", "6", *arguments.split())
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == ""
+    assert re.search(told.replace("(", r"\(").replace(")", r"\)"), printed.err), printed.err
+
+
+def test_prompts_of_one_reward_are_those_of_its_runs_only(monkeypatch, tmp_path, capsys):
+    (tmp_path / "photos.txt").write_text("a photo of a cat\n")
+    photos = str(tmp_path / "photos.txt")
+    world = world_of("sd14-hpsv2", {}, {"hpsv2": photos})
+    assert world.config("tdpo", 1).prompts == photos
+    assert world.config("tdpo/1", 1).prompts == "simple-animals"
+    run(monkeypatch, tmp_path, "--plan", "--figure", "6", "--preset", "sd14-hpsv2", "--prompts", f"hpsv2={photos}")
+    assert "in all 15 runs" in capsys.readouterr().out
+
+
+def test_the_page_tells_the_whole_command(monkeypatch, tmp_path):
+    given = "--preset sd14-hpsv2 --model x.safetensors --prompts hpsv2=p.txt --set epochs=2 policy.rank=8 --seeds 3"
+    run(monkeypatch, tmp_path, "--page", *given.split())
+    assert f"`python benchmarks/paper.py --all {given}`" in (tmp_path / "out.md").read_text(encoding="utf-8")
 
 
 # --- the page

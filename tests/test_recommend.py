@@ -390,7 +390,7 @@ def test_a_run_without_a_lora_and_one_that_trains(run, policy, rewards):
 
 def test_a_run_of_a_graph_is_recommended_there(run, rewards):
     run.write_config(toy_config(model="comfyui:SD15:abc", eval_rewards=["shapes-alignment"]))
-    with pytest.raises(ValueError, match="only exists in its ComfyUI graph; .* output.recommend = true"):
+    with pytest.raises(ValueError, match="exists only in its ComfyUI graph; .* output.recommend = true"):
         recommend(run, QUICK, CPU)
 
 

@@ -152,6 +152,14 @@ def test_pictures_are_shown_and_what_follows_waits_for_votes(node, runs, tastes)
     assert torch.equal(kept, pictures_of(pictures)[0])
 
 
+def test_a_node_without_pictures_leaves_those_of_another_with_its_taste(node, runs):
+    shown = node.execute("mine", 1.0, pictures=images(4)).ui["tdpo_ballot"][0]
+    liked = node.execute("mine", 1.0, liked=images(2), disliked=images(2, 1)).ui["tdpo_ballot"][0]
+    assert (liked["pictures"], liked["votes"]) == ([], 4)
+    status, told = answers.ballot(runs, "mine", shown_in(runs))
+    assert status == 200 and [each["file"] for each in told["pictures"]] == [each["file"] for each in shown["pictures"]]
+
+
 def test_without_pictures_too_few_votes_are_one_sentence(node):
     node.execute("mine", 1.0, liked=images(2), disliked=images(2, 1))
     told = "got 4 votes in taste 'mine'; expected at least 60: connect pictures to TDPO Taste and click"

@@ -65,10 +65,14 @@ class Tastes:
         return hashlib.sha256(votes.read_bytes()).hexdigest() if votes.is_file() else ""
 
     def show(self, name: str, files: list[str], needed: int, shown: TasteFolder) -> Fields:
-        """The ballot of a taste that needs so many votes, with the pictures in these files of `shown`; it is kept."""
+        """The ballot of a taste that needs so many votes, with the pictures in these files of `shown`.
+
+        It is kept if it has pictures: a node that shows none leaves those of another one with this taste.
+        """
         about = json.dumps({"needed": needed, "files": files}) + "\n"
-        write_atomically(self._ballot(name, shown), lambda file: file.write_text(about, encoding="utf-8"))
-        return self.ballot(name, shown)
+        if files:
+            write_atomically(self._ballot(name, shown), lambda file: file.write_text(about, encoding="utf-8"))
+        return self._filled(name, needed, files)
 
     def ballot(self, name: str, shown: TasteFolder) -> Fields:
         """The status of the taste, how many votes it needs, and the votes on the pictures that it has shown last; if
@@ -77,9 +81,12 @@ class Tastes:
         if not path.is_file():
             return {"pictures": []}
         kept = json.loads(path.read_text(encoding="utf-8"))
+        return self._filled(name, kept["needed"], kept["files"])
+
+    def _filled(self, name: str, needed: int, files: list[str]) -> Fields:
         votes = {vote.image: vote.liked for vote in self.find(name).counted() if isinstance(vote, Thumb)}
-        pictures = [{"file": file, "liked": votes.get(file)} for file in kept["files"]]
-        return self.status(name) | {"needed": kept["needed"], "pictures": pictures}
+        pictures = [{"file": file, "liked": votes.get(file)} for file in files]
+        return self.status(name) | {"needed": needed, "pictures": pictures}
 
     def _ballot(self, name: str, shown: TasteFolder) -> Path:
         return shown.path / "ballots" / f"{check_taste_name(name)}.json"

@@ -9,7 +9,7 @@ from typing import Any
 from comfy_tdpo.methods import ALGORITHMS
 
 from ...trainer.config import TrainConfig, make_config
-from ...trainer.config.schema import algorithms_with, leaf_fields
+from ...trainer.config.schema import algorithms_using, algorithms_with, leaf_fields
 
 
 def used_of_critic(config: TrainConfig) -> list[str]:
@@ -21,12 +21,14 @@ def used_of_critic(config: TrainConfig) -> list[str]:
 
 @cache
 def used_by() -> dict[str, Any]:
-    """The algorithms that use a critic on the wire; its resets; and each of the settings that not all have, by its
-    dotted name."""
-    of_critic = {name: used_of_critic(make_config(overrides={"algorithm": name})) for name in ALGORITHMS}
+    """The algorithms that use a critic on the wire; and its resets. By the dotted name of a setting that not all have,
+    those that have it; and of a critic's, those in which it has an effect."""
+    configs = {name: make_config(overrides={"algorithm": name}) for name in ALGORITHMS}
     settings = {name: algorithms_with(name) for name, _ in leaf_fields()}
+    of_critic = [name for name in settings if name.startswith("critic.") and name != "critic.enabled"]
     return {
-        "critic": [name for name, sections in of_critic.items() if "critic" in sections],
-        "resets": [name for name, sections in of_critic.items() if "neurons" in sections],
+        "critic": algorithms_using("critic"),
+        "resets": [name for name, config in configs.items() if "neurons" in used_of_critic(config)],
         "settings": {name: users for name, users in settings.items() if len(users) < len(ALGORITHMS)},
+        "effects": {name: algorithms_using(name) for name in of_critic},
     }

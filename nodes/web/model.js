@@ -48,21 +48,29 @@ export function chooseRun(runs, { ids, workflow = null }, remembered = null, nam
 
 // --- which settings have no effect
 
+const PART = `(?:[\\w-]+|"[^"]*"|'[^']*')`;
+const NAME = `\\s*(${PART}(?:\\s*\\.\\s*${PART})*)\\s*`;
+const HEADER = new RegExp(`^\\s*\\[${NAME}\\]`);
+const KEY = new RegExp(`^${NAME}=`);
+
 /** The dotted names that lines of TOML set, such as "kl.target". */
 export function settingNames(text) {
   let table = "";
   const names = [];
   for (const line of text.split("\n")) {
-    const [, header] = line.match(/^\s*\[([\w.]+)\]/) ?? [];
-    const [, key] = line.match(/^\s*([\w.]+)\s*=/) ?? [];
-    if (header) table = `${header}.`;
+    const [header, key] = [HEADER, KEY].map((pattern) => plain(line.match(pattern)?.[1]));
+    if (/^\s*\[/.test(line)) table = `${header ?? "?"}.`; // "?": no name, so that no setting is taken for another
     if (key) names.push(table + key);
   }
   return names;
 }
 
+/** A dotted name without the spaces and quotes that it does not need. */
+const plain = (name) => name?.replace(/\s*\.\s*/g, ".").replace(/(["'])([\w-]+)\1/g, "$2");
+
 /**
- * What has no effect with the algorithm, in words, and whether a run would be refused for it.
+ * What has no effect with the algorithm, in words, and whether a run would be refused for it. Nothing is said of a
+ * critic, or of its resets, about which the settings decide.
  *
  * `algorithm` is empty if a wire decides about it; `usedBy` is what the node's definition says; `wired` is whether a
  * critic is connected, `settings` the text.
@@ -70,17 +78,25 @@ export function settingNames(text) {
 export function unused(algorithm, usedBy, { wired, settings }) {
   if (!algorithm) return { text: "", refused: false };
   const uses = (names) => names.includes(algorithm);
-  const critic = uses(usedBy.critic);
-  const users = (name) =>
-    Object.entries(usedBy.settings).flatMap(([known, all]) => (`${known}.`.startsWith(`${name}.`) ? all : []));
-  const foreign = settingNames(settings).filter((name) => users(name).length && !uses(users(name)));
+  const names = settingNames(settings);
+  const decided = (section, key) => names.includes(section) || names.includes(`${section}.${key}`);
+  const without = !uses(usedBy.critic) && !decided("critic", "enabled");
+  const unreset = !uses(usedBy.resets) && !decided("critic", "enabled") && !decided("neurons", "reset");
+  const notUsed = (all) =>
+    names.filter((name) => {
+      const users = Object.entries(all).flatMap(([known, those]) => (`${known}.`.startsWith(`${name}.`) ? those : []));
+      return users.length && !uses(users);
+    });
+  const foreign = notUsed(usedBy.settings);
+  const idle = without ? notUsed(usedBy.effects).filter((name) => !foreign.includes(name)) : [];
   const words = [];
-  if (!critic) words.push(`${algorithm} uses no critic${wired ? ": disconnect it" : ""}.`);
-  else if (wired && !uses(usedBy.resets)) {
+  if (without) words.push(`${algorithm} uses no critic${wired ? ": disconnect it" : ""}.`);
+  else if (wired && unreset) {
     words.push(`${algorithm} resets no neurons, so the reset settings of TDPO Temporal Critic have no effect.`);
   }
+  if (idle.length) words.push(`In settings, these have no effect: ${idle.join(", ")}.`);
   if (foreign.length) words.push(`In settings, remove what is for other algorithms: ${foreign.join(", ")}.`);
-  return { text: words.join(" "), refused: (wired && !critic) || foreign.length > 0 };
+  return { text: words.join(" "), refused: (wired && without) || foreign.length > 0 };
 }
 
 // --- metrics

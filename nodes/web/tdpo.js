@@ -124,6 +124,7 @@ class BallotView {
   }
 
   async #recall() {
+    if (!isWired(this.node, "pictures")) return; // another node has shown the pictures of its taste
     const name = valueOf(this.node, "name") ?? remembered(this.node, VOTED_ON);
     const told = name && (await ballotOf(name).catch(() => null)); // without an answer, the next Run shows them
     if (told?.pictures.length && !this.#told) this.#show(told);

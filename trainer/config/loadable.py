@@ -9,6 +9,6 @@ def check_loadable(config: TrainConfig, instead: str) -> None:
     """Raise ValueError for such a run; `instead` says what to do in the graph."""
     if config.model.startswith(OF_GRAPH):
         raise ValueError(
-            f"got a run of {config.model!r}, a MODEL that only exists in its ComfyUI graph; expected a model that can "
-            f"be loaded: in the graph, {instead}"
+            f"got the model {config.model!r}, which exists only in its ComfyUI graph; expected one that can be loaded "
+            f"from disk. In that graph, {instead}"
         )

@@ -276,7 +276,12 @@ def algorithms_with(name: str) -> list[str]:
 def algorithms_using(name: str) -> list[str]:
     """Those that have it, and do not turn its section off."""
     section, _, _ = name.partition(".")
-    return [one for one in algorithms_with(name) if ALGORITHMS[one].values.get(section) != {"enabled": False}]
+    return [one for one in algorithms_with(name) if _is_on(ALGORITHMS[one].values.get(section))]
+
+
+def _is_on(own: Any) -> bool:
+    """Whether an algorithm's own values of a section, or its value of a setting, leave it on."""
+    return not isinstance(own, dict) or own.get("enabled", True)
 
 
 def plain_values(config: TrainConfig) -> Fields:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..config.schema import algorithms_using
 from ..run import EpochMetrics, RunFolder
 from ..run.neuron_log import NeuronRecord, read_neurons
 from .drawing import BLUE, GREY, INK, SMALL, VERMILION, WIDTH, blank_figure, draw_curve, label_x, render, stack
@@ -54,7 +55,8 @@ def _recorded(run: RunFolder) -> tuple[list[EpochMetrics], list[NeuronRecord]]:
     if not records:
         reason = "its algorithm has no critic" if run.metrics() else "no epoch has finished"
         raise ValueError(
-            f"run {run.path.name!r} has no record of neurons: {reason}; expected a run of tdpo-g, tdpo-r or tdpo"
+            f"run {run.path.name!r} has no record of neurons: {reason}; expected a run of one of "
+            f"{', '.join(algorithms_using('critic'))}"
         )
     return metrics, records
 
