@@ -98,7 +98,9 @@ class Train(io.ComfyNode):
                         min=0,
                         max=8192,
                         step=8,
-                        tooltip="Width and height in pixels in training. Lower it if memory runs out." + AS_PRESET,
+                        tooltip="Width and height in pixels in training. Lower it if memory runs out. For images "
+                        'that are not square, leave 0 here and write resolution = "832x1216" into settings.'
+                        + AS_PRESET,
                     )
                 ),
                 advanced(io.Int.Input("rank", default=0, min=0, max=1024, tooltip="Rank of the LoRA." + AS_PRESET)),

@@ -128,6 +128,15 @@ def test_none_unsets(tmp_path):
     assert make_config(overrides={"neurons": {"reset": "none"}}).neurons.reset == "none"
 
 
+@pytest.mark.parametrize(
+    ("given", "resolution"),
+    [(96, 96), ("96", 96), (96.0, 96), ("96x96", 96), ("832x1216", "832x1216"), (" 64 X 128", "64x128")],
+)
+def test_a_resolution_is_a_side_or_two(given, resolution):
+    config = make_config(overrides={"resolution": given})
+    assert config.resolution == resolution and type(config.resolution) is type(resolution)
+
+
 def test_rewards_are_replaced_and_not_mixed_with_the_presets():
     config = make_config(overrides={"rewards": {"shapes-alignment": 2.0}})
     assert config.rewards == {"shapes-alignment": 2.0}
@@ -194,6 +203,10 @@ WRONG = [
     ({"samples_per_epoch": 10, "samples_per_update": 4}, "not a multiple"),
     ({"moments": {"min_count": 40}}, "moments.min_count"),
     ({"algorithm": "ddpo-2", "neurons": {"reset": "active"}}, "needs a critic"),
+    ({"resolution": 4}, "resolution: got 4; expected a whole number from 8 to 8192, or WIDTHxHEIGHT, such as 832x1216"),
+    ({"resolution": 64.5}, "resolution: got 64.5; expected a whole number"),
+    ({"resolution": "64x"}, "resolution: got '64x'; expected a whole number"),
+    ({"resolution": "64x9000"}, "resolution: got '64x9000'; expected a whole number"),
     ({"steps": 1001}, "steps: got 1001; expected a whole number from 1 to 1000"),
     ({"policy": {"lr": "0,1"}}, "policy.lr: got '0,1'; expected a number above 0 and at most 1; write a decimal point"),
     ({"policy": {"alpha": "much"}}, "policy.alpha: got 'much'; expected a number above 0 and below 1e+06 or \"none\""),

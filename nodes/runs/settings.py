@@ -25,6 +25,7 @@ ELSEWHERE = {
     "reward_weights": "an input has them: use weights of TDPO Reward Model",
     "prediction_type": "the MODEL knows it: remove it from settings",
     "grid_prompts": "sample grids show the prompts that are trained on: remove it from settings",
+    "resolution": "the node has an input for it: use that, or set it to 0",
 }
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: the preset's value
 
@@ -108,7 +109,7 @@ class Wanted:
                 f"got settings that are not TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8"
             ) from error
         for name in (*INPUTS, *NUMBERS):
-            if name in more:
+            if name in more and (name != "resolution" or self.numbers.get(name)):
                 where = ELSEWHERE.get(name, f"the node has an input or a wire for it: use {name}")
                 raise ValueError(f"got {name!r} among the settings; {where}")
         return more
