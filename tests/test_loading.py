@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny_models import MODEL, SHIPPED, edited, make_tiny_configs, make_tiny_model
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from comfy_tdpo.models import diffusers_folder, shipped
 from comfy_tdpo.models.components import Components, load_components
@@ -114,7 +114,12 @@ def test_an_old_merge_without_the_level_text_model_loads(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "unet", "text_encoder"), [("sd1", 859_520_964, 123_060_480), ("sd2", 865_910_724, 340_387_840)]
+    ("family", "unet", "text_encoder"),
+    [
+        ("sd1", 859_520_964, 123_060_480),
+        ("sd2", 865_910_724, 340_387_840),
+        ("sdxl", 2_567_463_684, 123_060_480),
+    ],
 )
 def test_shipped_configurations_have_the_published_sizes(family, unet, text_encoder):
     def count(make, name: str) -> int:
@@ -127,20 +132,26 @@ def test_shipped_configurations_have_the_published_sizes(family, unet, text_enco
     assert count(lambda path: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path)), "unet") == unet
     assert count(lambda path: AutoencoderKL.from_config(AutoencoderKL.load_config(path)), "vae") == 83_653_863
     assert count(text, "text_encoder") == text_encoder
+    if family == "sdxl":
+        second = CLIPTextConfig.from_pretrained(SHIPPED / family / "text_encoder_2")
+        assert count(lambda path: CLIPTextModelWithProjection(second), "") == 694_659_840
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_tokens_are_open_clips(family):
-    tokenizer = shipped.clip_tokenizer(SHIPPED / family)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("sd1", "tokenizer"), ("sd2", "tokenizer"), ("sdxl", "tokenizer"), ("sdxl", "tokenizer_2")],
+)
+def test_tokens_are_open_clips(family, name):
+    tokenizer = shipped.clip_tokenizer(SHIPPED / family, name)
     got = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, 77)
     expected = open_clip.tokenize(PROMPTS)  # padded with 0, which is "!"
     end = 49_407
-    if family == "sd1":  # padded with the end token
+    if family == "sd1" or (family, name) == ("sdxl", "tokenizer"):  # padded with the end token
         expected[expected.argmax(dim=1)[:, None] < torch.arange(77)] = end
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2-v"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2-v", "sdxl"])
 def test_a_single_files_schedule_is_stable_diffusions(family):
     config = json.loads((SHIPPED / family / "scheduler" / "scheduler_config.json").read_text())
     scheduler = DDIMScheduler.from_config(config)
@@ -371,7 +382,10 @@ def test_a_folder_with_a_lost_weight_or_a_cut_file_is_an_error(folder, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "C"]}, "two text encoders"),
+        (
+            {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "C"]},
+            "is a StableDiffusionXLPipeline whose text_encoder_2 is C, not CLIPTextModelWithProjection",
+        ),
         ({"_class_name": "FluxPipeline", "unet": None}, "is a FluxPipeline whose unet is None, not UNet2D"),
         ({"vae": ["diffusers", "ConsistencyDecoderVAE"]}, "whose vae is ConsistencyDecoderVAE, not AutoencoderKL"),
     ],
