@@ -92,6 +92,21 @@ def test_weights_do_not_hang_on_the_file(models, tmp_path):
     assert torch.equal(parts.unet.conv_in.weight, before)
 
 
+def test_the_text_encoder_of_sd_turbos_file_has_another_name(models, tmp_path):
+    """SD-Turbo is an SD 2.1, in a file of the code that SDXL came with."""
+
+    def rename(weights):
+        for key in [key for key in weights if key.startswith("cond_stage_model.")]:
+            weights[key.replace("cond_stage_model.", "conditioner.embedders.0.")] = weights.pop(key)
+
+    got = load_components(edited(models["sd2"][1], tmp_path / "turbo.safetensors", rename))
+    expected = load_components(str(models["sd2"][1]))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(expected.text_encoder.parameters(), got.text_encoder.parameters(), strict=True)
+    )
+
+
 def test_a_folder_of_fp16_variants_loads(models, folder):
     for path in folder.rglob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -309,7 +324,7 @@ def test_inpainting_is_an_error(models, tmp_path, folder):
 
 
 def test_a_unet_of_another_width_is_an_error(models, tmp_path):
-    key = f"{MODEL}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    key = f"{MODEL}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
     path = edited(models["sd1"][1], tmp_path / "wide.safetensors", lambda w: w.update({key: torch.zeros(32, 40)}))
     with pytest.raises(ValueError, match="has width 32 and text width 40"):
         load_components(path)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from tiny_models import make_tiny_configs, make_tiny_model
+from safetensors.torch import load_file
+from tiny_models import MODEL, edited, make_tiny_configs, make_tiny_model
 from toy import lora_of, new_run, same, timeless, toy_training
 
 from comfy_tdpo.models import load_model, shipped
 from comfy_tdpo.models.components import load_components
+from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.settings import PolicySettings
 
@@ -126,6 +128,33 @@ def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm):
     assert timeless(run.metrics()) == timeless(expected) and same(lora_of(resumed), lora_of(whole))
 
 
+# --- LoRA files
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", TARGETS)
+def test_diffusers_loads_a_lora_as_the_trained_policy(models, tmp_path, targets):
+    model = load_model(str(models[0]), torch.float32)
+    lora = model.adapt(PolicySettings(rank=4, alpha=7.0, targets=targets), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in lora.parameters.items():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.1, generator=generator)
+    lora.export(tmp_path / "lora.safetensors", {})
+    pipeline = StableDiffusionXLPipeline.from_pretrained(models[0]).to(torch.float32)
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    loaded = {name for name, _ in pipeline.unet.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(lora.parameters)
+    inputs = torch.randn(2, 4, 8, 12, generator=generator), torch.tensor([10, 700]), model.encode(PROMPTS[:2])
+    expected = model.denoise(*inputs)
+    with lora.reference():
+        base = model.denoise(*inputs)
+    model.network = pipeline.unet
+    # float32: outputs near 1; alpha is multiplied in at another place, 6e-8 a layer
+    torch.testing.assert_close(model.denoise(*inputs), expected, rtol=0, atol=1e-5)
+    assert (expected - base).abs().max() > 1e-2, "the LoRA must make a difference"
+
+
 # --- folders
 
 
@@ -164,3 +193,68 @@ def test_a_folder_without_its_second_tokenizer_is_named(folder):
     shutil.rmtree(folder / "tokenizer_2")
     with pytest.raises(ValueError, match="lacks tokenizer_2/vocab.json"):
         load_components(str(folder))
+
+
+# --- single files
+
+
+def test_single_file_and_folder_are_one_model(models):
+    folder, single = (load_components(str(path)) for path in models)
+    for name in NETWORKS:
+        expected, got = getattr(folder, name).state_dict(), getattr(single, name).state_dict()
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[key], got[key]) for key in expected)
+    for name in ("tokenizer", "tokenizer_2"):
+        prompts = [PROMPTS[0], ""]  # from a folder, transformers takes an "!" for padding
+        expected, got = (getattr(parts, name)(prompts, padding="max_length") for parts in (folder, single))
+        assert expected.input_ids == got.input_ids
+    assert single.vae.config.scaling_factor == 0.13025
+    stored = load_file(models[0] / "text_encoder_2" / "model.safetensors")
+    assert torch.equal(stored["text_projection.weight"].float(), single.text_encoder_2.text_projection.weight)
+
+
+def test_a_file_that_says_so_predicts_v(models, tmp_path):
+    path = edited(models[1], tmp_path / "v.safetensors", lambda weights: weights.update(v_pred=torch.zeros(0)))
+    assert load_components(path).scheduler.config.prediction_type == "v_prediction"
+    assert load_components(str(models[1])).scheduler.config.prediction_type == "epsilon"
+
+
+REFINER = {
+    f"{MODEL}input_blocks.0.0.weight": torch.zeros(384, 4, 3, 3),
+    f"{MODEL}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(768, 1280),
+}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"edm_mean": torch.zeros(4)}, "is Playground 2.5, with the noise levels of EDM; expected Stable .*; choose a"),
+        ({"edm_vpred.sigma_max": torch.tensor(80.0)}, "is CosXL, with the noise levels of EDM; expected"),
+        (
+            {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)},
+            "is trained with zero terminal SNR .ztsnr.; .* a diffusers folder, .* timestep_spacing trailing",
+        ),
+        (REFINER, "is SDXL's refiner, which cannot begin from noise; expected .*; choose SDXL's base"),
+        (
+            {f"{MODEL}middle_block.1.transformer_blocks.2.norm1.bias": torch.zeros(64)},
+            r"is SDXL made smaller: its middle has 3 transformer blocks, not 2 .*; save it as a diffusers folder",
+        ),
+    ],
+)
+def test_a_file_of_another_kind_is_named(models, tmp_path, more, message):
+    path = edited(models[1], tmp_path / "other.safetensors", lambda weights: weights.update(more))
+    with pytest.raises(ValueError, match=f"other.safetensors {message}"):
+        load_components(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "network"),
+    [("conditioner.embedders.0.", "CLIPTextModel"), ("conditioner.embedders.1.", "CLIPTextModelWithProjection")],
+)
+def test_a_file_without_a_text_encoder_is_named(models, tmp_path, part, network):
+    def drop(weights):
+        for key in [key for key in weights if key.startswith(part)]:
+            del weights[key]
+
+    with pytest.raises(ValueError, match=rf"lacks \d+ weights of the {network}, the first is "):
+        load_components(edited(models[1], tmp_path / "part.safetensors", drop))
