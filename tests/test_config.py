@@ -77,7 +77,8 @@ def test_later_layers_win(tmp_path):
 
 def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
     """And of no other algorithm: the paper's, on the same presets, know no guard."""
-    for preset, guard in {"shapes": "shapes-alignment", "sd15": "clipscore"}.items():
+    guards = {"shapes": "shapes-alignment"} | dict.fromkeys(("sd15", "sdxl", "sd-turbo", "sdxl-turbo"), "clipscore")
+    for preset, guard in guards.items():
         config = make_config(preset)
         assert (config.algorithm, config.guards, config.guard_credit) == ("ddpo-g", [guard], True)
         assert not config.critic.enabled
@@ -109,6 +110,20 @@ def test_another_model_than_shapes_begins_from_its_own_preset(tmp_path):
         assert (config.policy.lr, config.policy.rank, config.steps, config.resolution) == (1e-4, 16, 20, 512)
     assert make_config("shapes", overrides={"model": "mine"}).resolution == 64
     assert make_config(file=file, overrides={"model": "shapes"}) == make_config()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_presets_of_distilled_models_draw_in_few_steps_without_guidance(algorithm):
+    for preset in ("sd-turbo", "sdxl-turbo"):
+        config = make_config(preset, overrides={"algorithm": algorithm})
+        assert (config.process, config.steps, config.guidance, config.eval_guidance) == ("few-steps", 4, 1.0, None)
+
+
+@pytest.mark.parametrize(("preset", "norm"), [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3)])
+def test_gradients_are_clipped_by_the_size_of_the_latent(preset, norm):
+    """0.02 for Shapes' 256 elements, and less with the square root of their number."""
+    config = make_config(preset)
+    assert config.policy.max_grad_norm == norm == 0.02 * (256 / (4 * (config.resolution // 8) ** 2)) ** 0.5
 
 
 def test_an_algorithm_over_a_file_of_another_is_refused(tmp_path):
