@@ -11,7 +11,10 @@ from .comfy.sockets import CATEGORY, Critic, Reward, Run, advanced
 from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.wording import words_of_nodes
 
-AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and 'sd15' for any other model."
+AS_PRESET = (
+    " 0: the preset's value; the preset is 'shapes' for the Shapes Model, 'sdxl' for Stable Diffusion XL, and 'sd15' "
+    "for any other model."
+)
 
 
 class Train(io.ComfyNode):
@@ -29,8 +32,8 @@ class Train(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x or 2.x, or the Shapes Model. LoRAs already applied to it become part "
-                    "of the base model.",
+                    tooltip="Stable Diffusion 1.x, 2.x or XL, or the Shapes Model. LoRAs already applied to it become "
+                    "part of the base model.",
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),

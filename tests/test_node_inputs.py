@@ -21,6 +21,7 @@ def test_nothing_asked_for_is_the_preset():
     assert wanted().config() == shapes
     other = {"eval_rewards": [], "model": "x", "rewards": AESTHETIC.weights, "overoptimisation": {"reward": None}}
     assert wanted(model="x", shapes=False).config() == make_config("sd15", None, other)
+    assert wanted(model="x", shapes=False, xl=True).config() == make_config("sdxl", None, other)
 
 
 def test_what_is_watched_in_another_model_than_shapes_is_wired():

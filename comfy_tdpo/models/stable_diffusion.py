@@ -114,9 +114,10 @@ class StableDiffusion:
     @classmethod
     def from_components(cls, components: Components) -> StableDiffusion:
         """The model made of `components`, which are frozen and used without a copy."""
-        encode: ClipText | ClipPair = ClipText(components.tokenizer, components.text_encoder)
+        encode: PromptEncoder
+        encode = first = ClipText(components.tokenizer, components.text_encoder)
         if components.text_encoder_2 is not None:
-            encode = ClipPair(encode, ClipText(components.tokenizer_2, components.text_encoder_2))
+            encode = ClipPair(first, ClipText(components.tokenizer_2, components.text_encoder_2))
         for network in (components.vae, components.text_encoder, components.text_encoder_2):
             if network is not None:
                 network.requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from .combos import AUTO, check_choice
 from .prompts import Prompts, read_prompts
 from .reward_choice import RewardChoice, joined
 
-SHAPES, OTHER = "shapes", "sd15"  # presets: for the embedded world, and for other models
+SHAPES, XL, OTHER = "shapes", "sdxl", "sd15"  # presets: for the embedded world, for XL, and for other models
 # Settings that the node's inputs and wires set, so that the `settings` text must not.
 INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
@@ -34,7 +34,7 @@ NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 
 class Wanted:
     """What a Train node asks for.
 
-    model: the name of its MODEL; shapes: whether that is the embedded world.
+    model: the name of its MODEL; shapes: whether that is the embedded world; xl: whether it is Stable Diffusion XL.
     numbers: values of NUMBERS, rank and learning_rate; critic: nested settings, or None for the preset's.
     text: prompts, one per line; prompt_set: the set to use if there is no text; settings: more settings, as TOML.
     """
@@ -50,6 +50,7 @@ class Wanted:
     text: str = ""
     prompt_set: str = AUTO
     settings: str = ""
+    xl: bool = False
 
     @property
     def widgets(self) -> Fields:
@@ -62,7 +63,7 @@ class Wanted:
         check_choice(
             "prompt_set", self.prompt_set, [AUTO, *prompt_sets()]
         )  # else a file's text could be copied to the output
-        preset = SHAPES if self.shapes else OTHER
+        preset = SHAPES if self.shapes else XL if self.xl else OTHER
         values: Fields = {
             "algorithm": self.algorithm,
             "model": self.model,
