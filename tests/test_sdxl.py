@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -187,6 +188,18 @@ def test_what_is_no_sdxl_is_named(folder, name, changes, message):
     change(folder / name, **changes)
     with pytest.raises(ValueError, match=message):
         load_components(str(folder))
+
+
+def test_a_cached_hub_id_loads_offline(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repo, commit = tmp_path / "hub" / "models--owner--xl", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(models[0], repo / "snapshots" / commit)
+    got, expected = load_components("owner/xl"), load_components(str(models[0]))
+    assert torch.equal(got.text_encoder_2.text_projection.weight, expected.text_encoder_2.text_projection.weight)
+    assert got.tokenizer_2.pad_token == "!"
 
 
 def test_a_folder_without_its_second_tokenizer_is_named(folder):
