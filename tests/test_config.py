@@ -1,6 +1,10 @@
 """The configuration's layers, the values of Table 1, and the messages about wrong settings."""
 
+import json
+
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.methods.critic import ACTIVATIONS
@@ -124,6 +128,29 @@ def test_gradients_are_clipped_by_the_size_of_the_latent(preset, norm):
     """0.02 for Shapes' 256 elements, and less with the square root of their number."""
     config = make_config(preset)
     assert config.policy.max_grad_norm == norm == 0.02 * (256 / (4 * (config.resolution // 8) ** 2)) ** 0.5
+
+
+def test_a_model_of_xl_begins_from_its_own_preset(tmp_path):
+    names = {"file.safetensors": "conditioner.embedders.1.model.ln_final.bias", "sd.safetensors": "cond_stage_model.x"}
+    for name, weight in names.items():
+        save_file({weight: torch.zeros(1)}, tmp_path / name)
+    for name, parts in {"folder": {"unet": [], "text_encoder_2": []}, "flux": {"text_encoder_2": []}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps(parts))
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "empty").mkdir()
+    for name in ("file.safetensors", "folder"):
+        assert make_config(overrides={"model": str(tmp_path / name)}).resolution == 1024
+    for name in ("sd.safetensors", "flux", "broken.safetensors", "empty", "nothing"):
+        assert make_config(overrides={"model": str(tmp_path / name)}) == make_config(
+            "sd15", overrides={"model": str(tmp_path / name)}
+        )
+
+
+def test_a_hub_id_begins_from_the_preset_that_names_it():
+    assert make_config(overrides={"model": "stabilityai/sdxl-turbo"}) == make_config("sdxl-turbo")
+    assert make_config(overrides={"model": "stabilityai/sd-turbo"}) == make_config("sd-turbo")
+    assert make_config(overrides={"model": make_config("sd14-hpsv2").model}).guards == ["clipscore"]
 
 
 def test_an_algorithm_over_a_file_of_another_is_refused(tmp_path):
