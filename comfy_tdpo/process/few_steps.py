@@ -2,8 +2,9 @@
 
 Their steps are evenly spaced from the last timestep on ("trailing"), on which such models were distilled, whatever
 spacing the model's own schedule has. The last step ends in the predicted clean latent, without noise. So it has no
-density, is never trained, and a run of T steps trains T - 1. With noise, as in DDIM, its little sigma would let it
-drown the others: at T = 4, in units of its sigma, it moves the latent ten times as far.
+density, and policy gradients train the T - 1 steps before it; methods that back-propagate the reward train it too. With
+noise, as in DDIM, its little sigma would let it drown the others: at T = 4, in units of its sigma, it moves the latent
+ten times as far.
 
 Shapes: T denoising steps.
 """
