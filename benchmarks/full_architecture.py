@@ -4,7 +4,8 @@ Makes Stable Diffusion 1.x at full size with random fp16 weights (860 M U-Net, V
 diffusers folder and as one checkpoint in the original layout. Then it trains one epoch of two samples at 64 px on each
 through the command line. This shows that every part fits together at full size, not how well anything learns.
 
-Options: `--work DIR` keeps the models in DIR and reuses them; `--make-only` makes the models and trains nothing.
+Options: `--family sdxl` makes Stable Diffusion XL instead (2.6 B U-Net, 14 GB of disk), which is trained at 128 px in
+bf16; `--work DIR` keeps the models in DIR and reuses them; `--make-only` makes the models and trains nothing.
 """
 
 import argparse
@@ -14,36 +15,48 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 
 TRAINING = (
-    *("--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "4", "--resolution", "64"),
-    *("--precision", "fp32", "--output.grid-images", "1"),  # few CPUs compute in bf16
-    *("--reward", "shapes-aesthetic", "--eval-reward", "shapes-alignment"),
+    *("--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "4"),
+    *("--output.grid-images", "1", "--reward", "shapes-aesthetic", "--eval-reward", "shapes-alignment"),
 )
+SIZES = {
+    "sd1": ("--resolution", "64", "--precision", "fp32"),  # few CPUs compute in bf16
+    "sdxl": ("--resolution", "128", "--precision", "bf16", "--micro-batch", "1", "--policy.gradient-checkpointing"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder for the models and the runs; the default is removed after")
     parser.add_argument("--make-only", action="store_true", help="make the models and stop")
+    parser.add_argument("--family", choices=SIZES, default="sd1", help="what to make; default sd1")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        models = make_models(work, CONFIGS / "sd1")
+        models = make_models(work, CONFIGS / args.family)
         for model in () if args.make_only else models:
-            subprocess.run(training_command(model, work / f"run-{model.stem}"), check=True)
+            subprocess.run(training_command(model, work / f"run-{model.stem}", args.family), check=True)
 
 
-def training_command(model: Path, run: Path) -> list[str]:
-    return [sys.executable, "-m", "comfy_tdpo.trainer", "--model", str(model), "--run-dir", str(run), *TRAINING]
+def training_command(model: Path, run: Path, family: str = "sd1") -> list[str]:
+    program = [sys.executable, "-m", "comfy_tdpo.trainer"]
+    return [*program, "--model", str(model), "--run-dir", str(run), *TRAINING, *SIZES[family]]
 
 
 def make_models(work: Path, configs: Path) -> tuple[Path, Path]:
@@ -57,36 +70,46 @@ def make_models(work: Path, configs: Path) -> tuple[Path, Path]:
     return folder, single
 
 
-def random_pipeline(configs: Path) -> StableDiffusionPipeline:
+def random_pipeline(configs: Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """Components as in `configs`, initialised at random, in float16."""
     torch.manual_seed(0)
 
     def config(name: str) -> dict:
         return json.loads((configs / name).read_text(encoding="utf-8"))
 
-    return StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(config("unet/config.json")).half(),
-        vae=AutoencoderKL.from_config(config("vae/config.json")).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder")).half(),
-        tokenizer=clip_tokenizer(configs),
-        scheduler=DDIMScheduler.from_config(config("scheduler/scheduler_config.json")),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    def text(cls: Any, name: str) -> nn.Module:
+        return cls(CLIPTextConfig.from_pretrained(configs / name)).half()
+
+    parts = {
+        "unet": UNet2DConditionModel.from_config(config("unet/config.json")).half(),
+        "vae": AutoencoderKL.from_config(config("vae/config.json")).half(),
+        "text_encoder": text(CLIPTextModel, "text_encoder"),
+        "tokenizer": clip_tokenizer(configs),
+        "scheduler": DDIMScheduler.from_config(config("scheduler/scheduler_config.json")),
+    }
+    if (configs / "text_encoder_2").is_dir():
+        second = text(CLIPTextModelWithProjection, "text_encoder_2")
+        tokenizer = clip_tokenizer(configs, "tokenizer_2")
+        return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
+    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **unused)
 
 
 # --- the original (LDM) names of diffusers' weights, written from the two architectures
 
 
-def to_ldm(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """`pipeline`'s weights under the keys of an original Stable Diffusion 1.x or 2.x checkpoint."""
-    text = sd2_text_to_ldm if pipeline.unet.config.use_linear_projection else sd1_text_to_ldm
+def to_ldm(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict[str, Tensor]:
+    """`pipeline`'s weights under the keys of an original Stable Diffusion 1.x, 2.x or XL checkpoint."""
     parts = {
         "model.diffusion_model.": unet_to_ldm(pipeline.unet),
         "first_stage_model.": vae_to_ldm(pipeline.vae),
-        "cond_stage_model.": text(pipeline.text_encoder),
     }
+    if hasattr(pipeline, "text_encoder_2"):
+        parts["conditioner.embedders.0."] = sd1_text_to_ldm(pipeline.text_encoder)
+        parts["conditioner.embedders.1."] = xl_text_to_ldm(pipeline.text_encoder_2)
+    else:
+        text = sd2_text_to_ldm if pipeline.unet.config.use_linear_projection else sd1_text_to_ldm
+        parts["cond_stage_model."] = text(pipeline.text_encoder)
     return {prefix + key: weight.contiguous() for prefix, part in parts.items() for key, weight in part.items()}
 
 
@@ -105,6 +128,8 @@ def unet_to_ldm(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     outer = [
         (r"^time_embedding\.linear_1\.", "time_embed.0."),
         (r"^time_embedding\.linear_2\.", "time_embed.2."),
+        (r"^add_embedding\.linear_1\.", "label_emb.0.0."),
+        (r"^add_embedding\.linear_2\.", "label_emb.0.2."),
         (r"^conv_in\.", "input_blocks.0.0."),
         (r"^conv_norm_out\.", "out.0."),
         (r"^conv_out\.", "out.2."),
@@ -162,11 +187,22 @@ def sd1_text_to_ldm(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
 
 def sd2_text_to_ldm(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
     """open_clip's names, with the 24th layer, projection and temperature that SD 2.x carries and does not use."""
-    state, depth, width = (
-        text_weights(text_encoder),
-        text_encoder.config.num_hidden_layers,
-        text_encoder.config.hidden_size,
-    )
+    ldm, depth = open_clip_names(text_encoder), text_encoder.config.num_hidden_layers
+    width, top = text_encoder.config.hidden_size, f"transformer.resblocks.{depth - 1}."
+    unused = {key.replace(top, f"transformer.resblocks.{depth}."): w for key, w in ldm.items() if key.startswith(top)}
+    extra = {"text_projection": torch.randn(width, width), "logit_scale": torch.tensor(4.6)}
+    return {f"model.{key}": weight.clone() for key, weight in (ldm | unused | extra).items()}
+
+
+def xl_text_to_ldm(text_encoder: CLIPTextModelWithProjection) -> dict[str, Tensor]:
+    """open_clip's names, whose projection is applied from the right, with the temperature that XL does not use."""
+    extra = {"text_projection": text_encoder.text_projection.weight.T, "logit_scale": torch.tensor(4.6)}
+    return {f"model.{key}": weight.clone() for key, weight in (open_clip_names(text_encoder) | extra).items()}
+
+
+def open_clip_names(text_encoder: nn.Module) -> dict[str, Tensor]:
+    """A text model's weights, without its projection, under open_clip's names."""
+    state, depth = text_weights(text_encoder), text_encoder.config.num_hidden_layers
     names = [
         (r"^embeddings\.token_embedding\.", "token_embedding."),
         (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
@@ -182,15 +218,13 @@ def sd2_text_to_ldm(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
         for kind in ("weight", "bias"):
             parts = [state[f"encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
             ldm[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
-    top = f"transformer.resblocks.{depth - 1}."
-    unused = {key.replace(top, f"transformer.resblocks.{depth}."): w for key, w in ldm.items() if key.startswith(top)}
-    extra = {"text_projection": torch.randn(width, width), "logit_scale": torch.tensor(4.6)}
-    return {f"model.{key}": weight.clone() for key, weight in (ldm | unused | extra).items()}
+    return ldm
 
 
 def text_weights(text_encoder: nn.Module) -> dict[str, Tensor]:
-    """Without the level "text_model", which transformers 5 dropped."""
-    return {key.removeprefix("text_model."): weight for key, weight in text_encoder.state_dict().items()}
+    """Without the level "text_model", which transformers 5 dropped, and without a projection."""
+    state = text_encoder.state_dict()
+    return {key.removeprefix("text_model."): w for key, w in state.items() if not key.startswith("text_projection")}
 
 
 def rename(key: str, names: list) -> str:

@@ -18,6 +18,7 @@ from .models.conditioning import Conditioning
 from .process import Step, make_process
 from .process.gaussian import guide
 from .reference import Reference
+from .resolution import check_multiple, sides
 from .settings import PolicySettings
 
 
@@ -31,7 +32,7 @@ class DiffusionPolicy:
         steps: denoising steps T.
         guidance: classifier-free guidance scale; 1 turns guidance off.
         eval_guidance: the same for evaluation, or None for `guidance`.
-        resolution: side of the images in pixels.
+        resolution: of the images in pixels: the side of a square, or WIDTHxHEIGHT.
         process: a key of PROCESSES, or None for the model's own.
         settings, seed: of what is trained, see `DiffusionModel.adapt`; `settings.ema` is the rate of `average`.
         autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
@@ -44,7 +45,7 @@ class DiffusionPolicy:
         steps: int,
         guidance: float,
         eval_guidance: float | None = None,
-        resolution: int,
+        resolution: int | str,
         settings: PolicySettings | None = None,
         seed: int = 42,
         process: str | None = None,
@@ -62,11 +63,11 @@ class DiffusionPolicy:
         self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None
         self._encoded: dict[str, Conditioning] = {}
 
-    def _latent_shape(self, resolution: int) -> tuple[int, int, int]:
+    def _latent_shape(self, resolution: int | str) -> tuple[int, int, int]:
         factor = self.model.decode.factor
-        if resolution <= 0 or resolution % factor:
-            raise ValueError(f"got resolution {resolution}; expected a positive multiple of {factor} pixels")
-        return self.model.channels, resolution // factor, resolution // factor
+        check_multiple(resolution, factor)
+        width, height = sides(resolution)
+        return self.model.channels, height // factor, width // factor
 
     @property
     def latent_size(self) -> int:
@@ -143,6 +144,7 @@ class DiffusionPolicy:
         With `image_size`, the latents are first averaged down so that the image is about that many pixels wide.
         """
         if image_size is not None:
-            size = max(1, min(image_size // self.model.decode.factor, self.latent_shape[-1]))
-            latents = F.adaptive_avg_pool2d(latents, size)
+            _, height, width = self.latent_shape
+            columns = max(1, min(image_size // self.model.decode.factor, width))
+            latents = F.adaptive_avg_pool2d(latents, (max(1, round(height * columns / width)), columns))
         return self.model.decode(latents)

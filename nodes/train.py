@@ -12,7 +12,10 @@ from .runs.combos import AUTO, CONTINUE, MODES, RESUME, WAIT, check_choice
 from .runs.used import used_by
 from .runs.wording import words_of_nodes
 
-AS_PRESET = " 0: the preset's value; the preset is 'shapes' for the Shapes Model and 'sd15' for any other model."
+AS_PRESET = (
+    " 0: the preset's value; the preset is 'shapes' for the Shapes Model, 'sdxl' for Stable Diffusion XL, and 'sd15' "
+    "for any other model."
+)
 
 
 class Train(io.ComfyNode):
@@ -30,8 +33,8 @@ class Train(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x or 2.x, or the Shapes Model. LoRAs already applied to it become part "
-                    "of the base model.",
+                    tooltip="Stable Diffusion 1.x, 2.x or XL, or the Shapes Model. LoRAs already applied to it become "
+                    "part of the base model.",
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),
@@ -102,7 +105,9 @@ class Train(io.ComfyNode):
                         min=0,
                         max=8192,
                         step=8,
-                        tooltip="Width and height in pixels in training. Lower it if memory runs out." + AS_PRESET,
+                        tooltip="Width and height in pixels in training. Lower it if memory runs out. For images "
+                        'that are not square, leave 0 here and write resolution = "832x1216" into settings.'
+                        + AS_PRESET,
                     )
                 ),
                 advanced(io.Int.Input("rank", default=0, min=0, max=1024, tooltip="Rank of the LoRA." + AS_PRESET)),

@@ -1,8 +1,11 @@
 """The configuration's layers, the values of Table 1, and the messages about wrong settings."""
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.methods.critic import ACTIVATIONS
@@ -87,7 +90,8 @@ def test_later_layers_win(tmp_path):
 
 def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
     """And of no other algorithm: the paper's, on the same presets, know no guard."""
-    for preset, guard in {"shapes": "shapes-alignment", "sd15": "clipscore"}.items():
+    guards = {"shapes": "shapes-alignment"} | dict.fromkeys(("sd15", "sdxl", "sd-turbo", "sdxl-turbo"), "clipscore")
+    for preset, guard in guards.items():
         config = make_config(preset)
         assert (config.algorithm, config.guards, config.guard_credit) == ("ddpo-g", [guard], True)
         assert not config.critic.enabled
@@ -121,6 +125,43 @@ def test_another_model_than_shapes_begins_from_its_own_preset(tmp_path):
     assert make_config(file=file, overrides={"model": "shapes"}) == make_config()
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_presets_of_distilled_models_draw_in_few_steps_without_guidance(algorithm):
+    for preset in ("sd-turbo", "sdxl-turbo"):
+        config = make_config(preset, overrides={"algorithm": algorithm})
+        assert (config.process, config.steps, config.guidance, config.eval_guidance) == ("few-steps", 4, 1.0, None)
+
+
+@pytest.mark.parametrize(("preset", "norm"), [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3)])
+def test_gradients_are_clipped_by_the_size_of_the_latent(preset, norm):
+    """0.02 for Shapes' 256 elements, and less with the square root of their number."""
+    config = make_config(preset)
+    assert config.policy.max_grad_norm == norm == 0.02 * (256 / (4 * (config.resolution // 8) ** 2)) ** 0.5
+
+
+def test_a_model_of_xl_begins_from_its_own_preset(tmp_path):
+    names = {"file.safetensors": "conditioner.embedders.1.model.ln_final.bias", "sd.safetensors": "cond_stage_model.x"}
+    for name, weight in names.items():
+        save_file({weight: torch.zeros(1)}, tmp_path / name)
+    for name, parts in {"folder": {"unet": [], "text_encoder_2": []}, "flux": {"text_encoder_2": []}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps(parts))
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "empty").mkdir()
+    for name in ("file.safetensors", "folder"):
+        assert make_config(overrides={"model": str(tmp_path / name)}).resolution == 1024
+    for name in ("sd.safetensors", "flux", "broken.safetensors", "empty", "nothing"):
+        assert make_config(overrides={"model": str(tmp_path / name)}) == make_config(
+            "sd15", overrides={"model": str(tmp_path / name)}
+        )
+
+
+def test_a_hub_id_begins_from_the_preset_that_names_it():
+    assert make_config(overrides={"model": "stabilityai/sdxl-turbo"}) == make_config("sdxl-turbo")
+    assert make_config(overrides={"model": "stabilityai/sd-turbo"}) == make_config("sd-turbo")
+    assert make_config(overrides={"model": make_config("sd14-hpsv2").model}).guards == ["clipscore"]
+
+
 def test_an_algorithm_over_a_file_of_another_is_refused(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('algorithm = "tdpo"\n')
@@ -136,6 +177,15 @@ def test_none_unsets(tmp_path):
         assert config.eval_rewards == []
     assert make_config(file=file).critic.image_size is None
     assert make_config(overrides={"neurons": {"reset": "none"}}).neurons.reset == "none"
+
+
+@pytest.mark.parametrize(
+    ("given", "resolution"),
+    [(96, 96), ("96", 96), (96.0, 96), ("96x96", 96), ("832x1216", "832x1216"), (" 64 X 128", "64x128")],
+)
+def test_a_resolution_is_a_side_or_two(given, resolution):
+    config = make_config(overrides={"resolution": given})
+    assert config.resolution == resolution and type(config.resolution) is type(resolution)
 
 
 def test_rewards_are_replaced_and_not_mixed_with_the_presets():
@@ -204,6 +254,10 @@ WRONG = [
     ({"samples_per_epoch": 10, "samples_per_update": 4}, "not a multiple"),
     ({"moments": {"min_count": 40}}, "moments.min_count"),
     ({"algorithm": "ddpo-2", "neurons": {"reset": "active"}}, "needs a critic"),
+    ({"resolution": 4}, "resolution: got 4; expected a whole number from 8 to 8192, or WIDTHxHEIGHT, such as 832x1216"),
+    ({"resolution": 64.5}, "resolution: got 64.5; expected a whole number"),
+    ({"resolution": "64x"}, "resolution: got '64x'; expected a whole number"),
+    ({"resolution": "64x9000"}, "resolution: got '64x9000'; expected a whole number"),
     ({"steps": 1001}, "steps: got 1001; expected a whole number from 1 to 1000"),
     ({"policy": {"lr": "0,1"}}, "policy.lr: got '0,1'; expected a number above 0 and at most 1; write a decimal point"),
     ({"policy": {"alpha": "much"}}, "policy.alpha: got 'much'; expected a number above 0 and below 1e+06 or \"none\""),

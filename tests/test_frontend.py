@@ -172,7 +172,7 @@ NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic 
         ("r", True, "kl.target = 1\nseed = 3", "", False),
         ("g", False, "", "", False),
         ("g", True, "", NO_RESETS, False),
-        ("draft", False, "last_steps = 2\npolicy.lr = 1", "draft uses no critic.", False),
+        ("draft", False, "last_steps = 2\npolicy.lr = 1", "", False),
         ("draft", True, "", "draft uses no critic: disconnect it.", True),
         ("r", False, "policy.replay = 1", "In settings, remove what is for other algorithms: policy.replay.", True),
         ("g", False, "last_steps = 1\nkl = {}", "In settings, remove what is for other algorithms: last_steps.", True),
@@ -180,7 +180,7 @@ NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic 
             "draft",
             False,
             "kl = {}\n[policy]\nreplay = 1",
-            "draft uses no critic. In settings, remove what is for other algorithms: kl, policy.replay.",
+            "In settings, remove what is for other algorithms: kl, policy.replay.",
             True,
         ),
         ("", True, "kl = {}", "", False),
@@ -193,14 +193,14 @@ NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic 
             "off",
             False,
             "critic.lr = 1\n[critic]\nstep = true",
-            "off uses no critic. In settings, these have no effect: critic.lr, critic.step.",
+            "In settings, these have no effect: critic.lr, critic.step.",
             False,
         ),
         (
             "draft",
             False,
             "critic.lr = 1",
-            "draft uses no critic. In settings, remove what is for other algorithms: critic.lr.",
+            "In settings, remove what is for other algorithms: critic.lr.",
             True,
         ),
     ],
@@ -1507,6 +1507,8 @@ def test_the_node_says_what_its_algorithm_does_not_use(tab):
     said = tab.page.locator(".tdpo-unused")
     assert said.text_content() == ""
     tab.page.evaluate(WIRE_CRITIC)
+    wait_for_text(said, "ddpo-g uses no critic: disconnect it.")
+    tab.page.evaluate(CHOOSE, "tdpo-g")
     wait_for_text(said, "tdpo-g resets no neurons, so the reset settings of TDPO Temporal Critic have no effect.")
     assert not re.search("tdpo-problem", said.get_attribute("class"))
     tab.page.evaluate(CHOOSE, "tdpo-r")
@@ -1517,14 +1519,14 @@ def test_the_node_says_what_its_algorithm_does_not_use(tab):
     assert said.bounding_box()["height"] < 30, "one line"
     screenshot(tab, f"unused-{tab.page.evaluate('() => window.__COMFYUI_FRONTEND_VERSION__ + LiteGraph.vueNodesMode')}")
     tab.page.evaluate("() => window.app.graph.remove(window.app.graph.nodes[1])")
-    wait_for_text(said, "alignprop uses no critic.")
+    wait_for_text(said, "")
     tab.page.locator("textarea").last.fill("kl.target = 1\nloss_weight = 2")
-    both = "alignprop uses no critic. In settings, remove what is for other algorithms: kl.target."
-    wait_for_text(said, both)
+    foreign = "In settings, remove what is for other algorithms: kl.target."
+    wait_for_text(said, foreign)
     saved = json.loads(tab.page.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
     assert len(saved["nodes"][0]["widgets_values"]) == 16
     tab.load(saved)
-    wait_for_text(tab.page.locator(".tdpo-unused"), both)
+    wait_for_text(tab.page.locator(".tdpo-unused"), foreign)
     assert tab.problems == []
 
 

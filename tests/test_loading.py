@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny_models import MODEL, SHIPPED, edited, make_tiny_configs, make_tiny_model
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from comfy_tdpo.models import diffusers_folder, shipped
 from comfy_tdpo.models.components import Components, load_components
@@ -92,6 +92,21 @@ def test_weights_do_not_hang_on_the_file(models, tmp_path):
     assert torch.equal(parts.unet.conv_in.weight, before)
 
 
+def test_the_text_encoder_of_sd_turbos_file_has_another_name(models, tmp_path):
+    """SD-Turbo is an SD 2.1, in a file of the code that SDXL came with."""
+
+    def rename(weights):
+        for key in [key for key in weights if key.startswith("cond_stage_model.")]:
+            weights[key.replace("cond_stage_model.", "conditioner.embedders.0.")] = weights.pop(key)
+
+    got = load_components(edited(models["sd2"][1], tmp_path / "turbo.safetensors", rename))
+    expected = load_components(str(models["sd2"][1]))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(expected.text_encoder.parameters(), got.text_encoder.parameters(), strict=True)
+    )
+
+
 def test_a_folder_of_fp16_variants_loads(models, folder):
     for path in folder.rglob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
@@ -114,7 +129,12 @@ def test_an_old_merge_without_the_level_text_model_loads(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "unet", "text_encoder"), [("sd1", 859_520_964, 123_060_480), ("sd2", 865_910_724, 340_387_840)]
+    ("family", "unet", "text_encoder"),
+    [
+        ("sd1", 859_520_964, 123_060_480),
+        ("sd2", 865_910_724, 340_387_840),
+        ("sdxl", 2_567_463_684, 123_060_480),
+    ],
 )
 def test_shipped_configurations_have_the_published_sizes(family, unet, text_encoder):
     def count(make, name: str) -> int:
@@ -127,20 +147,26 @@ def test_shipped_configurations_have_the_published_sizes(family, unet, text_enco
     assert count(lambda path: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(path)), "unet") == unet
     assert count(lambda path: AutoencoderKL.from_config(AutoencoderKL.load_config(path)), "vae") == 83_653_863
     assert count(text, "text_encoder") == text_encoder
+    if family == "sdxl":
+        second = CLIPTextConfig.from_pretrained(SHIPPED / family / "text_encoder_2")
+        assert count(lambda path: CLIPTextModelWithProjection(second), "") == 694_659_840
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_tokens_are_open_clips(family):
-    tokenizer = shipped.clip_tokenizer(SHIPPED / family)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("sd1", "tokenizer"), ("sd2", "tokenizer"), ("sdxl", "tokenizer"), ("sdxl", "tokenizer_2")],
+)
+def test_tokens_are_open_clips(family, name):
+    tokenizer = shipped.clip_tokenizer(SHIPPED / family, name)
     got = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, 77)
     expected = open_clip.tokenize(PROMPTS)  # padded with 0, which is "!"
     end = 49_407
-    if family == "sd1":  # padded with the end token
+    if family == "sd1" or (family, name) == ("sdxl", "tokenizer"):  # padded with the end token
         expected[expected.argmax(dim=1)[:, None] < torch.arange(77)] = end
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2-v"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sd2-v", "sdxl"])
 def test_a_single_files_schedule_is_stable_diffusions(family):
     config = json.loads((SHIPPED / family / "scheduler" / "scheduler_config.json").read_text())
     scheduler = DDIMScheduler.from_config(config)
@@ -298,7 +324,7 @@ def test_inpainting_is_an_error(models, tmp_path, folder):
 
 
 def test_a_unet_of_another_width_is_an_error(models, tmp_path):
-    key = f"{MODEL}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    key = f"{MODEL}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
     path = edited(models["sd1"][1], tmp_path / "wide.safetensors", lambda w: w.update({key: torch.zeros(32, 40)}))
     with pytest.raises(ValueError, match="has width 32 and text width 40"):
         load_components(path)
@@ -371,7 +397,10 @@ def test_a_folder_with_a_lost_weight_or_a_cut_file_is_an_error(folder, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "C"]}, "two text encoders"),
+        (
+            {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "C"]},
+            "is a StableDiffusionXLPipeline whose text_encoder_2 is C, not CLIPTextModelWithProjection",
+        ),
         ({"_class_name": "FluxPipeline", "unet": None}, "is a FluxPipeline whose unet is None, not UNet2D"),
         ({"vae": ["diffusers", "ConsistencyDecoderVAE"]}, "whose vae is ConsistencyDecoderVAE, not AutoencoderKL"),
     ],

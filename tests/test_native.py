@@ -55,6 +55,34 @@ def test_the_layout_of_sd2_is_converted():
     assert ask("sd2")["scale of the output"] > 1
 
 
+@in_each
+def test_sdxl_is_the_same_inside_and_outside_of_comfyui(backend):
+    """Its own encoders, size conditioning and layout, for images that are not square."""
+    found = ask("sdxl", backend=backend)
+    # float32 through some hundred layers, in another order
+    assert found["states"] <= 1e-5 and found["pooled"] <= 1e-5
+    assert found["unet from native"] <= 1e-5
+    assert found["what the sizes change"] > 1e-3 and found["scale of the output"] > 1
+
+
+def test_the_published_sdxl_has_the_names_and_the_configuration_of_comfyuis():
+    """At true size, without memory; a LoRA is named after weights, so its names are known too."""
+    assert ask("sdxl")["unknown names"] == [] and ask("sdxl")["other settings"] == []
+
+
+@in_each
+def test_a_lora_on_sdxl_is_the_same_in_comfyui_and_diffusers(backend):
+    found = ask("sdxl", backend=backend)
+    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
+    # float32 again; the LoRA is added to the weights there and to the activations here
+    assert found["LoRA in ComfyUI"] <= 1e-5 and found["LoRA in diffusers"] <= 1e-5
+    assert found["what the LoRA changes"] > 0.1
+
+
+def test_sdxl_trains_on_a_thread_that_asks_nothing_of_comfyui():
+    assert ask("sdxl")["job"] == {"state": "finished", "error": None, "preset's steps": 20}
+
+
 @pytest.mark.slow
 def test_the_shape_of_sd15_is_converted():
     assert ask("sd1")["unet from native"] <= 1e-5
@@ -171,9 +199,16 @@ def test_which_forms_are_refused(what, message):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("SD3", "got a MODEL of the family SD3; expected Stable Diffusion 1.x or 2.x"),
+        ("SD3", "got a MODEL of the family SD3; expected Stable Diffusion 1.x, 2.x or XL"),
         ("Flux", "got a MODEL of the family Flux; expected"),
-        ("SDXL", "got a MODEL of the family SDXL; expected"),
+        ("SDXLRefiner", "got a MODEL of the family SDXLRefiner; expected"),
+        ("SSD1B", "got a MODEL of the family SSD1B, with other blocks than SDXL; expected"),
+        ("another CLIP for XL", "got a CLIP whose embeddings are 64 wide; expected 80: use the CLIP of the MODEL's"),
+        (
+            "lcm",
+            "a MODEL that ModelSamplingDiscrete has set to lcm; expected one without that node: connect what it has",
+        ),
+        ("EDM", "got a MODEL with the noise levels of EDM (CosXL, Playground 2.5); expected"),
         ("inpainting", "takes 9 channels (inpainting); expected"),
         (
             "blended",

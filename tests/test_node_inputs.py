@@ -23,6 +23,7 @@ def test_nothing_asked_for_is_the_preset():
     assert wanted().config() == shapes
     other = {"eval_rewards": [], "model": "x", "rewards": AESTHETIC.weights, "overoptimisation": {"reward": None}}
     assert wanted(model="x", shapes=False).config() == make_config("sd15", None, other)
+    assert wanted(model="x", shapes=False, xl=True).config() == make_config("sdxl", None, other)
 
 
 def test_what_is_watched_in_another_model_than_shapes_is_wired():
@@ -41,6 +42,11 @@ def test_what_is_asked_for_lies_over_the_preset():
     assert (config.guidance, config.policy.rank, config.policy.lr, config.policy.alpha) == (2.5, 8, 1e-3, 2.0)
     assert (config.seed, config.micro_batch, config.output.grid_images) == (9, 5, 4)
     assert config.eval_rewards == ["shapes-judge", "shapes-gold"] and config.prompts == "shapes-unseen"
+
+
+def test_images_that_are_not_square_are_asked_for_in_the_settings():
+    want = wanted(numbers={"resolution": 0}, settings='resolution = "64x96"')
+    assert want.config().resolution == "64x96"
 
 
 def test_rewards_in_a_chain_add_up():
@@ -145,6 +151,10 @@ def test_prompts_are_the_text_or_the_set():
         ({"settings": "epochs ="}, "got settings that are not TOML .*expected lines such as"),
         ({"settings": "model = 'x'"}, "got 'model' among the settings; the node has an input or a wire for it"),
         ({"settings": "epochs = 3"}, "got 'epochs' among the settings; the node has an input or a wire for it"),
+        (
+            {"settings": "resolution = '64x96'", "numbers": {"resolution": 32}},
+            "got 'resolution' among the settings; the node has an input for it: use that, or set it to 0",
+        ),
         ({"settings": "a = " + "[" * 5000}, "got settings that are not TOML .*expected lines such as"),
         ({"settings": "a = 1" + "0" * 6000}, "got settings that are not TOML"),
         ({"settings": "prediction_type = 'sample'"}, "got 'prediction_type' among the settings"),

@@ -31,6 +31,18 @@ TINY_SIZES = {
     },
 }
 TINY_SIZES["sd2-v"] = TINY_SIZES["sd2"]
+TINY_SIZES["sdxl"] = {
+    "unet": {
+        "block_out_channels": [32, 32, 64],
+        "transformer_layers_per_block": [1, 1, 2],
+        "attention_head_dim": [2, 2, 4],
+        "cross_attention_dim": 32 + 48,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 48 + 6 * 8,
+    },
+    "text_encoder": TINY_SIZES["sd1"]["text_encoder"],
+    "text_encoder_2": TINY_SIZES["sd2"]["text_encoder"] | {"num_hidden_layers": 3, "projection_dim": 48},
+}
 
 
 def make_tiny_configs(folder: Path) -> Path:

@@ -20,6 +20,11 @@ def window(settings: SteppedPolicySettings, stochastic: Tensor) -> Tensor:
     Raises:
         ValueError: there are none.
     """
+    if not stochastic.any():
+        raise ValueError(
+            f"got {len(stochastic)} denoising steps, of which none has noise; expected one that has, since only such "
+            "steps can be trained: raise steps"
+        )
     bounds = settings.bounds(len(stochastic))
     inside = torch.zeros_like(stochastic)
     inside[bounds.start : bounds.stop] = True

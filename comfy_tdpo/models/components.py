@@ -1,11 +1,11 @@
-"""Loading Stable Diffusion 1.x and 2.x from a diffusers folder, a hub id, or one .safetensors file."""
+"""Loading Stable Diffusion 1.x, 2.x and XL from a diffusers folder, a hub id, or one .safetensors file."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .diffusers_folder import download, load_folder
 from .scheduler import PREDICTION_TYPES
@@ -14,7 +14,10 @@ from .single_file import load_file
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of Stable Diffusion that are used here; modules are frozen and in evaluation mode."""
+    """The parts of Stable Diffusion that are used here; modules are frozen and in evaluation mode.
+
+    text_encoder_2, tokenizer_2: only XL has them.
+    """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -22,6 +25,8 @@ class Components:
     tokenizer: CLIPTokenizer
     scheduler: DDIMScheduler
     source: str
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
 
 
 def load_components(model: str, dtype: torch.dtype = torch.float32, prediction_type: str | None = None) -> Components:
@@ -29,7 +34,7 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, prediction_t
 
     model: a diffusers folder, a .safetensors checkpoint in the original layout, or a hub id "owner/name".
     prediction_type: "epsilon", "v_prediction" or "sample", for a model whose configuration lacks it or is wrong.
-    Raises ValueError if the model cannot be loaded, or is not a text-to-image model of Stable Diffusion 1.x or 2.x.
+    Raises ValueError if the model cannot be loaded, or is not a text-to-image model of Stable Diffusion 1.x, 2.x or XL.
     """
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")

@@ -7,10 +7,16 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from ..quiet import quiet_loading
 from .files import EXPECTED, PICKLE_SUFFIXES, naming, read_json, required
@@ -18,15 +24,16 @@ from .names import folder_names
 from .scheduler import load_scheduler
 from .weights import Weights, check_channels, check_weights, fill
 
-# The components of a Stable Diffusion pipeline, except its scheduler.
+# The components of a Stable Diffusion pipeline, except its scheduler, and those that XL has besides.
 _CLASSES = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "tokenizer": CLIPTokenizer,
 }
+_CLASSES_OF_XL = {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
 
-# Settings of U-Nets with further inputs: guidance (distilled LCM), classes, image embeddings, sizes.
+# Settings of U-Nets with further inputs: guidance (distilled LCM), classes, image embeddings, and sizes, which XL has.
 _MORE_CONDITIONS = (
     *("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
 )
@@ -40,8 +47,9 @@ def download(repo: str, dtype: torch.dtype) -> Path:
     unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     variant = None if dtype == torch.float32 else "fp16"
     try:
-        _check_index(Path(hf_hub_download(repo, "model_index.json")))
-        return Path(StableDiffusionPipeline.download(repo, variant=variant, use_safetensors=True, **unused))
+        is_xl = _check_index(Path(hf_hub_download(repo, "model_index.json"))).keys() >= _CLASSES_OF_XL.keys()
+        pipeline = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+        return Path(pipeline.download(repo, variant=variant, use_safetensors=True, **unused))
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -51,42 +59,45 @@ def download(repo: str, dtype: torch.dtype) -> Path:
 
 
 def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
-    _check_index(required(folder, "model_index.json"))
-    _check_unet(read_json(required(folder, "unet/config.json")), folder)
+    classes = _check_index(required(folder, "model_index.json"))
+    _check_unet(read_json(required(folder, "unet/config.json")), folder, is_xl="text_encoder_2" in classes)
     scheduler = required(folder, "scheduler/scheduler_config.json")
-    if not (folder / "tokenizer" / "tokenizer.json").is_file():
-        required(folder, "tokenizer/vocab.json")
-        required(folder, "tokenizer/merges.txt")
-    networks = {name: _empty(folder / name, _CLASSES[name]) for name in ("unet", "vae", "text_encoder")}
-    tokenizer = _tokenizer(folder / "tokenizer")
-    known = networks["text_encoder"].config.vocab_size
-    if tokenizer.vocab_size > known:
-        raise ValueError(
-            f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens and a text encoder of {known}; expected both "
-            "of the same model; download or save the whole folder again"
-        )
-    return {name: _load(network, folder / name, dtype) for name, network in networks.items()} | {
-        "tokenizer": tokenizer,
-        "scheduler": load_scheduler(scheduler, prediction_type),
-    }
+    tokenizers = {name: _tokenizer(folder, name) for name in classes if name.startswith("tokenizer")}
+    networks = {name: _empty(folder / name, cls) for name, cls in classes.items() if name not in tokenizers}
+    for name, tokenizer in tokenizers.items():
+        known = networks[name.replace("tokenizer", "text_encoder")].config.vocab_size
+        if tokenizer.vocab_size > known:
+            raise ValueError(
+                f"{folder} has a {name} of {tokenizer.vocab_size} tokens and a text encoder of {known}; expected both "
+                "of the same model; download or save the whole folder again"
+            )
+    loaded = {name: _load(network, folder / name, dtype) for name, network in networks.items()}
+    return loaded | tokenizers | {"scheduler": load_scheduler(scheduler, prediction_type)}
 
 
-def _check_index(index: Path) -> None:
-    """Check the pipeline's classes before anything large is loaded."""
+def _check_index(index: Path) -> dict[str, Any]:
+    """The classes of the pipeline's components, checked before anything large is loaded."""
     parts = read_json(index)
     kind = parts.get("_class_name")
-    for name, expected in _CLASSES.items():
+    classes = _CLASSES | (_CLASSES_OF_XL if "text_encoder_2" in parts else {})
+    for name, expected in classes.items():
         part = parts.get(name)
         found = part[-1] if isinstance(part, list) and part else part  # [library, class]
         if str(found).removesuffix("Fast") != expected.__name__:
             raise ValueError(f"{index.parent} is a {kind} whose {name} is {found}, not {expected.__name__}; {EXPECTED}")
-    if "text_encoder_2" in parts:
-        raise ValueError(f"{index.parent} is a {kind} with two text encoders (SDXL); {EXPECTED}")
+    return classes
 
 
-def _check_unet(config: dict, folder: Path) -> None:
+def _check_unet(config: dict, folder: Path, is_xl: bool) -> None:
     check_channels(config.get("in_channels", 4), folder)
-    if more := [name for name in _MORE_CONDITIONS if config.get(name)]:
+    sizes = {"addition_embed_type": "text_time"} if is_xl else {}
+    for name, value in sizes.items():
+        if config.get(name) != value:
+            raise ValueError(
+                f"the U-Net in {folder} has {name} {config.get(name)!r}, and the folder two text encoders; expected "
+                f"{value!r}, as XL has; {EXPECTED}; download or save the whole folder again"
+            )
+    if more := [name for name in _MORE_CONDITIONS if config.get(name) and name not in sizes]:
         raise ValueError(
             f"the U-Net in {folder} is conditioned on more than text and timestep ({more[0]} {config[more[0]]!r}); "
             f"{EXPECTED}; choose the base model of the same family"
@@ -97,7 +108,8 @@ def _empty(folder: Path, cls: Any) -> nn.Module:
     """The network configured in `folder`, without memory for its weights."""
     config = read_json(required(folder.parent, f"{folder.name}/config.json"))
     with quiet_loading(), naming(folder), init_empty_weights():
-        network = cls(CLIPTextConfig.from_dict(config)) if cls is CLIPTextModel else cls.from_config(config)
+        is_text = issubclass(cls, PreTrainedModel)
+        network = cls(CLIPTextConfig.from_dict(config)) if is_text else cls.from_config(config)
     factor = getattr(network.config, "scaling_factor", 1)
     if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ValueError(
@@ -107,7 +119,7 @@ def _empty(folder: Path, cls: Any) -> nn.Module:
 
 
 def _load(network: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
-    name = "model" if isinstance(network, CLIPTextModel) else "diffusion_pytorch_model"
+    name = "model" if isinstance(network, PreTrainedModel) else "diffusion_pytorch_model"
     weights = Weights(_weight_files(folder, name))
     weights.rename(folder_names(weights.names, network))
     weights.check_numbers(read_json(folder / "config.json").get("quantization_config"))
@@ -143,6 +155,9 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(table.values()))
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    with naming(folder):
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+def _tokenizer(folder: Path, name: str) -> CLIPTokenizer:
+    if not (folder / name / "tokenizer.json").is_file():
+        required(folder, f"{name}/vocab.json")
+        required(folder, f"{name}/merges.txt")
+    with naming(folder / name):
+        return CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)

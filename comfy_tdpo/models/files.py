@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-EXPECTED = "expected Stable Diffusion 1.x or 2.x: a diffusers folder, its hub id, or a whole .safetensors checkpoint"
+EXPECTED = (
+    "expected Stable Diffusion 1.x, 2.x or XL: a diffusers folder, its hub id, or a whole .safetensors checkpoint"
+)
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 

@@ -23,6 +23,7 @@ _ANCHORS = {
     "UNet2DConditionModel": "time_embedding.linear_1.weight",
     "AutoencoderKL": "decoder.conv_in.weight",
     "CLIPTextModel": "embeddings.token_embedding.weight",
+    "CLIPTextModelWithProjection": "embeddings.token_embedding.weight",
 }
 
 # diffusers' names, until 2023, for the attention layers of an autoencoder.
@@ -60,12 +61,12 @@ def folder_names(names: Collection[str], network: nn.Module) -> Rename:
 
 
 def below_text_model(network: nn.Module) -> Rename:
-    """Add or remove the level "text_model" of CLIP's text model: transformers 5 dropped it, and some old merges never
-    had it."""
+    """Add or remove the level "text_model" of CLIP's text model, above all but a projection: transformers 5 dropped it
+    from the model without one, and some old merges never had it."""
     level = "text_model." if hasattr(network, "text_model") else ""
     if "CLIP" not in type(network).__name__:
         return lambda name: name
-    return lambda name: level + name.removeprefix("text_model.")
+    return lambda name: name if name.startswith("text_projection.") else level + name.removeprefix("text_model.")
 
 
 def _prefix(names: Collection[str], anchor: str) -> str:

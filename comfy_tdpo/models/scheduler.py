@@ -37,7 +37,7 @@ _READ = (
 def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
     """DDIM on the noise schedule in the file `path`; `prediction_type` overrides that of the file.
 
-    Raises ValueError if the file does not describe a schedule of Stable Diffusion 1.x or 2.x.
+    Raises ValueError if the file does not describe a schedule of Stable Diffusion.
     """
     config = read_json(path) | ({"prediction_type": prediction_type} if prediction_type else {})
     sampler = _sampler(config, path)

@@ -18,9 +18,9 @@ def read_config(configs: Path, name: str) -> dict:
     return json.loads((configs / name).read_text(encoding="utf-8"))
 
 
-def clip_tokenizer(configs: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer, with the truncation and padding of the family in `configs`."""
-    config = read_config(configs, "tokenizer/tokenizer_config.json")
+def clip_tokenizer(configs: Path, name: str = "tokenizer") -> CLIPTokenizer:
+    """CLIP's tokenizer, with the truncation and padding of the tokenizer `name` of the family in `configs`."""
+    config = read_config(configs, f"{name}/tokenizer_config.json")
     with tempfile.TemporaryDirectory() as folder:
         for name, text in _vocabulary().items():
             (Path(folder) / name).write_text(text, encoding="utf-8")

@@ -4,7 +4,8 @@ Deliberate deviations from diffusers' `from_single_file`:
 - every weight must be present: diffusers leaves a missing one uninitialised;
 - if a file has only the U-Net's averaged weights (EMA), those are used;
 - if an SD 2.x file does not state its prediction type, ComfyUI's rule decides. diffusers' rule, v-prediction unless
-  `global_step` is 875000, is brittle according to its own comment, and most files have no `global_step`;
+  `global_step` is 875000, is brittle according to its own comment, and most files have no `global_step`. An XL file
+  says so by an empty weight `v_pred`, as in ComfyUI;
 - "!" in a prompt stays the word "!", as in open_clip and ComfyUI, although SD 2.x pads with that token.
 """
 
@@ -21,7 +22,7 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from . import shipped
 from .files import EXPECTED
@@ -34,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 # Keys of the original (LDM) layout whose shapes identify a checkpoint's family.
 _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"  # (width, latent channels, 3, 3)
-_CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # (width, text width)
-_LABELS = "model.diffusion_model.label_emb."  # conditioning on classes or images
+_CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # (width, text width)
+_LABELS = "model.diffusion_model.label_emb."  # conditioning on classes or images; of XL, on sizes and a pooled state
+_DEEPEST = "model.diffusion_model.middle_block.1.transformer_blocks."  # as many as in XL's deepest blocks
 _LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # (width,)
 
 # Other kinds of .safetensors files, by a part of their keys. The most frequent part decides; ties go to the first.
@@ -43,11 +45,22 @@ _OTHER_FILES = {
     "lora_": "a LoRA",
     ".lora.": "a LoRA",
     "control_model.": "a ControlNet",
-    "conditioner.embedders.": "an SDXL checkpoint",
+    "conditioner.embedders.": "an SDXL checkpoint without the whole U-Net (text encoders alone, or KOALA)",
     "joint_blocks.": "an SD 3 checkpoint",
     "double_blocks.": "a Flux checkpoint",
-    "label_emb.": "a U-Net with class or image conditions (SDXL, unCLIP)",
+    "label_emb.": "a U-Net with class or image conditions (unCLIP), or SDXL's U-Net alone",
     "down_blocks.": "one component of a diffusers folder",
+}
+_REFINER = (384, 1280)  # width and text width
+# Weights that say that an XL checkpoint was trained on other noise than XL: what it is, and what to do.
+_OTHER_NOISE = {
+    "edm_mean": ("Playground 2.5, with the noise levels of EDM", "choose a model that is derived from SDXL's base"),
+    "edm_vpred.sigma_max": ("CosXL, with the noise levels of EDM", "choose a model that is derived from SDXL's base"),
+    "ztsnr": (
+        "trained with zero terminal SNR (ztsnr)",
+        "save it as a diffusers folder, with a scheduler that has prediction_type v_prediction, rescale_betas_zero_snr "
+        "true and timestep_spacing trailing",
+    ),
 }
 
 
@@ -65,16 +78,19 @@ def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> di
     prediction_type = prediction_type or _prediction_type(weights, family)
     configs = shipped.CONFIGS / ("sd2-v" if (family, prediction_type) == ("sd2", "v_prediction") else family)
     makers = {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder}
+    tokenizers = {"tokenizer": clip_tokenizer(configs)}
+    if family == "sdxl":
+        makers["text_encoder_2"] = _text_encoder_2
+        tokenizers["tokenizer_2"] = clip_tokenizer(configs, "tokenizer_2")
     try:
         networks = {name: make(weights, configs, dtype) for name, make in makers.items()}
     except KeyError as error:  # diffusers' conversion expects a bias wherever there is a weight
         raise ValueError(f"{path} lacks {error.args[0]}; {EXPECTED}; download the model again") from error
     for network, found in networks.values():
         check_weights(path, network, found)
-    return {name: fill(network, found, dtype, path) for name, (network, found) in networks.items()} | {
-        "tokenizer": clip_tokenizer(configs),
-        "scheduler": load_scheduler(configs / "scheduler" / "scheduler_config.json", prediction_type),
-    }
+    filled = {name: fill(network, found, dtype, path) for name, (network, found) in networks.items()}
+    scheduler = load_scheduler(configs / "scheduler" / "scheduler_config.json", prediction_type)
+    return filled | tokenizers | {"scheduler": scheduler}
 
 
 def _check_kind(weights: Weights) -> None:
@@ -83,27 +99,46 @@ def _check_kind(weights: Weights) -> None:
     counts = {part: sum(part in name for name in names) for part in _OTHER_FILES}
     part = max(counts, key=counts.__getitem__)
     if {_CONV_IN, _CONTEXT} <= names:
-        if any(name.startswith(_LABELS) for name in names):
-            raise ValueError(f"{weights.source} is {_OTHER_FILES['label_emb.']}; {EXPECTED}")
         return
     kind = _OTHER_FILES[part] if counts[part] else f"something else: keys like {min(names, default='none')}"
     raise ValueError(f"{weights.source} is {kind}; {EXPECTED}")
 
 
 def _family(weights: Weights) -> str:
-    """Tell "sd1" from "sd2" by shapes alone."""
+    """Tell "sd1", "sd2" and "sdxl" apart by shapes alone."""
     path, shapes = weights.source, [weights.shape(key) for key in (_CONV_IN, _CONTEXT)]
     if [len(shape) for shape in shapes] != [4, 2]:
         raise ValueError(f"{path} has a U-Net whose first weights have the shapes {shapes}; {EXPECTED}")
     (width, channels, _, _), (_, text_width) = shapes
     check_channels(channels, path)
     known = {}
-    for family in ("sd1", "sd2"):
+    for family in ("sd1", "sd2", "sdxl"):
         config = read_config(shipped.CONFIGS / family, "unet/config.json")
         known[config["block_out_channels"][0], config["cross_attention_dim"]] = family
+    if (width, text_width) == _REFINER:
+        raise ValueError(f"{path} is SDXL's refiner, which cannot begin from noise; {EXPECTED}; choose SDXL's base")
     if (width, text_width) not in known:
         raise ValueError(f"the U-Net in {path} has width {width} and text width {text_width}; {EXPECTED}")
-    return known[width, text_width]
+    family = known[width, text_width]
+    if family == "sdxl":
+        _check_xl(weights)
+    elif any(name.startswith(_LABELS) for name in weights.names):
+        raise ValueError(f"{path} is {_OTHER_FILES['label_emb.']}; {EXPECTED}")
+    return family
+
+
+def _check_xl(weights: Weights) -> None:
+    """Raise ValueError if an XL checkpoint has other noise or other blocks than XL."""
+    for name, (what, remedy) in _OTHER_NOISE.items():
+        if name in weights.names:
+            raise ValueError(f"{weights.source} is {what}; {EXPECTED}; {remedy}")
+    depth = read_config(shipped.CONFIGS / "sdxl", "unet/config.json")["transformer_layers_per_block"][-1]
+    blocks = {name.removeprefix(_DEEPEST).partition(".")[0] for name in weights.names if name.startswith(_DEEPEST)}
+    if len(blocks) != depth:
+        raise ValueError(
+            f"{weights.source} is SDXL made smaller: its middle has {len(blocks)} transformer blocks, not {depth} "
+            f"(SSD-1B, Vega); {EXPECTED}; save it as a diffusers folder"
+        )
 
 
 def _prediction_type(weights: Weights, family: str) -> str:
@@ -111,6 +146,8 @@ def _prediction_type(weights: Weights, family: str) -> str:
     said = weights.metadata.get("modelspec.prediction_type") or weights.metadata.get("modelspec.predict_key")
     if said:
         return "v_prediction" if said.startswith("v") else "epsilon"
+    if family == "sdxl":
+        return "v_prediction" if "v_pred" in weights.names else "epsilon"
     if family == "sd1" or _LAST_NORM not in weights.names:
         return "epsilon"
     guess = "v_prediction" if weights[_LAST_NORM].float().std(unbiased=False) > 0.09 else "epsilon"
@@ -135,12 +172,25 @@ def _vae(weights: Weights, configs: Path, dtype: torch.dtype) -> tuple[nn.Module
 
 
 def _text_encoder(weights: Weights, configs: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The only text encoder, or the first, from transformers' names of 2022 or open_clip's."""
     with init_empty_weights():
         model = CLIPTextModel(CLIPTextConfig.from_pretrained(configs / "text_encoder"))
-    found = weights.read("cond_stage_model.", dtype)
-    if any(key.startswith("cond_stage_model.model.") for key in found):
-        found = convert_open_clip_checkpoint(model, found)
+    for prefix in ("cond_stage_model.", "conditioner.embedders.0."):  # the latter of XL and SD-Turbo
+        if found := weights.read(prefix, dtype):
+            break
+    open_clip = f"{prefix}model."
+    if any(key.startswith(open_clip) for key in found):
+        found = convert_open_clip_checkpoint(model, found, open_clip)
     else:
         found = convert_ldm_clip_checkpoint(found)
+    rename = below_text_model(model)
+    return model, {rename(key): weight for key, weight in found.items()}
+
+
+def _text_encoder_2(weights: Weights, configs: Path, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    with init_empty_weights():
+        model = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(configs / "text_encoder_2"))
+    prefix = "conditioner.embedders.1.model."
+    found = convert_open_clip_checkpoint(model, weights.read(prefix, dtype), prefix)
     rename = below_text_model(model)
     return model, {rename(key): weight for key, weight in found.items()}

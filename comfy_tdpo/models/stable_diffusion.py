@@ -1,11 +1,12 @@
-"""The family of Stable Diffusion 1.x and 2.x: a U-Net conditioned on CLIP's last hidden states.
+"""The family of Stable Diffusion: 1.x and 2.x, a U-Net conditioned on CLIP's last hidden states, and XL, whose U-Net is
+conditioned on two CLIPs' states, on the pooled state of one of them, and on the size of the image.
 
-Shapes: B batch, C H W latent, L tokens, E text width.
+Shapes: B batch, C H W latent, L tokens, E text width, P pooled width.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -30,6 +31,10 @@ class ClipText:
         self.length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
     def __call__(self, prompts: list[str]) -> TensorConditioning:
+        return TensorConditioning(states=self.outputs(prompts).last_hidden_state)
+
+    def outputs(self, prompts: list[str], hidden_states: bool = False) -> Any:
+        """What the text model returns, with the states after every layer if asked for."""
         tokens = self.tokenizer(
             prompts,
             padding="max_length",
@@ -37,14 +42,29 @@ class ClipText:
             truncation=True,
             return_tensors="pt",
         )
-        return TensorConditioning(
-            states=self.network(input_ids=tokens.input_ids.to(self.network.device)).last_hidden_state
-        )
+        return self.network(input_ids=tokens.input_ids.to(self.network.device), output_hidden_states=hidden_states)
 
     def cut(self, prompts: list[str]) -> str:
         """One line about those of `prompts` that it truncates; empty if there are none."""
         found = too_long(self.tokenizer, prompts, self.length)
         return describe_cut(found) if found else ""
+
+
+class ClipPair:
+    """A PromptEncoder of XL: the last but one states of two CLIP text models side by side, (B, L, E), and the pooled
+    and projected state of the second, (B, P). The empty prompt is encoded like any other, as in ComfyUI."""
+
+    def __init__(self, first: ClipText, second: ClipText):
+        self.first, self.second = first, second
+        self.networks = {"text_encoder": first.network, "text_encoder_2": second.network}
+
+    def __call__(self, prompts: list[str]) -> TensorConditioning:
+        first, second = (text.outputs(prompts, hidden_states=True) for text in (self.first, self.second))
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return TensorConditioning(states=states, pooled=second.text_embeds)
+
+    def cut(self, prompts: list[str]) -> str:
+        return self.first.cut(prompts)
 
 
 class Autoencoder:
@@ -60,11 +80,11 @@ class Autoencoder:
 
 
 class StableDiffusion:
-    """A DiffusionModel of Stable Diffusion 1.x or 2.x.
+    """A DiffusionModel of Stable Diffusion 1.x, 2.x or XL.
 
     Args:
         unet: frozen, and later modified in place; scheduler: its noise schedule.
-        encode: prompts to states, (B, L, E); decode: latents to images.
+        encode: prompts to states, (B, L, E), and for XL pooled, (B, P); decode: latents to images.
         source: the model's name in messages.
     """
 
@@ -84,7 +104,7 @@ class StableDiffusion:
         parts = {"unet": self, "text_encoder": encode, "vae": decode}
         self.networks: dict[str, nn.Module] = {
             name: part.network for name, part in parts.items() if hasattr(part, "network")
-        }
+        } | getattr(encode, "networks", {})
 
     @property
     def schedule(self) -> Tensor:
@@ -94,15 +114,28 @@ class StableDiffusion:
     @classmethod
     def from_components(cls, components: Components) -> StableDiffusion:
         """The model made of `components`, which are frozen and used without a copy."""
-        for network in (components.vae, components.text_encoder):
-            network.requires_grad_(False).eval()
-        encode = ClipText(components.tokenizer, components.text_encoder)
+        encode: PromptEncoder
+        encode = first = ClipText(components.tokenizer, components.text_encoder)
+        if components.text_encoder_2 is not None:
+            encode = ClipPair(first, ClipText(components.tokenizer_2, components.text_encoder_2))
+        for network in (components.vae, components.text_encoder, components.text_encoder_2):
+            if network is not None:
+                network.requires_grad_(False).eval()
         return cls(components.unet, components.scheduler, encode, Autoencoder(components.vae), components.source)
 
     def denoise(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         assert isinstance(conditioning, TensorConditioning)
-        states = conditioning.parts["states"]
-        return self.network(latents.to(self.network.dtype), times, states, return_dict=False)[0]
+        states, pooled = conditioning.parts["states"], conditioning.parts.get("pooled")
+        more = None if pooled is None else {"text_embeds": pooled, "time_ids": self._sizes(latents)}
+        x = latents.to(self.network.dtype)
+        return self.network(x, times, states, added_cond_kwargs=more, return_dict=False)[0]
+
+    def _sizes(self, latents: Tensor) -> Tensor:
+        """XL's conditioning on sizes, (B, 6): the image's original height and width, no crop, its height and width."""
+        sizes = latents.new_zeros(len(latents), 6, dtype=torch.float32)
+        height, width = (self.decode.factor * side for side in latents.shape[-2:])
+        sizes[:, 0::4], sizes[:, 1::4] = height, width
+        return sizes
 
     def adapt(self, settings: PolicySettings, seed: int) -> UNetLora:
         if settings.gradient_checkpointing:

@@ -58,7 +58,11 @@ class Process(Protocol):
 MakeProcess = Callable[[Any, int, "torch.device"], Process]  # (the model's noise schedule, T, device)
 
 # name -> "module:attribute", where the attribute is a MakeProcess.
-PROCESSES = {"ddim": "comfy_tdpo.process.ddim:make_ddim"}
+PROCESSES = {
+    "ddim": "comfy_tdpo.process.ddim:make_ddim",
+    "few-steps": "comfy_tdpo.process.few_steps:make_few_steps",
+    "lcm": "comfy_tdpo.process.few_steps:make_lcm",
+}
 
 
 def make_process(name: str, scheduler: Any, steps: int, device: torch.device) -> Process:

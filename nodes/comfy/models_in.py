@@ -13,6 +13,7 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -36,7 +37,8 @@ from .decoder import ComfyDecoder
 from .shapes_out import is_shapes
 from .weights_in import check_embeds, check_plain
 
-SUPPORTED = "expected Stable Diffusion 1.x or 2.x for text to image"
+SUPPORTED = "expected Stable Diffusion 1.x, 2.x or XL for text to image"
+SIZES, SIZE_WIDTH = 6, 256  # of an image, which XL is conditioned on, and how wide each is embedded
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Wires:
             ValueError: the CLIP or VAE is missing, or the MODEL cannot be trained.
         """
         self.check()
-        return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), **inputs)
+        return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), xl=is_xl(self.model), **inputs)
 
     def check(self) -> None:
         """Raise ValueError if the CLIP or VAE is missing, or the MODEL is none that a policy can be made of."""
@@ -93,18 +95,22 @@ class Wires:
 
     def _parts(self, prompts: Prompts, device: torch.device) -> "tuple[EncodedPrompts, ComfyDecoder, DDIMScheduler]":
         texts = {words: prompts.for_clip(words) for words in prompts.words}
-        encode, decode = EncodedPrompts(self.clip, texts, device), ComfyDecoder(self.vae, self.model)
-        return encode, decode, scheduler_of(self.model)
+        encode = EncodedPrompts(self.clip, texts, device, pooled=is_xl(self.model))
+        return encode, ComfyDecoder(self.vae, self.model), scheduler_of(self.model)
 
     def _maker(
         self, config: TrainConfig, encode: "EncodedPrompts", decode: ComfyDecoder, scheduler: DDIMScheduler
     ) -> MakePolicy:
-        expected = diffusers_config(self.model)["cross_attention_dim"]
-        if encode.width != expected:
-            raise ValueError(
-                f"got a CLIP whose embeddings are {encode.width} wide; expected {expected}: use the CLIP of the "
-                "MODEL's checkpoint"
-            )
+        network = diffusers_config(self.model)
+        for what, got, expected in (
+            ("embeddings", encode.width, network["cross_attention_dim"]),
+            ("pooled embeddings", encode.pooled_width, pooled_width(network)),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"got a CLIP whose {what} are {got} wide; expected {expected}: use the CLIP of the MODEL's "
+                    "checkpoint"
+                )
         return partial(_policy, diffusers_unet(self.model, DTYPES[config.precision]), scheduler, encode, decode)
 
 
@@ -117,7 +123,7 @@ def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype =
     """The U-Net of a MODEL for diffusers, in `dtype` on the CPU, with the LoRAs applied to it baked in.
 
     Raises:
-        ValueError: the MODEL is not Stable Diffusion 1.x or 2.x.
+        ValueError: the MODEL is not Stable Diffusion 1.x, 2.x or XL.
     """
     config = diffusers_config(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
@@ -133,14 +139,18 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
     """The configuration for diffusers of the U-Net in a MODEL."""
     config = model.model.model_config.unet_config
     width, context = config.get("model_channels"), config.get("context_dim")
-    if not (width and isinstance(context, int)) or config.get("adm_in_channels"):
+    if not (width and isinstance(context, int)) or (config.get("adm_in_channels") and not is_xl(model)):
         kind = type(model.model.model_config).__name__
         raise ValueError(f"got a MODEL of the family {kind}; {SUPPORTED}: load such a checkpoint")
     if config["in_channels"] != 4:
         raise ValueError(f"got a MODEL that takes {config['in_channels']} channels (inpainting); {SUPPORTED}")
     channels = [int(multiple * width) for multiple in config["channel_mult"]]
-    layers, depths = config["num_res_blocks"], list(config["transformer_depth"])
-    crossing = [depths[sum(layers[:i])] > 0 for i in range(len(layers))]
+    layers = config["num_res_blocks"]
+    depths = [config["transformer_depth"][sum(layers[:i])] for i in range(len(layers))]  # of each block
+    crossing = [depth > 0 for depth in depths]
+    if not _alike(config, depths):
+        kind = type(model.model.model_config).__name__
+        raise ValueError(f"got a MODEL of the family {kind}, with other blocks than SDXL; {SUPPORTED}: load another")
     heads, head_width = config["num_heads"], config["num_head_channels"]
     (groups,) = {m.num_groups for m in model.model.diffusion_model.modules() if isinstance(m, nn.GroupNorm)}
     return {
@@ -148,6 +158,7 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
         "out_channels": config["out_channels"],
         "block_out_channels": channels,
         "layers_per_block": layers[0],
+        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
         "down_block_types": ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in crossing],
         "up_block_types": ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(crossing)],
         # diffusers' name for the number of heads
@@ -155,7 +166,35 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
         "cross_attention_dim": context,
         "use_linear_projection": config.get("use_linear_in_transformer", False),
         "norm_num_groups": groups,
+    } | (_xl_config(config) if is_xl(model) else {})
+
+
+def is_xl(model: comfy.model_patcher.ModelPatcher) -> bool:
+    return isinstance(model.model.model_config, comfy.supported_models.SDXL)
+
+
+def _xl_config(config: dict) -> dict:
+    """How XL's U-Net is conditioned on a pooled state and on the sizes of an image."""
+    return {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": SIZE_WIDTH,
+        "projection_class_embeddings_input_dim": config["adm_in_channels"],
     }
+
+
+def pooled_width(config: dict) -> int | None:
+    """The width of the pooled state in a U-Net's configuration for diffusers; None without one."""
+    both = config.get("projection_class_embeddings_input_dim")
+    return both and both - SIZES * SIZE_WIDTH
+
+
+def _alike(config: dict, depths: list[int]) -> bool:
+    """Whether the transformers of a block have its depth, on the way down and up, and the middle that of the last."""
+    layers = config["num_res_blocks"]
+    down = [depth for depth, count in zip(depths, layers, strict=True) for _ in range(count)]
+    up = [depth for depth, count in zip(depths, layers, strict=True) for _ in range(count + 1)]
+    middle = config["transformer_depth_middle"]
+    return (config["transformer_depth"], config["transformer_depth_output"], middle) == (down, up, max(depths[-1], 1))
 
 
 def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
@@ -164,6 +203,13 @@ def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
     bases = {base.__name__ for base in type(sampling).__mro__}
     if bases & {"EDM", "X0", "CONST"} or not bases & {"EPS", "V_PREDICTION"}:
         raise ValueError(f"got a MODEL that predicts neither noise nor v ({', '.join(sorted(bases))}); {SUPPORTED}")
+    if "ModelSamplingContinuousEDM" in bases:
+        raise ValueError(f"got a MODEL with the noise levels of EDM (CosXL, Playground 2.5); {SUPPORTED}")
+    if "ModelSamplingDiscreteDistilled" in bases:
+        raise ValueError(
+            "got a MODEL that ModelSamplingDiscrete has set to lcm; expected one without that node: connect what it "
+            'has as input, and write process = "lcm" into settings'
+        )
     alpha_bar = 1 / (1 + sampling.sigmas.double().cpu() ** 2)
     betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     return DDIMScheduler(
@@ -182,17 +228,22 @@ class EncodedPrompts:
     Args:
         clip: the CLIP; texts: what it reads for each prompt that will ever be needed; the empty one is always included.
         device: where to return the embeddings, which are kept in main memory.
+        pooled: whether the MODEL needs a pooled embedding too.
 
     Raises:
         ValueError: an embedding is not finite.
     """
 
-    def __init__(self, clip: comfy.sd.CLIP, texts: dict[str, str], device: torch.device):
+    def __init__(self, clip: comfy.sd.CLIP, texts: dict[str, str], device: torch.device, pooled: bool = False):
         self._device = device
         texts = {"": ""} | {one_line(prompt): text for prompt, text in texts.items()}
-        embeds = {prompt: clip.encode_from_tokens(clip.tokenize(text)) for prompt, text in texts.items()}
-        for prompt, embed in embeds.items():
-            check_embeds(prompt, embed, clip.cond_stage_model)
+        both = {
+            prompt: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for prompt, text in texts.items()
+        }
+        embeds = {prompt: embed for prompt, (embed, _) in both.items()}
+        for prompt, found in both.items():
+            for embed in found[: 1 + pooled]:
+                check_embeds(prompt, embed, clip.cond_stage_model)
         # long prompts have longer embeddings; repeating a whole embedding does not change cross-attention
         length = math.lcm(*(embed.shape[1] for embed in embeds.values()))
         with torch.inference_mode(False), torch.no_grad():
@@ -200,11 +251,19 @@ class EncodedPrompts:
                 prompt: embed[0].to("cpu", torch.float32, copy=True).repeat(length // embed.shape[1], 1)
                 for prompt, embed in embeds.items()
             }
+            self._pooled = {
+                prompt: pool[0].to("cpu", torch.float32, copy=True) for prompt, (_, pool) in both.items() if pooled
+            }
 
     @property
     def width(self) -> int:
         return self._embeds[""].shape[-1]
 
+    @property
+    def pooled_width(self) -> int | None:
+        return self._pooled[""].shape[-1] if self._pooled else None
+
     def __call__(self, prompts: list[str]) -> TensorConditioning:
-        states = torch.stack([self._embeds[one_line(prompt)] for prompt in prompts])
-        return TensorConditioning(states=states.to(self._device))
+        parts = {"states": self._embeds} | ({"pooled": self._pooled} if self._pooled else {})
+        rows = {name: torch.stack([part[one_line(prompt)] for prompt in prompts]) for name, part in parts.items()}
+        return TensorConditioning(**{name: part.to(self._device) for name, part in rows.items()})

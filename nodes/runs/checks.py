@@ -10,6 +10,7 @@ import torch
 
 from comfy_tdpo.methods.window import trained_steps
 from comfy_tdpo.process import make_process
+from comfy_tdpo.resolution import check_multiple
 from comfy_tdpo.rewards import has_encoder, load_reward, reward_class
 from comfy_tdpo.tastes.names import is_taste
 
@@ -30,8 +31,7 @@ def check_run(config: TrainConfig, prompts: list[str], scheduler: Any, process: 
     if config.output.recommend:
         held_out_reward(config)
     _check_rewards(config, prompts)
-    if config.resolution % factor:
-        raise ValueError(f"got resolution {config.resolution}; expected a positive multiple of {factor} pixels")
+    check_multiple(config.resolution, factor)
     _check_steps(config, scheduler, process)
 
 

@@ -13,7 +13,7 @@ from .prompts import Prompts, read_prompts
 from .reward_choice import RewardChoice, joined
 from .used import used_by, used_of_critic
 
-SHAPES, OTHER = "shapes", "sd15"  # presets: for the embedded world, and for other models
+SHAPES, XL, OTHER = "shapes", "sdxl", "sd15"  # presets: for the embedded world, for XL, and for other models
 # Settings that the node's inputs and wires set, so that the `settings` text must not.
 INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
@@ -26,6 +26,7 @@ ELSEWHERE = {
     "reward_weights": "an input has them: use weights of TDPO Reward Model",
     "prediction_type": "the MODEL knows it: remove it from settings",
     "grid_prompts": "sample grids show the prompts that are trained on: remove it from settings",
+    "resolution": "the node has an input for it: use that, or set it to 0",
 }
 NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 0: the preset's value
 
@@ -34,7 +35,7 @@ NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 
 class Wanted:
     """What a Train node asks for.
 
-    model: the name of its MODEL; shapes: whether that is the embedded world.
+    model: the name of its MODEL; shapes: whether that is the embedded world; xl: whether it is Stable Diffusion XL.
     numbers: values of NUMBERS, rank and learning_rate; critic: nested settings, or None for the preset's.
     text: prompts, one per line; prompt_set: the set to use if there is no text; settings: more settings, as TOML.
     """
@@ -50,6 +51,7 @@ class Wanted:
     text: str = ""
     prompt_set: str = AUTO
     settings: str = ""
+    xl: bool = False
 
     @property
     def widgets(self) -> Fields:
@@ -62,7 +64,7 @@ class Wanted:
         check_choice(
             "prompt_set", self.prompt_set, [AUTO, *prompt_sets()]
         )  # else a file's text could be copied to the output
-        preset = SHAPES if self.shapes else OTHER
+        preset = SHAPES if self.shapes else XL if self.xl else OTHER
         values: Fields = {
             "algorithm": self.algorithm,
             "model": self.model,
@@ -109,7 +111,7 @@ class Wanted:
                 f"got settings that are not TOML ({error}); expected lines such as micro_batch = 4 or policy.alpha = 8"
             ) from error
         for name in (*INPUTS, *NUMBERS):
-            if name in more:
+            if name in more and (name != "resolution" or self.numbers.get(name)):
                 where = ELSEWHERE.get(name, f"the node has an input or a wire for it: use {name}")
                 raise ValueError(f"got {name!r} among the settings; {where}")
         return more

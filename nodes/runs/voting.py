@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from comfy_tdpo.resolution import sides
 from comfy_tdpo.tastes.folder import TasteFolder
 from comfy_tdpo.tastes.votes import Pair, Thumb, check_file
 
@@ -101,7 +102,7 @@ def picture_in_grid(run: RunFolder, epoch: int, row: int, col: int) -> Picture:
             f"got epoch {epoch} of run {run.path.name!r}, which has no sample grid; expected an epoch that has one"
         )
     index, pixels = image_in_grid(path, len(prompts), row, col)
-    if pixels.shape[-1] != run.config.resolution:
+    if (pixels.shape[2], pixels.shape[1]) != sides(run.config.resolution):
         raise ValueError(
             f"got the sample grid of epoch {epoch}, which does not have the {len(prompts)} images of "
             f"{run.config.resolution} pixels that the run draws now; expected one that has: vote on a newer one"

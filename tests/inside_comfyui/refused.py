@@ -7,7 +7,7 @@ import comfy.supported_models
 import torch
 from begin import CPU, PROMPTS, refusal
 from kept_otherwise import Coded
-from small_models import small_sd2
+from small_models import small_sd2, small_xl
 from torch import nn
 
 from comfy_tdpo.nodes.comfy import models_in, shapes_out
@@ -33,7 +33,14 @@ def refusals() -> dict[str, str]:
     families = {
         "SD3": comfy.supported_models.SD3({"in_channels": 16, "pos_embed_scaling_factor": None}),
         "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
-        "SDXL": comfy.supported_models.SDXL({"model_channels": 320, "context_dim": 2048, "adm_in_channels": 2816}),
+        "SDXLRefiner": comfy.supported_models.SDXLRefiner(
+            {"model_channels": 384, "context_dim": 1280, "adm_in_channels": 2560}
+        ),
+        "SSD1B": comfy.supported_models.SSD1B(
+            {"model_channels": 320, "context_dim": 2048, "adm_in_channels": 2816, "in_channels": 4}
+            | {"channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 4, 4]}
+            | {"transformer_depth_output": [0, 0, 0, 1, 1, 2, 4, 4, 10], "transformer_depth_middle": -1}
+        ),
         "inpainting": comfy.supported_models.SD15({"model_channels": 320, "context_dim": 768, "in_channels": 9}),
     }
     others = {
@@ -43,11 +50,19 @@ def refusals() -> dict[str, str]:
         for name, config in families.items()
     }
     config = make_config("shapes")
+    from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete
+
+    lcm, edm = small_xl(), small_xl()
+    (lcm,) = ModelSamplingDiscrete().patch(lcm, "lcm", False)
+    (edm,) = ModelSamplingContinuousEDM().patch(edm, "v_prediction", 120.0, 0.002)
     blended = model.clone()
     blended.hook_patches = {object(): {"diffusion_model.out.2.weight": []}}
     wires = {
         "blended": lambda: models_in.Wires(blended, clip, vae).wanted(),
         "another CLIP": lambda: models_in.Wires(small_sd2(), clip, vae).factory(config, Prompts(PROMPTS), CPU),
+        "another CLIP for XL": lambda: models_in.Wires(small_xl(), clip, vae).factory(config, Prompts(PROMPTS), CPU),
+        "lcm": lambda: models_in.scheduler_of(lcm),
+        "EDM": lambda: models_in.scheduler_of(edm),
         "another VAE": lambda: ComfyDecoder(SimpleVAE(16), model),
         "no CLIP": lambda: models_in.Wires(model, None, vae).wanted(),
         "no VAE": lambda: models_in.Wires(model, clip, None).wanted(),

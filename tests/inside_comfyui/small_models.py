@@ -75,21 +75,29 @@ def decoders() -> dict[str, float]:
 
 def thread() -> dict[str, str | None]:
     """How a job ends that trains, measures and recommends while nothing of ComfyUI may be asked."""
-    from comfy_tdpo.prompts import load_prompts
     from comfy_tdpo.trainer.config import make_config
-    from comfy_tdpo.trainer.job import Job
-    from comfy_tdpo.trainer.run import RunFolder
 
     small = {"epochs": 1, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 2}
     config = make_config("shapes", overrides=small | {"output": {"grid_images": 2, "recommend": True}})
-    factory = models_in.Wires(*shapes_out.shapes_native()).factory(config, Prompts(load_prompts(config.prompts)), CPU)
-    with TemporaryDirectory() as folder, nothing_asked():
-        run = RunFolder(Path(folder) / "run")
+    with TemporaryDirectory() as folder:
+        ended = trained(models_in.Wires(*shapes_out.shapes_native()), config, Path(folder) / "run")
+        return ended | {"table": str((Path(folder) / "run" / "recommendation").is_dir())}
+
+
+def trained(wires: models_in.Wires, config, path: Path) -> dict[str, str | None]:
+    """How a job with these wires ends, while nothing of ComfyUI may be asked."""
+    from comfy_tdpo.prompts import load_prompts
+    from comfy_tdpo.trainer.job import Job
+    from comfy_tdpo.trainer.run import RunFolder
+
+    factory = wires.factory(config, Prompts(load_prompts(config.prompts)), CPU)
+    with nothing_asked():
+        run = RunFolder(path)
         run.create(config)
         job = Job(run, factory, CPU)
         job.start()
         status = job.wait()
-        return {"state": status.state, "error": status.error, "table": str((run.path / "recommendation").is_dir())}
+        return {"state": status.state, "error": status.error}
 
 
 @contextmanager
@@ -159,6 +167,41 @@ def small_sd2(quantised: bool = False) -> comfy.model_patcher.ModelPatcher:
     family.set_inference_dtype(torch.float32, torch.float32 if quantised else None)
     if quantised:  # as ComfyUI marks a family whose file is in scaled float8, until 0.3.65 and since
         family.scaled_fp8, family.quant_config = torch.float8_e4m3fn, {"mixed_ops": True}
+    base = family.get_model({})
+    draw_weights(base.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+class SmallXL(comfy.supported_models.SDXL):
+    """Stable Diffusion XL's layout, narrower."""
+
+    unet_config: dict = {}
+
+
+def small_xl() -> comfy.model_patcher.ModelPatcher:
+    """With 80 channels of text, 48 of them pooled."""
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 64,
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 2],
+        "transformer_depth": [0, 0, 1, 1, 2, 2],
+        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+        "transformer_depth_middle": 2,
+        "context_dim": 32 + 48,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "num_heads": -1,
+        "num_head_channels": 64,
+        "num_classes": "sequential",
+        "adm_in_channels": 48 + 6 * 256,
+        "use_temporal_attention": False,
+        "legacy": False,
+    }
+    family = SmallXL(config)
+    family.set_inference_dtype(torch.float32, None)
     base = family.get_model({})
     draw_weights(base.diffusion_model)
     return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_tdpo.methods import find_algorithm
+from comfy_tdpo.models.kind import is_xl
 from comfy_tdpo.settings import NONE, Section, section_of
 
 from .parsing import split_names, with_named_rewards
@@ -25,15 +26,15 @@ def presets() -> list[str]:
 def make_config(preset: str | None = None, file: Path | None = None, overrides: Fields | None = None) -> TrainConfig:
     """The configuration of `preset`, overridden by a TOML `file` and then by nested `overrides`.
 
-    Without a preset, the model decides: `shapes` for the embedded world, `sd15` for any other. Held-out rewards and
-    guards of the preset are left out where the file or the overrides give them another role.
+    Without a preset, the model decides, see `preset_for`. Held-out rewards and guards of the preset are left out where
+    the file or the overrides give them another role.
 
     Raises:
         ValueError: a value is invalid; the message is one line that names the setting.
     """
     above = [with_named_rewards(read_toml(file) if file else {}), with_named_rewards(overrides or {})]
     if preset is None:
-        preset = "shapes" if _topmost(above, "model", "shapes") == "shapes" else "sd15"
+        preset = preset_for(_topmost(above, "model", "shapes"))
     if preset not in presets():
         raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
     base = read_toml(PRESETS / f"{preset}.toml")
@@ -45,6 +46,20 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     for layer in (find_algorithm(algorithm).values, base, *above):
         merged = merge(merged, layer)
     return validate(merged)
+
+
+def preset_for(model: Any) -> str:
+    """The preset for a model as a user names it.
+
+    It is `shapes` for the embedded world, the one that names its hub id among those of XL and of few steps, `sdxl` for
+    a file or a folder of XL, and `sd15` for any other.
+    """
+    if model == "shapes":
+        return "shapes"
+    for name in ("sdxl", "sdxl-turbo", "sd-turbo"):
+        if read_toml(PRESETS / f"{name}.toml")["model"] == model:
+            return name
+    return "sdxl" if isinstance(model, str) and is_xl(model) else "sd15"
 
 
 def override(config: TrainConfig, changes: Fields) -> TrainConfig:

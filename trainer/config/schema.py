@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from comfy_tdpo.methods import ALGORITHMS, settings_class
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.registry import entry
+from comfy_tdpo.resolution import normalised
 from comfy_tdpo.rewards import ONLY_EVALUATE, check_reward, reward_names
 from comfy_tdpo.rewards.gradients import check_gradients
 from comfy_tdpo.settings import (
@@ -137,10 +138,14 @@ class TrainConfig(MethodSettings):
         description="guidance scale of the sample grids; none means that of the training. With guidance 1 and a value "
         "above it here, the model is trained without guidance and used with it",
     )
-    resolution: int = Field(default=512, ge=8, le=8192, description="width and height of the images in pixels")
+    resolution: Annotated[int | str, BeforeValidator(normalised)] = Field(
+        default=512, description="side of the square images in pixels, or WIDTHxHEIGHT, such as 832x1216"
+    )
     process: Annotated[str | None, Unset] = Field(
         default=None,
-        description="process that turns the model's output into a denoising step; none means the model's own",
+        description="process that turns the model's output into a denoising step; few-steps and lcm are for models "
+        "distilled to a few steps; their last step has no noise, so policy gradients leave it out. none means the "
+        "model's own. Choices",
     )
     stop_on_overoptimisation: Annotated[bool, MAY_CHANGE] = Field(
         default=False, description="end the run, saved, once the rule in overoptimisation says that it overoptimises"

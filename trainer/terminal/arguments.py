@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"one of {', '.join(presets())} (default: shapes, or sd15 for any other --model)",
+        help=f"one of {', '.join(presets())} (default: shapes, sdxl for a --model of XL, or sd15 for any other)",
     )
     where.add_argument("--config", type=path_argument, metavar="FILE", help="TOML file that overrides the preset")
     where.add_argument(

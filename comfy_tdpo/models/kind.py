@@ -1,0 +1,30 @@
+"""Which presets suit a model, by the index of its folder or the header of its file alone. Cheap: imports no torch."""
+
+import json
+from pathlib import Path
+
+from ..user_files import user_path
+
+LARGEST_HEADER = 2**27  # bytes; of a whole checkpoint, a header has less than a million
+_SECOND_ENCODER = b'"conditioner.embedders.1.model.'  # in a single file of XL, and of no other family
+
+
+def is_xl(source: str) -> bool:
+    """Whether `source`, as a user names a model, is a file or a folder of Stable Diffusion XL; never raises.
+
+    A hub id is not looked up.
+    """
+    try:
+        path = user_path(source)
+        if path.is_dir():
+            parts = json.loads((path / "model_index.json").read_text(encoding="utf-8-sig"))
+            return {"unet", "text_encoder_2"} <= parts.keys()
+        return path.suffix == ".safetensors" and _SECOND_ENCODER in _header(path)
+    except (OSError, ValueError, AttributeError):  # what cannot be read is explained where it is loaded
+        return False
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(size) if size <= LARGEST_HEADER else b""
