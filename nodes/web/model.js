@@ -316,11 +316,11 @@ function exponential(mark, marks) {
   return mark === 0 ? "0" : mark.toExponential(digits ?? 2);
 }
 
-/** The name and the role of a curve, as much of both as fits to the left of its value in `width` pixels. */
+/** The name of a curve, shortened if need be, and its role where both fit to the left of its value in `width` pixels. */
 export function heading(name, role, value, width, size = 6.3) {
   const room = width - size * (value.length + 2);
   const withRole = room - size * (role.length + 1);
-  if (withRole >= size * Math.min(name.length, 8)) return [shortened(name, withRole), role];
+  if (withRole >= size * name.length) return [name, role];
   return [shortened(name, room), ""];
 }
 
