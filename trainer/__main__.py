@@ -36,7 +36,8 @@ IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by multi-process lau
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 finished, 1 failed, 2 wrong input, 130 stopped by the user."""
     allow_functions()  # on the command line, users may name their own functions
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow down all other work, see docs/LOG.md
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")  # how long threads spin: see docs/LOG.md
     with forgiving_streams():
         try:
             try:
