@@ -32,6 +32,7 @@ from pairs import (
     gains,
     lost,
     results,
+    row,
     series,
     train,
     with_interval,
@@ -265,61 +266,50 @@ def page(runs: Runs, found: list[Line]) -> str:
         "changes, seed by seed. A seed counts where both runs reach the gain. Until the first reset, after epoch 10, a "
         "run with resets and one without are the same.",
         "",
-        "| variant | what is changed | of | " + " | ".join(f"{level:+.2f}, seeds" for level in WORTH) + " |",
-        "|---" * (len(WORTH) + 3) + "|",
-        *(
-            "| "
-            + " | ".join([name, VARIANTS[name].about, of, *(worth(runs, name, of, level) for level in WORTH)])
-            + " |"
-            for name, of in changes(runs)
-        ),
+        *row("variant", "what is changed", "of", *(f"{level:+.2f}, seeds" for level in WORTH), head=True),
+    ]
+    for name, of in changes(runs):
+        lines += row(name, VARIANTS[name].about, of, *(worth(runs, name, of, level) for level in WORTH))
+    head = ["variant", "seeds that reach it", "reward queries", "gold lost", "judge lost"]
+    lines += [
         "",
         f"At a gain of {AT:+.1f}. Where fewer seeds reach it, they are the ones that learned fastest, and means of "
         "different seeds cannot be compared:",
         "",
-        f"| variant | seeds that reach it | reward queries | gold lost | judge lost | more gold left than {BASELINE} |",
-        "|---|---|---|---|---|---|",
+        *row(*head, f"more gold left than {BASELINE}", head=True),
     ]
     for name in runs:
         more = kept_more(runs, name, BASELINE, GOLD) if name != BASELINE and BASELINE in runs else []
         cells = [name, f"{len(at_level(runs, name, GOLD))} of {len(runs[name])}"]
         cells += [found_at(runs, name, of, AT, form) for of, form in COLUMNS]
-        cells.append(with_interval(more))
-        lines.append("| " + " | ".join(cells) + " |")
+        lines += row(*cells, with_interval(more))
     lines += ["", "Gold lost at each gain, with the number of seeds that reach it if not all do; and at the end:", ""]
-    lines += [
-        "| variant | " + " | ".join(f"{level:+.2f}" for level in LEVELS) + " | end: gain | gold lost | judge lost |"
-    ]
-    lines += ["|---" * (len(LEVELS) + 4) + "|"]
+    lines += row("variant", *(f"{level:+.2f}" for level in LEVELS), "end: gain", "gold lost", "judge lost", head=True)
     for name, seeds in runs.items():
         cells = [found_at(runs, name, GOLD, level, ".3f") for level in LEVELS]
         for form, curve in (("+.2f", gains), (".3f", partial(lost, name=GOLD)), (".3f", partial(lost, name=JUDGE))):
             cells.append(f"{statistics.fmean(curve(epochs)[-1] for epochs in seeds.values()):{form}}")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        lines += row(name, *cells)
     lines += [
         "",
         f"The alarm (docs/overoptimisation.md), and how much {GOLD} had been lost by then, or by the end:",
         "",
     ]
-    lines += ["| variant | seeds with an alarm | gold lost at the alarm | gold lost at the end without one |"]
-    lines += ["|---|---|---|---|"]
+    head = ["variant", "seeds with an alarm", "gold lost at the alarm", "gold lost at the end without one"]
+    lines += row(*head, head=True)
     for name, seeds in runs.items():
         if config_of(name, 1).overoptimisation.reward is None:
             continue  # its guard is the reward that would be watched
         rang = [lost(epochs, GOLD)[int(epochs["alarm"][0]) - 1] for epochs in seeds.values() if epochs["alarm"]]
         silent = [lost(epochs, GOLD)[-1] for epochs in seeds.values() if not epochs["alarm"]]
-        cells = [
-            name,
-            f"{len(rang)} of {len(seeds)}",
-            *(", ".join(f"{v:.3f}" for v in sorted(part)) for part in (rang, silent)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [", ".join(f"{value:.3f}" for value in sorted(part)) for part in (rang, silent)]
+        lines += row(name, f"{len(rang)} of {len(seeds)}", *cells)
     lines += ["", "The critic, mean of epochs 3 to the last:", ""]
-    lines += ["| variant | explained variance | in the last third of the steps |", "|---|---|---|"]
+    lines += row("variant", "explained variance", "in the last third of the steps", head=True)
     for name, seeds in runs.items():
         if all("explained" in epochs for epochs in seeds.values()):
             both = [[statistics.fmean(e[key][2:]) for e in seeds.values()] for key in ("explained", "explained_last")]
-            lines.append(f"| {name} | " + " | ".join(f"{statistics.fmean(values):.2f}" for values in both) + " |")
+            lines += row(name, *(f"{statistics.fmean(values):.2f}" for values in both))
     return "\n".join(lines) + "\n"
 
 
@@ -393,9 +383,8 @@ def seed_by_seed(runs: Runs) -> list[str]:
         f"The recipe was chosen on seeds 1 to {SEEDS}; those from {SEEDS + 1} on are fresh to it. Reward gained, "
         "gold lost and judge lost at the end of each run:",
         "",
-        "| seed | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-        *(f"| {label} | " + " | ".join(cell(name, some) for name in names) + " |" for label, some in rows),
+        *row("seed", *names, head=True),
+        *(line for label, some in rows for line in row(label, *(cell(name, some) for name in names))),
         "",
     ]
 

@@ -129,6 +129,14 @@ def at(level: float, over: Sequence[float], values: Sequence[float]) -> float | 
     return None
 
 
+# --- the pages
+
+
+def row(*cells: str, head: bool = False) -> list[str]:
+    """The lines of a Markdown table's row; of its head, with the line below it."""
+    return [f"| {' | '.join(cells)} |", *(["|" + "---|" * len(cells)] if head else [])]
+
+
 def with_interval(values: list[float]) -> str:
     if len(values) < 2:
         return "-"

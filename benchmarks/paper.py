@@ -26,7 +26,7 @@ from typing import Any
 import frontier
 import pairs
 from matplotlib.figure import Figure
-from pairs import Line, Series, gains, smooth
+from pairs import Line, Series, gains, row, smooth
 from PIL import Image
 
 from comfy_tdpo.prompts import load_prompts
@@ -523,10 +523,6 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
             lines += row(claim.text, compared, claim.measure, difference, str(len(values)), verdict(values))
         lines += ["", f"![{title}]({shown[name]})" if name in shown else "Not drawn yet.", ""]
     return "\n".join(lines).rstrip().replace("\n\n\n", "\n\n") + "\n"
-
-
-def row(*cells: str, head: bool = False) -> list[str]:
-    return [f"| {' | '.join(cells)} |", *(["|" + "---|" * len(cells)] if head else [])]
 
 
 def rivals(world: World, there: Held) -> list[str]:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pairs import THREAD
 from safetensors.torch import load_file
 
 from comfy_tdpo.methods import ALGORITHMS
@@ -57,8 +58,7 @@ def train(code: Path, run: Path, algorithm: str, args: argparse.Namespace) -> No
     flags = [f"--{setting}" for setting in args.settings]
     command = [sys.executable, "-m", "comfy_tdpo.trainer", "--run-dir", str(run.absolute())]
     command += ["--algorithm", algorithm, "--epochs", str(args.epochs), "--output.grid-images=1", *flags]
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # sums depend on how many there are
-    environment = os.environ | threads | {"PYTHONPATH": str(code)}
+    environment = os.environ | THREAD | {"PYTHONPATH": str(code)}
     subprocess.run(command, check=True, cwd=code, env=environment, stdout=subprocess.DEVNULL)
 
 

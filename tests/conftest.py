@@ -14,8 +14,10 @@ import children  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tiny_models import make_tiny_configs
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from comfy_tdpo.models import shipped
 from comfy_tdpo.models.components import Components
 from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
@@ -36,6 +38,18 @@ SD1_SCHEDULE = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> Path:
+    """The shipped configurations with tiny sizes."""
+    return make_tiny_configs(tmp_path_factory.mktemp("configs") / "configs")
+
+
+@pytest.fixture
+def tiny(configs, monkeypatch) -> None:
+    """Files load as models of tiny sizes."""
+    monkeypatch.setattr(shipped, "CONFIGS", configs)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny_models import MODEL, SHIPPED, edited, make_tiny_configs, make_tiny_model
+from tiny_models import MODEL, SHIPPED, edited, make_tiny_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from comfy_tdpo.models import diffusers_folder, shipped
@@ -28,21 +28,13 @@ PROMPTS = [
     "a " * 99,
 ]
 
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory) -> Path:
-    return make_tiny_configs(tmp_path_factory.mktemp("configs") / "configs")
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture(scope="module")
 def models(configs, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Of each family a diffusers folder and a single file with the same random weights."""
     return {family: make_tiny_model(tmp_path_factory.mktemp(family), configs / family) for family in ("sd1", "sd2")}
-
-
-@pytest.fixture(autouse=True)
-def tiny(configs, monkeypatch) -> None:
-    monkeypatch.setattr(shipped, "CONFIGS", configs)
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import MODEL, edited, make_tiny_configs, make_tiny_model
+from tiny_models import MODEL, edited, make_tiny_model
 
-from comfy_tdpo.models import shipped
 from comfy_tdpo.models.components import Components, load_components
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -17,21 +16,13 @@ LINEAR = f"{MODEL}input_blocks.1.1.transformer_blocks.0.attn1.to_q"  # a layer o
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FLOAT8 = torch.float8_e4m3fn
 
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory) -> Path:
-    return make_tiny_configs(tmp_path_factory.mktemp("configs") / "configs")
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture(scope="module")
 def model(configs, tmp_path_factory) -> tuple[Path, Path]:
     """SD 1.x with random weights as a diffusers folder and as a single file."""
     return make_tiny_model(tmp_path_factory.mktemp("sd1"), configs / "sd1")
-
-
-@pytest.fixture(autouse=True)
-def tiny(configs, monkeypatch) -> None:
-    monkeypatch.setattr(shipped, "CONFIGS", configs)
 
 
 @pytest.fixture

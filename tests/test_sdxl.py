@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
-from tiny_models import MODEL, edited, make_tiny_configs, make_tiny_model
+from tiny_models import MODEL, edited, make_tiny_model
 from toy import lora_of, new_run, same, timeless, toy_training
 
-from comfy_tdpo.models import load_model, shipped
+from comfy_tdpo.models import load_model
 from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.policy import DiffusionPolicy
@@ -23,21 +23,13 @@ from comfy_tdpo.settings import PolicySettings
 PROMPTS = ["a green rabbit", "WOW!! it's a cat", ""]
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory) -> Path:
-    return make_tiny_configs(tmp_path_factory.mktemp("configs") / "configs")
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture(scope="module")
 def models(configs, tmp_path_factory) -> tuple[Path, Path]:
     """A diffusers folder and a single file with the same random weights."""
     return make_tiny_model(tmp_path_factory.mktemp("sdxl"), configs / "sdxl")
-
-
-@pytest.fixture(autouse=True)
-def tiny(configs, monkeypatch) -> None:
-    monkeypatch.setattr(shipped, "CONFIGS", configs)
 
 
 @pytest.fixture

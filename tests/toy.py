@@ -97,6 +97,16 @@ def fast_training(
     return Training(run.config, policy, reward or Brightness(), {}, run, Accelerator(cpu=True), stop, watch, guards)
 
 
+def drifts(training: Training) -> list[float]:
+    """The ratio drift reported after the first update of sampled trajectories, and after the second."""
+    found = []
+    for group in training.method.groups(1)[:2]:
+        training.method.update(group)
+        training.context.progress.updates += 1
+        found.append(training.context.progress.maxima["policy/ratio_drift"].item())
+    return found
+
+
 def timeless(metrics: list[EpochMetrics]) -> list[EpochMetrics]:
     """The metrics but for what depends on the machine's mood."""
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in metrics]
