@@ -33,6 +33,10 @@ VARIANTS = {
     "alignprop": "--algorithm alignprop",
     "draft-lv": "--algorithm draft --renoised 2 --policy.ema 0.9",
     "refl": "--algorithm refl",
+    "dpok": "--algorithm dpok",
+    "grpo": "--algorithm grpo --samples-per-prompt 6",
+    "sdpo": "--algorithm sdpo",
+    "replay": "--algorithm tdpo-r --policy.replay 1 --neurons.every 2 --neurons.policy-reset active",
     "gardo": "--algorithm tdpo-g --policy.objective trust-region --kl.coefficient 0.03 --kl.gate --kl.gate-window 2 "
     "--kl.reset-every 2 --samples-per-prompt 2 --moments.baseline group --favour-diversity",
 }

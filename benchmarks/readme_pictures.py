@@ -1,7 +1,7 @@
 """Makes the README's pictures from a finished run: `python benchmarks/readme_pictures.py runs/NAME`.
 
-Writes docs/shapes-reward.png, the run's own plot, and docs/shapes-before-after.png, its first and last
-samples side by side.
+Writes docs/shapes-reward.png, the run's own plot, and docs/shapes-before-after.png, its first and last samples side by
+side.
 """
 
 import argparse
@@ -35,16 +35,19 @@ def images_of(grid: Path, count: int) -> list[Image.Image]:
 
 
 def pairs(prompts: list[str], before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
-    """Each prompt below its image from before, left, and after, right."""
+    """Each prompt below its image from before, left, and after, right; the first row says which is which."""
     side = ENLARGED * before[0].width
     width, height = 2 * side + 2 + GAP, side + CAPTION + GAP
     rows = -(-len(prompts) // COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * width - GAP, rows * height - GAP), "white")
+    sheet = Image.new("RGB", (COLUMNS * width - GAP, CAPTION + rows * height - GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
     for i, (prompt, *images) in enumerate(zip(prompts, before, after, strict=True)):
-        left, top = i % COLUMNS * width, i // COLUMNS * height
-        for j, image in enumerate(images):
-            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left + j * (side + 2), top))
+        left, top = i % COLUMNS * width, CAPTION + i // COLUMNS * height
+        for j, (image, when) in enumerate(zip(images, ("before", "after"), strict=True)):
+            corner = left + j * (side + 2)
+            sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (corner, top))
+            if i < COLUMNS:
+                draw.text((corner + side / 2, 3), when, "#666666", font, anchor="ma")
         draw.text((left + side, top + side + 3), prompt, "#333333", font, anchor="ma")
     return sheet
 

@@ -173,7 +173,7 @@ NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic 
         ("g", False, "", "", False),
         ("g", True, "", NO_RESETS, False),
         ("draft", False, "last_steps = 2\npolicy.lr = 1", "", False),
-        ("draft", True, "", "draft uses no critic: disconnect it.", True),
+        ("draft", True, "", "draft uses no critic: disconnect it, or the run is refused.", True),
         ("r", False, "policy.replay = 1", "In settings, remove what is for other algorithms: policy.replay.", True),
         ("g", False, "last_steps = 1\nkl = {}", "In settings, remove what is for other algorithms: last_steps.", True),
         (
@@ -188,7 +188,7 @@ NO_RESETS = "g resets no neurons, so the reset settings of TDPO Temporal Critic 
         ("g", True, "neurons.every = 2", NO_RESETS, False),
         ("off", True, "[critic]\nenabled = true\nlr = 1", "", False),
         ("off", True, "critic = { enabled = true }", "", False),
-        ("off", True, "neurons.reset = 'none'", "off uses no critic: disconnect it.", True),
+        ("off", True, "neurons.reset = 'none'", "off uses no critic: disconnect it, or the run is refused.", True),
         (
             "off",
             False,
@@ -1385,7 +1385,7 @@ def test_pictures_are_shown_in_the_taste_and_each_click_is_a_vote(tab):
     tab.page.evaluate(LOOK_AT, "TDPOTaste")
     panel = tab.page.locator(".tdpo-votes")
     panel.wait_for(state="visible")
-    assert "Connect pictures and press Run" in panel.inner_text()
+    assert "Press Run: the connected pictures appear here" in panel.inner_text()
     tab.page.route("**/view?**", lambda route: route.fulfill(body=SQUARE, content_type="image/png"))
     tab.page.evaluate(TELL_BALLOT, {"tdpo_ballot": [BALLOT]})
     pictures = panel.locator(".tdpo-picture")
@@ -1507,14 +1507,14 @@ def test_the_node_says_what_its_algorithm_does_not_use(tab):
     said = tab.page.locator(".tdpo-unused")
     assert said.text_content() == ""
     tab.page.evaluate(WIRE_CRITIC)
-    wait_for_text(said, "ddpo-g uses no critic: disconnect it.")
+    wait_for_text(said, "ddpo-g uses no critic: disconnect it, or the run is refused.")
     tab.page.evaluate(CHOOSE, "tdpo-g")
     wait_for_text(said, "tdpo-g resets no neurons, so the reset settings of TDPO Temporal Critic have no effect.")
     assert not re.search("tdpo-problem", said.get_attribute("class"))
     tab.page.evaluate(CHOOSE, "tdpo-r")
     wait_for_text(said, "")
     tab.page.evaluate(CHOOSE, "alignprop")
-    wait_for_text(said, "alignprop uses no critic: disconnect it.")
+    wait_for_text(said, "alignprop uses no critic: disconnect it, or the run is refused.")
     assert re.search("tdpo-problem", said.get_attribute("class"))
     assert said.bounding_box()["height"] < 30, "one line"
     screenshot(tab, f"unused-{tab.page.evaluate('() => window.__COMFYUI_FRONTEND_VERSION__ + LiteGraph.vueNodesMode')}")

@@ -327,9 +327,9 @@ def test_what_can_be_done_meanwhile_depends_on_who_waits(runs):
     run = runs.find("one")
     while job.status.epoch < 1:
         job.wait(0.01)
-    assert "Training. Queue the graph to sample from the newest epoch. Stop when" in runs.status(run)["message"]
+    assert "Queue the graph to sample from the newest epoch. Stop when" in runs.status(run)["message"]
     mark(run, PLACE, True, "")
-    assert "Training. The graph goes on when it ends. Stop when" in runs.status(run)["message"]
+    assert "The graph goes on when it ends. Stop when" in runs.status(run)["message"]
     job.stop()
     assert job.wait(30).state == "stopped"
 

@@ -258,18 +258,19 @@ def advice(status: Fields, waits: bool) -> str:
             return f"{status['plan']}. The curve starts when the first epoch ends."
         case "waiting" | "running":
             use = "The graph goes on when it ends." if waits else "Queue the graph to sample from the newest epoch."
-            return f"Training. {use} Stop when the images look right."
+            return f"{use} Stop when the images look right."
         case "stopping":
             return "Stops after the current step, then saves."
         case "finished" if epoch < epochs:
             ended = f"Ended after epoch {epoch} of {epochs}, saved."
             return f"{ended} To train on, set stop_on_overoptimisation (in settings) to false and queue the graph."
         case "finished":
-            return "Finished. Load LoRA lists its LoRA; TDPO LoRA Apply applies it. Raise epochs to train longer."
+            longer = f"To train longer, set epochs to more than {epochs}, such as {2 * epochs}, and queue the graph."
+            return f"Load LoRA lists its LoRA; TDPO LoRA Apply applies it. {longer}"
         case "stopped" | "interrupted" if epoch == 0:
             return "Ended before an epoch had finished. Queue the graph to resume."
         case "failed":
-            return "Failed. Fix what the error names, then queue the graph to resume from the last checkpoint."
+            return "Fix what the error names, then queue the graph to resume from the last checkpoint."
     what = "Stopped" if state == "stopped" else "Interrupted"
     saved = f"{what} after epoch {epoch} of {epochs}, saved."
     return f"{saved} Queue the graph to resume, or set resume to 'as it is' to only use it."

@@ -4,7 +4,7 @@ import { keepPresses, make, makeButton, setText } from "./dom.js";
 import { ballotText } from "./model.js";
 import { shownURL, vote } from "./runs.js";
 
-const HINT = "Connect pictures and press Run: they appear here to be voted on.";
+const HINT = "Press Run: the connected pictures appear here to be voted on.";
 
 /** The height in pixels that it needs to show some rows of pictures, or only the hint. */
 export const leastHeight = (isShown) => (isShown ? 320 : 60);

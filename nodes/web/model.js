@@ -90,7 +90,7 @@ export function unused(algorithm, usedBy, { wired, settings }) {
   const foreign = notUsed(usedBy.settings);
   const idle = without ? notUsed(usedBy.effects).filter((name) => !foreign.includes(name)) : [];
   const words = [];
-  if (wired && without) words.push(`${algorithm} uses no critic: disconnect it.`);
+  if (wired && without) words.push(`${algorithm} uses no critic: disconnect it, or the run is refused.`);
   else if (wired && unreset) {
     words.push(`${algorithm} resets no neurons, so the reset settings of TDPO Temporal Critic have no effect.`);
   }
