@@ -67,7 +67,7 @@ class DiffusionPolicy:
 
     def _latent_shape(self, resolution: int | str) -> tuple[int, int, int]:
         factor = self.model.decode.factor
-        check_multiple(resolution, factor)
+        check_multiple(resolution, factor * self.model.patch)
         width, height = sides(resolution)
         return self.model.channels, height // factor, width // factor
 

@@ -100,7 +100,7 @@ def lora_file(tmp_path_factory) -> str:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=generator)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    save_file(lora.kohya_state(), path)
+    save_file(lora.file_state(), path)
     return str(path)
 
 

@@ -83,6 +83,13 @@ def noise_levels(schedule: FlowSchedule, steps: int) -> tuple[Tensor, Tensor]:
 def _tables(
     schedule: FlowSchedule, t: Tensor, s: Tensor, sigma: Tensor, kappa: Tensor, device: torch.device | str
 ) -> TableProcess:
-    times = t * schedule.timesteps
-    tables = (table.float().to(device) for table in (times, 1 - t, t, 1 - s, kappa, sigma))
-    return TableProcess(*tables, prediction_type="flow_prediction")
+    tables = {
+        "times": t * schedule.timesteps,
+        "signal": 1 - t,
+        "noise": t,
+        "next_signal": 1 - s,
+        "kappa": kappa,
+        "sigma": sigma,
+    }
+    on_device = {name: table.float().to(device) for name, table in tables.items()}
+    return TableProcess(**on_device, prediction_type="flow_prediction")
