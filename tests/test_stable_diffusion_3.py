@@ -138,6 +138,7 @@ def test_gradients_are_the_same_with_checkpointing(models):
     for checkpointing in (False, True):
         model = load_model(str(models["t5"]), torch.float32)
         lora = model.adapt(PolicySettings(gradient_checkpointing=checkpointing), seed=0)
+        assert model.network.is_gradient_checkpointing == checkpointing
         latents = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(0))
         model.denoise(latents, torch.tensor([500.0]), model.encode(PROMPTS[:1])).square().mean().backward()
         found.append([parameter.grad for parameter in lora.parameters.values()])

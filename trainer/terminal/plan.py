@@ -26,8 +26,8 @@ def plan(config: TrainConfig) -> str:
     width, height = (side // model.factor for side in sides(config.resolution))
     name = config.process or model.process
     process = make_process(name, model.scheduler, config.steps, torch.device("cpu"), (height, width))
-    stepped = isinstance(config.policy, SteppedPolicySettings)
-    trained = window(config.policy, process.stochastic) if stepped else None
+    policy = config.policy
+    trained = window(policy, process.stochastic) if isinstance(policy, SteppedPolicySettings) else None
     head = f"{config.model} by {config.algorithm}: {config.steps} steps of {name}, guidance {config.guidance:g}"
     return "\n".join([head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)])
 
