@@ -183,7 +183,11 @@ def transformers(model, conditioning: TensorConditioning) -> dict[str, float]:
 def schedules(model) -> dict:
     """What the noise levels are read as, with ComfyUI's own nodes, and how far ComfyUI's simple scheduler is."""
     import comfy.samplers
-    from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+
+    try:
+        from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+    except ModuleNotFoundError:  # the fork's own place
+        from comfy_extras.nodes.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
 
     from comfy_tdpo.process.flow import noise_levels
 
