@@ -54,9 +54,11 @@ class DiffusionPolicy:
     ):
         self.device, self.autocast = torch.device(device), autocast
         self.guidance, self.eval_guidance = guidance, guidance if eval_guidance is None else eval_guidance
-        self.process = make_process(process or model.process, model.scheduler, steps, self.device)
-        self.model = model.to(self.device)
+        self.model = model
         self.latent_shape = self._latent_shape(resolution)
+        size = self.latent_shape[1:]
+        self.process = make_process(process or model.process, model.scheduler, steps, self.device, size)
+        self.model.to(self.device)
         settings = settings or PolicySettings()
         self.trainable = model.adapt(settings, seed)
         self.kl_reference = Reference(self.trainable)
@@ -65,7 +67,7 @@ class DiffusionPolicy:
 
     def _latent_shape(self, resolution: int | str) -> tuple[int, int, int]:
         factor = self.model.decode.factor
-        check_multiple(resolution, factor)
+        check_multiple(resolution, factor * self.model.patch)
         width, height = sides(resolution)
         return self.model.channels, height // factor, width // factor
 

@@ -32,7 +32,7 @@ def normalised(value: Any) -> int | str:
 
 
 def check_multiple(resolution: int | str, factor: int) -> None:
-    """Raise ValueError if a side is not a positive multiple of `factor`, the pixels for each element of a latent."""
+    """Raise ValueError if a side is not a positive multiple of `factor`, the pixels for each patch of a latent."""
     if any(side <= 0 or side % factor for side in sides(resolution)):
         raise ValueError(f"got resolution {resolution}; expected a positive multiple of {factor} pixels")
 

@@ -13,8 +13,8 @@ from .runs.used import used_by
 from .runs.wording import words_of_nodes
 
 AS_PRESET = (
-    " 0: the preset's value; the preset is 'shapes' for the Shapes Model, 'sdxl' for Stable Diffusion XL, and 'sd15' "
-    "for any other model."
+    " 0: the preset's value; the preset is 'shapes' for the Shapes Model, 'sdxl' for Stable Diffusion XL, 'sd3' for "
+    "Stable Diffusion 3, and 'sd15' for any other model."
 )
 
 
@@ -33,8 +33,8 @@ class Train(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x, 2.x or XL, or the Shapes Model. LoRAs already applied to it become "
-                    "part of the base model.",
+                    tooltip="Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, or the Shapes Model. LoRAs already applied to it "
+                    "become part of the base model.",
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),

@@ -54,7 +54,12 @@ def runs_in(folder: Path) -> Runs:
 
 
 def wanted(epochs: int = 2, **changes) -> Wanted:
-    asked = {"model": "comfyui:Test:1", "shapes": True, "reward": RewardChoice({REWARD: 1.0}), "text": "a red circle"}
+    asked = {
+        "model": "comfyui:Test:1",
+        "preset": "shapes",
+        "reward": RewardChoice({REWARD: 1.0}),
+        "text": "a red circle",
+    }
     return Wanted(**(asked | {"numbers": {"epochs": epochs, "samples_per_epoch": 4}} | changes))
 
 

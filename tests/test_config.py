@@ -90,7 +90,9 @@ def test_later_layers_win(tmp_path):
 
 def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
     """And of no other algorithm: the paper's, on the same presets, know no guard."""
-    guards = {"shapes": "shapes-alignment"} | dict.fromkeys(("sd15", "sdxl", "sd-turbo", "sdxl-turbo"), "clipscore")
+    guards = {"shapes": "shapes-alignment"} | dict.fromkeys(
+        ("sd15", "sdxl", "sd-turbo", "sdxl-turbo", "sd3"), "clipscore"
+    )
     for preset, guard in guards.items():
         config = make_config(preset)
         assert (config.algorithm, config.guards, config.guard_credit) == ("ddpo-g", [guard], True)
@@ -99,7 +101,8 @@ def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
         assert (seeing.guards, seeing.guard_credit, seeing.guard_penalty) == ([guard], True, config.guard_penalty)
         assert (seeing.critic.reads, seeing.critic.prompt, seeing.critic.step) == ("clean", True, True)
         paper = make_config(preset, overrides={"algorithm": "tdpo-r"})
-        assert (paper.guards, paper.critic.reads, paper.critic.architecture) == ([], "noisy", "authors")
+        assert (paper.guards, paper.critic.architecture) == ([], "authors")
+        assert paper.critic.reads == ("clean" if preset == "sd3" else "noisy")
     assert make_config("sd14-aesthetic").algorithm == "tdpo-r"
 
 
@@ -132,11 +135,14 @@ def test_the_presets_of_distilled_models_draw_in_few_steps_without_guidance(algo
         assert (config.process, config.steps, config.guidance, config.eval_guidance) == ("few-steps", 4, 1.0, None)
 
 
-@pytest.mark.parametrize(("preset", "norm"), [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3)])
+@pytest.mark.parametrize(
+    ("preset", "norm"), [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3), ("sd3", 1.25e-3)]
+)
 def test_gradients_are_clipped_by_the_size_of_the_latent(preset, norm):
     """0.02 for Shapes' 256 elements, and less with the square root of their number."""
     config = make_config(preset)
-    assert config.policy.max_grad_norm == norm == 0.02 * (256 / (4 * (config.resolution // 8) ** 2)) ** 0.5
+    channels = 16 if preset == "sd3" else 4
+    assert config.policy.max_grad_norm == norm == 0.02 * (256 / (channels * (config.resolution // 8) ** 2)) ** 0.5
 
 
 def test_a_model_of_xl_begins_from_its_own_preset(tmp_path):

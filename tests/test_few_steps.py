@@ -12,7 +12,6 @@ from comfy_tdpo.methods.sections import ClippedPolicySettings
 from comfy_tdpo.methods.window import window
 from comfy_tdpo.process import make_process
 from comfy_tdpo.process.ddim import ddim_tables
-from comfy_tdpo.process.gaussian import TableProcess
 from comfy_tdpo.rollout import denoise, draw_noise
 
 SHAPE = (4, 8, 8)
@@ -87,13 +86,9 @@ def test_no_trained_step_drowns_the_others(make_scheduler, name, steps):
     """|d mean / d output| / sigma: how far a step's mean moves with the network's output, in units of its noise."""
     process = make_process(name, make_scheduler(), steps, CPU)
     assert process.stochastic.tolist() == [True] * (steps - 1) + [False]
-    assert (sensitivity(process)[:-1] < 5).all()
+    assert (process.sensitivity[:-1] < 5).all()
     noisy = ddim_tables(make_scheduler(timestep_spacing="trailing"), steps)
-    assert noisy.stochastic.all() and sensitivity(noisy)[-1] > 8  # what the last step would have with noise
-
-
-def sensitivity(process: TableProcess) -> torch.Tensor:
-    return process.mean_by_noise.abs() / process.sigma
+    assert noisy.stochastic.all() and noisy.sensitivity[-1] > 8  # what the last step would have with noise
 
 
 def test_the_last_step_ends_in_the_clean_latent(make_policy):

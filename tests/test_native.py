@@ -83,6 +83,53 @@ def test_sdxl_trains_on_a_thread_that_asks_nothing_of_comfyui():
     assert ask("sdxl")["job"] == {"state": "finished", "error": None, "preset's steps": 20}
 
 
+@in_each
+def test_sd3_is_the_same_inside_and_outside_of_comfyui(backend):
+    """Its own encoders, T5 among them, and layout, for images that are not square."""
+    found = ask("sd3", backend=backend)
+    assert found["states"] == 0 and found["pooled"] == 0
+    # float32 through some dozen layers, in another order
+    assert found["transformer from native"] <= 1e-5 and found["scale of the output"] > 1
+
+
+@in_each
+def test_t5_pads_prompts_to_the_length_of_the_longest(backend):
+    """Which changes nothing of CLIP's states; a prompt that is too long for CLIP is refused."""
+    found = ask("sd3", backend=backend)
+    own, alone, beside = found["tokens"]
+    assert own == alone == 77 + 77 < beside
+    assert found["states of CLIP beside a longer prompt"] == 0
+    assert "is longer than the 77 tokens that CLIP reads at once; expected" in found["a prompt too long"]
+
+
+@in_each
+def test_the_noise_levels_of_sd3_are_those_of_comfyuis_simple_scheduler(backend):
+    found = ask("sd3", backend=backend)
+    assert found["shifts"] == [3.0, 5.0]
+    assert found["levels"] <= 1e-6  # theirs are float32
+    assert "other noise levels (" in found["other levels"] and "use ModelSamplingSD3" in found["other levels"]
+
+
+def test_the_published_sd3_has_the_names_and_the_configuration_of_comfyuis():
+    """At true size, without memory; a LoRA is named after weights, so its names are known too."""
+    assert ask("sd3")["published"] == dict.fromkeys(
+        ("3 medium", "3.5 medium"), {"unknown names": [], "other settings": []}
+    )
+
+
+@in_each
+def test_a_lora_on_sd3_is_the_same_in_comfyui_and_diffusers(backend):
+    found = ask("sd3", backend=backend)
+    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
+    # float32 again; the LoRA is added to the weights there and to the activations here
+    assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
+    assert found["what the LoRA changes"] > 0.1
+
+
+def test_sd3_trains_on_a_thread_that_asks_nothing_of_comfyui():
+    assert ask("sd3")["job"] == {"state": "finished", "error": None, "preset's steps": 10}
+
+
 @pytest.mark.slow
 def test_the_shape_of_sd15_is_converted():
     assert ask("sd1")["unet from native"] <= 1e-5
@@ -100,7 +147,7 @@ def lora_file(tmp_path_factory) -> str:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=generator)
     path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    save_file(lora.kohya_state(), path)
+    save_file(lora.file_state(), path)
     return str(path)
 
 
@@ -199,7 +246,7 @@ def test_which_forms_are_refused(what, message):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("SD3", "got a MODEL of the family SD3; expected Stable Diffusion 1.x, 2.x or XL"),
+        ("AuraFlow", "got a MODEL of the family AuraFlow; expected Stable Diffusion 1.x, 2.x, XL or 3.x"),
         ("Flux", "got a MODEL of the family Flux; expected"),
         ("SDXLRefiner", "got a MODEL of the family SDXLRefiner; expected"),
         ("SSD1B", "got a MODEL of the family SSD1B, with other blocks than SDXL; expected"),

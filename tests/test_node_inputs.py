@@ -15,20 +15,21 @@ PAPER |= {"neurons": {"reset": "active", "every": 10, "threshold": 0.0, "data": 
 
 
 def wanted(**changes) -> Wanted:
-    return Wanted(**({"model": "comfyui:Test:1", "shapes": True, "reward": AESTHETIC} | changes))
+    return Wanted(**({"model": "comfyui:Test:1", "preset": "shapes", "reward": AESTHETIC} | changes))
 
 
 def test_nothing_asked_for_is_the_preset():
     shapes = make_config("shapes", None, {"eval_rewards": [], "model": "comfyui:Test:1"})
     assert wanted().config() == shapes
     other = {"eval_rewards": [], "model": "x", "rewards": AESTHETIC.weights, "overoptimisation": {"reward": None}}
-    assert wanted(model="x", shapes=False).config() == make_config("sd15", None, other)
-    assert wanted(model="x", shapes=False, xl=True).config() == make_config("sdxl", None, other)
+    assert wanted(model="x", preset="sd15").config() == make_config("sd15", None, other)
+    for preset in ("sdxl", "sd3"):
+        assert wanted(model="x", preset=preset).config() == make_config(preset, None, other)
 
 
 def test_what_is_watched_in_another_model_than_shapes_is_wired():
     held_out = RewardChoice({"imagereward": 1.0, "pickscore": 1.0})
-    config = wanted(model="x", shapes=False, held_out=held_out).config()
+    config = wanted(model="x", preset="sd15", held_out=held_out).config()
     assert (config.overoptimisation.reward, config.guards) == ("imagereward", ["clipscore"])
     assert wanted(held_out=RewardChoice({"shapes-gold": 1.0})).config().overoptimisation.reward == "shapes-match"
 
@@ -86,12 +87,12 @@ def test_the_critic_is_the_one_wired_in():
     assert wanted(critic=critic, algorithm="tdpo").config().neurons.reset == "none"
 
 
-@pytest.mark.parametrize("shapes", [True, False])
+@pytest.mark.parametrize("preset", ["shapes", "sd15"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_critic_and_its_resets_count_where_the_node_says_so(algorithm, shapes):
+def test_a_critic_and_its_resets_count_where_the_node_says_so(algorithm, preset):
     def config(section: str, **changes):
         critic = PAPER | {section: PAPER[section] | changes}
-        return wanted(critic=critic, algorithm=algorithm, shapes=shapes, model="x").config()
+        return wanted(critic=critic, algorithm=algorithm, preset=preset, model="x").config()
 
     if algorithm not in used_by()["critic"]:
         with pytest.raises(ValueError, match=f"got a critic for {algorithm}, which has none; disconnect the critic"):
@@ -137,7 +138,7 @@ def test_prompts_are_the_text_or_the_set():
     assert wanted(text=" a red circle \n\n a blue square\n").prompts().words == ["a red circle", "a blue square"]
     assert wanted(text="  \n ", prompt_set="shapes-unseen").prompts().words == load_prompts("shapes-unseen")
     assert wanted().prompts().words == load_prompts("shapes")
-    assert wanted(shapes=False).prompts().words == load_prompts("simple-animals")
+    assert wanted(preset="sd15").prompts().words == load_prompts("simple-animals")
 
 
 @pytest.mark.parametrize(

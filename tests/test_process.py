@@ -7,7 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
+from comfy_tdpo.process import make_process
 from comfy_tdpo.process.ddim import ddim_tables, step_sigma
+from comfy_tdpo.process.flow_schedule import FlowSchedule
 from comfy_tdpo.process.gaussian import gaussian_kl, guide, log_prob, scaled_clip_range
 
 SHAPE = (4, 8, 8)
@@ -155,3 +157,21 @@ def test_clip_range_scales_with_the_latent(size, factor):
     assert scaled_clip_range(1e-4, size) == pytest.approx(1e-4 * factor, rel=1e-15)  # one float64 product
     # the same nats on the whole step: +-1.64
     assert scaled_clip_range(1e-4, size) * size == pytest.approx(1.6384, rel=1e-15)
+
+
+# --- sensitivity
+
+
+@pytest.mark.parametrize("prediction_type", [*MEAN_TOLERANCE, "flow_prediction"])
+def test_sensitivity_is_the_derivative_of_the_mean_by_the_output_over_sigma(make_scheduler, generator, prediction_type):
+    if prediction_type == "flow_prediction":
+        schedule = make_process("flow-ddim", FlowSchedule(shift=3.0), 10, torch.device("cpu"))
+    else:
+        schedule = ddim_tables(make_scheduler(prediction_type=prediction_type), 10)
+    latents, output = draw(generator, 10, *SHAPE), draw(generator, 10, *SHAPE).requires_grad_()
+    mean, sigma, _ = schedule.step(output, latents, torch.arange(10))
+    (gradient,) = torch.autograd.grad(mean.sum(), output)  # each element of a mean depends on its own output alone
+    expected = gradient[:, 0, 0, 0].abs() / sigma.flatten()
+    # float32; from a predicted sample, the noise of 0.041 at the last step divides 6e-8
+    torch.testing.assert_close(schedule.sensitivity, expected, rtol=1e-4, atol=0)
+    assert schedule.sensitivity.isinf().tolist() == (~schedule.stochastic).tolist()

@@ -138,7 +138,7 @@ def test_a_graphs_critic_is_for_methods_that_have_one():
     critic = {"critic": {"lr": 1e-3}, "neurons": {"every": 2}}
     reward = RewardChoice({"darkness": 1.0})
     with pytest.raises(ValueError, match="got a critic for through, which has none; disconnect"):
-        Wanted("blobs:1", True, reward, algorithm="through", critic=critic).config()
+        Wanted("blobs:1", "shapes", reward, algorithm="through", critic=critic).config()
 
 
 def test_help_lists_what_was_added(capsys):

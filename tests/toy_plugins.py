@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from pydantic import Field
 from torch import Tensor, nn
 
+from comfy_tdpo.models import Outline
 from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.process.ddim import make_ddim
 from comfy_tdpo.rollout import Trajectories, denoise, draw_noise
@@ -73,7 +74,7 @@ class AllWeights:
 class BlobModel:
     """A DiffusionModel."""
 
-    process, prediction_type, channels = "ddim", "epsilon", 3
+    process, prediction_type, channels, patch = "ddim", "epsilon", 3, 1
 
     def __init__(self, source: str):
         self.source, self.network = source, Blobs(int(source.removeprefix("blobs:")))
@@ -114,6 +115,10 @@ class BlobFamily:
 
     def recognizes(self, source: str) -> bool:
         return source.startswith("blobs:")
+
+    def outline(self, source, prediction_type):
+        model = BlobModel(source)
+        return Outline(model.scheduler, model.process, model.decode.factor, model.patch)
 
     def load(self, source, dtype, prediction_type):
         return BlobModel(source)

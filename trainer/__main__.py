@@ -69,8 +69,11 @@ def _command(argv: Sequence[str]) -> int:
         from .terminal.taste import main as taste
 
         return taste(argv[1:])
-    args = parse(argv)
+    planning = argv[:1] == ["plan"]
+    args = parse(argv[1:] if planning else argv)
     try:
+        if planning:
+            return _plan(args)
         return _print_config(args) if args.print_config else _train(args)
     except KeyboardInterrupt:  # outside the block of _stopping_on_signals
         return _complain("stopped", STOPPED)
@@ -101,6 +104,13 @@ def _print_config(args: argparse.Namespace) -> int:
     if codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8":  # use TOML's own escapes
         text = re.sub(r"[^\x00-\x7f]", lambda found: f"\\U{ord(found[0]):08x}", text)
     print(text, end="")
+    return FINISHED
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from .terminal.plan import plan  # imports torch
+
+    say(plan(_config(args)))
     return FINISHED
 
 

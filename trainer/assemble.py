@@ -82,10 +82,14 @@ def check_trackers(names: list[str]) -> list[str] | None:
 
 def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     """The policy that `config` describes, on `device`."""
-    check_loadable(config, "resume the run")
-    model = str(WORLD / "pipeline") if config.model == "shapes" else config.model
-    loaded = load_model(model, DTYPES[config.precision], config.prediction_type)
+    loaded = load_model(model_source(config), DTYPES[config.precision], config.prediction_type)
     return DiffusionPolicy(loaded, **policy_settings(config, device))
+
+
+def model_source(config: TrainConfig) -> str:
+    """Where the model of `config` is; raises ValueError if only a ComfyUI graph has it."""
+    check_loadable(config, "resume the run")
+    return str(WORLD / "pipeline") if config.model == "shapes" else config.model
 
 
 def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from ..registry import look_up
 
@@ -76,6 +76,7 @@ class DiffusionModel(Protocol):
     channels: C; prediction_type: what the network predicts.
     scheduler: its noise schedule, for a process; schedule: (S,) numbers that distinguish that schedule from others.
     process: name of the default process for sampling.
+    patch: the sides of a latent are multiples of it, since the network cuts latents into patches; 1 for U-Nets.
     """
 
     source: str
@@ -85,6 +86,7 @@ class DiffusionModel(Protocol):
     prediction_type: str
     scheduler: Any
     process: str
+    patch: int
     encode: PromptEncoder
     decode: LatentDecoder
 
@@ -104,11 +106,25 @@ class DiffusionModel(Protocol):
         ...
 
 
+class Outline(NamedTuple):
+    """What the configurations of a model tell without its weights: `scheduler`, `process` and `patch` as in
+    DiffusionModel, and `factor` as in LatentDecoder."""
+
+    scheduler: Any
+    process: str
+    factor: int
+    patch: int
+
+
 class Family(Protocol):
     """Loads models of one kind."""
 
     def recognizes(self, source: str) -> bool:
         """Whether `source`, a model as a user names it, belongs to this family; cheap, and never raises."""
+        ...
+
+    def outline(self, source: str, prediction_type: str | None) -> Outline:
+        """What can be said of the model without its weights; raises ValueError like `load`."""
         ...
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> DiffusionModel:
@@ -118,7 +134,10 @@ class Family(Protocol):
 
 # name -> "module:attribute", where the attribute is a Family. The first that recognizes a source loads it. The last one
 # accepts every source and raises an error that says what is expected if it cannot load it.
-FAMILIES = {"stable-diffusion": "comfy_tdpo.models.stable_diffusion:FAMILY"}
+FAMILIES = {
+    "stable-diffusion-3": "comfy_tdpo.models.stable_diffusion_3:FAMILY",
+    "stable-diffusion": "comfy_tdpo.models.stable_diffusion:FAMILY",
+}
 
 
 def describe_unread(model: DiffusionModel, prompts: list[str]) -> str:
@@ -136,6 +155,14 @@ def load_model(source: str, dtype: torch.dtype, prediction_type: str | None = No
     Raises:
         ValueError: the model cannot be loaded, or belongs to no family known here.
     """
+    return _family(source).load(source, dtype, prediction_type)
+
+
+def outline(source: str, prediction_type: str | None = None) -> Outline:
+    """What the configurations of the model at `source` tell; the same arguments and errors as `load_model`."""
+    return _family(source).outline(source, prediction_type)
+
+
+def _family(source: str) -> Family:
     families: list[Family] = [look_up(place) for place in FAMILIES.values()]
-    family = next(family for family in families if family.recognizes(source))
-    return family.load(source, dtype, prediction_type)
+    return next(family for family in families if family.recognizes(source))

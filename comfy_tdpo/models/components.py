@@ -7,9 +7,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .diffusers_folder import download, load_folder
-from .scheduler import PREDICTION_TYPES
-from .single_file import load_file
+from .diffusers_folder import download, latent_factor, load_folder, local_folder, pipeline_class
+from .files import required
+from .scheduler import PREDICTION_TYPES, load_scheduler
+from .single_file import load_file, outline_file
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,27 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, prediction_t
     prediction_type: "epsilon", "v_prediction" or "sample", for a model whose configuration lacks it or is wrong.
     Raises ValueError if the model cannot be loaded, or is not a text-to-image model of Stable Diffusion 1.x, 2.x or XL.
     """
-    if prediction_type not in (None, *PREDICTION_TYPES):
-        raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")
+    _check(prediction_type)
     path = Path(model).expanduser()
     if path.is_file():
         parts = load_file(path, dtype, prediction_type)
     else:
-        parts = load_folder(path if path.is_dir() else download(model, dtype), dtype, prediction_type)
+        folder = path if path.is_dir() else download(model, dtype, pipeline_class)
+        parts = load_folder(folder, dtype, prediction_type)
     return Components(**parts, source=model)
+
+
+def outline(model: str, prediction_type: str | None = None) -> tuple[DDIMScheduler, int]:
+    """Its noise schedule, and its pixels for each element of a latent; arguments and errors as of `load_components`."""
+    _check(prediction_type)
+    path = Path(model).expanduser()
+    if path.is_file():
+        return outline_file(path, prediction_type)
+    folder = local_folder(model)
+    scheduler = required(folder, "scheduler/scheduler_config.json")
+    return load_scheduler(scheduler, prediction_type), latent_factor(folder)
+
+
+def _check(prediction_type: str | None) -> None:
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {', '.join(PREDICTION_TYPES)}")

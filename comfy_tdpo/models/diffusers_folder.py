@@ -2,20 +2,22 @@
 
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
+    T5EncoderModel,
 )
 
 from ..quiet import quiet_loading
@@ -38,18 +40,51 @@ _MORE_CONDITIONS = (
     *("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
 )
 
+_T5_TOKENS = ("encoder.embed_tokens.weight", "shared.weight")  # the same weight
 
-def download(repo: str, dtype: torch.dtype) -> Path:
-    """Download `repo` from the hub, or find it in the cache; only the files that are loaded here."""
-    suffix = Path(repo).suffix
-    if suffix in (".safetensors", *PICKLE_SUFFIXES) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
-        raise ValueError(f"no file or folder {repo!r}; {EXPECTED}; check the path")
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` is written like a hub id "owner/name"."""
+    is_file = Path(source).suffix in (".safetensors", *PICKLE_SUFFIXES)
+    return not is_file and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source))
+
+
+def download(repo: str, dtype: torch.dtype, choose: Callable[[Path], Any]) -> Path:
+    """Download `repo` from the hub, or find it in the cache; only the files that are loaded here.
+
+    choose: gives the class of the pipeline whose index, model_index.json, it is given.
+    """
     unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     variant = None if dtype == torch.float32 else "fp16"
-    try:
-        is_xl = _check_index(Path(hf_hub_download(repo, "model_index.json"))).keys() >= _CLASSES_OF_XL.keys()
-        pipeline = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    with _hub(repo):
+        pipeline = choose(Path(hf_hub_download(repo, "model_index.json")))
         return Path(pipeline.download(repo, variant=variant, use_safetensors=True, **unused))
+
+
+def local_folder(source: str) -> Path:
+    """The folder `source`, or one with the configurations of the hub id `source`, without weights."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    with _hub(source):
+        return Path(snapshot_download(source, allow_patterns=["model_index.json", "*/*config.json"]))
+
+
+def index_on_hub(source: str) -> str:
+    """The folder in the hub's cache with the index of the hub id `source`; empty if there is none. Never raises."""
+    try:
+        return str(Path(hf_hub_download(source, "model_index.json")).parent) if is_hub_id(source) else ""
+    except (OSError, ValueError):  # explained where it is loaded
+        return ""
+
+
+@contextmanager
+def _hub(repo: str) -> Iterator[None]:
+    """Turn what may fail inside the block, where files of `repo` are downloaded, into a ValueError."""
+    if not is_hub_id(repo):
+        raise ValueError(f"no file or folder {repo!r}; {EXPECTED}; check the path")
+    try:
+        yield
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -58,11 +93,20 @@ def download(repo: str, dtype: torch.dtype) -> Path:
         ) from error
 
 
+def pipeline_class(index: Path) -> Any:
+    return StableDiffusionXLPipeline if "text_encoder_2" in _classes(index) else StableDiffusionPipeline
+
+
 def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
-    classes = _check_index(required(folder, "model_index.json"))
+    classes = _classes(required(folder, "model_index.json"))
     _check_unet(read_json(required(folder, "unet/config.json")), folder, is_xl="text_encoder_2" in classes)
     scheduler = required(folder, "scheduler/scheduler_config.json")
-    tokenizers = {name: _tokenizer(folder, name) for name in classes if name.startswith("tokenizer")}
+    return load_parts(folder, classes, dtype) | {"scheduler": load_scheduler(scheduler, prediction_type)}
+
+
+def load_parts(folder: Path, classes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The networks and tokenizers in `folder`, by name, given their `classes`."""
+    tokenizers = {name: _tokenizer(folder, name, classes[name]) for name in classes if name.startswith("tokenizer")}
     networks = {name: _empty(folder / name, cls) for name, cls in classes.items() if name not in tokenizers}
     for name, tokenizer in tokenizers.items():
         known = networks[name.replace("tokenizer", "text_encoder")].config.vocab_size
@@ -71,21 +115,32 @@ def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -
                 f"{folder} has a {name} of {tokenizer.vocab_size} tokens and a text encoder of {known}; expected both "
                 "of the same model; download or save the whole folder again"
             )
-    loaded = {name: _load(network, folder / name, dtype) for name, network in networks.items()}
-    return loaded | tokenizers | {"scheduler": load_scheduler(scheduler, prediction_type)}
+    return {name: _load(network, folder / name, dtype) for name, network in networks.items()} | tokenizers
 
 
-def _check_index(index: Path) -> dict[str, Any]:
+def _classes(index: Path) -> dict[str, Any]:
     """The classes of the pipeline's components, checked before anything large is loaded."""
+    classes = _CLASSES | (_CLASSES_OF_XL if "text_encoder_2" in read_json(index) else {})
+    check_index(index, classes)
+    return classes
+
+
+def check_index(index: Path, classes: dict[str, Any]) -> None:
+    """Raise ValueError if the components of a pipeline are of other classes."""
     parts = read_json(index)
-    kind = parts.get("_class_name")
-    classes = _CLASSES | (_CLASSES_OF_XL if "text_encoder_2" in parts else {})
     for name, expected in classes.items():
         part = parts.get(name)
         found = part[-1] if isinstance(part, list) and part else part  # [library, class]
-        if str(found).removesuffix("Fast") != expected.__name__:
+        if str(found).removesuffix("Fast") != expected.__name__.removesuffix("Fast"):
+            kind = parts.get("_class_name")
             raise ValueError(f"{index.parent} is a {kind} whose {name} is {found}, not {expected.__name__}; {EXPECTED}")
-    return classes
+
+
+def latent_factor(folder: Path) -> int:
+    """Pixels for each element of a latent of the autoencoder in `folder`."""
+    config = required(folder, "vae/config.json")
+    with naming(config):
+        return 2 ** (len(read_json(config)["block_out_channels"]) - 1)
 
 
 def _check_unet(config: dict, folder: Path, is_xl: bool) -> None:
@@ -109,7 +164,7 @@ def _empty(folder: Path, cls: Any) -> nn.Module:
     config = read_json(required(folder.parent, f"{folder.name}/config.json"))
     with quiet_loading(), naming(folder), init_empty_weights():
         is_text = issubclass(cls, PreTrainedModel)
-        network = cls(CLIPTextConfig.from_dict(config)) if is_text else cls.from_config(config)
+        network = cls(cls.config_class.from_dict(config)) if is_text else cls.from_config(config)
     factor = getattr(network.config, "scaling_factor", 1)
     if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise ValueError(
@@ -124,6 +179,10 @@ def _load(network: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
     weights.rename(folder_names(weights.names, network))
     weights.check_numbers(read_json(folder / "config.json").get("quantization_config"))
     found = weights.read("", dtype)
+    if isinstance(network, T5EncoderModel):  # stored once, under either name
+        for name, other in (_T5_TOKENS, _T5_TOKENS[::-1]):
+            if other in found:
+                found.setdefault(name, found[other])
     check_weights(weights.source, network, found)
     return fill(network, found, dtype, weights.source)
 
@@ -155,9 +214,9 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(table.values()))
 
 
-def _tokenizer(folder: Path, name: str) -> CLIPTokenizer:
+def _tokenizer(folder: Path, name: str, cls: Any) -> Any:
     if not (folder / name / "tokenizer.json").is_file():
-        required(folder, f"{name}/vocab.json")
-        required(folder, f"{name}/merges.txt")
+        for file in ("vocab.json", "merges.txt") if cls is CLIPTokenizer else ("tokenizer.json",):
+            required(folder, f"{name}/{file}")
     with naming(folder / name):
-        return CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
+        return cls.from_pretrained(folder / name, local_files_only=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..user_files import user_path
 
@@ -17,11 +18,22 @@ def is_xl(source: str) -> bool:
     try:
         path = user_path(source)
         if path.is_dir():
-            parts = json.loads((path / "model_index.json").read_text(encoding="utf-8-sig"))
-            return {"unet", "text_encoder_2"} <= parts.keys()
+            return {"unet", "text_encoder_2"} <= _index(path).keys()
         return path.suffix == ".safetensors" and _SECOND_ENCODER in _header(path)
     except (OSError, ValueError, AttributeError):  # what cannot be read is explained where it is loaded
         return False
+
+
+def is_sd3(source: str) -> bool:
+    """Whether `source` is a folder of Stable Diffusion 3 or 3.5; never raises."""
+    try:
+        return "SD3Transformer2DModel" in _index(user_path(source)).get("transformer", [])
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "model_index.json").read_text(encoding="utf-8-sig"))
 
 
 def _header(path: Path) -> bytes:

@@ -1,12 +1,15 @@
-"""LoRA (arXiv 2106.09685) on a U-Net, exported to one safetensors file that common tools can load.
+"""LoRA (arXiv 2106.09685) on a network, exported to one safetensors file that common tools can load.
 
-Files use kohya's key format, which ComfyUI, A1111 and diffusers all read. ComfyUI silently skips diffusers' own keys
-for attention projections.
+Files of U-Nets use kohya's key format, which ComfyUI, A1111 and diffusers all read. ComfyUI silently skips diffusers'
+own keys for attention projections of U-Nets. Files of transformers use diffusers' keys, which ComfyUI reads too. They
+have no alpha, since diffusers rejects a file of SD 3 that has one; alpha / rank is part of B.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,24 +27,22 @@ TARGETS = {
 }
 
 
-class UNetLora:
-    """A Trainable: a float32 LoRA on a U-Net, whose output is unchanged until the LoRA is trained.
+class Lora(ABC):
+    """A Trainable: a float32 LoRA on a network, whose output is unchanged until the LoRA is trained.
 
     Args:
-        unet: the network that gets the LoRA.
+        network: gets the LoRA; of diffusers, or another with `add_adapter`.
         rank, alpha: of the LoRA, whose output is scaled by alpha / rank.
-        targets: a key of TARGETS.
+        modules: the ends of the names of the layers that get it.
         seed: for the initial A, normal with std 1/rank as in the authors' code; B starts at zero.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int):
-        if targets not in TARGETS:
-            raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
-        self.network, self.alpha = unet, alpha
+    def __init__(self, network: Any, rank: int, alpha: float, modules: Sequence[str], seed: int):
+        self.network, self.rank, self.alpha = network, rank, alpha
         with torch.random.fork_rng([]):  # peft uses torch's global generator; its A is replaced below
-            unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets])))
+            network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)))
         self.parameters: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad
+            name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad
         }
         for name, parameter in self.parameters.items():
             parameter.data = parameter.data.float()
@@ -76,14 +77,13 @@ class UNetLora:
         finally:
             self.network.enable_adapters()
 
-    def kohya_state(self) -> dict[str, Tensor]:
-        """The LoRA's weights under kohya's names: lora_unet_<path>.lora_down.weight, .lora_up.weight and .alpha."""
-        state = {}
-        for key, weight in self.state().items():
-            module, direction = _kohya_name(key)
-            state[f"{module}.{direction}.weight"] = weight.detach().float()
-            state[f"{module}.alpha"] = torch.tensor(float(self.alpha))
-        return state
+    @abstractmethod
+    def file_state(self) -> dict[str, Tensor]:
+        """The tensors of a file, by name."""
+
+    @abstractmethod
+    def _from_file(self, key: str, weights: dict[str, Tensor]) -> Tensor:
+        """Of the `weights` of a file, the one that has the name `key` in `state`."""
 
     def load_exported(self, weights: dict[str, Tensor], strength: float = 1.0) -> None:
         """Load the `weights` of a file that `export` wrote, with `strength` times their effect.
@@ -93,7 +93,7 @@ class UNetLora:
         Raises:
             ValueError: the file belongs to a different LoRA.
         """
-        own = self.kohya_state()
+        own = self.file_state()
         for name in sorted(weights.keys() | own.keys()):
             got, expected = (_described(name, state.get(name)) for state in (weights, own))
             if got != expected:
@@ -102,14 +102,53 @@ class UNetLora:
                 )
         state = {}
         for key in self.state():
-            module, direction = _kohya_name(key)
-            weight = weights[f"{module}.{direction}.weight"]
-            state[key] = weight * strength if direction == "lora_up" else weight
+            weight = self._from_file(key, weights)
+            state[key] = weight * strength if "lora_B" in key else weight
         self.load(state)
 
     def export(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write the LoRA to `path` in kohya's format; `metadata` goes into the file's header."""
-        write_tensors(path, self.kohya_state(), {"format": "pt", **metadata})
+        """Write the LoRA to `path`; `metadata` goes into the file's header."""
+        write_tensors(path, self.file_state(), {"format": "pt", **metadata})
+
+
+class UNetLora(Lora):
+    """A LoRA on a U-Net; `targets` is a key of TARGETS.
+
+    Its file has kohya's names: lora_unet_<path>.lora_down.weight, .lora_up.weight and .alpha.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int):
+        if targets not in TARGETS:
+            raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
+        super().__init__(unet, rank, alpha, TARGETS[targets], seed)
+
+    def file_state(self) -> dict[str, Tensor]:
+        state = {}
+        for key, weight in self.state().items():
+            module, direction = _kohya_name(key)
+            state[f"{module}.{direction}.weight"] = weight.detach().float()
+            state[f"{module}.alpha"] = torch.tensor(float(self.alpha))
+        return state
+
+    def _from_file(self, key: str, weights: dict[str, Tensor]) -> Tensor:
+        module, direction = _kohya_name(key)
+        return weights[f"{module}.{direction}.weight"]
+
+
+class TransformerLora(Lora):
+    """A LoRA on a transformer. Its file has diffusers' names: transformer.<path>.lora_A.weight and .lora_B.weight."""
+
+    @property
+    def _scale(self) -> float:
+        return self.alpha / self.rank
+
+    def file_state(self) -> dict[str, Tensor]:
+        state = {key: weight.detach().float() for key, weight in self.state().items()}
+        return {f"transformer.{key}": w * self._scale if "lora_B" in key else w for key, w in state.items()}
+
+    def _from_file(self, key: str, weights: dict[str, Tensor]) -> Tensor:
+        weight = weights[f"transformer.{key}"]
+        return weight / self._scale if "lora_B" in key else weight
 
 
 def _kohya_name(key: str) -> tuple[str, str]:

@@ -24,6 +24,8 @@ _ANCHORS = {
     "AutoencoderKL": "decoder.conv_in.weight",
     "CLIPTextModel": "embeddings.token_embedding.weight",
     "CLIPTextModelWithProjection": "embeddings.token_embedding.weight",
+    "SD3Transformer2DModel": "context_embedder.weight",
+    "T5EncoderModel": "encoder.final_layer_norm.weight",
 }
 
 # diffusers' names, until 2023, for the attention layers of an autoencoder.

@@ -5,12 +5,14 @@ ignored: its order, Karras, exponential or beta sigmas, and thresholding. Latent
 is clipped.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler
 
-from .files import EXPECTED, naming, read_json
+from ..process.flow_schedule import DynamicShift, FlowSchedule
+from .files import AGAIN, EXPECTED, naming, read_json
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000
@@ -33,6 +35,9 @@ _READ = (
     *("prediction_type", "steps_offset", "set_alpha_to_one"),
 )
 
+# What a shift depends on that grows with the image, in the order of DynamicShift -> diffusers' defaults.
+_DYNAMIC = {"base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15}
+
 
 def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
     """DDIM on the noise schedule in the file `path`; `prediction_type` overrides that of the file.
@@ -51,6 +56,34 @@ def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
         scheduler = DDIMScheduler(**settings)
     _check(scheduler, path)
     return scheduler
+
+
+def load_flow_schedule(path: Path) -> FlowSchedule:
+    """The noise levels of flow matching in the file `path`.
+
+    Raises ValueError if the file does not describe any.
+    """
+    config = read_json(path)
+    name = str(config.get("_class_name"))
+    if not name.startswith("FlowMatch"):
+        raise ValueError(
+            f"{path} has the scheduler {name}; expected one of flow matching: save the folder with diffusers' "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    count = config.get("num_train_timesteps", 1000)
+    dynamic = bool(config.get("use_dynamic_shifting"))
+    names = _DYNAMIC if dynamic else {"shift": 1.0}
+    numbers = {key: config.get(key, default) for key, default in names.items()} | {"num_train_timesteps": count}
+    for key, number in numbers.items():
+        if type(number) not in (int, float) or not 0 < number < math.inf:
+            raise ValueError(f"{path} has {key} {number!r:.60}; expected a number above 0; {AGAIN}")
+    if not dynamic:
+        return FlowSchedule(numbers["shift"], count)
+    if numbers["base_image_seq_len"] >= numbers["max_image_seq_len"]:
+        raise ValueError(f"{path} has a base_image_seq_len that is not below max_image_seq_len; {AGAIN}")
+    exponential = config.get("time_shift_type", "exponential") == "exponential"
+    least_tokens, least, most_tokens, most = (numbers[key] for key in _DYNAMIC)
+    return FlowSchedule(DynamicShift(least_tokens, least, most_tokens, most, exponential), count)
 
 
 def _sampler(config: dict, path: Path) -> str:

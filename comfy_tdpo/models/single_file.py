@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from . import shipped
+from .diffusers_folder import latent_factor
 from .files import EXPECTED
 from .names import below_text_model, ldm_names
 from .scheduler import load_scheduler
@@ -46,7 +47,7 @@ _OTHER_FILES = {
     ".lora.": "a LoRA",
     "control_model.": "a ControlNet",
     "conditioner.embedders.": "an SDXL checkpoint without the whole U-Net (text encoders alone, or KOALA)",
-    "joint_blocks.": "an SD 3 checkpoint",
+    "joint_blocks.": "an SD 3 checkpoint, which loads from its diffusers folder only",
     "double_blocks.": "a Flux checkpoint",
     "label_emb.": "a U-Net with class or image conditions (unCLIP), or SDXL's U-Net alone",
     "down_blocks.": "one component of a diffusers folder",
@@ -65,18 +66,7 @@ _OTHER_NOISE = {
 
 
 def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
-    if path.suffix != ".safetensors":
-        raise ValueError(
-            f"{path} is not a .safetensors file; {EXPECTED}; convert it to .safetensors first (a pickled .ckpt, .pt or "
-            ".bin file can run code when it is loaded)"
-        )
-    weights = Weights([path])
-    weights.rename(ldm_names(weights.names))
-    _check_kind(weights)
-    weights.check_numbers()
-    family = _family(weights)
-    prediction_type = prediction_type or _prediction_type(weights, family)
-    configs = shipped.CONFIGS / ("sd2-v" if (family, prediction_type) == ("sd2", "v_prediction") else family)
+    weights, family, configs, prediction_type = _opened(path, prediction_type)
     makers = {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder}
     tokenizers = {"tokenizer": clip_tokenizer(configs)}
     if family == "sdxl":
@@ -89,8 +79,34 @@ def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> di
     for network, found in networks.values():
         check_weights(path, network, found)
     filled = {name: fill(network, found, dtype, path) for name, (network, found) in networks.items()}
-    scheduler = load_scheduler(configs / "scheduler" / "scheduler_config.json", prediction_type)
-    return filled | tokenizers | {"scheduler": scheduler}
+    return filled | tokenizers | {"scheduler": _scheduler(configs, prediction_type)}
+
+
+def outline_file(path: Path, prediction_type: str | None) -> tuple[DDIMScheduler, int]:
+    """The noise schedule of the model in `path`, and its pixels for each element of a latent."""
+    _, _, configs, prediction_type = _opened(path, prediction_type)
+    return _scheduler(configs, prediction_type), latent_factor(configs)
+
+
+def _scheduler(configs: Path, prediction_type: str) -> DDIMScheduler:
+    return load_scheduler(configs / "scheduler" / "scheduler_config.json", prediction_type)
+
+
+def _opened(path: Path, prediction_type: str | None) -> tuple[Weights, str, Path, str]:
+    """The weights in `path`, their family, its configurations, and what the network predicts."""
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"{path} is not a .safetensors file; {EXPECTED}; convert it to .safetensors first (a pickled .ckpt, .pt or "
+            ".bin file can run code when it is loaded)"
+        )
+    weights = Weights([path])
+    weights.rename(ldm_names(weights.names))
+    _check_kind(weights)
+    weights.check_numbers()
+    family = _family(weights)
+    prediction_type = prediction_type or _prediction_type(weights, family)
+    configs = shipped.CONFIGS / ("sd2-v" if (family, prediction_type) == ("sd2", "v_prediction") else family)
+    return weights, family, configs, prediction_type
 
 
 def _check_kind(weights: Weights) -> None:

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..prompts.length import describe_cut, too_long
 from ..settings import PolicySettings
-from . import LatentDecoder, PromptEncoder
+from . import LatentDecoder, Outline, PromptEncoder
 from .conditioning import Conditioning, TensorConditioning
 from .lora import UNetLora
 
@@ -75,7 +75,10 @@ class Autoencoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         vae = self.network
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
+        unscaled = latents / vae.config.scaling_factor
+        if vae.config.shift_factor is not None:
+            unscaled = unscaled + vae.config.shift_factor
+        pixels = vae.decode(unscaled.to(vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -88,7 +91,7 @@ class StableDiffusion:
         source: the model's name in messages.
     """
 
-    process = "ddim"
+    process, patch = "ddim", 1
 
     def __init__(
         self,
@@ -154,6 +157,12 @@ class StableDiffusionFamily:
 
     def recognizes(self, source: str) -> bool:
         return True  # `load` raises an error for what it cannot load
+
+    def outline(self, source: str, prediction_type: str | None) -> Outline:
+        from .components import outline
+
+        scheduler, factor = outline(source, prediction_type)
+        return Outline(scheduler, StableDiffusion.process, factor, StableDiffusion.patch)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion:
         from .components import load_components

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..registry import entry, look_up
+from .flow_schedule import FlowSchedule
 
 if TYPE_CHECKING:
     import torch
@@ -32,12 +33,15 @@ class Process(Protocol):
     times: (T,) on the policy's device; the denoiser's time input at each step.
     sigma: (T,) on the policy's device; the std of each step.
     mean_by_noise: (T,) on the policy's device; d mean / d eps, the step's mean by the predicted noise at a given x_k.
+    sensitivity: (T,) on the policy's device; |d mean / d output| / sigma, how far a step's mean moves with the model's
+        output, in units of its noise; infinite for steps without noise.
     stochastic: (T,) bool on the CPU; True for steps that have a density. The others are sampled but not trained.
     """
 
     times: Tensor
     sigma: Tensor
     mean_by_noise: Tensor
+    sensitivity: Tensor
     stochastic: Tensor
 
     def __len__(self) -> int: ...
@@ -62,13 +66,22 @@ PROCESSES = {
     "ddim": "comfy_tdpo.process.ddim:make_ddim",
     "few-steps": "comfy_tdpo.process.few_steps:make_few_steps",
     "lcm": "comfy_tdpo.process.few_steps:make_lcm",
+    "flow-ddim": "comfy_tdpo.process.flow:make_flow_ddim",
+    "flow-sde": "comfy_tdpo.process.flow:make_flow_sde",
+    "cps": "comfy_tdpo.process.flow:make_cps",
 }
 
 
-def make_process(name: str, scheduler: Any, steps: int, device: torch.device) -> Process:
+def make_process(
+    name: str, scheduler: Any, steps: int, device: torch.device, size: tuple[int, int] | None = None
+) -> Process:
     """The process `name` over `steps` steps of the model's own noise schedule `scheduler`.
+
+    size: H and W of the latents; only a schedule that depends on them needs it.
 
     Raises:
         ValueError: there is no such process, or it does not support this schedule or number of steps.
     """
+    if isinstance(scheduler, FlowSchedule) and size:
+        scheduler = scheduler.at(*size)
     return look_up(entry(PROCESSES, "process", name))(scheduler, steps, device)

@@ -11,11 +11,14 @@ Deviations from diffusers' DDIMScheduler:
 Shapes: T denoising steps.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from .flow_schedule import FlowSchedule
 from .gaussian import TableProcess
 
 
@@ -40,6 +43,7 @@ def make_ddim(scheduler: DDIMScheduler, steps: int, device: torch.device | str =
 
 def ddim_tables(scheduler: DDIMScheduler, steps: int, device: torch.device | str = "cpu") -> TableProcess:
     """The same, but steps without noise are allowed."""
+    check_discrete(scheduler)
     config = scheduler.config
     if not 1 <= steps <= config.num_train_timesteps:
         raise ValueError(f"got {steps} denoising steps; expected 1 to {config.num_train_timesteps}")
@@ -68,6 +72,15 @@ def ddim_tables(scheduler: DDIMScheduler, steps: int, device: torch.device | str
         sigma=sigma.to(device),
         prediction_type=config.prediction_type,
     )
+
+
+def check_discrete(scheduler: Any) -> None:
+    """Raise ValueError if the model's schedule is one of flow matching."""
+    if isinstance(scheduler, FlowSchedule):
+        raise ValueError(
+            "got a process for discrete noise levels and a model of flow matching; expected flow-ddim, flow-sde or "
+            "cps: choose another process, or none for the model's own"
+        )
 
 
 def spaced_timesteps(scheduler: DDIMScheduler, steps: int) -> Tensor:

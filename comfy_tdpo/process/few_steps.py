@@ -15,7 +15,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .ddim import ddim_tables
+from .ddim import check_discrete, ddim_tables
 from .gaussian import TableProcess
 
 
@@ -25,6 +25,7 @@ def make_few_steps(scheduler: DDIMScheduler, steps: int, device: torch.device | 
     Raises:
         ValueError: the schedule does not have that many steps.
     """
+    check_discrete(scheduler)
     trailing = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
     process = ddim_tables(trailing, steps, device)
     return replace(

@@ -44,6 +44,16 @@ class TableProcess:
     def mean_by_noise(self) -> Tensor:
         return self.kappa - self.next_signal * self.noise / self.signal
 
+    @property
+    def sensitivity(self) -> Tensor:
+        if self.prediction_type == "epsilon":
+            mean_by_output = self.mean_by_noise
+        elif self.prediction_type == "sample":
+            mean_by_output = self.next_signal - self.kappa * self.signal / self.noise
+        else:
+            mean_by_output = self.kappa * self.signal - self.next_signal * self.noise
+        return mean_by_output.abs() / self.sigma
+
     def initial(self, noise: Tensor) -> Tensor:
         return noise
 
@@ -74,7 +84,11 @@ def predict_clean_and_noise(
         return output, (latents - signal * output) / noise
     if prediction_type == "v_prediction":
         return signal * latents - noise * output, signal * output + noise * latents
-    raise ValueError(f"got prediction type {prediction_type!r}; expected 'epsilon', 'v_prediction' or 'sample'")
+    if prediction_type == "flow_prediction":  # of models with signal + noise = 1
+        return latents - noise * output, latents + signal * output
+    raise ValueError(
+        f"got prediction type {prediction_type!r}; expected 'epsilon', 'v_prediction', 'sample' or 'flow_prediction'"
+    )
 
 
 def log_prob(next_latents: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import nn
 from comfy_tdpo.clean_text import one_line
 from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
+from comfy_tdpo.models.stable_diffusion_3 import StableDiffusion3
 from comfy_tdpo.policy import DiffusionPolicy
 
 from ...trainer.assemble import DTYPES, assemble, policy_settings
@@ -31,13 +32,14 @@ from ...trainer.job import TrainingFactory
 from ...trainer.recommend.options import unseen_prompts
 from ..runs.checks import check_run
 from ..runs.prompts import Prompts
-from ..runs.settings import Wanted
+from ..runs.settings import OTHER, SD3, SHAPES, XL, Wanted
 from .baked import baked_weights, model_name
 from .decoder import ComfyDecoder
+from .sd3_in import diffusers_transformer, flow_schedule_of, is_sd3, transformer_config
 from .shapes_out import is_shapes
 from .weights_in import check_embeds, check_plain
 
-SUPPORTED = "expected Stable Diffusion 1.x, 2.x or XL for text to image"
+SUPPORTED = "expected Stable Diffusion 1.x, 2.x, XL or 3.x for text to image"
 SIZES, SIZE_WIDTH = 6, 256  # of an image, which XL is conditioned on, and how wide each is embedded
 
 
@@ -56,7 +58,8 @@ class Wires:
             ValueError: the CLIP or VAE is missing, or the MODEL cannot be trained.
         """
         self.check()
-        return Wanted(model=model_name(self.model), shapes=is_shapes(self.model), xl=is_xl(self.model), **inputs)
+        family = SHAPES if is_shapes(self.model) else XL if is_xl(self.model) else SD3 if is_sd3(self.model) else OTHER
+        return Wanted(model=model_name(self.model), preset=family, **inputs)
 
     def check(self) -> None:
         """Raise ValueError if the CLIP or VAE is missing, or the MODEL is none that a policy can be made of."""
@@ -65,7 +68,7 @@ class Wires:
                 raise ValueError(
                     f"got no {name}, as the checkpoint has none; expected one: load it from a separate file"
                 )
-        diffusers_config(self.model)
+        _widths(self.model)
         if self.model.hook_patches:
             raise ValueError(
                 "got a MODEL with a LoRA whose strength changes over the sampling steps, which cannot become part of "
@@ -81,7 +84,8 @@ class Wires:
         """
         more = unseen_prompts(config, prompts.words, prompts.words)[0] if config.output.recommend else []
         encode, decode, scheduler = self._parts(Prompts([*prompts.words, *more], prompts.written), device)
-        check_run(config, prompts.words, scheduler, StableDiffusion.process, decode.factor)
+        family = self._family
+        check_run(config, prompts.words, scheduler, family.process, decode.factor * family.patch)
         make_policy = self._maker(config, encode, decode, scheduler)
         return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
 
@@ -93,30 +97,48 @@ class Wires:
         """
         return self._maker(config, *self._parts(prompts, device))
 
-    def _parts(self, prompts: Prompts, device: torch.device) -> "tuple[EncodedPrompts, ComfyDecoder, DDIMScheduler]":
-        texts = {words: prompts.for_clip(words) for words in prompts.words}
-        encode = EncodedPrompts(self.clip, texts, device, pooled=is_xl(self.model))
-        return encode, ComfyDecoder(self.vae, self.model), scheduler_of(self.model)
+    @property
+    def _family(self) -> type[StableDiffusion] | type[StableDiffusion3]:
+        return StableDiffusion3 if is_sd3(self.model) else StableDiffusion
 
-    def _maker(
-        self, config: TrainConfig, encode: "EncodedPrompts", decode: ComfyDecoder, scheduler: DDIMScheduler
-    ) -> MakePolicy:
-        network = diffusers_config(self.model)
+    def _parts(self, prompts: Prompts, device: torch.device) -> "tuple[EncodedPrompts, ComfyDecoder, Any]":
+        texts = {words: prompts.for_clip(words) for words in prompts.words}
+        sd3 = is_sd3(self.model)
+        encode = EncodedPrompts(self.clip, texts, device, pooled=sd3 or is_xl(self.model), joint=sd3)
+        schedule = flow_schedule_of(self.model) if sd3 else scheduler_of(self.model)
+        return encode, ComfyDecoder(self.vae, self.model), schedule
+
+    def _maker(self, config: TrainConfig, encode: "EncodedPrompts", decode: ComfyDecoder, scheduler: Any) -> MakePolicy:
+        width, pooled = _widths(self.model)
         for what, got, expected in (
-            ("embeddings", encode.width, network["cross_attention_dim"]),
-            ("pooled embeddings", encode.pooled_width, pooled_width(network)),
+            ("embeddings", encode.width, width),
+            ("pooled embeddings", encode.pooled_width, pooled),
         ):
             if got != expected:
                 raise ValueError(
                     f"got a CLIP whose {what} are {got} wide; expected {expected}: use the CLIP of the MODEL's "
                     "checkpoint"
                 )
-        return partial(_policy, diffusers_unet(self.model, DTYPES[config.precision]), scheduler, encode, decode)
+        convert = diffusers_transformer if is_sd3(self.model) else diffusers_unet
+        network = convert(self.model, DTYPES[config.precision])
+        return partial(_policy, partial(self._family, network, scheduler, encode), decode)
 
 
-def _policy(unet, scheduler, encode, decode, config: TrainConfig, device: torch.device) -> DiffusionPolicy:
-    settings = policy_settings(config, device)
-    return DiffusionPolicy(StableDiffusion(unet, scheduler, encode, decode.to(device), config.model), **settings)
+def _policy(make: Any, decode: ComfyDecoder, config: TrainConfig, device: torch.device) -> DiffusionPolicy:
+    return DiffusionPolicy(make(decode.to(device), config.model), **policy_settings(config, device))
+
+
+def _widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
+    """How wide the embeddings and the pooled embeddings are that the network of a MODEL takes.
+
+    Raises:
+        ValueError: the MODEL cannot be trained.
+    """
+    if is_sd3(model):
+        config = transformer_config(model)
+        return config["joint_attention_dim"], config["pooled_projection_dim"]
+    config = diffusers_config(model)
+    return config["cross_attention_dim"], pooled_width(config)
 
 
 def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -229,18 +251,31 @@ class EncodedPrompts:
         clip: the CLIP; texts: what it reads for each prompt that will ever be needed; the empty one is always included.
         device: where to return the embeddings, which are kept in main memory.
         pooled: whether the MODEL needs a pooled embedding too.
+        joint: whether the MODEL has joint attention, to which an embedding twice says something else than once. Then
+            T5 pads all prompts to the length of the longest.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: an embedding is not finite, or with joint attention, a prompt is too long for a CLIP.
     """
 
-    def __init__(self, clip: comfy.sd.CLIP, texts: dict[str, str], device: torch.device, pooled: bool = False):
+    def __init__(
+        self,
+        clip: comfy.sd.CLIP,
+        texts: dict[str, str],
+        device: torch.device,
+        pooled: bool = False,
+        joint: bool = False,
+    ):
         self._device = device
         texts = {"": ""} | {one_line(prompt): text for prompt, text in texts.items()}
-        both = {
-            prompt: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for prompt, text in texts.items()
-        }
+        tokens = {prompt: clip.tokenize(text) for prompt, text in texts.items()}
+        if joint:
+            padding = {"t5xxl_min_length": max(len(found["t5xxl"][0]) for found in tokens.values())}
+            tokens = {prompt: clip.tokenize(text, tokenizer_options=padding) for prompt, text in texts.items()}
+        both = {prompt: clip.encode_from_tokens(found, return_pooled=True) for prompt, found in tokens.items()}
         embeds = {prompt: embed for prompt, (embed, _) in both.items()}
+        if joint:
+            _check_lengths({prompt: embed.shape[1] for prompt, embed in embeds.items()})
         for prompt, found in both.items():
             for embed in found[: 1 + pooled]:
                 check_embeds(prompt, embed, clip.cond_stage_model)
@@ -267,3 +302,13 @@ class EncodedPrompts:
         parts = {"states": self._embeds} | ({"pooled": self._pooled} if self._pooled else {})
         rows = {name: torch.stack([part[one_line(prompt)] for prompt in prompts]) for name, part in parts.items()}
         return TensorConditioning(**{name: part.to(self._device) for name, part in rows.items()})
+
+
+def _check_lengths(lengths: dict[str, int]) -> None:
+    """Raise ValueError if the embeddings of some prompts, by `lengths`, are longer than that of the empty one."""
+    for prompt, length in lengths.items():
+        if length != lengths[""]:
+            raise ValueError(
+                f"got the prompt {prompt[:60]!r}, which is longer than the 77 tokens that CLIP reads at once; expected "
+                "one that is not, for Stable Diffusion 3: shorten it"
+            )

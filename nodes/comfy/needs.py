@@ -51,6 +51,7 @@ comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 comfy.sd.CLIP(_, model_options=_)
 comfy.sd.CLIP.encode_from_tokens(self, _, return_pooled=_)
 comfy.sd.CLIP.tokenize(self, _)
+comfy.sd.CLIP.tokenize(self, _, tokenizer_options=_)
 comfy.sd.VAE(sd=_, config=_, dtype=_)
 comfy.sd.VAE.throw_exception_if_invalid(self)
 comfy.sd.load_lora_for_models(_, _, _, _, _)
@@ -61,10 +62,12 @@ comfy.sd1_clip.SDTokenizer(tokenizer_path=_, max_length=_, embedding_size=_)
 comfy.supported_models.SD15(_)
 comfy.supported_models.SD15.get_model(self, _, device=_)
 comfy.supported_models.SD15.set_inference_dtype(self, _, _)
+comfy.supported_models.SD3
 comfy.supported_models.SDXL
 comfy.supported_models_base.ClipTarget(_, _)
 comfy.utils.ProgressBar(_)
 comfy.utils.ProgressBar.update_absolute(self, _, _)
+comfy.utils.mmdit_to_diffusers(_)
 comfy.utils.unet_to_diffusers(_)
 comfy_api.latest.ComfyExtension
 comfy_api.latest.io.Clip.Input(_, tooltip=_)

@@ -13,7 +13,8 @@ from .prompts import Prompts, read_prompts
 from .reward_choice import RewardChoice, joined
 from .used import used_by, used_of_critic
 
-SHAPES, XL, OTHER = "shapes", "sdxl", "sd15"  # presets: for the embedded world, for XL, and for other models
+# presets: for the embedded world, for XL, for Stable Diffusion 3, and for other models
+SHAPES, XL, SD3, OTHER = "shapes", "sdxl", "sd3", "sd15"
 # Settings that the node's inputs and wires set, so that the `settings` text must not.
 INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
@@ -35,13 +36,13 @@ NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 
 class Wanted:
     """What a Train node asks for.
 
-    model: the name of its MODEL; shapes: whether that is the embedded world; xl: whether it is Stable Diffusion XL.
+    model: the name of its MODEL; preset: what suits it, SHAPES, XL, SD3 or OTHER.
     numbers: values of NUMBERS, rank and learning_rate; critic: nested settings, or None for the preset's.
     text: prompts, one per line; prompt_set: the set to use if there is no text; settings: more settings, as TOML.
     """
 
     model: str
-    shapes: bool
+    preset: str
     reward: RewardChoice
     algorithm: str = "ddpo-g"
     seed: int = 42
@@ -51,7 +52,6 @@ class Wanted:
     text: str = ""
     prompt_set: str = AUTO
     settings: str = ""
-    xl: bool = False
 
     @property
     def widgets(self) -> Fields:
@@ -64,7 +64,6 @@ class Wanted:
         check_choice(
             "prompt_set", self.prompt_set, [AUTO, *prompt_sets()]
         )  # else a file's text could be copied to the output
-        preset = SHAPES if self.shapes else XL if self.xl else OTHER
         values: Fields = {
             "algorithm": self.algorithm,
             "model": self.model,
@@ -78,12 +77,12 @@ class Wanted:
             values["samples_per_update"] = samples // 2 if samples % 2 == 0 else samples
         lora = {"rank": self.numbers.get("rank"), "lr": self.numbers.get("learning_rate")}
         values["policy"] = {name: value for name, value in lora.items() if value}
-        if not self.shapes:  # what is watched may be a large download, so it has to be wired
+        if self.preset != SHAPES:  # what is watched may be a large download, so it has to be wired
             values["overoptimisation"] = {"reward": next(iter(values["eval_rewards"]), NONE)}
         if self.prompt_set != AUTO:
             values["prompts"] = self.prompt_set
         more = self._more()  # together with the inputs, which may need it, as samples_per_epoch does samples_per_prompt
-        config = make_config(preset, None, merge(values, more))
+        config = make_config(self.preset, None, merge(values, more))
         return override(override(config, self._critic(config)), more)
 
     def prompts(self) -> Prompts:

@@ -31,7 +31,7 @@ def refusals() -> dict[str, str]:
 
     model, clip, vae = shapes_out.shapes_native()
     families = {
-        "SD3": comfy.supported_models.SD3({"in_channels": 16, "pos_embed_scaling_factor": None}),
+        "AuraFlow": comfy.supported_models.AuraFlow({"cond_seq_dim": 2048}),
         "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
         "SDXLRefiner": comfy.supported_models.SDXLRefiner(
             {"model_channels": 384, "context_dim": 1280, "adm_in_channels": 2560}

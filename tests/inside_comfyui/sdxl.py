@@ -127,7 +127,7 @@ def unets(model, conditioning: TensorConditioning) -> dict[str, float]:
     for name, parameter in lora.parameters.items():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=generator)
-    expected, state = ours.denoise(latents, times, conditioning), lora.kohya_state()
+    expected, state = ours.denoise(latents, times, conditioning), lora.file_state()
     patched, _ = comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)
     found["modules of the LoRA that ComfyUI leaves out"] = len(state) / 3 - len(patched.patches)
     found["LoRA in ComfyUI"] = difference(native(patched, **sizes), expected)

@@ -144,8 +144,8 @@ class TrainConfig(MethodSettings):
     process: Annotated[str | None, Unset] = Field(
         default=None,
         description="process that turns the model's output into a denoising step; few-steps and lcm are for models "
-        "distilled to a few steps; their last step has no noise, so policy gradients leave it out. none means the "
-        "model's own. Choices",
+        "distilled to a few steps; flow-ddim, flow-sde and cps for flow matching. The last step of these has no noise, "
+        "so policy gradients leave it out. none means the model's own. Choices",
     )
     stop_on_overoptimisation: Annotated[bool, MAY_CHANGE] = Field(
         default=False, description="end the run, saved, once the rule in overoptimisation says that it overoptimises"

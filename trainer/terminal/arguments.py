@@ -29,12 +29,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m comfy_tdpo.trainer",
         usage="%(prog)s [--preset NAME] [--config FILE] [--run-dir DIR] [--reward NAME] [--SETTING VALUE ...]\n"
-        "       %(prog)s --resume DIR [--epochs N]",
+        "       %(prog)s --resume DIR [--epochs N]\n"
+        "       %(prog)s plan [--preset NAME] [--SETTING VALUE ...]",
         description="Align a diffusion model with a reward, by TDPO-R (arXiv 2402.08552), or by ddpo-g, a recipe "
         "with guards. Without arguments, it trains on Shapes, the toy world that ships with the package, in a few "
         "minutes.",
-        epilog="To find the LoRA of a run to use, see `recommend --help`; to score image files with rewards, see "
-        "`score --help`; to make a reward of pictures you like and dislike, see `taste --help`.",
+        epilog="To see the denoising steps of a run before it begins, write `plan` before its options. To find the "
+        "LoRA of a run to use, see `recommend --help`; to score image files with rewards, see `score --help`; to make "
+        "a reward of pictures you like and dislike, see `taste --help`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
@@ -42,7 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"one of {', '.join(presets())} (default: shapes, sdxl for a --model of XL, or sd15 for any other)",
+        help=f"one of {', '.join(presets())} (default: shapes, sdxl for a --model of XL, sd3 for one of "
+        "Stable Diffusion 3, or sd15 for any other)",
     )
     where.add_argument("--config", type=path_argument, metavar="FILE", help="TOML file that overrides the preset")
     where.add_argument(

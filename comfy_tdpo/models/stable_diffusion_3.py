@@ -1,0 +1,217 @@
+"""The family of Stable Diffusion 3 and 3.5: a transformer on flow matching, conditioned on the states and the pooled
+states of two CLIPs, and on the states of T5, which may be left out.
+
+Shapes: B batch, C H W latent, L tokens, E text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from ..process.flow_schedule import PATCH, FlowSchedule
+from ..prompts.length import describe_cut, too_long
+from ..settings import PolicySettings
+from . import LatentDecoder, Outline, PromptEncoder
+from .conditioning import Conditioning, TensorConditioning
+from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
+from .files import AGAIN, read_json, required
+from .kind import is_sd3
+from .lora import TARGETS, TransformerLora
+from .scheduler import load_flow_schedule
+from .stable_diffusion import Autoencoder, ClipText
+
+_CLASSES = {
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    **dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection),
+    **dict.fromkeys(("tokenizer", "tokenizer_2"), CLIPTokenizer),
+}
+_CLASSES_OF_T5 = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5TokenizerFast}
+
+T5_TOKENS = 256  # read of a prompt, as in diffusers; ComfyUI reads as many as there are, and at least 77
+
+# Besides the layers of the image's stream, those of the text's, in the same blocks.
+_OF_TEXT = {
+    "attention": ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "feed-forward": ("ff_context.net.0.proj", "ff_context.net.2"),
+}
+LORA_MODULES = {
+    "attention": (*TARGETS["attention"], *_OF_TEXT["attention"]),
+    "attention+feed-forward": (*TARGETS["attention+feed-forward"], *_OF_TEXT["attention"], *_OF_TEXT["feed-forward"]),
+}
+
+
+class T5Text:
+    """The last hidden state of T5's encoder, (B, L, E), with every prompt padded to T5_TOKENS and nothing masked."""
+
+    def __init__(self, tokenizer: T5TokenizerFast, text_encoder: T5EncoderModel):
+        self.tokenizer, self.network = tokenizer, text_encoder
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
+        )
+        return self.network(tokens.input_ids.to(self.network.device))[0]
+
+
+class ThreeTexts:
+    """A PromptEncoder: the last but one states of two CLIPs side by side, filled with zeros to the width E, and after
+    them those of T5, or as many zeros without it, (B, L, E); and the pooled states of both CLIPs, (B, P)."""
+
+    def __init__(self, first: ClipText, second: ClipText, third: T5Text | None, width: int):
+        self.clips, self.t5, self.width = (first, second), third, width
+        self.networks = {"text_encoder": first.network, "text_encoder_2": second.network}
+        if third:
+            self.networks["text_encoder_3"] = third.network
+
+    def __call__(self, prompts: list[str]) -> TensorConditioning:
+        first, second = (clip.outputs(prompts, hidden_states=True) for clip in self.clips)
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        states = F.pad(states, (0, self.width - states.shape[-1]))
+        more = self.t5(prompts) if self.t5 else states.new_zeros(len(prompts), T5_TOKENS, self.width)
+        pooled = torch.cat([first.text_embeds, second.text_embeds], dim=-1)
+        return TensorConditioning(states=torch.cat([states, more], dim=1), pooled=pooled)
+
+    def cut(self, prompts: list[str]) -> str:
+        """One line about those of `prompts` whose end no encoder reads; empty if there are none."""
+        if not self.t5:
+            return self.clips[0].cut(prompts)
+        found = too_long(self.t5.tokenizer, prompts, T5_TOKENS)
+        return describe_cut(found) if found else ""
+
+
+class StableDiffusion3:
+    """A DiffusionModel of Stable Diffusion 3 or 3.5.
+
+    Args:
+        transformer: frozen, and later modified in place; scheduler: its noise schedule.
+        encode: prompts to states, (B, L, E), and pooled, (B, P); decode: latents to images.
+        source: the model's name in messages.
+    """
+
+    process, prediction_type, patch = "flow-ddim", "flow_prediction", PATCH
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        scheduler: FlowSchedule,
+        encode: PromptEncoder,
+        decode: LatentDecoder,
+        source: str,
+    ):
+        self.network, self.scheduler, self.source = transformer.requires_grad_(False).eval(), scheduler, source
+        self.encode, self.decode, self.channels = encode, decode, transformer.config.in_channels
+        self.networks: dict[str, nn.Module] = {"transformer": transformer} | getattr(encode, "networks", {})
+        if hasattr(decode, "network"):
+            self.networks["vae"] = decode.network
+
+    @property
+    def schedule(self) -> Tensor:
+        return torch.tensor(self.scheduler.numbers)
+
+    def denoise(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        assert isinstance(conditioning, TensorConditioning)
+        return self.network(
+            hidden_states=latents.to(self.network.dtype),
+            timestep=times,
+            encoder_hidden_states=conditioning.parts["states"],
+            pooled_projections=conditioning.parts["pooled"],
+            return_dict=False,
+        )[0]
+
+    def adapt(self, settings: PolicySettings, seed: int) -> TransformerLora:
+        if settings.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        alpha = float(settings.rank if settings.alpha is None else settings.alpha)
+        return TransformerLora(self.network, settings.rank, alpha, LORA_MODULES[settings.targets], seed)
+
+    def to(self, device: torch.device) -> StableDiffusion3:
+        for network in self.networks.values():
+            network.to(device)
+        return self
+
+
+class StableDiffusion3Family:
+    """Loads a diffusers folder or a hub id."""
+
+    def recognizes(self, source: str) -> bool:
+        return is_sd3(source) or is_sd3(index_on_hub(source))
+
+    def outline(self, source: str, prediction_type: str | None) -> Outline:
+        _check_prediction(prediction_type)
+        folder = local_folder(source)
+        return Outline(_schedule(folder), StableDiffusion3.process, latent_factor(folder), PATCH)
+
+    def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion3:
+        _check_prediction(prediction_type)
+        path = Path(source).expanduser()
+        folder = path if path.is_dir() else download(source, dtype, _pipeline_class)
+        classes = _classes(required(folder, "model_index.json"))
+        schedule = _schedule(folder)
+        parts = load_parts(folder, classes, dtype)
+        first, second = (ClipText(parts[f"tokenizer{n}"], parts[f"text_encoder{n}"]) for n in ("", "_2"))
+        third = None
+        if "text_encoder_3" in parts:
+            third = T5Text(parts["tokenizer_3"], parts["text_encoder_3"])
+            third.network.encoder.set_input_embeddings(third.network.shared)  # one tensor, not two copies of it
+        _check_widths(folder, parts)
+        width = parts["transformer"].config.joint_attention_dim
+        encode = ThreeTexts(first, second, third, width)
+        return StableDiffusion3(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
+
+
+def _check_prediction(prediction_type: str | None) -> None:
+    if prediction_type:
+        raise ValueError(
+            f"prediction_type is {prediction_type!r}, and Stable Diffusion 3 predicts the flow; expected none: remove "
+            "prediction_type"
+        )
+
+
+def _schedule(folder: Path) -> FlowSchedule:
+    return load_flow_schedule(required(folder, "scheduler/scheduler_config.json"))
+
+
+def _pipeline_class(index: Path) -> Any:
+    _classes(index)
+    return StableDiffusion3Pipeline
+
+
+def _classes(index: Path) -> dict[str, Any]:
+    """The classes of the pipeline's components; a folder without T5 says so in its index."""
+    parts = read_json(index)
+    without = all(parts.get(name) in (None, [None, None]) for name in _CLASSES_OF_T5)
+    classes = _CLASSES | ({} if without else _CLASSES_OF_T5)
+    check_index(index, classes)
+    return classes
+
+
+def _check_widths(folder: Path, parts: dict[str, Any]) -> None:
+    """Raise ValueError if the components are of different models."""
+    config, latent = parts["transformer"].config, parts["vae"].config.latent_channels
+    clips = [parts[name].config for name in ("text_encoder", "text_encoder_2")]
+    states, pooled = (sum(getattr(clip, name) for clip in clips) for name in ("hidden_size", "projection_dim"))
+    t5 = parts["text_encoder_3"].config.d_model if "text_encoder_3" in parts else config.joint_attention_dim
+    found = (latent, config.out_channels, states <= config.joint_attention_dim, pooled, t5)
+    if found != (
+        config.in_channels,
+        config.in_channels,
+        True,
+        config.pooled_projection_dim,
+        config.joint_attention_dim,
+    ):
+        raise ValueError(
+            f"{folder} has a transformer of {config.in_channels} channels, text width {config.joint_attention_dim} and "
+            f"pooled width {config.pooled_projection_dim}, an autoencoder of {latent} channels, and text encoders of "
+            f"widths {states} and {t5} and pooled width {pooled}; expected all of the same text-to-image model; {AGAIN}"
+        )
+
+
+FAMILY = StableDiffusion3Family()

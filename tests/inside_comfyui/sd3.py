@@ -1,0 +1,281 @@
+"""Stable Diffusion 3 as MODEL, CLIP and VAE of ComfyUI, and as ours: the true classes, with small random weights."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.text_encoders.sd3_clip
+import comfy.text_encoders.t5
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from begin import CPU, PROMPTS, difference, drawn, refusal
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import save_file
+from sdxl import EightPixels, native_text
+from small_models import draw_weights, trained
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from comfy_tdpo.models.conditioning import TensorConditioning
+from comfy_tdpo.models.lora import TransformerLora
+from comfy_tdpo.models.shipped import CONFIGS
+from comfy_tdpo.models.stable_diffusion_3 import LORA_MODULES, StableDiffusion3
+from comfy_tdpo.nodes.comfy import models_in, sd3_in, shapes_out
+from comfy_tdpo.process.flow_schedule import FlowSchedule
+
+RANK, ALPHA = 4, 2.0
+WIDTHS = {"l": 32, "g": 48}  # of the CLIPs
+TEXT = 4096  # the width that ComfyUI fills the states to
+LAYERS = 2
+
+
+def sd3() -> dict:
+    model, clip = small_sd3(), small_clip()
+    encode = models_in.EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
+    long = " ".join(["red circle"] * 60)
+    found = texts(clip, encode) | transformers(model, encode(PROMPTS)) | schedules(model) | published()
+    found["a prompt too long"] = refusal(
+        lambda: models_in.EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True)
+    )
+    return found | {"job": job(model, clip)}
+
+
+class SmallSD3(comfy.supported_models.SD3):
+    """Stable Diffusion 3.5 medium's layout, narrower."""
+
+    unet_config: dict = {}
+
+
+def small_sd3() -> comfy.model_patcher.ModelPatcher:
+    config = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_size": 2,
+        "depth": LAYERS,
+        "input_size": None,
+        "adm_in_channels": sum(WIDTHS.values()),
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": TEXT, "out_features": 64 * LAYERS},
+        },
+        "num_patches": 16**2,
+        "pos_embed_max_size": 16,
+        "pos_embed_scaling_factor": None,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": [0],
+    }
+    family = SmallSD3(config)
+    family.set_inference_dtype(torch.float32, None)
+    base = family.get_model({})
+    draw_weights(base.diffusion_model)
+    base.diffusion_model.pos_embed = drawn(1, 16**2, 64 * LAYERS)  # a buffer, which comes from the file
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+
+
+def small_clip() -> comfy.sd.CLIP:
+    """The three encoders: two narrow CLIPs, and T5 with one narrow layer, whose states are filled up."""
+    made = {}
+    for name, width in WIDTHS.items():
+        sizes = {"hidden_size": width, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+        config = CLIPTextConfig.from_pretrained(CONFIGS / "sdxl" / "text_encoder_2", **sizes, projection_dim=width)
+        torch.manual_seed(0)
+        made[name] = CLIPTextModelWithProjection(config).eval()
+    config = json.loads((Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_config_xxl.json").read_text())
+    narrow = config | {"d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 4, "num_layers": 1}
+
+    class NarrowT5(comfy.sd1_clip.SDClipModel):
+        def encode_token_weights(self, pairs):
+            states, *more = super().encode_token_weights(pairs)
+            return F.pad(states, (0, TEXT - states.shape[-1])), *more
+
+    class Three(comfy.text_encoders.sd3_clip.SD3ClipModel):
+        """As SD 3's, but for its size."""
+
+        def __init__(self, device="cpu", dtype=None, model_options={}):  # noqa: B006 - as ComfyUI's own
+            nn.Module.__init__(self)
+            self.clip_l, self.clip_g = (native_text(made[name], name, device, dtype) for name in WIDTHS)
+            self.t5xxl = NarrowT5(
+                device=device,
+                layer="last",
+                textmodel_json_config=narrow,
+                dtype=dtype,
+                special_tokens={"end": 1, "pad": 0},
+                model_class=comfy.text_encoders.t5.T5,
+            )
+            draw_weights(self.t5xxl)
+            self.t5_attention_mask, self.dtypes = False, {dtype}
+
+    target = comfy.supported_models_base.ClipTarget(comfy.text_encoders.sd3_clip.SD3Tokenizer, Three)
+    return comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+
+
+def texts(clip, encode) -> dict:
+    """A prompt encoded by itself, as ComfyUI does, and beside one whose words CLIP knows and T5 has to spell."""
+    prompt, longer = PROMPTS[0], "cosplay " * 60
+
+    def encoded(*prompts: str) -> dict[str, Tensor]:
+        texts = {one: one for one in prompts}
+        return models_in.EncodedPrompts(clip, texts, CPU, pooled=True, joint=True)([prompt]).parts
+
+    states, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+    alone, beside = encoded(prompt), encoded(prompt, longer)
+    return {
+        "states": difference(alone["states"], states),
+        "pooled": difference(alone["pooled"], pooled),
+        "tokens": [parts["states"].shape[1] for parts in (encode(PROMPTS).parts, alone, beside)],
+        "states of CLIP beside a longer prompt": difference(beside["states"][:, :77], states[:, :77]),
+    }
+
+
+def transformers(model, conditioning: TensorConditioning) -> dict[str, float]:
+    """The network with and without a LoRA, by ComfyUI, by us and by diffusers, for images of 128 x 96 pixels."""
+    latents, times = drawn(2, 16, 12, 16), torch.tensor([10.0, 700.0])
+    states, pooled = conditioning.parts["states"], conditioning.parts["pooled"]
+
+    def native(patched) -> Tensor:
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.diffusion_model(latents, times, context=states, y=pooled)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    network = sd3_in.diffusers_transformer(model)
+    ours = StableDiffusion3(network, FlowSchedule(3.0), lambda prompts: conditioning, EightPixels(), "small")
+    plain = native(model.clone())
+    found = {
+        "transformer from native": difference(ours.denoise(latents, times, conditioning), plain),
+        "scale of the output": plain.abs().max().item(),
+    }
+    lora = TransformerLora(network, RANK, ALPHA, LORA_MODULES["attention+feed-forward"], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in lora.parameters.items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    expected, state = ours.denoise(latents, times, conditioning), lora.file_state()
+    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)
+    found["modules of the LoRA that ComfyUI leaves out"] = len(state) / 2 - sum(map(len, patched.patches.values()))
+    found["LoRA in ComfyUI"] = difference(native(patched), expected)
+    found["what the LoRA changes"] = difference(expected, plain)
+    baked = StableDiffusion3(
+        sd3_in.diffusers_transformer(patched), FlowSchedule(3.0), lambda prompts: conditioning, EightPixels(), "small"
+    )
+    found["LoRA baked in"] = difference(baked.denoise(latents, times, conditioning), expected)
+    again = sd3_in.diffusers_transformer(model)
+    pipeline = StableDiffusion3Pipeline(again, None, *(None,) * 7)
+    with TemporaryDirectory() as folder:
+        save_file(state, Path(folder) / "lora.safetensors")
+        pipeline.load_lora_weights(folder, weight_name="lora.safetensors")
+    ours.network = again
+    found["LoRA in diffusers"] = difference(ours.denoise(latents, times, conditioning), expected)
+    return found
+
+
+def schedules(model) -> dict:
+    """What the noise levels are read as, with ComfyUI's own nodes, and how far ComfyUI's simple scheduler is."""
+    import comfy.samplers
+
+    try:
+        from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+    except ModuleNotFoundError:  # the fork's own place
+        from comfy_extras.nodes.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
+
+    from comfy_tdpo.process.flow import noise_levels
+
+    (shifted,) = ModelSamplingSD3().patch(model, 5.0)
+    (flux,) = ModelSamplingFlux().patch(model, 1.15, 0.5, 512, 512)
+    found = {"shifts": [sd3_in.flow_schedule_of(one).shift for one in (model, shifted)]}
+    theirs = comfy.samplers.calculate_sigmas(shifted.get_model_object("model_sampling"), "simple", 10)
+    ours, _ = noise_levels(sd3_in.flow_schedule_of(shifted), 10)
+    return found | {
+        "levels": difference(theirs[:-1].double(), ours),
+        "other levels": refusal(lambda: sd3_in.flow_schedule_of(flux)),
+    }
+
+
+def published() -> dict:
+    """Of 3 medium and 3.5 medium at true size, without memory: the weights that ComfyUI knows by no name of diffusers,
+    and what our conversion makes different in their configuration."""
+    found = {}
+    for name, layers, dual, norm, places in (
+        ("3 medium", 24, (), None, 192),
+        ("3.5 medium", 24, tuple(range(13)), "rms_norm", 384),
+    ):
+        sizes = {
+            "num_layers": layers,
+            "num_attention_heads": layers,
+            "caption_projection_dim": 64 * layers,
+            "pos_embed_max_size": places,
+            "dual_attention_layers": dual,
+            "qk_norm": norm,
+        }
+        with init_empty_weights(include_buffers=True):
+            network = SD3Transformer2DModel(**sizes)
+        state = network.state_dict()
+        native = dict.fromkeys(_native_names(state, layers))
+        config = comfy.model_detection.detect_unet_config(
+            {key: _shaped(key, state, layers, places) for key in native}, ""
+        )
+        made = sd3_in.transformer_config(
+            SimpleNamespace(model=SimpleNamespace(model_config=SimpleNamespace(unet_config=config)))
+        )
+        known = comfy.utils.mmdit_to_diffusers(config)
+        found[name] = {
+            "unknown names": sorted(state.keys() - known.keys()),
+            "other settings": [key for key, value in made.items() if network.config[key] != value],
+        }
+    return {"published": found}
+
+
+def _native_names(state: dict[str, Tensor], layers: int) -> list[str]:
+    places = comfy.utils.mmdit_to_diffusers({"depth": layers})
+    return [place if isinstance(place, str) else place[0] for name, place in places.items() if name in state]
+
+
+def _shaped(key: str, state: dict[str, Tensor], layers: int, places: int) -> Tensor:
+    """A weight of ComfyUI's name, of which only the shapes that tell the configuration are right."""
+    shapes = {
+        "x_embedder.proj.weight": (64 * layers, 16, 2, 2),
+        "final_layer.linear.weight": (64, 64 * layers),
+        "y_embedder.mlp.0.weight": (64 * layers, 2048),
+        "context_embedder.weight": (64 * layers, 4096),
+        "pos_embed": (1, places**2, 64 * layers),
+    }
+    return torch.empty(shapes.get(key, (1,)), device="meta")
+
+
+def job(model, clip) -> dict:
+    """How a run of the preset that a node takes for this MODEL ends, but for its size."""
+    from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
+
+    torch.manual_seed(0)
+    vae = shapes_out._native_vae(
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(32,) * 4,
+            layers_per_block=1,
+            latent_channels=16,
+            sample_size=64,
+        ).eval()
+    )
+    vae.latent_channels = 16
+    wires = models_in.Wires(model, clip, vae)
+    small = 'precision = "fp32"\nguards = []\nresolution = "64x96"\noutput.grid_images = 2'
+    numbers = {"epochs": 1, "samples_per_epoch": 4}
+    wanted = wires.wanted(
+        reward=RewardChoice({"shapes-aesthetic": 1.0}), numbers=numbers, settings=small, prompt_set="shapes"
+    )
+    steps = wanted.config().steps
+    config = wanted.config().model_copy(update={"steps": 3})
+    with TemporaryDirectory() as folder:
+        return trained(wires, config, Path(folder) / "run") | {"preset's steps": steps}

@@ -1,0 +1,109 @@
+"""`plan`: the steps of a run, read from the model's configurations alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import SHIPPED
+
+from comfy_tdpo.methods.window import window
+from comfy_tdpo.process import make_process
+from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
+from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.terminal.plan import SENSITIVE, plan
+
+FLOW_PRESETS = {"sd3": FlowSchedule(3.0)}
+
+
+@pytest.fixture
+def sd3(tmp_path) -> Path:
+    """The configurations of Stable Diffusion 3's folder that a plan needs, without weights."""
+    files = {
+        "model_index.json": {"transformer": ["diffusers", "SD3Transformer2DModel"]},
+        "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        "vae/config.json": {"block_out_channels": [128, 256, 512, 512]},
+    }
+    for name, values in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(values))
+    return tmp_path
+
+
+def rows(text: str) -> list[list[str]]:
+    """The lines of the table, one list of words each."""
+    table = text.split("\n\n")[1].splitlines()
+    assert table[0].split() == ["step", "time", "sigma", "sensitivity", "trained"]
+    return [line.split() for line in table[1:]]
+
+
+def test_a_plan_of_sd3(sd3, capsys):
+    """By hand, for the first and the last: t = 1, s = 0.964: x_s has (1 - s) / s of its noise of the output."""
+    assert main(["plan", "--model", str(sd3), "--algorithm", "tdpo-r"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{sd3} by tdpo-r: 10 steps of flow-ddim, guidance 4.5\n")
+    table = rows(text)
+    assert table[0] == ["1", "1000.0", "0.9643", "0.04", "yes"]
+    assert table[9] == ["10", "250.0", "0.0000", "-", "no"] and [row[4] for row in table[:9]] == ["yes"] * 9
+    assert "drowns" not in text
+
+
+def test_a_plan_names_trained_steps_that_drown_the_others(capsys):
+    """On Shapes, the last but one, whose noise is small; docs/recipe.md has what the recipe does about it."""
+    assert main(["plan"]) == 0
+    text = capsys.readouterr().out
+    table = rows(text)
+    assert [row[0] for row in table if float(row[3]) > SENSITIVE] == ["9"] and "Above 5 (step 9), a step drowns" in text
+    assert main(["plan", "--policy.train-from", "0.5", "--policy.train-until", "0.8"]) == 0
+    text = capsys.readouterr().out
+    assert [row[4] for row in rows(text)] == ["no"] * 5 + ["yes"] * 3 + ["no"] * 2 and "drowns" not in text
+
+
+def test_a_plan_of_a_method_that_needs_no_noise(sd3):
+    text = plan(make_config(overrides={"model": str(sd3), "algorithm": "draft"}))
+    assert "trained" not in text.split("\n\n")[1] and "draft back-propagates the reward and needs no noise." in text
+
+
+def test_a_plan_of_a_single_file_reads_its_header(tmp_path):
+    unet = json.loads((SHIPPED / "sd1" / "unet" / "config.json").read_text())
+    first, context = unet["block_out_channels"][0], unet["cross_attention_dim"]
+    model = "model.diffusion_model.input_blocks"
+    weights = {
+        f"{model}.0.0.weight": torch.zeros(first, 4, 3, 3),
+        f"{model}.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, context),
+    }
+    save_file(weights, tmp_path / "sd.safetensors")
+    config = make_config(overrides={"model": str(tmp_path / "sd.safetensors"), "algorithm": "tdpo-r"})
+    assert [row[1] for row in rows(plan(config))] == [f"{1 + 50 * k:.1f}" for k in range(19, -1, -1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--process", "ddim"], "expected flow-ddim, flow-sde or cps: choose another process"),
+        (["--resolution", "520"], "got resolution 520; expected a positive multiple of 16 pixels"),
+        (["--steps", "1"], "got 1 denoising steps, of which none has noise"),
+    ],
+)
+def test_a_plan_of_no_run_says_why(sd3, capsys, options, message):
+    assert main(["plan", "--model", str(sd3), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", FLOW_PRESETS)
+@pytest.mark.parametrize("process", ["flow-ddim", "flow-sde", "cps"])
+@pytest.mark.parametrize("algorithm", ["ddpo-g", "tdpo-r", "grpo", "dpok", "sdpo"])
+def test_no_step_that_a_flow_preset_trains_drowns_the_others(preset, process, algorithm):
+    config = make_config(preset, overrides={"algorithm": algorithm})
+    made = make_process(process, FLOW_PRESETS[preset], config.steps, torch.device("cpu"))
+    assert made.sensitivity[window(config.policy, made.stochastic)].max() <= SENSITIVE
+
+
+@pytest.mark.parametrize("process", ["flow-ddim", "flow-sde", "cps"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0, DynamicShift()])
+@pytest.mark.parametrize("steps", [4, 10, 28])
+def test_no_step_of_flow_matching_drowns_the_others(process, shift, steps):
+    made = make_process(process, FlowSchedule(shift), steps, torch.device("cpu"), (128, 128))
+    assert made.sensitivity[made.stochastic].max() <= SENSITIVE

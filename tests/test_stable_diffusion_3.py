@@ -1,0 +1,291 @@
+"""Stable Diffusion 3, as a tiny pipeline of the true classes: loaded, conditioned and trained like diffusers' own."""
+
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from tiny_models import make_tiny_sd3
+from toy import lora_of, new_run, same, timeless, toy_training
+
+from comfy_tdpo.models import load_model, outline
+from comfy_tdpo.models.lora import TARGETS
+from comfy_tdpo.models.scheduler import load_flow_schedule
+from comfy_tdpo.models.stable_diffusion_3 import LORA_MODULES, T5_TOKENS
+from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
+from comfy_tdpo.settings import PolicySettings
+from comfy_tdpo.trainer.config import make_config
+
+PROMPTS = ["a green circle", "a red rabbit"]
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Two folders, with T5 and without."""
+    root = tmp_path_factory.mktemp("sd3")
+    return {name: make_tiny_sd3(root / name, tokenizer, name == "t5") for name in ("t5", "clip")}
+
+
+@pytest.fixture
+def folder(models, tmp_path) -> Path:
+    """A copy of the folder with T5, to be changed."""
+    return shutil.copytree(models["t5"], tmp_path / "model")
+
+
+def change(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def pipeline_of(folder: Path) -> StableDiffusion3Pipeline:
+    without = {} if (folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **without)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# --- what the network is given
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_step_is_that_of_diffusers_own_pipeline(models, kind):
+    """All inputs of the network are those of a whole pipeline, which draws an image that is not square."""
+    pipeline, calls = pipeline_of(models[kind]), []
+    forward = pipeline.transformer.forward
+
+    def recorded(**kwargs):
+        calls.append((kwargs, forward(**kwargs)[0]))
+        return (calls[-1][1],)
+
+    pipeline.transformer.forward = recorded
+    size = {"height": 16, "width": 24}
+    image = pipeline(PROMPTS, **size, num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
+    model = load_model(str(models[kind]), torch.float32)
+    assert len(calls) == 2
+    conditioning = model.encode(PROMPTS)
+    assert conditioning.parts["states"].shape == (2, model.encode.clips[0].length + T5_TOKENS, 64)
+    for given, expected in calls:
+        latents, times = given["hidden_states"], given["timestep"]
+        assert latents.shape == (2, 16, 8, 12)
+        assert torch.equal(model.denoise(latents, times, conditioning), expected) and expected.std() > 0.01
+    pipeline.scheduler.set_timesteps(2)
+    last = pipeline.scheduler.sigmas[1:]
+    final = latents + (last[1] - last[0]) * expected
+    # float32: images in [0, 1]
+    torch.testing.assert_close(model.decode(final), image, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_part_of_the_conditioning_makes_a_difference(models):
+    """So that the test above could fail."""
+    model, generator = load_model(str(models["t5"]), torch.float32), torch.Generator().manual_seed(0)
+    latents, times = torch.randn(2, 16, 8, 12, generator=generator), torch.tensor([900.5, 30.0])
+    conditioning = model.encode(PROMPTS)
+    expected = model.denoise(latents, times, conditioning)
+    assert conditioning.summary().shape == (2, 64 + 48)
+    for part, rows in (("states", slice(0, 4)), ("states", slice(-T5_TOKENS, None)), ("pooled", slice(None))):
+        other = model.encode(PROMPTS)
+        other.parts[part][:, rows] += 1
+        assert not torch.equal(model.denoise(latents, times, other), expected)
+
+
+def test_what_no_encoder_reads_is_named(models):
+    long, short = ("a red circle " * 100).strip(), PROMPTS[0]
+    for kind, least in (("t5", T5_TOKENS), ("clip", 16)):
+        encode = load_model(str(models[kind]), torch.float32).encode
+        assert encode.cut([short]) == "" and f"of at most {least}" in encode.cut([short, long])
+
+
+# --- training
+
+
+def policy_of(folder: Path, ema: float = 0.0, **settings) -> DiffusionPolicy:
+    model = load_model(str(folder), torch.float32)
+    return DiffusionPolicy(model, resolution="16x24", settings=PolicySettings(ema=ema), **settings)
+
+
+@pytest.mark.parametrize("algorithm", ["tdpo-r", "ddpo-100", "draft"])
+def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm):
+    small = {"epochs": 2, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 3, "guidance": 3.0}
+    small |= {"kl": {"coefficient": 0.1}} if algorithm != "draft" else {"last_steps": 1}
+    make = partial(policy_of, models["t5"])
+    whole = toy_training(new_run(tmp_path / "whole", algorithm=algorithm, **small), make)
+    start = lora_of(whole)
+    expected = list(whole.epochs())
+    assert all(math.isfinite(value) for line in expected for value in line.values())
+    if algorithm != "draft":
+        assert [line["policy/ratio_drift"] for line in expected] == [0, 0]
+        assert expected[1]["kl/nats"] > 0
+    assert not same(start, lora_of(whole))
+    run = new_run(tmp_path / "stopped", algorithm=algorithm, **small)
+    epochs = toy_training(run, make).epochs()
+    next(epochs)
+    epochs.close()
+    resumed = toy_training(run, make)
+    list(resumed.epochs())
+    assert timeless(run.metrics()) == timeless(expected) and same(lora_of(resumed), lora_of(whole))
+
+
+def test_gradients_are_the_same_with_checkpointing(models):
+    found = []
+    for checkpointing in (False, True):
+        model = load_model(str(models["t5"]), torch.float32)
+        lora = model.adapt(PolicySettings(gradient_checkpointing=checkpointing), seed=0)
+        assert model.network.is_gradient_checkpointing == checkpointing
+        latents = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+        model.denoise(latents, torch.tensor([500.0]), model.encode(PROMPTS[:1])).square().mean().backward()
+        found.append([parameter.grad for parameter in lora.parameters.values()])
+    assert same(*found) and any(gradient.abs().max() > 0 for gradient in found[0])
+
+
+# --- LoRA files
+
+
+def trained_lora(model, **settings):
+    lora, generator = model.adapt(PolicySettings(rank=4, **settings), seed=0), torch.Generator().manual_seed(0)
+    for name, parameter in lora.parameters.items():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return lora
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", TARGETS)
+def test_diffusers_loads_a_lora_as_the_trained_policy(models, tmp_path, targets):
+    model = load_model(str(models["t5"]), torch.float32)
+    lora = trained_lora(model, alpha=7.0, targets=targets)
+    lora.export(tmp_path / "lora.safetensors", {})
+    pipeline = pipeline_of(models["t5"])
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    loaded = {name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(lora.parameters)
+    latents = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    inputs = latents, torch.tensor([10.0, 700.0]), model.encode(PROMPTS)
+    expected = model.denoise(*inputs)
+    with lora.reference():
+        base = model.denoise(*inputs)
+    model.network = pipeline.transformer
+    # float32: outputs near 1; alpha is multiplied in at another place, 6e-8 a layer
+    torch.testing.assert_close(model.denoise(*inputs), expected, rtol=0, atol=1e-5)
+    assert (expected - base).abs().max() > 1e-2, "the LoRA must make a difference"
+
+
+def test_the_file_names_every_attention_layer_and_no_alpha(models, tmp_path):
+    """The first block has a second attention to the image alone, and the last block drops the text."""
+    lora = trained_lora(load_model(str(models["t5"]), torch.float32))
+    lora.export(tmp_path / "lora.safetensors", {})
+    image = ("to_q", "to_k", "to_v", "to_out.0")
+    layers = [f"{block}.attn.{layer}" for block in (0, 1) for layer in (*image, *LORA_MODULES["attention"][4:7])]
+    layers += ["0.attn.to_add_out", *(f"0.attn2.{layer}" for layer in image)]
+    assert load_file(tmp_path / "lora.safetensors").keys() == {
+        f"transformer.transformer_blocks.{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"
+    }
+
+
+@pytest.mark.parametrize("alpha", [None, 7.0])
+def test_a_file_that_is_loaded_again_has_the_asked_strength(models, tmp_path, alpha):
+    lora = trained_lora(load_model(str(models["t5"]), torch.float32), alpha=alpha)
+    expected = {name: parameter.detach().clone() for name, parameter in lora.parameters.items()}
+    lora.export(tmp_path / "lora.safetensors", {})
+    weights = load_file(tmp_path / "lora.safetensors")
+    for strength in (0.5, 1.0):
+        lora.load_exported(weights, strength)
+        for name, parameter in lora.parameters.items():
+            wanted = expected[name] * (strength if "lora_B" in name else 1)
+            # by 7 / 4 and back: a bit of float32; exact where alpha is the rank
+            torch.testing.assert_close(parameter.data, wanted, rtol=2e-7 if alpha else 0, atol=0)
+    other = trained_lora(load_model(str(models["t5"]), torch.float32), targets="attention+feed-forward")
+    with pytest.raises(ValueError, match="got a LoRA file of another model .*is missing, here it is of shape"):
+        other.load_exported(weights)
+
+
+# --- folders
+
+
+def test_a_folder_loads_in_half_precision_and_offline_from_the_hubs_cache(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repo, commit = tmp_path / "hub" / "models--owner--sd3", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(models["t5"], repo / "snapshots" / commit)
+    got, expected = (load_model(name, torch.bfloat16) for name in ("owner/sd3", str(models["t5"])))
+    assert got.networks.keys() == {"transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"}
+    for name, network in got.networks.items():
+        weights = expected.networks[name].state_dict()
+        assert all(torch.equal(weights[key], weight) for key, weight in network.state_dict().items())
+        assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
+        assert not any(weight.requires_grad for weight in network.parameters())
+    assert outline("owner/sd3").scheduler == FlowSchedule(3.0)
+
+
+def test_a_folder_of_sd3_begins_from_its_own_preset(models):
+    config = make_config(overrides={"model": str(models["t5"]), "algorithm": "tdpo-r"})
+    assert config == make_config("sd3", overrides={"model": str(models["t5"]), "algorithm": "tdpo-r"})
+    assert config.critic.reads == "clean" and config.process is None
+    assert outline(config.model) == (FlowSchedule(3.0), "flow-ddim", 2, 2)
+
+
+def test_sides_are_multiples_of_a_patch(models):
+    model = load_model(str(models["clip"]), torch.float32)
+    with pytest.raises(ValueError, match="got resolution 18; expected a positive multiple of 4 pixels"):
+        DiffusionPolicy(model, resolution=18, steps=3, guidance=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("model_index.json", {"text_encoder_2": [None, None]}, "whose text_encoder_2 is None, not CLIPTextModelWith"),
+        ("model_index.json", {"text_encoder_3": [None, None]}, "whose text_encoder_3 is None, not T5EncoderModel"),
+        ("vae/config.json", {"latent_channels": 4}, r"AutoencoderKL in .* is \(.*\), not \("),
+        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "the scheduler DDIM.*FlowMatchEuler"),
+        ("scheduler/scheduler_config.json", {"shift": 0}, "has shift 0; expected a number above 0"),
+    ],
+)
+def test_what_is_no_sd3_is_named(folder, name, changes, message):
+    change(folder / name, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(str(folder), torch.float32)
+
+
+def test_parts_of_different_models_are_named(models, folder, tokenizer, tmp_path):
+    shutil.rmtree(folder / "text_encoder_2")
+    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
+    with pytest.raises(ValueError, match="pooled width 48, .* text encoders of widths 32 and 64 and pooled width 32"):
+        load_model(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("part", ["tokenizer_3/tokenizer.json", "text_encoder_3/config.json", "tokenizer_2"])
+def test_a_folder_that_lacks_a_part_is_asked_for_by_name(folder, part):
+    path = folder / part
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    with pytest.raises(ValueError, match=f"{folder} lacks {part}.*; download or save the whole folder again"):
+        load_model(str(folder), torch.float32)
+
+
+def test_a_prediction_type_is_refused(models):
+    with pytest.raises(ValueError, match="'epsilon', and Stable Diffusion 3 predicts the flow.*remove prediction_type"):
+        load_model(str(models["t5"]), torch.float32, "epsilon")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"use_dynamic_shifting": True}, FlowSchedule(DynamicShift())),
+        ({"use_dynamic_shifting": True, "max_shift": 1.2, "time_shift_type": "linear"}, DynamicShift(most=1.2)),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 1.0}, FlowSchedule()),
+    ],
+)
+def test_schedules_are_read_from_their_file(folder, changes, expected):
+    path = folder / "scheduler" / "scheduler_config.json"
+    change(path, **changes)
+    if isinstance(expected, DynamicShift):
+        expected = FlowSchedule(expected._replace(exponential=False))
+    assert load_flow_schedule(path) == expected

@@ -1,0 +1,55 @@
+"""Shows the steps of a run before it begins: `python -m comfy_tdpo.trainer plan [--SETTING VALUE ...]`."""
+
+import torch
+from torch import Tensor
+
+from comfy_tdpo.methods.sections import SteppedPolicySettings
+from comfy_tdpo.methods.window import window
+from comfy_tdpo.models import outline
+from comfy_tdpo.process import Process, make_process
+from comfy_tdpo.resolution import check_multiple, sides
+
+from ..assemble import model_source
+from ..config import TrainConfig
+
+SENSITIVE = 5.0  # most steps have 0.05 to 1.5
+
+
+def plan(config: TrainConfig) -> str:
+    """The denoising steps of a run of `config`, from the model's configuration alone.
+
+    Raises:
+        ValueError: the model's configuration cannot be read, or the run could not start.
+    """
+    model = outline(model_source(config), config.prediction_type)
+    check_multiple(config.resolution, model.factor * model.patch)
+    width, height = (side // model.factor for side in sides(config.resolution))
+    name = config.process or model.process
+    process = make_process(name, model.scheduler, config.steps, torch.device("cpu"), (height, width))
+    policy = config.policy
+    trained = window(policy, process.stochastic) if isinstance(policy, SteppedPolicySettings) else None
+    head = f"{config.model} by {config.algorithm}: {config.steps} steps of {name}, guidance {config.guidance:g}"
+    return "\n".join([head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)])
+
+
+def _table(process: Process, trained: Tensor | None) -> list[str]:
+    lines = ["step    time   sigma  sensitivity" + ("" if trained is None else "  trained")]
+    columns = zip(process.times.tolist(), process.sigma.tolist(), process.sensitivity.tolist(), strict=True)
+    for k, (time, sigma, sensitivity) in enumerate(columns):
+        shown = "-" if sigma == 0 else f"{sensitivity:.2f}"
+        mark = "" if trained is None else f"  {'yes' if trained[k] else 'no':>7}"
+        lines.append(f"{k + 1:>4}  {time:>6.1f}  {sigma:>6.4f}  {shown:>11}{mark}")
+    return lines
+
+
+def _remarks(process: Process, trained: Tensor | None, algorithm: str) -> list[str]:
+    lines = ["", "sensitivity: how far a step moves with the model's output, in units of its noise sigma"]
+    if trained is None:
+        return [*lines, f"{algorithm} back-propagates the reward and needs no noise."]
+    if drowning := [k + 1 for k in trained.nonzero().flatten().tolist() if process.sensitivity[k] > SENSITIVE]:
+        numbers = ", ".join(map(str, drowning))
+        lines.append(
+            f"Above {SENSITIVE:g} (step {numbers}), a step drowns the others where an update sums over steps: leave it "
+            "out by --policy.train-until, or choose another --process."
+        )
+    return lines
