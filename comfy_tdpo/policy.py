@@ -87,6 +87,7 @@ class DiffusionPolicy:
             for name, weight in network.named_parameters():
                 if not weight.requires_grad:  # otherwise it is trained
                     yield name, weight.detach()
+        yield from self.trainable.base.items()
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """The conditioning of B prompts; each distinct prompt is encoded once and then cached."""

@@ -26,7 +26,7 @@ from comfy_tdpo.memory import (
 from comfy_tdpo.methods import make_method
 from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
-from comfy_tdpo.optimizers import adamw, scheduled_lr, set_lr
+from comfy_tdpo.optimizers import policy_optimizer, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel
@@ -116,7 +116,7 @@ class Training:
         return Context(
             config=config,
             policy=policy,
-            optimizer=adamw(policy.parameters, config.policy),
+            optimizer=policy_optimizer(policy.parameters, config.policy, config.seed),
             decoder=Decoder(policy, config.decode_batch),
             reward=reward,
             eval_rewards=eval_rewards,

@@ -159,4 +159,4 @@ class KLPenalty:
         self.used, self.resets, self.last_reset = state["used"], state["resets"], state["last_reset"]
         if self.gate:
             self.gate.load(state["gate"])
-        self.policy.kl_reference.weights = tensors.get("kl_reference", {})
+        self.policy.kl_reference.load(tensors.get("kl_reference", {}))

@@ -38,6 +38,7 @@ class UNetLora:
         if targets not in TARGETS:
             raise ValueError(f"got LoRA targets {targets!r}; expected one of {', '.join(TARGETS)}")
         self.network, self.alpha = unet, alpha
+        self.base: dict[str, Tensor] = {}  # nothing of the base model is trained
         with torch.random.fork_rng([]):  # peft uses torch's global generator; its A is replaced below
             unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[targets])))
         self.parameters: dict[str, nn.Parameter] = {

@@ -15,8 +15,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..prompts.length import describe_cut, too_long
 from ..settings import PolicySettings
-from . import LatentDecoder, PromptEncoder
+from . import LatentDecoder, PromptEncoder, Trainable
 from .conditioning import Conditioning, TensorConditioning
+from .full import AllWeights
 from .lora import UNetLora
 
 if TYPE_CHECKING:
@@ -137,9 +138,11 @@ class StableDiffusion:
         sizes[:, 0::4], sizes[:, 1::4] = height, width
         return sizes
 
-    def adapt(self, settings: PolicySettings, seed: int) -> UNetLora:
+    def adapt(self, settings: PolicySettings, seed: int) -> Trainable:
         if settings.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+        if settings.train == "full":
+            return AllWeights(self.network, low_precision=settings.optimizer == "adamw-8bit")
         alpha = float(settings.rank if settings.alpha is None else settings.alpha)
         return UNetLora(self.network, settings.rank, alpha, settings.targets, seed)
 

@@ -163,14 +163,28 @@ def _listed(names: list[str]) -> str:
 
 
 def _facts(run: RunFolder, metrics: list[EpochMetrics]) -> str:
-    lora, plots = run.latest_lora.resolve(), run.plot("reward").parent.resolve()
+    plots = run.plot("reward").parent.resolve()
     rows = [
         ("reward queries", f"{metrics[-1]['reward_queries']:,.0f}"),
         ("total time", duration(sum(epoch["time/epoch_s"] for epoch in metrics))),
         ("peak memory", f"{max(epoch['memory/peak_bytes'] for epoch in metrics) / 2**30:.1f} GiB"),
-        ("LoRA", str(lora)),
-        ("  in ComfyUI", "copy it to models/loras and choose it in a Load LoRA node"),
-        ("  in diffusers", f"pipe.load_lora_weights({str(lora)!r})"),
+        *_uses(run),
         ("plots", str(plots)),
     ]
     return "\n".join(f"{label:<14}  {value}" for label, value in rows)
+
+
+def _uses(run: RunFolder) -> list[tuple[str, str]]:
+    """Where the trained weights are, and what to do with them."""
+    path = run.latest_lora.resolve()
+    if not run.trains_all:
+        return [
+            ("LoRA", str(path)),
+            ("  in ComfyUI", "copy it to models/loras and choose it in a Load LoRA node"),
+            ("  in diffusers", f"pipe.load_lora_weights({str(path)!r})"),
+        ]
+    return [
+        ("model", str(path)),
+        ("  in ComfyUI", "copy it to models/diffusion_models and choose it in a Load Diffusion Model node"),
+        ("  in diffusers", f"pipe.unet.load_state_dict(safetensors.torch.load_file({str(path)!r}))"),
+    ]

@@ -1,0 +1,146 @@
+"""Full fine-tuning: every weight of the denoiser is trained, against what the same run without it would leave alone."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from toy import new_run, same, toy_training
+
+from comfy_tdpo.models.stable_diffusion import StableDiffusion
+from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.run.identity import identity
+
+
+@pytest.fixture
+def make_full(make_policy):
+    """A policy all of whose weights are trained; `moved` moves each of them."""
+
+    def make(moved: bool = False, **settings):
+        policy = make_policy(train="full", **settings)
+        if moved:
+            generator = torch.Generator().manual_seed(5)
+            for parameter in policy.parameters:
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        return policy
+
+    return make
+
+
+@torch.no_grad()
+def output(network) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    latents, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 16, 32, generator=generator)
+    return network(latents, torch.tensor([981, 21]), states, return_dict=False)[0]
+
+
+def save(policy, path):
+    policy.trainable.export(path, {"base_model": "tiny", "epoch": "7"})
+    return load_file(path)
+
+
+# --- what is trained
+
+
+def test_the_denoiser_is_trained_and_nothing_else(make_full):
+    policy = make_full()
+    trained = {id(parameter) for parameter in policy.parameters}
+    assert trained == {id(parameter) for parameter in policy.model.network.parameters()}
+    assert all(parameter.requires_grad for parameter in policy.parameters)
+    others = [weight for name, part in policy.model.networks.items() if name != "unet" for weight in part.parameters()]
+    assert others and not any(weight.requires_grad for weight in others)
+
+
+def test_before_training_it_is_the_base_model_to_the_bit(make_full, make_components):
+    assert torch.equal(output(make_full().model.network), output(make_components().unet))
+
+
+def test_in_bf16_the_weights_are_trained_in_float32_and_saved_in_bf16(make_full, tmp_path):
+    policy = make_full(dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in policy.parameters} == {torch.float32}
+    assert {weight.dtype for weight in save(policy, tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+# --- files
+
+
+def test_diffusers_loads_the_file_as_the_trained_model(make_full, make_components, tmp_path):
+    policy, unet = make_full(moved=True), make_components().unet
+    before = output(unet)
+    unet.load_state_dict(save(policy, tmp_path / "model.safetensors"))
+    assert isinstance(unet, UNet2DConditionModel)
+    assert torch.equal(output(unet), output(policy.model.network)) and not torch.equal(output(unet), before)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "base_model": "tiny", "epoch": "7"}
+
+
+def test_a_file_at_strength_1_and_0_is_the_snapshot_and_the_base_to_the_bit(make_full, tmp_path):
+    moved, other = make_full(moved=True), make_full()
+    weights, expected, base = save(moved, tmp_path / "m"), output(moved.model.network), output(other.model.network)
+    for strength, wanted in ((1.0, expected), (0.0, base), (1.0, expected)):
+        other.trainable.load_exported(weights, strength)
+        assert torch.equal(output(other.model.network), wanted)
+
+
+def test_between_them_every_weight_is_on_the_line_from_the_base_to_the_snapshot(make_full, tmp_path):
+    moved, other = make_full(moved=True), make_full()
+    weights, base = save(moved, tmp_path / "m"), {name: w.clone() for name, w in other.trainable.state().items()}
+    for strength in (0.25, 1.5):
+        other.trainable.load_exported(weights, strength)
+        for name, weight in save(other, tmp_path / "half").items():
+            expected = torch.lerp(base[name].double(), weights[name].double(), strength)
+            torch.testing.assert_close(weight.double(), expected, rtol=0, atol=1e-6)  # float32 near 1
+
+
+def test_weights_of_another_model_are_refused_and_change_nothing(make_full, tmp_path):
+    policy = make_full(moved=True)
+    before, weights = output(policy.model.network), save(policy, tmp_path / "m")
+    wrong = {"missing": dict(list(weights.items())[1:]), "shape": weights | {"conv_in.weight": torch.zeros(8, 4, 3, 3)}}
+    for kind, given in wrong.items():
+        for load in (policy.trainable.load, policy.trainable.load_exported):
+            with pytest.raises(ValueError, match=f"of another model: its .* is .*{kind}.*policy.train full"):
+                load(given)
+    assert torch.equal(output(policy.model.network), before)
+
+
+# --- the reference
+
+
+def test_the_reference_is_the_base_and_afterwards_the_policy_is_back_to_the_bit(make_full, make_components):
+    policy, base = make_full(moved=True), output(make_components().unet)
+    trained = output(policy.model.network)
+    with torch.no_grad(), policy.reference():
+        assert torch.equal(output(policy.model.network), base)
+    assert torch.equal(output(policy.model.network), trained)
+    policy.kl_reference.reset()
+    for parameter in policy.parameters:
+        parameter.data.add_(0.01)
+    later = output(policy.model.network)
+    with torch.no_grad(), policy.reference():
+        assert torch.equal(output(policy.model.network), trained)
+    assert torch.equal(output(policy.model.network), later) and not torch.equal(later, trained)
+
+
+# --- runs
+
+
+def test_another_base_model_is_another_run_even_when_all_of_it_is_trained(make_full, make_components):
+    config, parts = make_config(overrides={"policy": {"train": "full"}}), make_components()
+    parts.unet.conv_in.weight.data[0] += 0.5
+    model = StableDiffusion.from_components(parts)
+    other = DiffusionPolicy(model, steps=4, guidance=3.0, resolution=16, settings=config.policy)
+    policies = (make_full(), make_full(moved=True), other)
+    one, moved, another = (identity(config, policy, ["x"], {}) for policy in policies)
+    assert one == moved and one != another
+
+
+def test_a_run_keeps_whole_models_in_place_of_loras(tmp_path, make_policy):
+    run = new_run(tmp_path / "run", policy={"train": "full"}, epochs=2)
+    training = toy_training(run, make_policy)
+    list(training.epochs())
+    kept = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*.safetensors"))
+    models = [name for name in kept if "checkpoints" not in name]
+    assert models == ["model/epoch-0002.safetensors", "model/latest.safetensors"] and not (run.path / "lora").exists()
+    latest, trained = load_file(run.latest_lora), training.policy.trainable.state()
+    assert same(list(trained.values()), [latest[name] for name in trained])
