@@ -9,6 +9,7 @@ from toy import new_run, same, toy_training
 
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.rollout import denoise, draw_noise
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.run.identity import identity
 
@@ -144,3 +145,35 @@ def test_a_run_keeps_whole_models_in_place_of_loras(tmp_path, make_policy):
     assert models == ["model/epoch-0002.safetensors", "model/latest.safetensors"] and not (run.path / "lora").exists()
     latest, trained = load_file(run.latest_lora), training.policy.trainable.state()
     assert same(list(trained.values()), [latest[name] for name in trained])
+
+
+@pytest.mark.parametrize("form", ["exact", "sampled"])
+def test_the_kl_measured_after_sampling_is_that_of_every_step(form, tmp_path, make_policy):
+    """With the reference swapped in once an epoch, in place of once or more in every step and update."""
+    kl = {"coefficient": 0.1, "form": form}
+    run = new_run(tmp_path / "run", algorithm="ddpo-100", policy={"train": "full", "replay": 1}, kl=kl, epochs=2)
+    training, entered = toy_training(run, make_policy), []
+    policy, reference = training.policy, training.policy.kl_reference.swapped_in
+    policy.kl_reference.swapped_in = lambda: (entered.append(training.context.epoch), reference())[1]
+    for parameter in policy.parameters:
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    compared = []
+    metrics = training.method.metrics
+
+    def compare(batch):
+        if not compared:  # at the first epoch, whose noise is that of its coordinates
+            noise = draw_noise(policy, [training.context.noise_of(row) for row in range(len(batch))])
+            compared.append((batch.kl.clone(), noise, batch.prompts))
+        return metrics(batch)
+
+    before = {name: weight.clone() for name, weight in policy.trainable.state().items()}
+    training.method.metrics = compare
+    list(training.epochs())
+    assert entered == [0, 1]
+    measured, noise, prompts = compared[0]
+    policy.trainable.load(before)
+    with torch.no_grad():
+        expected = denoise(policy, prompts, noise, form).kl
+    assert (expected.abs() > 1e-2).all()
+    # means recovered from samples are off by 1e-7 of a latent's size, and steps differ from them by 1e-2 and more
+    torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-3)
