@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .low_precision import LowPrecisionAdamW
 from .settings import OptimizerSettings, PolicySettings
 
 
@@ -22,6 +23,8 @@ def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings, one_by_on
 
 def policy_optimizer(parameters: list[nn.Parameter], settings: PolicySettings, seed: int) -> torch.optim.Optimizer:
     """The optimizer that `settings` name; `seed`: of the run, for rounding at random."""
+    if settings.optimizer == "adamw-8bit":
+        return LowPrecisionAdamW(parameters, settings, seed)
     return adamw(parameters, settings, one_by_one=settings.train == "full")
 
 
@@ -41,7 +44,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state under keys of the form <parameter's name>:<moment's name>."""
+    """The optimizer's state under keys of the form <parameter's name>:<moment's name>."""
     return {
         f"{name}:{moment}": value
         for name, parameter in parameters.items()

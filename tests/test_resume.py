@@ -93,7 +93,12 @@ VARIANTS = {
         "samples_per_epoch": 4,
         "epochs": 2,
     },
-    "all weights by back-propagation": {"algorithm": "draft", "policy": {"train": "full"}, "epochs": 2},
+    "all weights in bf16, by back-propagation": {
+        "algorithm": "draft",
+        "policy": {"train": "full", "optimizer": "adamw-8bit"},
+        "precision": "bf16",
+        "epochs": 2,
+    },
 }
 
 
