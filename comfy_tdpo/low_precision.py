@@ -1,12 +1,12 @@
 """AdamW with weights in bf16 and both moments in 8 bits: 6 bytes for each weight, its gradient included.
 
-bf16 has 8 bits of mantissa, so that a step smaller than 1/512 of a weight would be lost in rounding to nearest. Everything
-stored is therefore rounded up or down at random, so that it is right on average (stochastic rounding, as in arXiv
+bf16 has 8 bits of mantissa, so that a step smaller than 1/512 of a weight would be lost in rounding to nearest. So
+everything stored is rounded up or down at random, and is right on average (stochastic rounding, as in arXiv
 2010.06192). A moment is float8 (e4m3) times one scale for each BLOCK of values, and of the second moment the root is
 stored, whose range is half as many powers of ten.
 
-The random numbers have coordinates like all others, (seed, parameter, step), but are drawn on the parameter's device, so
-that they depend on its kind.
+The random numbers have coordinates like all others, (seed, parameter, step), but are drawn on the parameter's device,
+so that they depend on its kind.
 """
 
 import torch

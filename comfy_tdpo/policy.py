@@ -80,6 +80,11 @@ class DiffusionPolicy:
         """The trained parameters."""
         return list(self.trainable.parameters.values())
 
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The base model's weights by name, without networks that are not loaded, such as the text encoder of prompts
         that came encoded."""

@@ -1,5 +1,8 @@
 """Full fine-tuning: every weight of the denoiser is trained, against what the same run without it would leave alone."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,6 +14,7 @@ from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rollout import denoise, draw_noise
 from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.run import disk
 from comfy_tdpo.trainer.run.identity import identity
 
 
@@ -177,3 +181,32 @@ def test_the_kl_measured_after_sampling_is_that_of_every_step(form, tmp_path, ma
     assert (expected.abs() > 1e-2).all()
     # means recovered from samples are off by 1e-7 of a latent's size, and steps differ from them by 1e-2 and more
     torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-3)
+
+
+# --- the disk
+
+
+def test_a_run_says_what_it_needs_of_the_disk_and_needs_no_more(tmp_path, make_policy, caplog):
+    """Against the largest size that its folder ever has."""
+    settings = {"policy": {"train": "full", "ema": 0.5}, "kl": {"coefficient": 0.1, "reset_every": 1}}
+    run, sizes = new_run(tmp_path / "run", epochs=3, **settings), []
+    training = toy_training(run, make_policy)
+    said = float(re.search(r"the run needs ([\d.]+) MB of disk", caplog.text)[1]) * 1e6
+
+    def weigh(*_) -> None:
+        files = [*run.checkpoints.rglob("*.safetensors"), *run.snapshots.rglob("*.safetensors")]
+        sizes.append(sum(path.stat().st_size for path in files))
+
+    for _ in training.epochs():
+        weigh()
+    assert max(sizes) < 1.1 * said, "what is small is not counted"
+    assert said < 2.5 * max(sizes), "one more checkpoint and models that may come are"
+    assert disk.bytes_of_snapshot(training.policy) == pytest.approx(run.latest_lora.stat().st_size, rel=0.05)
+
+
+def test_a_run_that_the_disk_has_no_room_for_is_refused(tmp_path, make_policy, monkeypatch):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
+    run = new_run(tmp_path / "run", policy={"train": "full"})
+    with pytest.raises(ValueError, match=r"3.0 MB free .* room for .* MB more.*raise output.samples_every"):
+        toy_training(run, make_policy)
+    toy_training(new_run(tmp_path / "lora"), make_policy)

@@ -39,6 +39,7 @@ from .epoch_metrics import reward_metrics, update_metrics
 from .keeping import Keeper
 from .overoptimisation import Overoptimisation
 from .run import EpochMetrics, RunFolder
+from .run.disk import check_disk
 from .run.identity import identity
 from .run.neuron_log import append_neurons
 from .run.tastes import told_of_changes
@@ -102,6 +103,7 @@ class Training:
         self._warn(describe_unread(self.policy.model, [*self.prompts, *grid_prompts]))
         self._warn(unguarded(config))
         self._warn(told_of_changes(run, config))
+        self._warn(check_disk(run, config, policy))
         self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts)
 
     def _warn(self, text: str | None) -> None:

@@ -77,8 +77,8 @@ class ClippedPolicySettings(SteppedPolicySettings):
         ge=0,
         le=1000,
         description="latest earlier epochs whose samples are kept and trained on again, beside the new ones, so that a "
-        "reset of the policy's neurons forgets less; 0 keeps none. 256 samples of 50 steps at 512 pixels take 0.9 GB of "
-        "memory, and as much in each checkpoint",
+        "reset of the policy's neurons forgets less; 0 keeps none. 256 samples of 50 steps at 512 pixels take 0.9 GB "
+        "of memory, and as much in each checkpoint",
     )
     replay_share: Rate = Field(
         default=0.5, description="with policy.replay, replayed samples in an update for each new one"
@@ -159,8 +159,8 @@ class NeuronSettings(Section):
     )
     policy_reset: Neurons = Field(
         default="none",
-        description="which of the policy's neurons are reset: those of the LoRA's rank, which start anew, or with policy.train "
-        "full those of feed-forward layers, which get the base model's weights again. Choices",
+        description="which of the policy's neurons are reset: those of the LoRA's rank, which start anew, or with "
+        "policy.train full those of feed-forward layers, which get the base model's weights again. Choices",
     )
     policy_measure: bool = Field(
         default=False, description="measure the policy's neurons every epoch, even if none of them are reset"
