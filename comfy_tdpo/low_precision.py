@@ -31,7 +31,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
         self.settings, self.seed = settings, seed
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:  # type: ignore[override]
+    def step(self, closure=None) -> None:
         for group in self.param_groups:
             for place, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:

@@ -108,8 +108,11 @@ def _known(values: Fields, section: type[Section]) -> Fields:
 
 
 def _trains_all(layers: list[Fields]) -> bool:
-    sections = [layer["policy"] for layer in layers if isinstance(layer.get("policy"), dict)]
-    return _topmost(sections, "train", "lora") == "full"
+    return _topmost(_of_policy(layers), "train", "lora") == "full"
+
+
+def _of_policy(layers: list[Fields]) -> list[Fields]:
+    return [layer["policy"] for layer in layers if isinstance(layer.get("policy"), dict)]
 
 
 def _check_no_lora(above: list[Fields], below: Fields) -> None:
@@ -118,9 +121,8 @@ def _check_no_lora(above: list[Fields], below: Fields) -> None:
     A file that `--print-config` wrote repeats the values `below`.
     """
     usual = merge({name: PolicySettings.model_fields[name].default for name in OF_LORA}, below.get("policy", {}))
-    for layer in above:
-        policy = layer.get("policy")
-        for name in OF_LORA if isinstance(policy, dict) else ():
+    for policy in _of_policy(above):
+        for name in OF_LORA:
             if name in policy and policy[name] != (NONE if usual[name] is None else usual[name]):
                 raise ValueError(
                     f"got policy.{name} {policy[name]} with policy.train full, which trains no LoRA; remove "
