@@ -1,16 +1,20 @@
 """Full fine-tuning: every weight of the denoiser is trained, against what the same run without it would leave alone."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
-from toy import new_run, same, toy_training
+from safetensors.torch import load_file, save_file
+from toy import new_run, same, toy_config, toy_training
 
+from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
+from comfy_tdpo.nodes.runs.outputs import lora_weights
+from comfy_tdpo.nodes.runs.registry import Runs, advice, plan_of
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rollout import denoise, draw_noise
 from comfy_tdpo.trainer.config import make_config
@@ -210,3 +214,33 @@ def test_a_run_that_the_disk_has_no_room_for_is_refused(tmp_path, make_policy, m
     with pytest.raises(ValueError, match=r"3.0 MB free .* room for .* MB more.*raise output.samples_every"):
         toy_training(run, make_policy)
     toy_training(new_run(tmp_path / "lora"), make_policy)
+
+
+# --- in ComfyUI's folders
+
+
+def test_whole_models_are_shared_where_load_diffusion_model_looks(tmp_path):
+    """And those of Shapes, which it does not know, are not; the lora output of their node is empty."""
+    runs = Runs(tmp_path / "runs", tmp_path / "loras", tmp_path / "models")
+    settings = {"policy": {"train": "full"}, "prompts": "simple-animals", "rewards": {"colourfulness": 1.0}}
+    run = new_run(runs.root / "mine", model="comfyui:SDXL:1", **settings)
+    assert runs.lora_name(run) is None
+    for value in (1.0, 2.0):  # the second replaces a file that the shared one is linked to
+        for path in (run.latest_lora, run.recommended_lora):
+            write_atomically(path, lambda file, value=value: save_file({"x": torch.tensor(value)}, file))
+        runs.share_loras(run)
+        for name in ("mine", "recommended/mine"):
+            assert load_file(tmp_path / "models" / "tdpo" / f"{name}.safetensors")["x"] == value
+    assert runs.lora_name(run) == str(Path("tdpo/mine.safetensors")) and lora_weights(run) == {}
+    of_shapes = new_run(runs.root / "shapes", policy={"train": "full"})
+    save_file({"x": torch.zeros(1)}, of_shapes.latest_lora)
+    runs.share_loras(of_shapes)
+    assert runs.lora_name(of_shapes) is None and not (tmp_path / "loras").exists()
+    assert sorted(path.name for path in (tmp_path / "models" / "tdpo").iterdir()) == ["mine.safetensors", "recommended"]
+
+
+def test_a_node_says_what_became_of_a_whole_model():
+    status = {"state": "finished", "epoch": 2, "epochs": 2, "trains_all": True}
+    assert "TDPO LoRA Apply applies its model, and Load Diffusion" in advice(status | {"lora": "tdpo/x"}, False)
+    assert "Load" not in advice(status | {"lora": None}, False)
+    assert "for all weights with learning rate 2e-05" in plan_of(toy_config(policy={"train": "full", "lr": 2e-5}))
