@@ -129,14 +129,14 @@ def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
     if training.direction > 0 and fallen:
         return (
             f"{training.name} rose while the held-out {_listed(fell)} fell. Later images score well "
-            "on the training reward at the expense of the others. Use an earlier LoRA of this run"
+            "on the training reward at the expense of the others. Use an earlier snapshot of this run"
             f"{', '.join([_earlier(run, fallen), *remedies[:-1]])}, or {remedies[-1]}."
         )
     return f"{_training_sentence(training)} {_held_out_sentence(held_out, fell)}"
 
 
 def _earlier(run: RunFolder, fallen: list[Course]) -> str:
-    """The last LoRA saved before any of `fallen` fell, as an example; empty if there is none."""
+    """The last snapshot saved before any of `fallen` fell, as an example; empty if there is none."""
     epochs = range(1, len(fallen[0].means))
     kept = [e for e in epochs if run.lora(e).exists() and not any(course.had_fallen(e) for course in fallen)]
     return f", such as {'/'.join(run.lora(kept[-1]).parts[-2:])}" if kept else ""
