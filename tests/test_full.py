@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_files import benchmark
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -244,3 +245,25 @@ def test_a_node_says_what_became_of_a_whole_model():
     assert "TDPO LoRA Apply applies its model, and Load Diffusion" in advice(status | {"lora": "tdpo/x"}, False)
     assert "Load" not in advice(status | {"lora": None}, False)
     assert "for all weights with learning rate 2e-05" in plan_of(toy_config(policy={"train": "full", "lr": 2e-5}))
+
+
+# --- the benchmark's page
+
+
+def test_the_benchmark_compares_seed_by_seed_at_the_end(tmp_path):
+    full = benchmark("full")
+
+    def of(gain: float, gold: float) -> dict:
+        series = {"queries": [96, 192], "reward": [5.0, 5.0 + 4 * gain], "std": [1.0, 1.0], "dormant": [10.0, 12.0]}
+        series |= {full.GOLD: [0.7, 0.7 - 2 * gold], full.JUDGE: [0.8, 0.8], "overlap": [50.0, 60.0]}
+        return series | {"seconds": [3.0, 4.0], "bytes": [2**30, 2**31]}
+
+    # curves are means of the latest epochs, so that half of the last change shows
+    runs = {"ddpo-g, LoRA": {1: of(0.5, 0.1), 2: of(0.7, 0.1)}}
+    runs["ddpo-g, all weights"] = {1: of(0.6, 0.2), 2: of(0.8, 0.2)}
+    text = full.page(runs, [{"date": "2026-01-01", "machine": "one"}])
+    (row,) = [line for line in text.splitlines() if line.startswith("| ddpo-g | 2")]
+    assert row == "| ddpo-g | 2 | +0.200 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 |"
+    assert "| ddpo-g, all weights | 10.0 | 12.0 | 60.0 | 148 (2) | 7 | 2.00 |" in text
+    full.draw(runs, tmp_path / "full.png")
+    assert (tmp_path / "full.png").stat().st_size > 10_000
