@@ -59,7 +59,7 @@ def main() -> None:
         parser.error(f"got variant {unknown[0]!r}; expected some of {'; '.join(VARIANTS)}")
     wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(*job, args.epochs, args.runs, args.out), wanted))
+        list(pool.map(lambda job: run(job[0], job[1], args.epochs, args.runs, args.out), wanted))
     found = results(args.out)
     if not found:
         parser.error(f"got no results in {args.out} and no variants to train; expected either")
