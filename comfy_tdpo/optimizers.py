@@ -5,17 +5,27 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .low_precision import LowPrecisionAdamW
 from .settings import OptimizerSettings, PolicySettings
 
 
-def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings, one_by_one: bool = False) -> torch.optim.AdamW:
+    """AdamW; with `one_by_one`, it never needs memory for more than one parameter at a time."""
     return torch.optim.AdamW(
         parameters,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        foreach=False if one_by_one else None,
     )
+
+
+def policy_optimizer(parameters: list[nn.Parameter], settings: PolicySettings, seed: int) -> torch.optim.Optimizer:
+    """The optimizer that `settings` name; `seed`: of the run, for rounding at random."""
+    if settings.optimizer == "adamw-8bit":
+        return LowPrecisionAdamW(parameters, settings, seed)
+    return adamw(parameters, settings, one_by_one=settings.train == "full")
 
 
 def scheduled_lr(settings: PolicySettings, update: int, updates: int) -> float:
@@ -34,7 +44,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state under keys of the form <parameter's name>:<moment's name>."""
+    """The optimizer's state under keys of the form <parameter's name>:<moment's name>."""
     return {
         f"{name}:{moment}": value
         for name, parameter in parameters.items()
@@ -45,12 +55,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: dict[str, nn
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
 ) -> None:
-    """Restore what `optimizer_tensors` returned, matching parameters by name; the optimizer has a single group."""
-    (group,) = optimizer.param_groups
-    names = {parameter: name for name, parameter in parameters.items()}
-    state: dict[str, dict[str, Tensor]] = {}
+    """Restore what `optimizer_tensors` returned, matching parameters by name.
+
+    The optimizer's own `load_state_dict` would give every moment the dtype of its parameter.
+    """
     for key, value in tensors.items():
         name, _, moment = key.rpartition(":")
-        state.setdefault(name, {})[moment] = value
-    by_position = {i: state[names[p]] for i, p in enumerate(group["params"]) if names[p] in state}
-    optimizer.load_state_dict({"state": by_position, "param_groups": optimizer.state_dict()["param_groups"]})
+        where = "cpu" if moment == "step" else parameters[name].device  # AdamW counts on the CPU
+        optimizer.state[parameters[name]][moment] = value.to(where)

@@ -82,6 +82,11 @@ class DiffusionPolicy:
         """The trained parameters."""
         return list(self.trainable.parameters.values())
 
+    @property
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The base model's weights by name, without networks that are not loaded, such as the text encoder of prompts
         that came encoded."""
@@ -89,6 +94,7 @@ class DiffusionPolicy:
             for name, weight in network.named_parameters():
                 if not weight.requires_grad:  # otherwise it is trained
                     yield name, weight.detach()
+        yield from self.trainable.base.items()
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """The conditioning of B prompts; each distinct prompt is encoded once and then cached."""

@@ -9,18 +9,33 @@ from .swapping import copied, swapped
 
 
 class Reference:
-    """The frozen base model until `reset`; from then on, a frozen float32 copy of the trained weights.
+    """The frozen base model until `reset`; from then on, a frozen copy of the trained weights.
 
-    weights: the copy by parameter name; empty before the first reset.
+    weights: the copy by parameter name, float32 on their device or, if all weights are trained, as they are on the CPU;
+        empty before the first reset.
     """
 
     def __init__(self, trainable: Trainable):
         self.trainable = trainable
         self.weights: dict[str, Tensor] = {}
 
+    @property
+    def costly(self) -> bool:
+        """Whether entering `swapped_in` copies all weights of the network."""
+        return bool(self.trainable.base)
+
     def reset(self) -> None:
         """Make the policy, as it is now, the reference."""
-        self.weights = copied(self.trainable.parameters)
+        if self.costly:
+            state = self.trainable.state()
+            self.weights = {name: weight.to("cpu", copy=True) for name, weight in state.items()}
+        else:
+            self.weights = copied(self.trainable.parameters)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Restore `weights`, empty if the reference had never been reset."""
+        devices = {name: parameter.device for name, parameter in self.trainable.parameters.items()}
+        self.weights = {name: weight.to("cpu" if self.costly else devices[name]) for name, weight in weights.items()}
 
     def swapped_in(self) -> AbstractContextManager[None]:
         """Inside the block, the network is the reference; afterwards, the trained weights are back, to the last bit.

@@ -33,6 +33,7 @@ class Trajectories:
     step_scores (B, K, S): of what the critic reads at those, by each of `Sampler.step_rewards`; None without any.
     dense_rewards (B, T): of each step, by `Sampler.dense`; None for methods without.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
+    reference_means (B, T, C, H, W): of the KL's reference at each step, where `KLPenalty.measure` keeps them.
     """
 
     prompts: list[str]
@@ -44,6 +45,7 @@ class Trajectories:
     step_scores: Tensor | None = None
     dense_rewards: Tensor | None = None
     final_embeds: Tensor | None = None
+    reference_means: Tensor | None = None
     eval_rewards: dict[str, Tensor] = field(default_factory=dict)
     guard_rewards: dict[str, Tensor] = field(default_factory=dict)
     part_rewards: dict[str, Tensor] = field(default_factory=dict)

@@ -61,6 +61,11 @@ class OptimizerSettings(Section):
 class PolicySettings(OptimizerSettings):
     """The trained part of the model, and its optimizer."""
 
+    train: Literal["lora", "full"] = Field(
+        default="lora",
+        description="what is trained: a LoRA, or every weight of the denoiser (full), which takes far more memory and "
+        "disk, and to which rank, alpha and targets do not apply. Choices",
+    )
     rank: int = Field(default=4, ge=1, le=1024, description="rank of the LoRA")
     alpha: Annotated[Positive | None, Unset] = Field(
         default=None,
@@ -77,8 +82,15 @@ class PolicySettings(OptimizerSettings):
         default=0.0,
         ge=0,
         lt=1,
-        description="decay rate of a moving average of the LoRA, updated after each gradient update, such as 0.9. "
-        "Sample grids and saved LoRAs are then of the average; training images are of the LoRA itself. 0 turns it off",
+        description="decay rate of a moving average of the trained weights, updated after each gradient update, such "
+        "as 0.9. Sample grids and snapshots are then of the average; training images are of the weights themselves. 0 "
+        "turns it off. With policy.train full, the average takes 4 bytes of the device's memory for each weight",
+    )
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        default="adamw",
+        description="with policy.train full, 16 bytes of memory for each weight (adamw), in float32 throughout, or 6 "
+        "(adamw-8bit): weights in bf16, rounded at random so that small steps count on average, and AdamW's moments in "
+        "8 bits; needs precision bf16. Choices",
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
@@ -92,6 +104,14 @@ class PolicySettings(OptimizerSettings):
         le=10_000_000,
         description="first updates of the run, over which the learning rate rises in equal steps to policy.lr",
     )
+
+    def check_optimizer(self, precision: str) -> None:
+        """Raise ValueError if the optimizer does not go with what is trained or with the model's precision."""
+        if self.optimizer == "adamw-8bit" and (self.train, precision) != ("full", "bf16"):
+            raise ValueError(
+                f"policy.optimizer adamw-8bit keeps the weights of the whole model in bf16, but policy.train is "
+                f"{self.train} and precision is {precision}; set them to full and bf16, or policy.optimizer to adamw"
+            )
 
 
 class OveroptimisationSettings(Section):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 _LARGEST_HEADER = 100_000_000  # bytes, the safetensors library's own limit
@@ -23,6 +22,8 @@ _DTYPES = {
     }.items()
     if hasattr(torch, dtype)
 }
+
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 # How files of other formats begin that are often found in the place of a .safetensors file.
 _OTHER_FORMATS = (
@@ -111,14 +112,20 @@ def _place(name: str, entry: Any, size: int) -> tuple[torch.dtype | str, tuple[i
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors`, from any device, and `metadata` to `path`, with the user's default file permissions.
 
-    safetensors' own `save_file` writes metadata in the order of a hash map, and some versions make the file readable
-    only by its owner.
+    They are written one by one: safetensors' own `save_file` holds all of them in memory once more, writes metadata in
+    the order of a hash map, and some versions make the file readable only by its owner.
     """
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = memoryview(save(on_cpu, metadata))
-    end = 8 + int.from_bytes(content[:8], "little")  # end of the header, which follows its 8-byte length
-    header = json.dumps(json.loads(bytes(content[8:end])), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors start at a multiple of 8 bytes
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        code = _CODES[tensors[name].dtype]
+        header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(content[end:])
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            octets = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.write(memoryview(octets.numpy()))

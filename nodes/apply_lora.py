@@ -1,4 +1,4 @@
-"""A run's LoRA on a MODEL."""
+"""A run's LoRA on a MODEL, or its weights if it trained all of them."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ class ApplyLoRA(io.ComfyNode):
             node_id="TDPOApplyLoRA",
             display_name="TDPO LoRA Apply",
             category=CATEGORY,
-            description="Applies the LoRA of a run, or of a file, to a model. If no part of the LoRA fits the model, "
-            "it raises an error instead of returning the model unchanged.",
+            description="Applies the LoRA of a run, or of a file, to a model; of a run that trained all weights, "
+            "these. If no part of them fits the model, it raises an error instead of returning the model unchanged.",
             inputs=[
                 io.Model.Input("model", tooltip="The model the run was trained on."),
                 io.Float.Input(

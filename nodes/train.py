@@ -170,7 +170,10 @@ class Train(io.ComfyNode):
                     "run", display_name="run", tooltip="The run, for TDPO LoRA Apply and TDPO Neuron Reset Inspector."
                 ),
                 io.LoraModel.Output(
-                    "lora", display_name="lora", tooltip="The newest LoRA, for ComfyUI's Load LoRA Model and Save LoRA."
+                    "lora",
+                    display_name="lora",
+                    tooltip="The newest LoRA, for ComfyUI's Load LoRA Model and Save LoRA; empty if all weights are "
+                    "trained.",
                 ),
                 io.Image.Output("samples", display_name="samples", tooltip="The newest grid of sample images."),
                 io.Image.Output("plot", display_name="plot", tooltip="The rewards over the epochs."),

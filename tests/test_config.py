@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import save_file
 
@@ -14,6 +15,8 @@ from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.trainer.config import leaf_fields, make_config, plain_values, presets, validate
+from comfy_tdpo.trainer.config.changes import differences
+from comfy_tdpo.trainer.config.layers import merge
 from comfy_tdpo.trainer.config.schema import algorithms_using, algorithms_with
 from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.terminal.arguments import choices
@@ -404,3 +407,35 @@ def test_a_run_keeps_prompts_word_for_word(tmp_path):
     (host.path / "prompts.txt").write_text("#1 fox\na (red:1.2) fox")
     config = make_config(overrides={"prompts": str(host.path / "prompts.txt")})
     assert host.create(config).prompts(config) == ["#1 fox", "a (red:1.2) fox"]
+
+
+# --- all weights instead of a LoRA
+
+
+def test_settings_of_a_lora_are_refused_if_all_weights_are_trained(tmp_path):
+    for name, value in (("rank", 3), ("alpha", 3), ("targets", "attention")):
+        with pytest.raises(
+            ValueError, match=rf"policy.{name} {value} with policy.train full, .*; remove policy.{name}"
+        ):
+            make_config(overrides={"policy": {"train": "full", name: value}})
+    config = make_config(overrides={"policy": {"train": "full"}, "algorithm": "grpo"})
+    (tmp_path / "printed.toml").write_text(tomli_w.dumps(plain_values(config)))
+    assert make_config(file=tmp_path / "printed.toml") == config, "what --print-config writes is no one's wish"
+
+
+def test_a_preset_has_a_learning_rate_of_its_own_for_all_weights():
+    for preset in presets():
+        lora = make_config(preset)
+        full = make_config(preset, overrides={"policy": {"train": "full"}})
+        assert 0 < full.policy.lr < lora.policy.lr, preset
+        named = make_config(preset, overrides={"policy": {"train": "full", "lr": 3e-7}})
+        assert named.policy.lr == 3e-7
+        assert differences(plain_values(full), plain_values(lora)).keys() == {"policy.train", "policy.lr"}
+
+
+def test_the_optimizer_in_8_bits_needs_all_weights_in_bf16():
+    right = {"policy": {"train": "full", "optimizer": "adamw-8bit"}, "precision": "bf16"}
+    assert make_config(overrides=right).policy.optimizer == "adamw-8bit"
+    for wrong in ({"precision": "fp32"}, {"policy": {"train": "lora"}}):
+        with pytest.raises(ValueError, match="adamw-8bit keeps the weights.*; set them to full and bf16, or"):
+            make_config(overrides=merge(right, wrong))

@@ -287,8 +287,11 @@ def test_it_names_the_last_lora_from_before_the_fall(tmp_path, kept, named):
 @pytest.mark.parametrize(
     ("algorithm", "advice"),
     [
-        ("tdpo-r", "Use an earlier LoRA of this run, train for fewer epochs, or add a KL penalty (--kl.coefficient)."),
-        ("alignprop", "Use an earlier LoRA of this run, or train for fewer epochs."),
+        (
+            "tdpo-r",
+            "Use an earlier snapshot of this run, train for fewer epochs, or add a KL penalty (--kl.coefficient).",
+        ),
+        ("alignprop", "Use an earlier snapshot of this run, or train for fewer epochs."),
     ],
 )
 def test_the_advice_is_what_the_algorithm_has(tmp_path, algorithm, advice):

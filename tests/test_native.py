@@ -9,6 +9,7 @@ from backends import EACH, ask
 from safetensors.torch import load_file, save_file
 
 from comfy_tdpo.models.components import load_components
+from comfy_tdpo.models.full import AllWeights
 from comfy_tdpo.models.lora import UNetLora
 from comfy_tdpo.nodes.comfy.weights_in import layout_of
 from comfy_tdpo.shapes import WORLD
@@ -157,6 +158,19 @@ def test_a_lora_is_the_same_whoever_applies_it(lora_file, by, backend):
     # float32 again; the LoRA is added to the weights here and to the activations there
     assert ask("lora", lora_file, backend=backend)[by] <= 1e-5
     assert ask("lora", lora_file, backend=backend)["what it changes"] > 0.1
+
+
+@in_each
+def test_all_weights_of_a_run_are_the_same_in_comfyui_and_diffusers(tmp_path, backend):
+    policy = AllWeights(load_components(str(WORLD / "pipeline")).unet)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters.values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    policy.export(tmp_path / "model.safetensors", {"epoch": "1"})
+    found = ask("whole", str(tmp_path / "model.safetensors"), backend=backend)
+    for name in ("Apply at 1", "Apply at 0.5", "baked in at 1", "baked in at 0.5"):
+        assert found[name] <= 1e-4, name  # float32; outputs to 10 through some twenty layers, in another order
+    assert found["what it changes"] > 0.1 and found["the MODEL afterwards"] == 0 and found["refused"] == 1
 
 
 def test_a_baked_strength_is_that_strength_in_comfyui(lora_file, tmp_path):

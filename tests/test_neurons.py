@@ -15,6 +15,7 @@ from comfy_tdpo.methods.neurons import (
     dormant_percent,
     lora_layers,
     overlap_percent,
+    policy_layers,
     reset_masks,
     reset_neurons,
 )
@@ -334,3 +335,38 @@ def test_overlap_goes_by_the_layers_names_and_not_by_their_order():
     before = {"a": torch.tensor([True, False]), "b": torch.tensor([False, True, True])}
     now = {"b": torch.tensor([False, True, True]), "a": torch.tensor([True, False])}
     assert overlap_percent(now, before) == 100
+
+
+# --- a policy whose weights are all trained
+
+
+def test_neurons_of_a_trained_network_are_measured_and_get_the_bases_weights_back(make_policy):
+    """Where they are masked, in their rows, their gates' rows and their columns, and nowhere else."""
+    policy = make_policy(train="full")
+    trainable, base = policy.trainable, {name: w.clone() for name, w in policy.trainable.state().items()}
+    optimizer = torch.optim.AdamW(policy.parameters)
+    for parameter in policy.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    layers = policy_layers(trainable)
+    path = "mid_block.attentions.0.transformer_blocks.0.ff"
+    seen = []
+    hook = layers[path].network.net[2].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    latents, conditioning = torch.randn(2, *policy.latent_shape), policy.encode_prompts(["a red circle"] * 2)
+    with torch.no_grad(), ActivationRecorder(layers) as recorder:
+        policy.step(latents, torch.tensor([0, 2]), conditioning)
+    hook.remove()
+    scores = recorder.scores()
+    mean = seen[0].relu().flatten(0, -2).mean(0)
+    torch.testing.assert_close(scores[path], mean / mean.mean(), rtol=1e-5, atol=1e-6)  # float32
+    assert len(scores) == 4 and all(score.shape == (128,) for score in scores.values())
+    masks = {name: torch.zeros(128, dtype=torch.bool) for name in layers}
+    masks[path][5] = True
+    assert reset_neurons(layers, masks, optimizer, torch.Generator()) == 1
+    reset = {f"{path}.net.0.proj.weight": [5, 133], f"{path}.net.0.proj.bias": [5, 133], f"{path}.net.2.weight": [5]}
+    for name, parameter in trainable.parameters.items():
+        back = parameter == base[name]
+        moments = optimizer.state[parameter]["exp_avg"] == 0
+        expected = torch.zeros_like(back)
+        (expected.T if name.endswith("net.2.weight") else expected)[reset.get(name, [])] = True
+        assert torch.equal(back, expected) and torch.equal(moments, expected), name

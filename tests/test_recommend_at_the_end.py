@@ -98,7 +98,7 @@ def test_the_command_prints_a_table_and_writes_the_lora(trained, capsys):
     chosen = choice["recommended"]
     marked = [label for label, row in zip(labels, rows, strict=True) if row.endswith("recommended")]
     if chosen is None:
-        assert marked == [] and "No LoRA is recommended" in out
+        assert marked == [] and "No snapshot is recommended" in out
         return
     assert marked == [(chosen["snapshot"], f"{chosen['strength']:g}")]
     with safe_open(trained / "lora" / "recommended.safetensors", "pt") as file:
@@ -138,7 +138,7 @@ def test_a_training_that_recommends_says_what(trained, tmp_path, capsys, monkeyp
     monkeypatch.setattr(work, "Options", lambda: Options(strengths=(1.0,), images=4))
     assert main(["--run-dir", str(tmp_path / "run"), *QUICK, "--output.recommend", "true"]) == 0
     out = capsys.readouterr().out
-    assert out.index("load_lora_weights") < out.index("LoRA     strength"), "the summary comes first"
+    assert out.index("load_lora_weights") < out.index("snapshot  strength"), "the summary comes first"
     assert (tmp_path / "run" / "recommendation" / "choice.json").is_file()
 
 

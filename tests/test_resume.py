@@ -87,6 +87,18 @@ VARIANTS = {
     "alignprop": {"algorithm": "alignprop", "truncation": {"first": "uniform"}, "epochs": 2},
     "draft-lv": {"algorithm": "draft", "renoised": 2, "epochs": 2},
     "refl": {"algorithm": "refl", "epochs": 2},
+    "all weights, an average and a reference that moves": {
+        "policy": {"train": "full", "ema": 0.5},
+        "kl": {"coefficient": 0.1, "reset_every": 1},
+        "samples_per_epoch": 4,
+        "epochs": 2,
+    },
+    "all weights in bf16, by back-propagation": {
+        "algorithm": "draft",
+        "policy": {"train": "full", "optimizer": "adamw-8bit"},
+        "precision": "bf16",
+        "epochs": 2,
+    },
 }
 
 

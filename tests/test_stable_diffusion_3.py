@@ -133,6 +133,14 @@ def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm):
     assert timeless(run.metrics()) == timeless(expected) and same(lora_of(resumed), lora_of(whole))
 
 
+def test_all_weights_of_the_transformer_and_no_others_are_trained_if_asked(models):
+    model = load_model(str(models["t5"]), torch.float32)
+    trained = model.adapt(PolicySettings(train="full"), seed=0).parameters
+    assert trained.keys() == dict(model.network.named_parameters()).keys()
+    others = [network for name, network in model.networks.items() if name != "transformer"]
+    assert not any(weight.requires_grad for network in others for weight in network.parameters())
+
+
 def test_gradients_are_the_same_with_checkpointing(models):
     found = []
     for checkpointing in (False, True):

@@ -9,6 +9,7 @@ from tint import TintModel
 from torch import Tensor
 
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.trainer.assemble import DTYPES
 from comfy_tdpo.trainer.config import TrainConfig, config_class, make_config
 from comfy_tdpo.trainer.run import EpochMetrics, RunFolder
 from comfy_tdpo.trainer.training import Training
@@ -77,6 +78,10 @@ def toy_training(
         eval_guidance=config.eval_guidance,
         seed=config.seed,
         ema=config.policy.ema,
+        train=config.policy.train,
+        optimizer=config.policy.optimizer,
+        dtype=DTYPES[config.precision],
+        autocast=None if config.precision == "fp32" else DTYPES[config.precision],
     )
     reward = Brightness()
     guards = dict(

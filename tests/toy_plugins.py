@@ -53,7 +53,7 @@ class AllWeights:
     def __init__(self, network: nn.Module):
         self.network = network.requires_grad_(True)
         self.parameters = dict(network.named_parameters())
-        self._base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def state(self):
         return {name: parameter.detach() for name, parameter in self.parameters.items()}

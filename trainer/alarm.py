@@ -40,7 +40,7 @@ def ends_early(metrics: list[EpochMetrics], config: TrainConfig) -> bool:
 
 
 def lora_before(run: RunFolder, since: int) -> Path | None:
-    """The last LoRA kept from before the held-out reward fell; None if there is none, as for the base model.
+    """The last snapshot kept from before the held-out reward fell; None if there is none, as for the base model.
 
     The images of an epoch are drawn before its updates, so those of epoch `since` - 1, the last good ones, were drawn
     with the LoRA of epoch `since` - 2. With policy.ema, the file holds the average up to that epoch, which lags behind
@@ -70,10 +70,10 @@ def told(run: RunFolder, metrics: list[EpochMetrics], config: TrainConfig) -> st
         return ""
     (training,) = reward_names(metrics, "reward")
     lora = lora_before(run, alarm.since)
-    use = f"Use {'/'.join(lora.parts[-2:])}, the last LoRA from before that, or" if lora else "Use"
+    use = f"Use {'/'.join(lora.parts[-2:])}, the last snapshot from before that, or" if lora else "Use"
     size = f"{alarm.fall:.2f} standard deviations of epoch 1 ({alarm.errors:.1f} standard errors"
     return (
         f"Overoptimisation since epoch {alarm.since}: {training} rose while the held-out "
-        f"{config.overoptimisation.reward} fell by {size}, seen after epoch {alarm.epoch}). {use} a later LoRA "
+        f"{config.overoptimisation.reward} fell by {size}, seen after epoch {alarm.epoch}). {use} a later snapshot "
         "at a lower strength; `recommend` finds the best."
     )

@@ -1,4 +1,4 @@
-"""Saves the results of a training as it runs: metrics, sample grids, LoRAs, checkpoints."""
+"""Saves the results of a training as it runs: metrics, sample grids, snapshots, checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +89,7 @@ class Keeper:
                 "folder, or start a new run"
             )
         remove_partial(self.run.checkpoints)
+        self.run.make_snapshots_folder(self.config)  # some tools do not copy an empty folder
         self.run.write_metrics(self.state.metrics)
         self.run.keep_changes(self.config)
         keep_tastes(self.run, self.tastes)
@@ -114,14 +115,14 @@ class Keeper:
         save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
     def _check_finite(self) -> None:
-        """Raise TrainingError if the LoRA or what the method learns has diverged: no run could resume from that."""
+        """Raise TrainingError if the policy or what the method learns has diverged: no run could resume from that."""
         groups, _ = self.state.method.state()
         learned = {"critic": [weight for group in groups.values() for weight in group.values()]}
-        for what, weights in {"LoRA": self.context.policy.parameters, **learned}.items():
+        for what, weights in {"policy": self.context.policy.parameters, **learned}.items():
             if not all(torch.isfinite(weight).all() for weight in weights):
                 raise TrainingError(
-                    f"the training has diverged, its {what} is no longer finite: start a new run with a lower "
-                    f"{'policy' if what == 'LoRA' else 'critic'}.lr; the last checkpoint and LoRA of this run are from "
+                    f"the training has diverged, its {_called(self.config, what)} is no longer finite: start a new run "
+                    f"with a lower {what}.lr; the last checkpoint and {_called(self.config)} of this run are from "
                     "before it diverged"
                 )
 
@@ -136,6 +137,10 @@ class Keeper:
         policy = self.context.policy
         with policy.averaged():
             write_atomically(path, lambda file: policy.trainable.export(file, metadata))
+
+
+def _called(config: TrainConfig, what: str = "policy") -> str:
+    return what if what != "policy" else "LoRA" if config.policy.train == "lora" else "model"
 
 
 def _setting(config: TrainConfig, name: str) -> int | float | str | bool:

@@ -75,10 +75,10 @@ class TrainState:
                 f"got {processes} processes for a run that one process stopped in the middle of an epoch; expected one "
                 f"process until that epoch ends, or delete its newest checkpoint in {str(folder)!r} to go back"
             )
-        trainable.load(tensors["policy"])
-        load_optimizer_tensors(context.optimizer, trainable.parameters, tensors["policy_optimizer"])
+        trainable.load(tensors.pop("policy"))
+        load_optimizer_tensors(context.optimizer, trainable.parameters, tensors.pop("policy_optimizer"))
         if average := context.policy.average:
-            average.load(tensors["policy_average"])
+            average.load(tensors.pop("policy_average"))
         watched = tensors.pop("overoptimisation", None)  # stays on the CPU: it is float64, which not every device has
         on_device = {name: _to(context.policy.device, group) for name, group in tensors.items()}
         self.method.load_state(on_device, state)

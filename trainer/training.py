@@ -26,7 +26,7 @@ from comfy_tdpo.memory import (
 from comfy_tdpo.methods import make_method
 from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
-from comfy_tdpo.optimizers import adamw, scheduled_lr, set_lr
+from comfy_tdpo.optimizers import policy_optimizer, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardModel
@@ -39,6 +39,7 @@ from .epoch_metrics import reward_metrics, update_metrics
 from .keeping import Keeper
 from .overoptimisation import Overoptimisation
 from .run import EpochMetrics, RunFolder
+from .run.disk import check_disk
 from .run.identity import identity
 from .run.neuron_log import append_neurons
 from .run.tastes import told_of_changes
@@ -102,6 +103,7 @@ class Training:
         self._warn(describe_unread(self.policy.model, [*self.prompts, *grid_prompts]))
         self._warn(unguarded(config))
         self._warn(told_of_changes(run, config))
+        self._warn(check_disk(run, config, policy))
         self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts)
 
     def _warn(self, text: str | None) -> None:
@@ -116,7 +118,7 @@ class Training:
         return Context(
             config=config,
             policy=policy,
-            optimizer=adamw(policy.parameters, config.policy),
+            optimizer=policy_optimizer(policy.parameters, config.policy, config.seed),
             decoder=Decoder(policy, config.decode_batch),
             reward=reward,
             eval_rewards=eval_rewards,

@@ -4,6 +4,10 @@ A step's exact KL depends only on the state, so it would have no gradient as tha
 of the loss, and the return contains only the KL of later steps. DPOK (arXiv 2305.16381) leaves these out: it penalises
 KL_k at the sampled x_k alone, and what a step does to the KL of later states does not count.
 
+A LoRA is turned off to measure the reference, at every step and in every update. If all weights are trained, those of
+the reference lie on the CPU, and are swapped in once an epoch: after sampling, its means at all states are measured and
+kept, and the policy's follow from its samples and their noise. What the KL is at a state does not depend on the order.
+
 The coefficient is in normalised reward per nat of a trajectory. The policy's surrogate loss has log-probabilities that
 are means over the C * H * W elements of a latent, so the same penalty per nat averaged over the elements is C * H * W
 times as large.
@@ -17,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..process import Step
-from ..process.gaussian import gaussian_kl
-from ..rollout import Trajectories
+from ..process.gaussian import gaussian_kl, log_prob
+from ..rollout import Trajectories, draw_noise
 from . import Metrics, TensorGroup, advantages
 from .context import Context
 from .guards import Gate, Scores
@@ -47,9 +51,42 @@ class KLPenalty:
     @property
     def form(self) -> str:
         """What sampling measures, see `rollout.denoise`."""
-        if not self.enabled:
+        if not self.enabled or self.policy.kl_reference.costly:
             return "none"
         return "exact" if self.in_loss else "sampled"
+
+    def measure(self, batch: Trajectories) -> None:
+        """Measure what sampling left out, because it would have swapped the reference in at every step."""
+        if not self.enabled or not self.policy.kl_reference.costly:
+            return
+        context, size = self.context, self.context.micro_batch
+        context.optimizer.zero_grad()  # the gradients' memory is needed for the reference
+        parts = [range(begin, min(begin + size, len(batch))) for begin in range(0, len(batch), size)]
+        context.begin("measuring the KL", 0, len(batch), len(batch))
+        with self.policy.reference():
+            found = [self._measured(batch, rows) for rows in parts]
+        batch.kl, batch.reference_means = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+
+    def _measured(self, batch: Trajectories, rows: range) -> tuple[Tensor, Tensor]:
+        """The KL of each step, (B, T), and the reference's means, (B, T, C, H, W), of B rows."""
+        context, policy, part = self.context, self.policy, slice(rows.start, rows.stop)
+        latents, conditioning = batch.latents[part], policy.encode_prompts(batch.prompts[part])
+        noise = draw_noise(policy, [context.noise_of(row) for row in rows])
+        means, kl = torch.zeros_like(latents[:, 1:]), torch.zeros_like(batch.kl[part])
+        for k, stochastic in enumerate(policy.process.stochastic.tolist()):
+            if not stochastic:
+                continue
+            context.check()
+            positions = torch.full((len(rows),), k, device=policy.device)
+            reference, std, _ = policy.step(latents[:, k], positions, conditioning)
+            if self.in_loss:
+                kl[:, k] = gaussian_kl(latents[:, k + 1] - std * noise[:, k + 1], reference, std)
+            else:
+                log_ratio = batch.log_probs[part, k] - log_prob(latents[:, k + 1], reference, std)
+                kl[:, k] = log_ratio * policy.latent_size
+            means[:, k] = reference
+            context.tell((rows.start + len(rows) * (k + 1) / len(policy.process)) / len(batch))
+        return kl, means
 
     # --- targets
 
@@ -96,11 +133,15 @@ class KLPenalty:
 
     # --- updates
 
-    def now(self, step: Step, inputs: Any) -> Tensor:
-        """KL of the policy's `step` from the reference's at the same `inputs` of policy.step, in nats, (B,)."""
-        with torch.no_grad(), self.policy.reference():
-            reference = self.policy.step(*inputs)
-        return gaussian_kl(step.mean, reference.mean, step.std)
+    def now(self, step: Step, inputs: Any, known: Tensor | None = None) -> Tensor:
+        """KL of the policy's `step` from the reference's at the same `inputs` of policy.step, in nats, (B,).
+
+        known: the reference's means, (B, C, H, W), if they have been measured.
+        """
+        if known is None:
+            with torch.no_grad(), self.policy.reference():
+                known = self.policy.step(*inputs).mean
+        return gaussian_kl(step.mean, known, step.std)
 
     # --- after the updates
 
@@ -159,4 +200,4 @@ class KLPenalty:
         self.used, self.resets, self.last_reset = state["used"], state["resets"], state["last_reset"]
         if self.gate:
             self.gate.load(state["gate"])
-        self.policy.kl_reference.weights = tensors.get("kl_reference", {})
+        self.policy.kl_reference.load(tensors.get("kl_reference", {}))

@@ -4,6 +4,8 @@ arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples, T denoising step
 neurons of a layer.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,12 @@ class NeuronStates:
         return (inputs[:, :1] if self.config.data == "first-step" else inputs).flatten(0, 1)
 
     def of_policy(self, batch: Trajectories) -> Metrics:
-        """Measure and reset the LoRA's neurons, on the first of BATCHES parts of the epoch's samples, at every step.
+        """Measure and reset the policy's neurons, on the first of BATCHES parts of the epoch's samples, at every step.
 
         The micro-batch only decides how many of these rows are in one forward pass.
         """
         policy, size = self.context.policy, self.context.micro_batch
-        layers, count = neurons.lora_layers(policy.trainable.network), max(1, len(batch) // BATCHES)
+        layers, count = neurons.policy_layers(policy.trainable), max(1, len(batch) // BATCHES)
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
             for begin in range(0, count, size):
                 rows = slice(begin, min(begin + size, count))
@@ -95,7 +97,7 @@ class NeuronStates:
         self,
         group: str,
         masks: TensorGroup,
-        layers: dict[str, neurons.HiddenLayer],
+        layers: Mapping[str, neurons.Neurons],
         optimizer: torch.optim.Optimizer,
     ) -> Metrics:
         draw = generator_at(self.context.config.seed, group, self.context.epoch + 1)

@@ -4,32 +4,95 @@ A neuron is one output of a hidden linear layer. Its score is the mean of |activ
 layer's mean. A neuron whose score is above a threshold is active; the others are dormant. TDPO-R resets the critic's
 active neurons.
 
+Of a policy whose weights are all trained, the neurons are the hidden ones of its transformers' feed-forward layers. A
+reset takes back what they have learned: they get the base model's weights again, as a LoRA's reset takes its B to 0.
+
 Deviations from the authors' code: overlap counts the neurons in both sets (theirs counts the mask's elements and is
 always 100 %); every reset draws new random weights (theirs draws the same numbers each time); optimizer state is looked
 up by parameter (theirs by position).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from ..models import Trainable
 from .critic import TemporalCritic
+
+# The entries of a parameter that belong to masked neurons, and what a reset gives it there: numbers drawn with this
+# standard deviation, or these.
+Entries = tuple[nn.Parameter, Tensor, float | Tensor]
 
 NEURON_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "leaky_relu": F.leaky_relu}
 
 
+class Neurons(Protocol):
+    """One layer of neurons; measured: the module whose output they are, (..., H)."""
+
+    @property
+    def measured(self) -> nn.Module: ...
+
+    def entries(self, mask: Tensor) -> Iterator[Entries]:
+        """The weights of the neurons in `mask`, boolean (H,)."""
+        ...
+
+
 @dataclass(frozen=True)
 class HiddenLayer:
-    """One layer of neurons: the linear layers before and after it, and the std that a reset gives each."""
+    """Neurons between two linear layers, and the std that a reset gives each of these."""
 
     incoming: nn.Linear
     outgoing: nn.Linear
     incoming_std: float
     outgoing_std: float
+
+    @property
+    def measured(self) -> nn.Module:
+        return self.incoming
+
+    def entries(self, mask: Tensor) -> Iterator[Entries]:
+        yield self.incoming.weight, mask[:, None], self.incoming_std
+        if self.incoming.bias is not None:
+            yield self.incoming.bias, mask, 0.0
+        yield self.outgoing.weight, mask[None, :], self.outgoing_std
+
+
+@dataclass(frozen=True)
+class TrainedLayer:
+    """The hidden neurons of a transformer's feed-forward layer; base: its parameters in the base model, by name."""
+
+    network: FeedForward
+    base: dict[str, Tensor]
+
+    @property
+    def measured(self) -> nn.Module:
+        return self.network.net[0]
+
+    def entries(self, mask: Tensor) -> Iterator[Entries]:
+        for name, parameter in self.network.named_parameters():
+            if name == "net.2.weight":
+                yield parameter, mask[None, :], self.base[name]
+            elif name.startswith("net.0."):  # rows of the neurons, then as many of their gates if it has any
+                rows = mask.repeat(len(parameter) // len(mask))
+                yield parameter, rows[:, None] if parameter.ndim == 2 else rows, self.base[name]
+
+
+def policy_layers(trainable: Trainable) -> Mapping[str, Neurons]:
+    """The layers of neurons of what is trained, a LoRA or a whole network."""
+    if not trainable.base:
+        return lora_layers(trainable.network)
+    layers = {}
+    for path, module in trainable.network.named_modules():
+        if isinstance(module, FeedForward):
+            base = {name: trainable.base[f"{path}.{name}"] for name, _ in module.named_parameters()}
+            layers[path] = TrainedLayer(module, base)
+    return layers
 
 
 def critic_layers(critic: TemporalCritic) -> dict[str, HiddenLayer]:
@@ -51,7 +114,7 @@ def lora_layers(network: nn.Module, adapter: str = "default") -> dict[str, Hidde
 class ActivationRecorder:
     """Sums |activation| of each layer's neurons over all forward passes inside the block."""
 
-    def __init__(self, layers: dict[str, HiddenLayer], activation: str = "relu"):
+    def __init__(self, layers: Mapping[str, Neurons], activation: str = "relu"):
         self.layers = layers
         self.activation = NEURON_ACTIVATIONS[activation]
         self._sums: dict[str, Tensor] = {}
@@ -59,7 +122,7 @@ class ActivationRecorder:
         self._handles: list = []
 
     def __enter__(self) -> "ActivationRecorder":
-        self._handles = [layer.incoming.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        self._handles = [layer.measured.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,19 +175,15 @@ def overlap_percent(active: dict[str, Tensor], before: dict[str, Tensor]) -> flo
     return 100 * (now & then).sum().item() / smaller if smaller else None
 
 
-def affected(layers: dict[str, HiddenLayer], masks: dict[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
-    """The weights of the masked neurons: each parameter, which of its entries, and the std that a reset gives them."""
+def affected(layers: Mapping[str, Neurons], masks: dict[str, Tensor]) -> Iterator[Entries]:
+    """The weights of the masked neurons of all layers."""
     for name, layer in layers.items():
-        mask = masks[name]
-        yield layer.incoming.weight, mask[:, None], layer.incoming_std
-        if layer.incoming.bias is not None:
-            yield layer.incoming.bias, mask, 0.0
-        yield layer.outgoing.weight, mask[None, :], layer.outgoing_std
+        yield from layer.entries(masks[name])
 
 
 @torch.no_grad()
 def reset_neurons(
-    layers: dict[str, HiddenLayer],
+    layers: Mapping[str, Neurons],
     masks: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
@@ -134,24 +193,20 @@ def reset_neurons(
     For each masked neuron this covers its incoming weights and bias, its outgoing column, and the moments of exactly
     those entries.
     """
-    for parameter, mask, std in affected(layers, masks):
-        _redraw(parameter, mask, std, optimizer, generator)
+    for parameter, mask, fresh in affected(layers, masks):
+        if not isinstance(fresh, Tensor):
+            fresh = fresh * torch.randn(parameter.shape, generator=generator)
+        _replace(parameter, mask, fresh, optimizer)
     return int(sum(masks[name].sum().item() for name in layers))
 
 
-def _redraw(
-    parameter: nn.Parameter,
-    mask: Tensor,
-    std: float,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> None:
-    fresh = std * torch.randn(parameter.shape, generator=generator)
+def _replace(parameter: nn.Parameter, mask: Tensor, fresh: Tensor, optimizer: torch.optim.Optimizer) -> None:
     parameter.copy_(torch.where(mask, fresh.to(parameter), parameter))
     state = optimizer.state.get(parameter, {})
     for moment in ("exp_avg", "exp_avg_sq"):
         if moment in state:
-            state[moment].masked_fill_(mask, 0.0)
+            low = state[moment].element_size() == 1  # float8, of which torch fills nothing; all bits 0 are 0
+            (state[moment].view(torch.uint8) if low else state[moment]).masked_fill_(mask, 0)
 
 
 def _concatenate(masks: dict[str, Tensor]) -> Tensor:

@@ -88,6 +88,7 @@ class PolicyGradient:
         Moments are computed over all processes; each process keeps its own rows.
         """
         gather, own = self.context.gather, self.context.own
+        self.kl.measure(batch)  # may be stopped too
         kl, rewards = gather(batch.kl), gather(batch.rewards)
         guards = {name: gather(scores) for name, scores in batch.guard_rewards.items()}
         self.rewards.start(prompts, guards)  # may be stopped, so that nothing may have changed before it
@@ -179,7 +180,9 @@ class PolicyGradient:
         context.add("policy/loss", loss)
         if self.kl.in_loss:
             weights = pick("kl_weight", targets["kl_weight"], rows, steps)
-            penalties = weights * self.kl.now(step, inputs)
+            known = batch.reference_means
+            known = None if known is None else pick("reference_means", known, rows, steps)
+            penalties = weights * self.kl.now(step, inputs, known)
             context.add("kl/loss", penalties.sum() / total)
             loss = loss + penalties.sum() / total
         loss.backward()

@@ -30,8 +30,8 @@ class Replay:
 
     A row of an update stands for one of this process's N new samples, or, from N on, for one of those kept.
 
-    samples: latents, log_probs, temporal_rewards and, with the KL in the loss, kl_weight: (R * B, ...), oldest first;
-        epochs, int64 (R * B,): when they were drawn.
+    samples: latents, log_probs, temporal_rewards and, with the KL in the loss, kl_weight, and the reference's means if
+        the method has measured them: (R * B, ...), oldest first; epochs, int64 (R * B,): when they were drawn.
     prompts: of the same.
     """
 
@@ -83,6 +83,8 @@ class Replay:
             return
         kept = {"latents": batch.latents, "log_probs": batch.log_probs}
         kept |= {name: targets[name] for name in ("temporal_rewards", "kl_weight") if name in targets}
+        if batch.reference_means is not None:
+            kept["reference_means"] = batch.reference_means
         added = {name: self.context.gather(tensor.contiguous()) for name, tensor in kept.items()}
         added["epochs"] = torch.full_like(added["log_probs"][:, 0], self.context.epoch + 1, dtype=torch.int64)
         limit = epochs * len(added["epochs"])

@@ -15,7 +15,7 @@ Neurons = Literal["active", "dormant", "all", "none"]
 
 
 class SteppedPolicySettings(PolicySettings):
-    """The LoRA and its updates, each on some of the denoising steps."""
+    """What is trained and its updates, each on some of the denoising steps."""
 
     clip_range: Positive = Field(
         default=1e-4,
@@ -60,7 +60,7 @@ class SteppedPolicySettings(PolicySettings):
 
 
 class ClippedPolicySettings(SteppedPolicySettings):
-    """The LoRA and its update (Eq. 8)."""
+    """What is trained and its update (Eq. 8)."""
 
     objective: PolicyObjective = Field(
         default="clip",
@@ -77,8 +77,8 @@ class ClippedPolicySettings(SteppedPolicySettings):
         ge=0,
         le=1000,
         description="latest earlier epochs whose samples are kept and trained on again, beside the new ones, so that a "
-        "reset of the LoRA's neurons forgets less; 0 keeps none. 256 samples of 50 steps at 512 pixels take 0.9 GB of "
-        "memory, and as much in each checkpoint",
+        "reset of the policy's neurons forgets less; 0 keeps none. 256 samples of 50 steps at 512 pixels take 0.9 GB "
+        "of memory, and as much in each checkpoint",
     )
     replay_share: Rate = Field(
         default=0.5, description="with policy.replay, replayed samples in an update for each new one"
@@ -157,15 +157,19 @@ class NeuronSettings(Section):
         description="a neuron of the critic counts as active if its mean activation, relative to its layer's mean, is "
         "above this",
     )
-    policy_reset: Neurons = Field(default="none", description="which of the LoRA's neurons are reset")
+    policy_reset: Neurons = Field(
+        default="none",
+        description="which of the policy's neurons are reset: those of the LoRA's rank, which start anew, or with "
+        "policy.train full those of feed-forward layers, which get the base model's weights again. Choices",
+    )
     policy_measure: bool = Field(
-        default=False, description="measure the LoRA's neurons every epoch, even if none of them are reset"
+        default=False, description="measure the policy's neurons every epoch, even if none of them are reset"
     )
     policy_threshold: float = Field(
         default=0.1,
         ge=0,
         le=1e3,
-        description="a neuron of the LoRA counts as active if its mean activation, relative to its layer's mean, is "
+        description="a neuron of the policy counts as active if its mean activation, relative to its layer's mean, is "
         "above this",
     )
     every: Count = Field(default=10, description="epochs between resets of neurons")

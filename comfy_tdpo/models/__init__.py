@@ -39,11 +39,13 @@ class Trainable(Protocol):
     """The trained part of a network, and how it is saved.
 
     network: the module whose forward it changes.
-    parameters: by name, float32; the only ones that require gradients.
+    parameters: by name, the only ones that require gradients; float32, unless settings ask for low precision.
+    base: by name, on the CPU, the base model's weights in their place; empty for a LoRA, which is added to them.
     """
 
     network: nn.Module
     parameters: dict[str, nn.Parameter]
+    base: dict[str, Tensor]
 
     def state(self) -> dict[str, Tensor]:
         """The tensors to save in a checkpoint."""
@@ -54,7 +56,7 @@ class Trainable(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside the block, the network is the frozen base model."""
+        """Inside the block, the network is the frozen base model. If `base` holds weights, entering it copies them."""
         ...
 
     def export(self, path: Path, metadata: dict[str, str]) -> None:

@@ -39,6 +39,7 @@ class Lora(ABC):
 
     def __init__(self, network: Any, rank: int, alpha: float, modules: Sequence[str], seed: int):
         self.network, self.rank, self.alpha = network, rank, alpha
+        self.base: dict[str, Tensor] = {}  # nothing of the base model is trained
         with torch.random.fork_rng([]):  # peft uses torch's global generator; its A is replaced below
             network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules)))
         self.parameters: dict[str, nn.Parameter] = {

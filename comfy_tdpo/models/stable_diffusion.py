@@ -15,7 +15,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..prompts.length import describe_cut, too_long
 from ..settings import PolicySettings
-from . import LatentDecoder, Outline, PromptEncoder
+from . import LatentDecoder, Outline, PromptEncoder, Trainable
+from .adapt import adapt
 from .conditioning import Conditioning, TensorConditioning
 from .lora import UNetLora
 
@@ -140,11 +141,11 @@ class StableDiffusion:
         sizes[:, 0::4], sizes[:, 1::4] = height, width
         return sizes
 
-    def adapt(self, settings: PolicySettings, seed: int) -> UNetLora:
-        if settings.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        alpha = float(settings.rank if settings.alpha is None else settings.alpha)
-        return UNetLora(self.network, settings.rank, alpha, settings.targets, seed)
+    def adapt(self, settings: PolicySettings, seed: int) -> Trainable:
+        def add_lora(rank: int, alpha: float) -> UNetLora:
+            return UNetLora(self.network, rank, alpha, settings.targets, seed)
+
+        return adapt(self.network, settings, add_lora)
 
     def to(self, device: torch.device) -> StableDiffusion:
         for network in self.networks.values():

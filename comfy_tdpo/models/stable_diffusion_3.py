@@ -18,7 +18,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from ..process.flow_schedule import PATCH, FlowSchedule
 from ..prompts.length import describe_cut, too_long
 from ..settings import PolicySettings
-from . import LatentDecoder, Outline, PromptEncoder
+from . import LatentDecoder, Outline, PromptEncoder, Trainable
+from .adapt import adapt
 from .conditioning import Conditioning, TensorConditioning
 from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
 from .files import AGAIN, read_json, required
@@ -126,11 +127,11 @@ class StableDiffusion3:
             return_dict=False,
         )[0]
 
-    def adapt(self, settings: PolicySettings, seed: int) -> TransformerLora:
-        if settings.gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-        alpha = float(settings.rank if settings.alpha is None else settings.alpha)
-        return TransformerLora(self.network, settings.rank, alpha, LORA_MODULES[settings.targets], seed)
+    def adapt(self, settings: PolicySettings, seed: int) -> Trainable:
+        def add_lora(rank: int, alpha: float) -> TransformerLora:
+            return TransformerLora(self.network, rank, alpha, LORA_MODULES[settings.targets], seed)
+
+        return adapt(self.network, settings, add_lora)
 
     def to(self, device: torch.device) -> StableDiffusion3:
         for network in self.networks.values():

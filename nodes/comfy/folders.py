@@ -18,9 +18,12 @@ REWARD_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def all_runs() -> Runs:
-    """The runs in ComfyUI's output folder; their LoRAs go where its own Load LoRA looks."""
+    """The runs in ComfyUI's output folder; their LoRAs go where its own Load LoRA looks, and whole models where Load
+    Diffusion Model does."""
     loras, *_ = folder_paths.get_folder_paths("loras")
-    return Runs(Path(folder_paths.get_output_directory()).resolve() / "tdpo", Path(loras).resolve())
+    models = folder_paths.get_folder_paths("diffusion_models")[-1]  # the first is the old models/unet
+    root = Path(folder_paths.get_output_directory()).resolve() / "tdpo"
+    return Runs(root, Path(loras).resolve(), Path(models).resolve())
 
 
 def all_tastes() -> Tastes:

@@ -1,4 +1,4 @@
-"""Applies LoRAs as ComfyUI does, but raises an error if nothing fits."""
+"""Applies LoRAs as ComfyUI does, but raises an error if nothing fits; and the whole models of runs that train these."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,26 @@ from ..runs.combos import NO_BLEND
 from ..runs.snapshots import find_snapshot
 from .blend import blend_weights
 from .folders import lora_file
+from .whole import apply_model
 
 
 def apply_run(
     model: Any, run: RunFolder, snapshot: str, epoch: int, strength: float, blend: str = NO_BLEND
 ) -> tuple[Any, str]:
-    """The MODEL with a run's LoRA, and what was applied, as text; `blend` is one of BLENDS."""
+    """The MODEL with a run's LoRA or trained weights, and what was applied, as text; `blend` is one of BLENDS."""
     found = find_snapshot(run, snapshot, epoch)
     if found.file is None:
         return model, f"run {run.path.name}: {found.note}; the model is unchanged"
-    applied = apply_weights(model, read_lora(found.file), strength, f"run {run.path.name!r}", blend)
+    named = f"run {run.path.name!r}"
+    if run.trains_all:
+        if blend != NO_BLEND:
+            raise ValueError(
+                f"got blend_over_steps {blend!r} for {named}, which trained all weights and not a LoRA; expected "
+                f"{NO_BLEND!r}"
+            )
+        applied = apply_model(model, read_lora(found.file), strength, named)
+    else:
+        applied = apply_weights(model, read_lora(found.file), strength, named, blend)
     what = f"run {run.path.name}, after epoch {epoch_of(found.file)}, strength {_strength(found.file, strength)}"
     return applied, what + _blended(blend) + (f" ({found.note})" if found.note else "")
 

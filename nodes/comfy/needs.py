@@ -44,7 +44,9 @@ comfy.model_management.throw_exception_if_processing_interrupted
 comfy.model_management.unet_offload_device()
 comfy.model_management.unload_all_models()
 comfy.model_patcher.ModelPatcher(_, load_device=_, offload_device=_)
+comfy.model_patcher.ModelPatcher.add_patches(self, _, _, _)
 comfy.model_patcher.ModelPatcher.add_wrapper_with_key(self, _, _, _)
+comfy.model_patcher.ModelPatcher.clone(self)
 comfy.model_patcher.ModelPatcher.get_model_object(self, _)
 comfy.model_patcher.ModelPatcher.use_ejected(self)
 comfy.patcher_extension.WrappersMP.OUTER_SAMPLE

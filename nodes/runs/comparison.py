@@ -33,7 +33,7 @@ def grid_shape_of(run: RunFolder, config: TrainConfig) -> list[int]:
 
 def kept(run: RunFolder) -> list[int]:
     """The epochs whose LoRA is kept."""
-    return _epochs((run.path / "lora").glob("epoch-*.safetensors"))
+    return _epochs(run.snapshots.glob("epoch-*.safetensors"))
 
 
 def _epochs(paths: Any) -> list[int]:

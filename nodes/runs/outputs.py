@@ -12,8 +12,9 @@ from .registry import newest_grid
 
 
 def lora_weights(run: RunFolder) -> dict[str, Tensor]:
-    """The newest LoRA; before the first, no weights, which has the same effect as an untrained LoRA."""
-    return read_lora(run.latest_lora) if run.latest_lora.is_file() else {}
+    """The newest LoRA. Before the first, no weights, which has the same effect as an untrained LoRA; none either of a
+    run that trains all weights."""
+    return read_lora(run.latest_lora) if run.latest_lora.is_file() and not run.trains_all else {}
 
 
 def sample_image(run: RunFolder) -> Tensor:

@@ -4,6 +4,7 @@ Everything that the routes and the nodes report about runs is made here, without
 """
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from comfy_tdpo.tastes.names import PREFIX
 from ...trainer.alarm import alarm_of, ends_early, lora_before, unguarded
 from ...trainer.config import TrainConfig
 from ...trainer.job import ENDED, Job, find_job
+from ...trainer.recommend.options import is_of_shapes
 from ...trainer.run import EpochMetrics, RunFolder
 from ...trainer.run.paths import CONFIG, epoch_in
 from . import comparison
@@ -45,11 +47,13 @@ class Runs:
     """All runs.
 
     Args:
-        root: the folder that contains them; loras: ComfyUI's folder for LoRAs, where theirs go into `tdpo/`.
+        root: the folder that contains them; loras: ComfyUI's folder for LoRAs, where theirs go into `tdpo/`; models:
+            the same for diffusion models, of runs that train all weights. None: these stay in their runs.
     """
 
     root: Path
     loras: Path
+    models: Path | None = None
 
     def folder(self, name: str) -> RunFolder:
         """The folder of a run, whether it exists or not."""
@@ -92,6 +96,7 @@ class Runs:
             "node": mark.node,
             "workflow": mark.workflow,
             "lora": self.lora_name(run),
+            "trains_all": run.trains_all,
             "samples_epoch": grids[-1] if grids else None,
             "grids": grids,
             "kept": comparison.kept(run),
@@ -179,28 +184,45 @@ class Runs:
     # --- the LoRAs for ComfyUI's Load LoRA --------------------------------------------------------------------------
 
     def lora_name(self, run: RunFolder) -> str | None:
-        """The name of the run's LoRA in ComfyUI's lists; None before there is one.
+        """The name of the run's LoRA, or of its whole model, in ComfyUI's lists; None before there is one.
 
         A file left there by an earlier run of the same name does not count.
         """
-        place = self._shared_lora(run)
-        return str(place.relative_to(self.loras)) if place.is_file() and run.latest_lora.is_file() else None
+        folder = self._shared_folder(run)
+        name = f"tdpo/{run.path.name}.safetensors"
+        return str(Path(name)) if folder and (folder / name).is_file() and run.latest_lora.is_file() else None
 
     def share_loras(self, run: RunFolder) -> None:
-        """Copy the run's newest LoRA, and the recommended one, to where ComfyUI's own Load LoRA finds them.
+        """Copy the run's newest LoRA, and the recommended one, to where ComfyUI's own Load LoRA finds them, or its
+        whole models to where Load Diffusion Model does.
 
         A recommended LoRA that the run no longer has is removed there too.
         """
+        folder = self._shared_folder(run)
+        if folder is None:
+            return
+        copy = _link if run.trains_all else shutil.copyfile
+        place, recommended = (folder / "tdpo" / kind / f"{run.path.name}.safetensors" for kind in ("", "recommended"))
         if run.latest_lora.is_file():
-            write_atomically(self._shared_lora(run), partial(shutil.copyfile, run.latest_lora))
-        recommended = self._shared_lora(run, "recommended")
+            write_atomically(place, partial(copy, run.latest_lora))
         if run.recommended_lora.is_file():
-            write_atomically(recommended, partial(shutil.copyfile, run.recommended_lora))
+            write_atomically(recommended, partial(copy, run.recommended_lora))
         else:
             recommended.unlink(missing_ok=True)
 
-    def _shared_lora(self, run: RunFolder, folder: str = "") -> Path:
-        return self.loras / "tdpo" / folder / f"{run.path.name}.safetensors"
+    def _shared_folder(self, run: RunFolder) -> Path | None:
+        """Where the run's files are shared; None for whole models that Load Diffusion Model would not know."""
+        if not run.trains_all:
+            return self.loras
+        return None if is_of_shapes(run.config) else self.models
+
+
+def _link(file: Path, place: Path) -> None:
+    """Link to a whole model, which has gigabytes and is never changed in place, or copy it."""
+    try:
+        os.link(file, place)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(file, place)
 
 
 def _of_job(job: Job) -> Fields:
@@ -223,8 +245,8 @@ def plan_of(config: TrainConfig) -> str:
     """What the run costs and with which settings, those of the preset included."""
     images = f"{config.epochs * config.samples_per_epoch:,} images of {config.steps} steps"
     how = f"at {config.resolution} px with guidance {config.guidance:g}"
-    lora = f"for a LoRA of rank {config.policy.rank} with learning rate {config.policy.lr:g}"
-    return f"{images} in {config.epochs} epochs, {how}, {lora}"
+    what = "all weights" if config.policy.train == "full" else f"a LoRA of rank {config.policy.rank}"
+    return f"{images} in {config.epochs} epochs, {how}, for {what} with learning rate {config.policy.lr:g}"
 
 
 NOTHING_DONE: Fields = {
@@ -264,6 +286,9 @@ def advice(status: Fields, waits: bool) -> str:
         case "finished" if epoch < epochs:
             ended = f"Ended after epoch {epoch} of {epochs}, saved."
             return f"{ended} To train on, set stop_on_overoptimisation (in settings) to false and queue the graph."
+        case "finished" if status.get("trains_all"):
+            listed = ", and Load Diffusion Model lists it" if status["lora"] else ""
+            return f"Finished. TDPO LoRA Apply applies its model{listed}. Raise epochs to train longer."
         case "finished":
             longer = f"To train longer, set epochs to more than {epochs}, such as {2 * epochs}, and queue the graph."
             return f"Load LoRA lists its LoRA; TDPO LoRA Apply applies it. {longer}"

@@ -59,6 +59,43 @@ def lora(file: str) -> dict[str, float]:
     }
 
 
+def whole(file: str) -> dict[str, float]:
+    """What Shapes predicts with all weights trained: as a patch on its MODEL at two strengths, and by diffusers."""
+    from comfy_tdpo.nodes.comfy.whole import apply_model
+    from comfy_tdpo.trainer.run.loras import read_lora
+
+    model, _, _ = shapes_out.shapes_native()
+    parts, weights = load_components(str(WORLD / "pipeline")), read_lora(Path(file))
+    latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
+    context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
+
+    def by_comfyui(patched) -> Tensor:
+        patched.patch_model(device_to=CPU)
+        try:
+            return patched.model.diffusion_model(latents, timesteps, context=context)
+        finally:
+            patched.unpatch_model(device_to=CPU)
+
+    base = {name: weight.clone() for name, weight in parts.unet.state_dict().items()}
+    found: dict[str, float] = {}
+    plain = by_comfyui(model.clone())
+    for strength in (1.0, 0.5):
+        patched = apply_model(model, weights, strength, "test")
+        parts.unet.load_state_dict({name: torch.lerp(base[name], weights[name], strength) for name in base})
+        expected = parts.unet(latents, timesteps, context).sample
+        found[f"Apply at {strength:g}"] = difference(by_comfyui(patched), expected)
+        found[f"baked in at {strength:g}"] = difference(
+            models_in.diffusers_unet(patched)(latents, timesteps, context).sample, expected
+        )
+    found["what it changes"] = difference(plain, expected)
+    found["the MODEL afterwards"] = difference(by_comfyui(model.clone()), plain)
+    try:
+        apply_model(model, {"conv_in.weight": torch.zeros(1, 4, 3, 3)}, 1.0, "run 'other'")
+    except ValueError as error:
+        found["refused"] = float("run 'other', which do not fit this MODEL: conv_in.weight" in str(error))
+    return found
+
+
 def baked(snapshot: str, file: str, strength: str) -> dict[str, float]:
     """How far a FILE in ComfyUI's own Load LoRA at 1 is from the SNAPSHOT at the STRENGTH baked into it."""
     from nodes import LoraLoader

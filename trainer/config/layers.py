@@ -1,7 +1,7 @@
 """How presets, files and the command line combine into a configuration.
 
 Later layers win: the settings' defaults (the paper's values), the algorithm's row of Table 1, the preset, the preset's
-own values for that algorithm, a configuration file, the command line.
+own values for that algorithm, its values for training all weights, a configuration file, the command line.
 """
 
 from pathlib import Path
@@ -9,12 +9,13 @@ from typing import Any
 
 from comfy_tdpo.methods import find_algorithm
 from comfy_tdpo.models.kind import is_sd3, is_xl
-from comfy_tdpo.settings import NONE, Section, section_of
+from comfy_tdpo.settings import NONE, PolicySettings, Section, section_of
 
 from .parsing import split_names, with_named_rewards
 from .schema import DEFAULT_ALGORITHM, Fields, TrainConfig, config_class, plain_values, validate
 from .toml_files import read_toml
 
+OF_LORA = ("rank", "alpha", "targets")  # settings of the policy that do not apply if all weights are trained
 PRESETS = Path(__file__).parent.parent / "presets"
 
 
@@ -38,14 +39,17 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
     if preset not in presets():
         raise ValueError(f"got preset {preset!r}; expected one of {', '.join(presets())}")
     base = read_toml(PRESETS / f"{preset}.toml")
-    for_algorithm = base.pop("algorithms", {})
+    for_algorithm, for_full = base.pop("algorithms", {}), base.pop("full", {})
     algorithm = _algorithm(base.pop("algorithm", DEFAULT_ALGORITHM), *above)
     base = merge(_known(base, config_class(algorithm)), for_algorithm.get(algorithm, {}) | {"algorithm": algorithm})
     base = _without_roles_taken(base, above)
-    merged: Fields = {}
-    for layer in (find_algorithm(algorithm).values, base, *above):
-        merged = merge(merged, layer)
-    return validate(merged)
+    below = merge(find_algorithm(algorithm).values, base)
+    if _trains_all(above):
+        _check_no_lora(above, below)
+        below = merge(below, for_full)
+    for layer in above:
+        below = merge(below, layer)
+    return validate(below)
 
 
 def preset_for(model: Any) -> str:
@@ -103,6 +107,29 @@ def _known(values: Fields, section: type[Section]) -> Fields:
             inner = section_of(info)
             known[name] = _known(value, inner) if inner else value
     return known
+
+
+def _trains_all(layers: list[Fields]) -> bool:
+    return _topmost(_of_policy(layers), "train", "lora") == "full"
+
+
+def _of_policy(layers: list[Fields]) -> list[Fields]:
+    return [layer["policy"] for layer in layers if isinstance(layer.get("policy"), dict)]
+
+
+def _check_no_lora(above: list[Fields], below: Fields) -> None:
+    """Raise ValueError if a layer `above` the preset sets what only a LoRA has: it would have no effect.
+
+    A file that `--print-config` wrote repeats the values `below`.
+    """
+    usual = merge({name: PolicySettings.model_fields[name].default for name in OF_LORA}, below.get("policy", {}))
+    for policy in _of_policy(above):
+        for name in OF_LORA:
+            if name in policy and policy[name] != (NONE if usual[name] is None else usual[name]):
+                raise ValueError(
+                    f"got policy.{name} {policy[name]} with policy.train full, which trains no LoRA; remove "
+                    f"policy.{name}, or set policy.train to lora"
+                )
 
 
 def _topmost(layers: list[Fields], name: str, default: Any) -> Any:

@@ -80,7 +80,7 @@ class TrainConfig(MethodSettings):
         default=None, description="what the model predicts, if its own configuration does not say"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="precision of the base model; the LoRA is always fp32"
+        default="fp32", description="precision of the base model, and of the arithmetic; a LoRA is always fp32"
     )
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"
@@ -176,6 +176,7 @@ class TrainConfig(MethodSettings):
                 f"samples_per_epoch {self.samples_per_epoch} is not a multiple of samples_per_prompt "
                 f"{self.samples_per_prompt}; choose a divisor"
             )
+        self.policy.check_optimizer(self.precision)
         self.check_samples(self.samples_per_epoch)
         self.check_updates(self.samples_per_update)
         self.check_steps(self.steps)

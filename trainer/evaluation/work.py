@@ -66,7 +66,7 @@ def evaluate(
 def _described(asked: Asked) -> str:
     snapshots = sum(len(subject.cells) for subject in asked.subjects)
     sets = ", ".join(f"{prompts.name} ({len(prompts.prompts)} prompts)" for prompts in asked.sets)
-    return f"{snapshots} LoRAs and the base model, {asked.images} images a prompt; prompts: {sets}"
+    return f"{snapshots} snapshots and the base model, {asked.images} images a prompt; prompts: {sets}"
 
 
 def _load_policy(config: TrainConfig, device: torch.device) -> "DiffusionPolicy":
@@ -76,7 +76,7 @@ def _load_policy(config: TrainConfig, device: torch.device) -> "DiffusionPolicy"
 
 
 class _Studio:
-    """Makes painters, one at a time: the model is loaded again only for a LoRA of another shape."""
+    """Makes painters, one at a time: the model is loaded again only if something else was trained."""
 
     def __init__(self, make_policy: MakePolicy, device: torch.device, check: Callable[[], None]):
         self.device, self.check = device, check
@@ -85,10 +85,10 @@ class _Studio:
         self._painter: Painter | None = None
 
     def painter(self, config: TrainConfig) -> "Painter":
-        """One whose policy has a LoRA as that of `config`."""
+        """One whose policy trains what that of `config` does."""
         from ..recommend.drawing import Painter  # imports diffusers, which takes seconds
 
-        shape = config.policy.rank, config.policy.alpha, config.policy.targets
+        shape = config.policy.train, config.policy.rank, config.policy.alpha, config.policy.targets
         if self._painter is None or shape != self._shape:
             self._painter = None
             gc.collect()  # a policy refers to itself

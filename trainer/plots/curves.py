@@ -118,9 +118,9 @@ def _diversity_panels(metrics: list[EpochMetrics]) -> list[Panel]:
 
 
 def neuron_panels(metrics: list[EpochMetrics]) -> list[Panel]:
-    """Dormant neurons and their overlap with the epoch before, for the critic and for the LoRA."""
+    """Dormant neurons and their overlap with the epoch before, for the critic and for the policy."""
     panels = []
-    for group, title in (("neurons", "Critic neurons"), ("policy_neurons", "LoRA neurons")):
+    for group, title in (("neurons", "Critic neurons"), ("policy_neurons", "Policy neurons")):
         dormant = Line(f"{group}/dormant_percent", BLUE, label="dormant")
         overlap = Line(f"{group}/overlap_percent", VERMILION, label="overlap")
         lines = tuple(line for line in (dormant, overlap) if line.key in keys_of(metrics))
@@ -143,7 +143,7 @@ def critic_panels(metrics: list[EpochMetrics]) -> list[Panel]:
 
 
 def _resets(metrics: list[EpochMetrics]) -> list[float]:
-    """Reward queries at which neurons of the critic or of the LoRA were reset."""
+    """Reward queries at which neurons of the critic or of the policy were reset."""
     kinds = ("neurons/reset_count", "policy_neurons/reset_count")
     return [epoch["reward_queries"] for epoch in metrics if any(epoch.get(kind, 0) for kind in kinds)]
 

@@ -54,7 +54,7 @@ def recommend(
         name = held_out_reward(config, options.held_out)
         prompts, source = unseen_prompts(config, run.prompts(config), run.grid_prompts(config), options.prompts)
         cells = cells_of(run, options.strengths)
-        tell(f"{len(cells) - 1} LoRAs and the base model, {options.images} images each; prompts: {source}")
+        tell(f"{len(cells) - 1} snapshots and the base model, {options.images} images each; prompts: {source}")
         table = Table(run.recommendation)
         training, held_out = _load_rewards(run, config, name, device)
         for reward in (training, held_out):
@@ -72,7 +72,7 @@ def recommend(
             artist.draw(cells, phase)
             return {cell: _scores(table, cell, draws, names) for cell, draws in cells.items()}
 
-        before = {key: weight.detach().clone() for key, weight in policy.trainable.state().items()}
+        before = {key: weight.detach().to("cpu", copy=True) for key, weight in policy.trainable.state().items()}
         try:
             scores = drawn(dict.fromkeys(cells, draws), "recommending")
             found = judge(names, scores, options.tolerance, source)

@@ -19,7 +19,7 @@ from ..config.changes import unknown
 from ..config.toml_files import read_toml
 from .json_lines import append_lines
 from .new_folder import check_free
-from .paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, PROMPTS, RunPaths, run_nearby
+from .paths import CONFIG, GRID_PROMPTS, LOCK, METRICS, MODEL, PROMPTS, RunPaths, run_nearby
 
 EpochMetrics = dict[str, float]
 
@@ -59,7 +59,15 @@ class RunFolder(RunPaths):
         self._write_lines(PROMPTS, prompts)
         shown = self._load_prompts(config.grid_prompts) if config.grid_prompts else prompts
         self._write_lines(GRID_PROMPTS, spread(shown, config.output.grid_images))
+        self.make_snapshots_folder(config)
         self.write_config(_with_absolute_model(config))
+
+    def make_snapshots_folder(self, config: TrainConfig) -> None:
+        """Make, for a run of `config`, what tells whether its snapshots are LoRAs: see `trains_all`."""
+        if config.policy.train == "full":
+            (self.path / MODEL).mkdir(exist_ok=True)
+        elif self.trains_all:
+            (self.path / MODEL).rmdir()  # the run has not trained yet, and was to train all weights before
 
     def _load_prompts(self, source: str) -> list[str]:
         """The prompts of a set or a user's file; if the run's own file is named, its lines as they are."""

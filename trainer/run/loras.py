@@ -1,4 +1,4 @@
-"""The LoRA files of a run, whose weights are read safely even from untrusted files."""
+"""The LoRA files of a run, or those of its whole models, whose weights are read safely even from untrusted files."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 
 def snapshots(run: RunPaths) -> dict[int, Path]:
     """Epoch -> LoRA file, including the latest."""
-    files = sorted((run.path / "lora").glob("epoch-*.safetensors"))
+    files = sorted(run.snapshots.glob("epoch-*.safetensors"))
     kept = {epoch: path for path in files if (epoch := epoch_in(path)) is not None}
     if run.latest_lora.is_file():
         kept.setdefault(epoch_of(run.latest_lora), run.latest_lora)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from comfy_tdpo.user_files import check_name
 
-from .paths import CONFIG, GRID_PROMPTS, LOCK, PROMPTS, holds_run
+from .paths import CONFIG, GRID_PROMPTS, LOCK, MODEL, PROMPTS, holds_run
 
 RUNS = Path("runs")
 # Files of a run killed during its creation, and files that file managers and file systems put into every folder.
@@ -98,6 +98,8 @@ def _check_way(folder: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
+    if path.name == MODEL and path.is_dir() and not any(path.iterdir()):
+        return False  # of a run killed during its creation
     return path.name.lower() not in _IGNORED and ".partial" not in path.name and not path.name.startswith("._")
 
 

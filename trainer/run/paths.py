@@ -6,6 +6,7 @@ metrics.jsonl                  one line per epoch, appended and flushed
 samples/epoch-0010.png         grid of images with fixed prompts and seeds
 lora/epoch-0010.safetensors    and lora/latest.safetensors
 lora/recommended.safetensors   the LoRA to use, with its strength baked in
+model/                         instead of lora/ if all weights are trained, with the same names of files
 evaluation/                    how its snapshots were judged, see trainer/evaluation
 recommendation/                how it was chosen, see trainer/recommend
 checkpoints/epoch-0010/        exact state
@@ -17,12 +18,16 @@ from pathlib import Path
 
 from comfy_tdpo.tastes.names import FITTED, PREFIX
 
+LORA, MODEL = "lora", "model"  # folders of snapshots; a run has one of them
 CONFIG, PROMPTS, GRID_PROMPTS, METRICS = "config.toml", "prompts.txt", "grid-prompts.txt", "metrics.jsonl"
 LOCK, TASTES = ".lock", "tastes"
 
 
 class RunPaths:
-    """The files of the run in the folder `path`, whether they exist or not."""
+    """The files of the run in the folder `path`, whether they exist or not.
+
+    What is called a LoRA here holds all weights of the denoiser if these are trained.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -32,19 +37,28 @@ class RunPaths:
         return self.path / "checkpoints"
 
     @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained; such a run has the folder of its snapshots before it has the first."""
+        return (self.path / MODEL).is_dir()
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / (MODEL if self.trains_all else LORA)
+
+    @property
     def latest_lora(self) -> Path:
-        return self.path / "lora" / "latest.safetensors"
+        return self.snapshots / "latest.safetensors"
 
     @property
     def recommended_lora(self) -> Path:
-        return self.path / "lora" / "recommended.safetensors"
+        return self.snapshots / "recommended.safetensors"
 
     @property
     def recommendation(self) -> Path:
         return self.path / "recommendation"
 
     def lora(self, epoch: int) -> Path:
-        return self.path / "lora" / f"{epoch_name(epoch)}.safetensors"
+        return self.snapshots / f"{epoch_name(epoch)}.safetensors"
 
     def sample_grid(self, epoch: int) -> Path:
         return self.path / "samples" / f"{epoch_name(epoch)}.png"

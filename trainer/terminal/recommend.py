@@ -113,7 +113,7 @@ def told(run: RunFolder, found: Recommendation) -> str:
 
 
 def _table(found: Recommendation) -> str:
-    head = ("LoRA", "strength", shortened(found.training, 28), shortened(found.held_out, 28), "change", "")
+    head = ("snapshot", "strength", shortened(found.training, 28), shortened(found.held_out, 28), "change", "")
     rows = [head, _row(found.base), *map(_row, found.outcomes)]
     if found.chosen is not None:
         at = 2 + found.outcomes.index(found.chosen)
@@ -145,9 +145,9 @@ def _verdict(found: Recommendation) -> str:
         near = found.nearest
         nearest = f" The nearest is {near[0].cell.label} at strength {near[0].cell.strength:g}." if near else ""
         return (
-            f"No LoRA is recommended: none has a higher {found.training} than the base model and a {found.held_out} at "
-            f"most {allowed} with {CONFIDENCE:.0%} confidence.{nearest} Use the base model, try lower --strengths or "
-            "more prompts, or train with a KL penalty (--kl.coefficient)."
+            f"No snapshot is recommended: none has a higher {found.training} than the base model and a "
+            f"{found.held_out} at most {allowed} with {CONFIDENCE:.0%} confidence.{nearest} Use the base model, try "
+            "lower --strengths or more prompts, or train with a KL penalty (--kl.coefficient)."
         )
     fresh = found.fresh
     more = "" if fresh.change >= -found.allowed else ", which is more than that: be careful with it"
@@ -164,5 +164,5 @@ def _files(run: RunFolder, found: Recommendation) -> str:
     folder = run.recommendation.resolve()
     rows = [("picture", folder / PICTURE), ("frontier", folder / FRONTIER), ("all scores", folder / TABLE)]
     if found.chosen is not None:
-        rows.insert(0, ("LoRA to use", run.recommended_lora.resolve()))
+        rows.insert(0, ("to use" if run.trains_all else "LoRA to use", run.recommended_lora.resolve()))
     return "\n".join(f"{label:<11}  {path}" for label, path in rows)

@@ -129,14 +129,14 @@ def _verdict(training: Course, held_out: list[Course], run: RunFolder) -> str:
     if training.direction > 0 and fallen:
         return (
             f"{training.name} rose while the held-out {_listed(fell)} fell. Later images score well "
-            "on the training reward at the expense of the others. Use an earlier LoRA of this run"
+            "on the training reward at the expense of the others. Use an earlier snapshot of this run"
             f"{', '.join([_earlier(run, fallen), *remedies[:-1]])}, or {remedies[-1]}."
         )
     return f"{_training_sentence(training)} {_held_out_sentence(held_out, fell)}"
 
 
 def _earlier(run: RunFolder, fallen: list[Course]) -> str:
-    """The last LoRA saved before any of `fallen` fell, as an example; empty if there is none."""
+    """The last snapshot saved before any of `fallen` fell, as an example; empty if there is none."""
     epochs = range(1, len(fallen[0].means))
     kept = [e for e in epochs if run.lora(e).exists() and not any(course.had_fallen(e) for course in fallen)]
     return f", such as {'/'.join(run.lora(kept[-1]).parts[-2:])}" if kept else ""
@@ -163,14 +163,28 @@ def _listed(names: list[str]) -> str:
 
 
 def _facts(run: RunFolder, metrics: list[EpochMetrics]) -> str:
-    lora, plots = run.latest_lora.resolve(), run.plot("reward").parent.resolve()
+    plots = run.plot("reward").parent.resolve()
     rows = [
         ("reward queries", f"{metrics[-1]['reward_queries']:,.0f}"),
         ("total time", duration(sum(epoch["time/epoch_s"] for epoch in metrics))),
         ("peak memory", f"{max(epoch['memory/peak_bytes'] for epoch in metrics) / 2**30:.1f} GiB"),
-        ("LoRA", str(lora)),
-        ("  in ComfyUI", "copy it to models/loras and choose it in a Load LoRA node"),
-        ("  in diffusers", f"pipe.load_lora_weights({str(lora)!r})"),
+        *_uses(run),
         ("plots", str(plots)),
     ]
     return "\n".join(f"{label:<14}  {value}" for label, value in rows)
+
+
+def _uses(run: RunFolder) -> list[tuple[str, str]]:
+    """Where the trained weights are, and what to do with them."""
+    path = run.latest_lora.resolve()
+    if not run.trains_all:
+        return [
+            ("LoRA", str(path)),
+            ("  in ComfyUI", "copy it to models/loras and choose it in a Load LoRA node"),
+            ("  in diffusers", f"pipe.load_lora_weights({str(path)!r})"),
+        ]
+    return [
+        ("model", str(path)),
+        ("  in ComfyUI", "copy it to models/diffusion_models and choose it in a Load Diffusion Model node"),
+        ("  in diffusers", f"pipe.unet.load_state_dict(safetensors.torch.load_file({str(path)!r}))"),
+    ]

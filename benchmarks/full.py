@@ -1,0 +1,194 @@
+"""All weights or a LoRA, at equal reward queries: `python benchmarks/full.py`.
+
+Trains both on Shapes, by the recipe and by TDPO-R, over paired seeds (the same prompts and noise), and compares what
+is gained and lost after the same number of queries, the policy's dormant neurons, and what it takes. Writes full.jsonl
+(one line per run: the series of each epoch), full.md and full.png beside this file.
+
+A run that full.jsonl holds already is not repeated, and a stopped one is resumed.
+"""
+
+import argparse
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from pairs import Line, Series, add, at, fingerprint, gains, lost, results, row, series, train, with_interval
+
+from comfy_tdpo.trainer.config import TrainConfig, make_config
+from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE
+
+HERE = Path(__file__).parent
+REWARD, GOLD, JUDGE = "shapes-aesthetic", "shapes-gold", "shapes-judge"
+SEEDS = 3
+LEVEL = 0.75  # of the training reward gained, for the queries that it takes
+LORA, FULL = "LoRA", "all weights"
+ALGORITHMS = ("ddpo-g", "tdpo-r")
+KINDS: dict[str, dict[str, Any]] = {LORA: {"train": "lora"}, FULL: {"train": "full"}}
+VARIANTS = {f"{algorithm}, {kind}": (algorithm, kind) for algorithm in ALGORITHMS for kind in KINDS}
+NAMES = {
+    "queries": "reward_queries",
+    "reward": f"reward/{REWARD}/mean",
+    "std": f"reward/{REWARD}/std",
+    GOLD: f"eval/{GOLD}/mean",
+    JUDGE: f"eval/{JUDGE}/mean",
+    "dormant": "policy_neurons/dormant_percent",
+    "overlap": "policy_neurons/overlap_percent",
+    "seconds": "time/epoch_s",
+    "bytes": "memory/peak_bytes",
+}
+
+Runs = dict[str, dict[int, Series]]  # variant -> seed -> series
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/full"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 1 to this for every variant")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="what to train now")
+    parser.add_argument("--epochs", type=int, help="of each run; the preset's if not given")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=HERE / "full.jsonl", help="the results; .md and .png beside it")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.variants) - VARIANTS.keys()):
+        parser.error(f"got variant {unknown[0]!r}; expected some of {'; '.join(VARIANTS)}")
+    wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: run(job[0], job[1], args.epochs, args.runs, args.out), wanted))
+    found = results(args.out)
+    if not found:
+        parser.error(f"got no results in {args.out} and no variants to train; expected either")
+    runs = by_variant(found, args.epochs)
+    draw(runs, args.out.with_suffix(".png"))
+    args.out.with_suffix(".md").write_text(page(runs, found), encoding="utf-8")
+
+
+@cache
+def config_of(name: str, seed: int, epochs: int | None) -> TrainConfig:
+    algorithm, kind = VARIANTS[name]
+    changes: dict[str, Any] = {"algorithm": algorithm, "policy": KINDS[kind], "seed": seed}
+    changes |= {"eval_rewards": [JUDGE, GOLD], "neurons": {"policy_measure": True}}
+    return make_config("shapes", overrides=changes | ({"epochs": epochs} if epochs else {}))
+
+
+def run(name: str, seed: int, epochs: int | None, runs: Path, out: Path) -> None:
+    """Train one variant with one seed, unless `out` holds it, and add its series to `out`."""
+    config = config_of(name, seed, epochs)
+    mark = fingerprint(config)
+    if any(result["settings"] == mark for result in results(out)):
+        return
+    print(f"--- {name}, seed {seed}", flush=True)
+    finished = train(runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}-{mark[:8]}", config)
+    add(out, {"variant": name, "seed": seed, "settings": mark}, series(finished.metrics(), NAMES))
+
+
+def by_variant(found: list[Line], epochs: int | None) -> Runs:
+    """The series of each variant and seed; a line of other settings than today's is left out."""
+    runs: Runs = {}
+    for result in found:
+        name, seed = result["variant"], result["seed"]
+        if name in VARIANTS and result["settings"] == fingerprint(config_of(name, seed, epochs)):
+            runs.setdefault(name, {})[seed] = result["epochs"]
+    return {name: runs[name] for name in VARIANTS if name in runs}
+
+
+# --- the page
+
+
+def page(runs: Runs, found: list[Line]) -> str:
+    days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
+    lines = [
+        "# All weights or a LoRA",
+        "",
+        "`python benchmarks/full.py`",
+        "",
+        f"{days[0]} to {days[-1]}, {'; '.join(machines)}. Preset `shapes`, training reward {REWARD}. Runs of one seed "
+        "share prompts and noise, and have had the same number of reward queries at the end. Gains are in standard "
+        "deviations of the first epoch's rewards; what is lost is below the first epoch's mean. Intervals hold "
+        f"{CONFIDENCE:.0%} (Student's t over seeds).",
+        "",
+        "![Gained and lost over queries](full.png)",
+        "",
+        *row("at the end", "seeds", "learning rate", "gain", "gold lost", "judge lost", head=True),
+    ]
+    for name, seeds in runs.items():
+        ends = [[curve(epochs)[-1] for epochs in seeds.values()] for curve in (gains, _gold_lost, _judge_lost)]
+        rate = f"{config_of(name, 1, None).policy.lr:g}"
+        lines += row(name, str(len(seeds)), rate, *(with_interval(values) for values in ends))
+    lines += ["", f"{FULL} minus {LORA}, seed by seed:", ""]
+    lines += row("algorithm", "seeds", "gain", "gold lost", "judge lost", head=True)
+    for algorithm in ALGORITHMS:
+        ours, theirs = (runs.get(f"{algorithm}, {kind}", {}) for kind in (FULL, LORA))
+        both = sorted(ours.keys() & theirs.keys())
+        cells = [
+            with_interval([curve(ours[seed])[-1] - curve(theirs[seed])[-1] for seed in both])
+            for curve in (gains, _gold_lost, _judge_lost)
+        ]
+        lines += row(algorithm, str(len(both)), *cells) if both else []
+    lines += [
+        "",
+        "Dormant neurons of the policy in percent: of a LoRA, those of its rank; of all weights, the hidden ones of "
+        "the feed-forward layers. And what a run takes:",
+        "",
+        *row(
+            "variant",
+            "dormant, first",
+            "last",
+            "overlap, last",
+            f"queries to {LEVEL:+.2f}",
+            "seconds",
+            "GiB",
+            head=True,
+        ),
+    ]
+    for name, seeds in runs.items():
+        dormant = [(epochs["dormant"][0], epochs["dormant"][-1]) for epochs in seeds.values() if "dormant" in epochs]
+        overlap = [epochs["overlap"][-1] for epochs in seeds.values() if "overlap" in epochs]
+        reached = [at(LEVEL, gains(epochs), epochs["queries"]) for epochs in seeds.values()]
+        lines += row(
+            name,
+            *(_mean([pair[i] for pair in dormant], ".1f") for i in range(2)),
+            _mean(overlap, ".1f"),
+            f"{_mean([q for q in reached if q is not None], '.0f')} ({sum(q is not None for q in reached)})",
+            _mean([sum(epochs["seconds"]) for epochs in seeds.values()], ".0f"),
+            _mean([max(epochs["bytes"]) / 2**30 for epochs in seeds.values()], ".2f"),
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _gold_lost(epochs: Series) -> list[float]:
+    return lost(epochs, GOLD)
+
+
+def _judge_lost(epochs: Series) -> list[float]:
+    return lost(epochs, JUDGE)
+
+
+def _mean(values: list[float], form: str) -> str:
+    return f"{statistics.fmean(values):{form}}" if values else "-"
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """What is gained, and what is lost of gold, over the queries; means over seeds."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    titles = {f"{REWARD} gained, in standard deviations": gains, f"{GOLD} lost": _gold_lost}
+    for axes, (title, curve) in zip(panels, titles.items(), strict=True):
+        for index, (name, seeds) in enumerate(runs.items()):
+            curves = [curve(epochs) for epochs in seeds.values()]
+            means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+            axes.plot(next(iter(seeds.values()))["queries"], means, "o-", markersize=3, label=name, color=f"C{index}")
+        axes.set_title(title)
+        axes.set_xlabel("reward queries")
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
