@@ -106,14 +106,23 @@ def test_what_no_encoder_reads_is_named(models):
 # --- training
 
 
-def policy_of(folder: Path, ema: float = 0.0, **settings) -> DiffusionPolicy:
-    model = load_model(str(folder), torch.float32)
-    return DiffusionPolicy(model, resolution="16x24", settings=PolicySettings(ema=ema), **settings)
+def policy_of(folder: Path, ema: float, train: str, optimizer: str, dtype: torch.dtype, **settings) -> DiffusionPolicy:
+    trained = PolicySettings(ema=ema, train=train, optimizer=optimizer)
+    return DiffusionPolicy(load_model(str(folder), dtype), resolution="16x24", settings=trained, **settings)
 
 
-@pytest.mark.parametrize("algorithm", ["tdpo-r", "ddpo-100", "draft"])
-def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm):
-    small = {"epochs": 2, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 3, "guidance": 3.0}
+@pytest.mark.parametrize(
+    ("algorithm", "train"), [("tdpo-r", "lora"), ("ddpo-100", "lora"), ("draft", "lora"), ("tdpo-r", "full")]
+)
+def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm, train):
+    small = {
+        "policy": {"train": train},
+        "epochs": 2,
+        "samples_per_epoch": 4,
+        "samples_per_update": 2,
+        "steps": 3,
+        "guidance": 3.0,
+    }
     small |= {"kl": {"coefficient": 0.1}} if algorithm != "draft" else {"last_steps": 1}
     make = partial(policy_of, models["t5"])
     whole = toy_training(new_run(tmp_path / "whole", algorithm=algorithm, **small), make)
