@@ -203,6 +203,31 @@ def test_what_is_written_is_the_chosen_lora_with_its_strength_baked_in(run, poli
     assert all(torch.equal(after[name], weight) for name, weight in before.items()), "the policy is as it was"
 
 
+def test_of_a_run_that_trained_all_weights_what_is_written_lies_between_the_base_and_a_snapshot(
+    tmp_path, make_policy, rewards
+):
+    run, policy = new_run(tmp_path / "run", policy={"train": "full"}), make_policy(steps=3, seed=1, train="full")
+    base = {name: weight.clone() for name, weight in policy.trainable.state().items()}
+    for epoch in (2, 3):
+        generator = torch.Generator().manual_seed(epoch)
+        for parameter in policy.parameters:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        policy.trainable.export(run.lora(epoch), {"epoch": str(epoch)})
+    policy.trainable.export(run.latest_lora, {"epoch": "3"})
+    rewards()
+    found = recommend(run, QUICK, CPU, policy)
+    assert len({found.base.training, *(outcome.training for outcome in found.outcomes)}) == 5, "each is drawn"
+    best = max([found.base, *found.outcomes], key=lambda outcome: outcome.training)
+    if best is found.base:
+        assert not run.recommended_lora.exists()
+        return
+    snapshot, written = load_file(best.cell.file), load_file(run.recommended_lora)
+    assert run.recommended_lora == run.path / "model" / "recommended.safetensors"
+    for name, weight in written.items():
+        expected = torch.lerp(base[name], snapshot[name], best.cell.strength)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)  # float32
+
+
 def test_an_earlier_recommendation_does_not_outlive_a_search_that_finds_none(run, policy, rewards):
     assert recommend(run, QUICK, CPU, policy).chosen is not None and run.recommended_lora.is_file()
     rewards(lambda images: -images.mean(dim=(1, 2, 3)))  # it falls whenever brightness rises

@@ -96,7 +96,6 @@ class Runs:
             "node": mark.node,
             "workflow": mark.workflow,
             "lora": self.lora_name(run),
-            "trains_all": run.trains_all,
             "samples_epoch": grids[-1] if grids else None,
             "grids": grids,
             "kept": comparison.kept(run),
@@ -123,7 +122,7 @@ class Runs:
             status["error"] = f"the folder of run {run.path.name!r} is damaged: {error}"
         if status["error"]:
             status["error"] = self.told(status["error"])
-        overoptimised, advised = _of_overoptimisation(run, status), advice(status, mark.wait)
+        overoptimised, advised = _of_overoptimisation(run, status), advice(status, mark.wait, run.trains_all)
         queued = self.told(_of_unheeded(mark.unheeded))
         told = [self.told(mark.because), overoptimised, advised, queued, self._of_tastes(run, status)]
         return status | {"message": " ".join(filter(None, told))}
@@ -268,8 +267,11 @@ def _of_folder(metrics: list[EpochMetrics], config: TrainConfig) -> Fields:
     return NOTHING_DONE | done | {"overoptimised": alarm.since if alarm else None}
 
 
-def advice(status: Fields, waits: bool) -> str:
-    """What the user can do next; shown in the node. `waits`: whether its graph waits for the training to end."""
+def advice(status: Fields, waits: bool, trains_all: bool = False) -> str:
+    """What the user can do next; shown in the node.
+
+    waits: whether its graph waits for the training to end; trains_all: whether its snapshots are whole models.
+    """
     state, epoch, epochs = status["state"], status["epoch"], status["epochs"]
     match state:
         case "waiting" if status["waits_for"]:
@@ -286,7 +288,7 @@ def advice(status: Fields, waits: bool) -> str:
         case "finished" if epoch < epochs:
             ended = f"Ended after epoch {epoch} of {epochs}, saved."
             return f"{ended} To train on, set stop_on_overoptimisation (in settings) to false and queue the graph."
-        case "finished" if status.get("trains_all"):
+        case "finished" if trains_all:
             listed = ", and Load Diffusion Model lists it" if status["lora"] else ""
             return f"Finished. TDPO LoRA Apply applies its model{listed}. Raise epochs to train longer."
         case "finished":
