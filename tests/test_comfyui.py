@@ -260,7 +260,7 @@ def test_settings_queued_during_a_training_are_told_and_taken_by_a_graph_that_wa
     assert (status["epochs"], told in status["message"]) == (20, True), status
     assert server.run(train_graph("amended", epochs=22))["train"] == {"tdpo_run": ["amended"]}
     status = server.status("amended")
-    assert (status["state"], status["epoch"]) == ("finished", 22) and status["message"].startswith("Finished.")
+    assert (status["state"], status["epoch"]) == ("finished", 22) and status["message"].startswith("Load LoRA")
 
 
 def test_a_finished_run_is_given_from_the_cache_although_another_of_its_name_was_stopped(server):

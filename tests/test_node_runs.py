@@ -87,7 +87,7 @@ def test_other_settings_are_another_run(runs, change, difference):
     finish(runs, "one-2", **change)
     assert [chosen(runs, resume, **change) for resume in ("continue", "new")] == ["one-2", "one-2"]
     assert [chosen(runs, resume) for resume in ("continue", "new")] == ["one", "one-3"]
-    assert runs.status(runs.find("one-2"))["message"].startswith("Finished."), "it was not said when it was finished"
+    assert runs.status(runs.find("one-2"))["message"].startswith("Load LoRA"), "it was not said when it was finished"
 
 
 def test_a_run_that_never_trained_holds_nobody_to_its_settings(runs):
@@ -122,7 +122,7 @@ def test_settings_queued_during_a_training_are_named_until_it_takes_them(runs):
     job.stop()
     assert job.wait(30).state == "stopped"
     finish(runs, epochs=3, settings="micro_batch = 2")
-    assert runs.status(run)["message"].startswith("Finished.")
+    assert runs.status(run)["message"].startswith("Load LoRA")
 
 
 def test_a_run_goes_on_with_files_that_have_moved(runs):
