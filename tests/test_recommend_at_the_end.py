@@ -90,7 +90,7 @@ def test_the_command_prints_a_table_and_writes_the_lora(trained, capsys):
     out, err = capsys.readouterr()
     assert "prompts: shapes-unseen (8 prompts, none of them trained on)" in err
     head, base, *rows = out.split("\n\n")[0].splitlines()
-    assert head.split() == ["LoRA", "strength", "shapes-aesthetic", "shapes-match", "change"]
+    assert head.split() == ["snapshot", "strength", "shapes-aesthetic", "shapes-match", "change"]
     assert base.split()[:2] == ["base", "-"]
     labels = [("epoch 1", "0.5"), ("epoch 1", "1"), ("epoch 2", "0.5"), ("epoch 2", "1")]
     assert [(" ".join(row.split()[:2]), row.split()[2]) for row in rows] == labels
