@@ -127,6 +127,10 @@ def test_a_lora_on_sd3_is_the_same_in_comfyui_and_diffusers(backend):
     assert found["what the LoRA changes"] > 0.1
 
 
+def test_of_sd3_a_whole_model_is_loaded_by_comfyuis_own_node():
+    assert "for a MODEL that is no U-Net" in ask("sd3")["a whole model"]
+
+
 def test_sd3_trains_on_a_thread_that_asks_nothing_of_comfyui():
     assert ask("sd3")["job"] == {"state": "finished", "error": None, "preset's steps": 10}
 

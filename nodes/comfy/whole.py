@@ -14,9 +14,14 @@ def apply_model(model: comfy.model_patcher.ModelPatcher, weights: dict[str, Tens
     which have diffusers' names.
 
     Raises:
-        ValueError: they are not those of this MODEL's network.
+        ValueError: they are not those of this MODEL's network, or it is no U-Net.
     """
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    if not names:
+        raise ValueError(
+            f"got {what}, which trained all weights, for a MODEL that is no U-Net; expected one of a U-Net: load the "
+            "run's file by Load Diffusion Model instead"
+        )
     shapes = {name: tuple(weight.shape) for name, weight in model.model.diffusion_model.named_parameters()}
     patches = {}
     for name, weight in weights.items():

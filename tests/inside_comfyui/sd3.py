@@ -31,6 +31,7 @@ from comfy_tdpo.models.lora import TransformerLora
 from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.models.stable_diffusion_3 import LORA_MODULES, StableDiffusion3
 from comfy_tdpo.nodes.comfy import models_in, sd3_in, shapes_out
+from comfy_tdpo.nodes.comfy.whole import apply_model
 from comfy_tdpo.process.flow_schedule import FlowSchedule
 
 RANK, ALPHA = 4, 2.0
@@ -47,6 +48,7 @@ def sd3() -> dict:
     found["a prompt too long"] = refusal(
         lambda: models_in.EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True)
     )
+    found["a whole model"] = refusal(lambda: apply_model(model, {}, 1.0, "run 'mine'"))
     return found | {"job": job(model, clip)}
 
 
