@@ -264,7 +264,8 @@ def page(runs: Runs, found: list[Line]) -> str:
         *seed_by_seed(runs),
         "What each change is worth: how much more gold is left at equal training reward than with the variant that it "
         "changes, seed by seed. A seed counts where both runs reach the gain. Until the first reset, after epoch 10, a "
-        "run with resets and one without are the same.",
+        "run with resets and one without are the same. An average of the LoRA is what is saved, and not what draws the "
+        "images that are trained on, which are measured here.",
         "",
         *row("variant", "what is changed", "of", *(f"{level:+.2f}, seeds" for level in WORTH), head=True),
     ]
