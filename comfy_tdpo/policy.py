@@ -18,7 +18,7 @@ from .models.conditioning import Conditioning
 from .process import Step, make_process
 from .process.gaussian import guide
 from .reference import Reference
-from .resolution import check_multiple, sides
+from .resolution import latent_sides
 from .settings import PolicySettings
 
 
@@ -55,8 +55,8 @@ class DiffusionPolicy:
         self.device, self.autocast = torch.device(device), autocast
         self.guidance, self.eval_guidance = guidance, guidance if eval_guidance is None else eval_guidance
         self.model = model
-        self.latent_shape = self._latent_shape(resolution)
-        size = self.latent_shape[1:]
+        size = latent_sides(resolution, model.decode.factor, model.patch)
+        self.latent_shape: tuple[int, int, int] = (model.channels, *size)
         self.process = make_process(process or model.process, model.scheduler, steps, self.device, size)
         self.model.to(self.device)
         settings = settings or PolicySettings()
@@ -64,12 +64,6 @@ class DiffusionPolicy:
         self.kl_reference = Reference(self.trainable)
         self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None
         self._encoded: dict[str, Conditioning] = {}
-
-    def _latent_shape(self, resolution: int | str) -> tuple[int, int, int]:
-        factor = self.model.decode.factor
-        check_multiple(resolution, factor * self.model.patch)
-        width, height = sides(resolution)
-        return self.model.channels, height // factor, width // factor
 
     @property
     def latent_size(self) -> int:

@@ -37,5 +37,16 @@ def check_multiple(resolution: int | str, factor: int) -> None:
         raise ValueError(f"got resolution {resolution}; expected a positive multiple of {factor} pixels")
 
 
+def latent_sides(resolution: int | str, factor: int, patch: int) -> tuple[int, int]:
+    """Height and width of the latent, of which an element has `factor` pixels a side, and a patch `patch` elements.
+
+    Raises:
+        ValueError: a side is no whole number of patches.
+    """
+    check_multiple(resolution, factor * patch)
+    width, height = sides(resolution)
+    return height // factor, width // factor
+
+
 def _wrong() -> ValueError:
     return ValueError(f"expected a whole number from {LEAST} to {MOST}, or WIDTHxHEIGHT, such as 832x1216")

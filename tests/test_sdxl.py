@@ -1,23 +1,20 @@
 """Stable Diffusion XL, as a tiny pipeline of the true classes: loaded, conditioned and trained like diffusers' own."""
 
 import json
-import math
 import shutil
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from family_training import TRAININGS, check_training
 from safetensors.torch import load_file
 from tiny_models import MODEL, edited, make_tiny_model
-from toy import lora_of, new_run, same, timeless, toy_training
 
 from comfy_tdpo.models import load_model
 from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.lora import TARGETS
-from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.settings import PolicySettings
 
 PROMPTS = ["a green rabbit", "WOW!! it's a cat", ""]
@@ -95,39 +92,9 @@ def test_the_empty_prompt_is_encoded_like_any_other(models):
 # --- training
 
 
-def policy_of(folder: Path, ema: float, train: str, optimizer: str, dtype: torch.dtype, **settings) -> DiffusionPolicy:
-    trained = PolicySettings(ema=ema, train=train, optimizer=optimizer)
-    return DiffusionPolicy(load_model(str(folder), dtype), resolution="64x96", settings=trained, **settings)
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "train"), [("tdpo-r", "lora"), ("ddpo-100", "lora"), ("draft", "lora"), ("tdpo-r", "full")]
-)
+@pytest.mark.parametrize(("algorithm", "train"), TRAININGS)
 def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm, train):
-    small = {
-        "policy": {"train": train},
-        "epochs": 2,
-        "samples_per_epoch": 4,
-        "samples_per_update": 2,
-        "steps": 3,
-        "guidance": 3.0,
-    }
-    small |= {"kl": {"coefficient": 0.1}} if algorithm != "draft" else {"last_steps": 1}
-    make = partial(policy_of, models[0])
-    whole = toy_training(new_run(tmp_path / "whole", algorithm=algorithm, **small), make)
-    start = lora_of(whole)
-    expected = list(whole.epochs())
-    assert all(math.isfinite(value) for line in expected for value in line.values())
-    if algorithm != "draft":
-        assert [line["policy/ratio_drift"] for line in expected] == [0, 0]
-    assert not same(start, lora_of(whole))
-    run = new_run(tmp_path / "stopped", algorithm=algorithm, **small)
-    epochs = toy_training(run, make).epochs()
-    next(epochs)
-    epochs.close()
-    resumed = toy_training(run, make)
-    list(resumed.epochs())
-    assert timeless(run.metrics()) == timeless(expected) and same(lora_of(resumed), lora_of(whole))
+    check_training(models[0], "64x96", tmp_path, algorithm, train)
 
 
 # --- LoRA files

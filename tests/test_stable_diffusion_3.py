@@ -1,18 +1,17 @@
 """Stable Diffusion 3, as a tiny pipeline of the true classes: loaded, conditioned and trained like diffusers' own."""
 
 import json
-import math
 import shutil
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from family_training import TRAININGS, check_training
 from safetensors.torch import load_file
 from tiny_models import make_tiny_sd3
-from toy import lora_of, new_run, same, timeless, toy_training
+from toy import same
 
 from comfy_tdpo.models import load_model, outline
 from comfy_tdpo.models.lora import TARGETS
@@ -106,40 +105,9 @@ def test_what_no_encoder_reads_is_named(models):
 # --- training
 
 
-def policy_of(folder: Path, ema: float, train: str, optimizer: str, dtype: torch.dtype, **settings) -> DiffusionPolicy:
-    trained = PolicySettings(ema=ema, train=train, optimizer=optimizer)
-    return DiffusionPolicy(load_model(str(folder), dtype), resolution="16x24", settings=trained, **settings)
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "train"), [("tdpo-r", "lora"), ("ddpo-100", "lora"), ("draft", "lora"), ("tdpo-r", "full")]
-)
+@pytest.mark.parametrize(("algorithm", "train"), TRAININGS)
 def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm, train):
-    small = {
-        "policy": {"train": train},
-        "epochs": 2,
-        "samples_per_epoch": 4,
-        "samples_per_update": 2,
-        "steps": 3,
-        "guidance": 3.0,
-    }
-    small |= {"kl": {"coefficient": 0.1}} if algorithm != "draft" else {"last_steps": 1}
-    make = partial(policy_of, models["t5"])
-    whole = toy_training(new_run(tmp_path / "whole", algorithm=algorithm, **small), make)
-    start = lora_of(whole)
-    expected = list(whole.epochs())
-    assert all(math.isfinite(value) for line in expected for value in line.values())
-    if algorithm != "draft":
-        assert [line["policy/ratio_drift"] for line in expected] == [0, 0]
-        assert expected[1]["kl/nats"] > 0
-    assert not same(start, lora_of(whole))
-    run = new_run(tmp_path / "stopped", algorithm=algorithm, **small)
-    epochs = toy_training(run, make).epochs()
-    next(epochs)
-    epochs.close()
-    resumed = toy_training(run, make)
-    list(resumed.epochs())
-    assert timeless(run.metrics()) == timeless(expected) and same(lora_of(resumed), lora_of(whole))
+    check_training(models["t5"], "16x24", tmp_path, algorithm, train)
 
 
 def test_all_weights_of_the_transformer_and_no_others_are_trained_if_asked(models):

@@ -1,8 +1,10 @@
 """Makes ComfyUI importable, as its own start does; this has to be imported before anything of ComfyUI."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 _, CHECKOUT, QUESTION, *FILES = sys.argv
@@ -33,6 +35,16 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def patched_in(model: Any) -> Iterator[Any]:
+    """Inside the block, what a MODEL wraps has its patches in its weights."""
+    model.patch_model(device_to=CPU)
+    try:
+        yield model.model
+    finally:
+        model.unpatch_model(device_to=CPU)
 
 
 def refusal(ask: Callable[[], object]) -> str:

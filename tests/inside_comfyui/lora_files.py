@@ -1,5 +1,6 @@
 """LoRAs as ComfyUI applies them, and as we do."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.lora_convert
@@ -7,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from begin import CPU, PROMPTS, difference, drawn
+from begin import PROMPTS, difference, drawn, patched_in
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -15,6 +16,12 @@ from comfy_tdpo.models.components import load_components
 from comfy_tdpo.models.stable_diffusion import ClipText
 from comfy_tdpo.nodes.comfy import models_in, shapes_out
 from comfy_tdpo.shapes import WORLD
+
+
+def _by_comfyui(patched, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    """What a patched MODEL predicts."""
+    with patched_in(patched) as inner:
+        return inner.diffusion_model(latents, timesteps, context=context)
 
 
 def lora(file: str) -> dict[str, float]:
@@ -27,13 +34,7 @@ def lora(file: str) -> dict[str, float]:
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
 
-    def by_comfyui(patched) -> Tensor:
-        patched.patch_model(device_to=CPU)
-        try:
-            return patched.model.diffusion_model(latents, timesteps, context=context)
-        finally:
-            patched.unpatch_model(device_to=CPU)
-
+    by_comfyui = partial(_by_comfyui, latents=latents, timesteps=timesteps, context=context)
     plain = by_comfyui(model.clone())
     loaded, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(file), 1.0, 0)
     ours = apply_weights(model, read_lora(Path(file)), 1.0, "test")
@@ -69,13 +70,7 @@ def whole(file: str) -> dict[str, float]:
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
 
-    def by_comfyui(patched) -> Tensor:
-        patched.patch_model(device_to=CPU)
-        try:
-            return patched.model.diffusion_model(latents, timesteps, context=context)
-        finally:
-            patched.unpatch_model(device_to=CPU)
-
+    by_comfyui = partial(_by_comfyui, latents=latents, timesteps=timesteps, context=context)
     base = {name: weight.clone() for name, weight in parts.unet.state_dict().items()}
     found: dict[str, float] = {}
     plain = by_comfyui(model.clone())
@@ -108,11 +103,7 @@ def baked(snapshot: str, file: str, strength: str) -> dict[str, float]:
     def by_load_lora(name: str, strength: float) -> Tensor:
         folder_paths.folder_names_and_paths["loras"] = ([str(Path(name).parent)], {".safetensors"})
         patched, _ = LoraLoader().load_lora(model, None, Path(name).name, strength, 0)
-        patched.patch_model(device_to=CPU)
-        try:
-            return patched.model.diffusion_model(latents, timesteps, context=context)
-        finally:
-            patched.unpatch_model(device_to=CPU)
+        return _by_comfyui(patched, latents, timesteps, context)
 
     expected = by_load_lora(snapshot, float(strength))
     return {
@@ -153,11 +144,8 @@ def blended(file: str) -> dict[str, float]:
     def predicted(step: dict, strength: float) -> Tensor:
         """What the model with the LoRA at that strength makes of a step's latent, by the weights."""
         patched = apply_weights(model, weights, strength, "test")
-        patched.patch_model(device_to=CPU)
-        try:
-            return patched.model.apply_model(step["input"], step["sigma"], c_crossattn=context)
-        finally:
-            patched.unpatch_model(device_to=CPU)
+        with patched_in(patched) as inner:
+            return inner.apply_model(step["input"], step["sigma"], c_crossattn=context)
 
     found = {"difference of base and tuned": 0.0}
     shares = {

@@ -18,11 +18,11 @@ import comfy.utils
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from begin import CPU, PROMPTS, difference, drawn, refusal
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from begin import CPU, PROMPTS, difference, drawn, patched_in, refusal
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
-from sdxl import EightPixels, native_text
-from small_models import draw_weights, trained
+from sdxl import EightPixels, job, native_text, small_vae
+from small_models import draw_weights
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -49,7 +49,9 @@ def sd3() -> dict:
         lambda: models_in.EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True)
     )
     found["a whole model"] = refusal(lambda: apply_model(model, {}, 1.0, "run 'mine'"))
-    return found | {"job": job(model, clip)}
+    vae = shapes_out._native_vae(small_vae(channels=16))
+    vae.latent_channels = 16
+    return found | {"job": job(model, clip, vae, steps=3)}
 
 
 class SmallSD3(comfy.supported_models.SD3):
@@ -145,11 +147,8 @@ def transformers(model, conditioning: TensorConditioning) -> dict[str, float]:
     states, pooled = conditioning.parts["states"], conditioning.parts["pooled"]
 
     def native(patched) -> Tensor:
-        patched.patch_model(device_to=CPU)
-        try:
-            return patched.model.diffusion_model(latents, times, context=states, y=pooled)
-        finally:
-            patched.unpatch_model(device_to=CPU)
+        with patched_in(patched) as inner:
+            return inner.diffusion_model(latents, times, context=states, y=pooled)
 
     network = sd3_in.diffusers_transformer(model)
     ours = StableDiffusion3(network, FlowSchedule(3.0), lambda prompts: conditioning, EightPixels(), "small")
@@ -253,31 +252,3 @@ def _shaped(key: str, state: dict[str, Tensor], layers: int, places: int) -> Ten
         "pos_embed": (1, places**2, 64 * layers),
     }
     return torch.empty(shapes.get(key, (1,)), device="meta")
-
-
-def job(model, clip) -> dict:
-    """How a run of the preset that a node takes for this MODEL ends, but for its size."""
-    from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
-
-    torch.manual_seed(0)
-    vae = shapes_out._native_vae(
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32,) * 4,
-            layers_per_block=1,
-            latent_channels=16,
-            sample_size=64,
-        ).eval()
-    )
-    vae.latent_channels = 16
-    wires = models_in.Wires(model, clip, vae)
-    small = 'precision = "fp32"\nguards = []\nresolution = "64x96"\noutput.grid_images = 2'
-    numbers = {"epochs": 1, "samples_per_epoch": 4}
-    wanted = wires.wanted(
-        reward=RewardChoice({"shapes-aesthetic": 1.0}), numbers=numbers, settings=small, prompt_set="shapes"
-    )
-    steps = wanted.config().steps
-    config = wanted.config().model_copy(update={"steps": 3})
-    with TemporaryDirectory() as folder:
-        return trained(wires, config, Path(folder) / "run") | {"preset's steps": steps}

@@ -13,7 +13,7 @@ import comfy.supported_models_base
 import comfy.utils
 import torch
 from accelerate import init_empty_weights
-from begin import CPU, PROMPTS, difference, drawn
+from begin import CPU, PROMPTS, difference, drawn, patched_in
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from small_models import small_xl, trained
@@ -107,12 +107,9 @@ def unets(model, conditioning: TensorConditioning) -> dict[str, float]:
     sizes = {"width": 128, "height": 96}
 
     def native(patched, **sizes: int) -> Tensor:
-        patched.patch_model(device_to=CPU)
-        try:
-            y = patched.model.encode_adm(pooled_output=pooled, **sizes)
-            return patched.model.diffusion_model(latents, times, context=states, y=y)
-        finally:
-            patched.unpatch_model(device_to=CPU)
+        with patched_in(patched) as inner:
+            y = inner.encode_adm(pooled_output=pooled, **sizes)
+            return inner.diffusion_model(latents, times, context=states, y=y)
 
     unet = models_in.diffusers_unet(model)
     ours = StableDiffusion(unet, models_in.scheduler_of(model), lambda prompts: conditioning, EightPixels(), "small")
@@ -146,19 +143,19 @@ class EightPixels:
     factor = 8
 
 
-def small_vae() -> AutoencoderKL:
+def small_vae(channels: int = 4) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(32,) * 4,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=64,
     ).eval()
 
 
-def job(model, clip, vae) -> dict:
+def job(model, clip, vae, steps: int = 2) -> dict:
     """How a run of the preset that a node takes for this MODEL ends, but for its size."""
     from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 
@@ -168,7 +165,7 @@ def job(model, clip, vae) -> dict:
     wanted = wires.wanted(
         reward=RewardChoice({"shapes-aesthetic": 1.0}), numbers=numbers, settings=small, prompt_set="shapes"
     )
-    steps = wanted.config().steps
-    config = wanted.config().model_copy(update={"steps": 2})
+    preset = wanted.config()
+    config = preset.model_copy(update={"steps": steps})
     with TemporaryDirectory() as folder:
-        return trained(wires, config, Path(folder) / "run") | {"preset's steps": steps}
+        return trained(wires, config, Path(folder) / "run") | {"preset's steps": preset.steps}

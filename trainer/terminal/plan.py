@@ -7,7 +7,7 @@ from comfy_tdpo.methods.sections import SteppedPolicySettings
 from comfy_tdpo.methods.window import window
 from comfy_tdpo.models import outline
 from comfy_tdpo.process import Process, make_process
-from comfy_tdpo.resolution import check_multiple, sides
+from comfy_tdpo.resolution import latent_sides
 
 from ..assemble import model_source
 from ..config import TrainConfig
@@ -22,10 +22,9 @@ def plan(config: TrainConfig) -> str:
         ValueError: the model's configuration cannot be read, or the run could not start.
     """
     model = outline(model_source(config), config.prediction_type)
-    check_multiple(config.resolution, model.factor * model.patch)
-    width, height = (side // model.factor for side in sides(config.resolution))
+    size = latent_sides(config.resolution, model.factor, model.patch)
     name = config.process or model.process
-    process = make_process(name, model.scheduler, config.steps, torch.device("cpu"), (height, width))
+    process = make_process(name, model.scheduler, config.steps, torch.device("cpu"), size)
     policy = config.policy
     trained = window(policy, process.stochastic) if isinstance(policy, SteppedPolicySettings) else None
     head = f"{config.model} by {config.algorithm}: {config.steps} steps of {name}, guidance {config.guidance:g}"
