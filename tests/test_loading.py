@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny_models import MODEL, SHIPPED, edited, make_tiny_model
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from comfy_tdpo.models import diffusers_folder, shipped
 from comfy_tdpo.models.components import Components, load_components
@@ -145,15 +145,32 @@ def test_shipped_configurations_have_the_published_sizes(family, unet, text_enco
 
 
 @pytest.mark.parametrize(
+    ("name", "cls", "size"),
+    [
+        ("vae", AutoencoderKL, 83_819_683),
+        ("text_encoder", CLIPTextModelWithProjection, 123_650_304),
+        ("text_encoder_2", CLIPTextModelWithProjection, 694_659_840),
+        ("text_encoder_3", T5EncoderModel, 4_762_310_656),
+    ],
+)
+def test_the_shipped_parts_of_sd3_have_the_published_sizes(name, cls, size):
+    network = diffusers_folder.empty_network(SHIPPED / "sd3" / name, cls)
+    assert sum(weight.numel() for weight in network.parameters()) == size
+
+
+@pytest.mark.parametrize(
     ("family", "name"),
-    [("sd1", "tokenizer"), ("sd2", "tokenizer"), ("sdxl", "tokenizer"), ("sdxl", "tokenizer_2")],
+    [
+        *(("sd1", "tokenizer"), ("sd2", "tokenizer"), ("sdxl", "tokenizer"), ("sdxl", "tokenizer_2")),
+        *(("sd3", "tokenizer"), ("sd3", "tokenizer_2")),
+    ],
 )
 def test_tokens_are_open_clips(family, name):
     tokenizer = shipped.clip_tokenizer(SHIPPED / family, name)
     got = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, 77)
     expected = open_clip.tokenize(PROMPTS)  # padded with 0, which is "!"
     end = 49_407
-    if family == "sd1" or (family, name) == ("sdxl", "tokenizer"):  # padded with the end token
+    if family == "sd1" or (family != "sd2" and name == "tokenizer"):  # padded with the end token
         expected[expected.argmax(dim=1)[:, None] < torch.arange(77)] = end
     assert torch.equal(got, expected)
 

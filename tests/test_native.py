@@ -114,7 +114,7 @@ def test_the_noise_levels_of_sd3_are_those_of_comfyuis_simple_scheduler(backend)
 def test_the_published_sd3_has_the_names_and_the_configuration_of_comfyuis():
     """At true size, without memory; a LoRA is named after weights, so its names are known too."""
     assert ask("sd3")["published"] == dict.fromkeys(
-        ("3 medium", "3.5 medium"), {"unknown names": [], "other settings": []}
+        ("3 medium", "3.5 medium"), {"unknown names": [], "other settings": [], "other weights of a file": []}
     )
 
 

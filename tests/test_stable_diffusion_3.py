@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from family_training import TRAININGS, check_training
-from safetensors.torch import load_file
-from tiny_models import make_tiny_sd3
+from safetensors.torch import load_file, save_file
+from tiny_models import MODEL, make_tiny_sd3, make_tiny_sd3_file
 from toy import same
 
 from comfy_tdpo.models import load_model, outline
@@ -274,3 +274,120 @@ def test_schedules_are_read_from_their_file(folder, changes, expected):
     if isinstance(expected, DynamicShift):
         expected = FlowSchedule(expected._replace(exponential=False))
     assert load_flow_schedule(path) == expected
+
+
+# --- single files
+
+
+@pytest.fixture(scope="module")
+def single(configs, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder, and the weights of a file with all of it."""
+    return make_tiny_sd3_file(tmp_path_factory.mktemp("sd3-file") / "folder", configs / "sd3")
+
+
+def without(weights: dict[str, torch.Tensor], *prefixes: str) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in weights.items() if not name.startswith(prefixes)}
+
+
+TEXTS, T5 = "text_encoders.", "text_encoders.t5xxl."
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("missing", "prefix", "beside"),
+    [
+        ((), MODEL, ["tokenizer_3"]),
+        ((T5,), MODEL, []),
+        ((T5, "text_encoders.clip_g."), "", ["text_encoder_2"]),
+        ((TEXTS, "first_stage_model."), "", ["text_encoder", "text_encoder_2", "vae"]),
+        ((TEXTS,), MODEL, ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer_3"]),
+    ],
+    ids=["all in one", "without T5", "bare, without bigG", "the transformer alone", "without any text encoder"],
+)
+def test_single_file_and_folder_are_one_model(single, tmp_path, missing, prefix, beside):
+    """What the file lacks is read from the folders beside it."""
+    folder, weights = single
+    for name in beside:
+        shutil.copytree(folder / name, tmp_path / name)
+    path = tmp_path / "model.safetensors"
+    kept = without(weights, *missing)
+    save_file({name.replace(MODEL, prefix): weight for name, weight in kept.items()}, path)
+    got, expected = (load_model(str(source), torch.float32) for source in (path, folder))
+    without_t5 = "tokenizer_3" not in beside
+    assert got.networks.keys() == expected.networks.keys() - ({"text_encoder_3"} if without_t5 else set())
+    for name, network in got.networks.items():
+        wanted = expected.networks[name].state_dict()
+        assert network.state_dict().keys() == wanted.keys() and not network.training
+        assert all(torch.equal(weight, wanted[key]) for key, weight in network.state_dict().items())
+    conditioning, wanted = got.encode(PROMPTS), expected.encode(PROMPTS)
+    if without_t5:
+        wanted.parts["states"][:, -T5_TOKENS:] = 0
+    assert all(torch.equal(part, wanted.parts[name]) for name, part in conditioning.parts.items())
+    latents = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    inputs = latents, torch.tensor([900.5, 30.0]), conditioning
+    assert torch.equal(got.denoise(*inputs), expected.denoise(*inputs))
+    assert torch.equal(got.decode(latents), expected.decode(latents))
+    assert outline(str(path)) == outline(str(folder)) == (FlowSchedule(3.0), "flow-ddim", 8, 2)
+    config = make_config(overrides={"model": str(path)})
+    assert config == make_config("sd3", overrides={"model": str(path)})
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_file_without_clips_projection_has_the_identity(single, tmp_path):
+    """As published files are."""
+    weights = without(single[1], T5, "text_encoders.clip_l.transformer.text_projection")
+    save_file(weights, tmp_path / "model.safetensors")
+    model = load_model(str(tmp_path / "model.safetensors"), torch.bfloat16)
+    assert torch.equal(model.networks["text_encoder"].text_projection.weight.float(), torch.eye(16))
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: without(weights, TEXTS),
+            "has no text encoder CLIP-L; expected it in the file, or beside it as",
+        ),
+        (
+            lambda weights: without(weights, T5, "first_stage_model."),
+            "has no autoencoder; expected .* a folder vae: put",
+        ),
+        (
+            lambda weights: weights,
+            "T5-XXL, whose tokenizer no such file has; expected it beside the file as a folder tok",
+        ),
+        (
+            lambda weights: without(weights, T5, f"{MODEL}joint_blocks.1.x_block.mlp.fc1.bias"),
+            "lacks joint_blocks.1.x_block.mlp.fc1.bias; expected Stable",
+        ),
+        (lambda weights: without(weights, T5, f"{MODEL}pos_embed"), "a transformer whose pos_embed is missing; exp"),
+        (
+            lambda weights: without(weights, T5) | {f"{MODEL}y_embedder.mlp.0.weight": torch.zeros(128, 64)},
+            "pooled width 64, .* text encoders of widths 48 and 64 and pooled width 48; expected all of the same",
+        ),
+        (
+            lambda weights: without(weights, T5) | {f"{MODEL}x_embedder.proj.weight.absmax": torch.zeros(3)},
+            "is quantised in a way that cannot be trained: bitsandbytes in 4 bits",
+        ),
+    ],
+    ids=["no encoder", "no autoencoder", "no tokenizer", "no bias", "no places", "another width", "4 bits"],
+)
+def test_what_a_file_lacks_is_named(single, tmp_path, change, message):
+    path = tmp_path / "model.safetensors"
+    save_file(change(single[1]), path)
+    with pytest.raises(ValueError, match=f"model.safetensors .*{message}"):
+        load_model(str(path), torch.float32)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_float8_with_scales_loads(single, tmp_path):
+    """As published with T5 in float8."""
+    weights, name = dict(without(single[1], T5)), f"{MODEL}joint_blocks.0.x_block.mlp.fc1"
+    scale = weights[f"{name}.weight"].abs().max() / 448
+    codes = (weights[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    weights |= {f"{name}.weight": codes, f"{name}.scale_weight": scale, f"{MODEL}scaled_fp8": torch.zeros(0)}
+    save_file(weights, tmp_path / "model.safetensors")
+    model = load_model(str(tmp_path / "model.safetensors"), torch.float32)
+    assert torch.equal(model.network.transformer_blocks[0].ff.net[0].proj.weight, codes.float() * scale)

@@ -5,6 +5,7 @@ architectures and shares nothing with the conversion under test.
 """
 
 import json
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 from comfy_tdpo.models import shipped
@@ -47,6 +49,11 @@ TINY_SIZES["sdxl"] = {
     "text_encoder": TINY_SIZES["sd1"]["text_encoder"],
     "text_encoder_2": TINY_SIZES["sd2"]["text_encoder"] | {"num_hidden_layers": 3, "projection_dim": 48},
 }
+TINY_SIZES["sd3"] = {
+    "text_encoder": TINY_SIZES["sd1"]["text_encoder"] | {"hidden_size": 16, "projection_dim": 16},
+    "text_encoder_2": TINY_SIZES["sd1"]["text_encoder"] | {"projection_dim": 32},
+    "text_encoder_3": {"vocab_size": 32, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+}
 
 
 def make_tiny_configs(folder: Path) -> Path:
@@ -76,40 +83,119 @@ def make_tiny_sd3(folder: Path, tokenizer, with_t5: bool = True) -> Path:
     """Stable Diffusion 3.5 with random weights, as a diffusers folder; `tokenizer` is CLIP's."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        parts = {
-            "transformer": SD3Transformer2DModel(
-                sample_size=16,
-                num_layers=2,
-                num_attention_heads=2,
-                attention_head_dim=64,
-                joint_attention_dim=64,
-                caption_projection_dim=128,
-                pooled_projection_dim=48,
-                pos_embed_max_size=16,
-                dual_attention_layers=(0,),
-                qk_norm="rms_norm",
-            ),
-            "vae": AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                block_out_channels=(8, 8),
-                norm_num_groups=4,
-                latent_channels=16,
-                scaling_factor=1.5305,
-                shift_factor=0.0609,
-            ),
-            "text_encoder": _clip(tokenizer, 16),
-            "text_encoder_2": _clip(tokenizer, 32),
-            "text_encoder_3": _t5() if with_t5 else None,
-        }
-    StableDiffusion3Pipeline(
-        **parts,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        tokenizer_3=_t5_tokenizer() if with_t5 else None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    ).save_pretrained(folder)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        )
+        texts = [_clip(tokenizer, 16), _clip(tokenizer, 32), _t5() if with_t5 else None]
+        _sd3_pipeline(vae, texts, [tokenizer, tokenizer]).save_pretrained(folder)
     return folder
+
+
+def make_tiny_sd3_file(folder: Path, configs: Path) -> tuple[Path, dict[str, Tensor]]:
+    """Stable Diffusion 3.5 with random weights, as a diffusers folder, and what a file with all of it holds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae"))
+        texts: list = [
+            CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(configs / name))
+            for name in ("text_encoder", "text_encoder_2")
+        ]
+        texts.append(T5EncoderModel(T5Config.from_pretrained(configs / "text_encoder_3")))
+        clips = [shipped.clip_tokenizer(configs, name) for name in ("tokenizer", "tokenizer_2")]
+        pipeline = _sd3_pipeline(vae, texts, clips)
+    pipeline.save_pretrained(folder)
+    vae_to_ldm = runpy.run_path(str(ROOT / "benchmarks" / "full_architecture.py"))["vae_to_ldm"]
+    parts = {MODEL: sd3_to_native(pipeline.transformer), "first_stage_model.": vae_to_ldm(vae)}
+    for name, text in zip(("clip_l", "clip_g", "t5xxl"), texts, strict=True):
+        state = dict(text.state_dict())
+        state.pop("encoder.embed_tokens.weight", None)  # the same as shared.weight
+        parts[f"text_encoders.{name}.transformer."] = state
+    return folder, {prefix + key: weight.contiguous() for prefix, part in parts.items() for key, weight in part.items()}
+
+
+def _sd3_pipeline(vae: AutoencoderKL, texts: list, clip_tokenizers: list) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=16,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=64,
+            joint_attention_dim=64,
+            caption_projection_dim=128,
+            pooled_projection_dim=48,
+            pos_embed_max_size=16,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        vae=vae,
+        text_encoder=texts[0],
+        text_encoder_2=texts[1],
+        text_encoder_3=texts[2],
+        tokenizer=clip_tokenizers[0],
+        tokenizer_2=clip_tokenizers[1],
+        tokenizer_3=_t5_tokenizer() if texts[2] else None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+# The original names of a transformer of SD 3, written from the two architectures; first those of whole layers.
+SD3_NAMES = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+SD3_JOINED = {  # three layers that are one in the original
+    "x_block.attn.qkv": [f"attn.to_{part}" for part in "qkv"],
+    "x_block.attn2.qkv": [f"attn2.to_{part}" for part in "qkv"],
+    "context_block.attn.qkv": [f"attn.add_{part}_proj" for part in "qkv"],
+}
+
+
+def sd3_to_native(transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
+    """Its weights under the names of an original checkpoint, which has scale and shift of the last norms swapped."""
+    state, native, last = transformer.state_dict(), {}, transformer.config.num_layers - 1
+    for name, weight in state.items():
+        block = re.match(r"transformer_blocks\.(\d+)\.", name)
+        layer, _, kind = name[block.end() if block else 0 :].rpartition(".")
+        place = f"joint_blocks.{block[1]}." if block else ""
+        if name == "norm_out.linear." + kind or (block and int(block[1]) == last and layer == "norm1_context.linear"):
+            weight = torch.cat(weight.chunk(2)[::-1])
+        if name in SD3_NAMES:
+            native[SD3_NAMES[name]] = weight
+        elif layer in SD3_NAMES:
+            native[f"{place}{SD3_NAMES[layer]}.{kind}"] = weight
+        for joined, layers in SD3_JOINED.items():
+            if layer == layers[0]:
+                three = [state[f"{block[0]}{one}.{kind}"] for one in layers]
+                native[f"{place}{joined}.{kind}"] = torch.cat(three)
+    return native
 
 
 def _clip(tokenizer, width: int) -> CLIPTextModelWithProjection:

@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download, snapshot_download
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -106,16 +106,11 @@ def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -
 
 def load_parts(folder: Path, classes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The networks and tokenizers in `folder`, by name, given their `classes`."""
-    tokenizers = {name: _tokenizer(folder, name, classes[name]) for name in classes if name.startswith("tokenizer")}
-    networks = {name: _empty(folder / name, cls) for name, cls in classes.items() if name not in tokenizers}
-    for name, tokenizer in tokenizers.items():
-        known = networks[name.replace("tokenizer", "text_encoder")].config.vocab_size
-        if tokenizer.vocab_size > known:
-            raise ValueError(
-                f"{folder} has a {name} of {tokenizer.vocab_size} tokens and a text encoder of {known}; expected both "
-                "of the same model; download or save the whole folder again"
-            )
-    return {name: _load(network, folder / name, dtype) for name, network in networks.items()} | tokenizers
+    names = [name for name in classes if name.startswith("tokenizer")]
+    networks = {name: empty_network(folder / name, cls) for name, cls in classes.items() if name not in names}
+    encoders = {name: networks[name.replace("tokenizer", "text_encoder")] for name in names}
+    tokenizers = {name: load_tokenizer(folder / name, classes[name], encoders[name]) for name in names}
+    return {name: load_weights(network, folder / name, dtype) for name, network in networks.items()} | tokenizers
 
 
 def _classes(index: Path) -> dict[str, Any]:
@@ -159,7 +154,7 @@ def _check_unet(config: dict, folder: Path, is_xl: bool) -> None:
         )
 
 
-def _empty(folder: Path, cls: Any) -> nn.Module:
+def empty_network(folder: Path, cls: Any) -> nn.Module:
     """The network configured in `folder`, without memory for its weights."""
     config = read_json(required(folder.parent, f"{folder.name}/config.json"))
     with quiet_loading(), naming(folder), init_empty_weights():
@@ -173,18 +168,23 @@ def _empty(folder: Path, cls: Any) -> nn.Module:
     return network
 
 
-def _load(network: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_weights(network: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The empty `network` with the weights in `folder`, in `dtype`."""
     name = "model" if isinstance(network, PreTrainedModel) else "diffusion_pytorch_model"
     weights = Weights(_weight_files(folder, name))
     weights.rename(folder_names(weights.names, network))
     weights.check_numbers(read_json(folder / "config.json").get("quantization_config"))
-    found = weights.read("", dtype)
+    return checked_and_filled(network, weights.read("", dtype), dtype, weights.source)
+
+
+def checked_and_filled(network: nn.Module, found: dict[str, Tensor], dtype: torch.dtype, source: Path) -> nn.Module:
+    """The empty `network` with the weights `found` in `source`, in `dtype`; raises ValueError if they do not fit."""
     if isinstance(network, T5EncoderModel):  # stored once, under either name
         for name, other in (_T5_TOKENS, _T5_TOKENS[::-1]):
             if other in found:
                 found.setdefault(name, found[other])
-    check_weights(weights.source, network, found)
-    return fill(network, found, dtype, weights.source)
+    check_weights(source, network, found)
+    return fill(network, found, dtype, source)
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
@@ -214,9 +214,17 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(table.values()))
 
 
-def _tokenizer(folder: Path, name: str, cls: Any) -> Any:
-    if not (folder / name / "tokenizer.json").is_file():
+def load_tokenizer(folder: Path, cls: Any, encoder: nn.Module) -> Any:
+    """The tokenizer in `folder`, of the class `cls`; raises ValueError if it has tokens that the `encoder` lacks."""
+    if not (folder / "tokenizer.json").is_file():
         for file in ("vocab.json", "merges.txt") if cls is CLIPTokenizer else ("tokenizer.json",):
-            required(folder, f"{name}/{file}")
-    with naming(folder / name):
-        return cls.from_pretrained(folder / name, local_files_only=True)
+            required(folder.parent, f"{folder.name}/{file}")
+    with naming(folder):
+        tokenizer = cls.from_pretrained(folder, local_files_only=True)
+    known = encoder.config.vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"{folder.parent} has a {folder.name} of {tokenizer.vocab_size} tokens and a text encoder of {known}; "
+            "expected both of the same model; download or save the whole folder again"
+        )
+    return tokenizer

@@ -7,8 +7,8 @@ from pathlib import Path
 from textwrap import shorten
 
 EXPECTED = (
-    "expected Stable Diffusion 1.x, 2.x or XL (a diffusers folder, its hub id, or a whole .safetensors checkpoint) or "
-    "3.x (a diffusers folder or its hub id)"
+    "expected Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium (a diffusers folder, its hub id, or a .safetensors "
+    "checkpoint)"
 )
 AGAIN = "download or save the whole folder again"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")

@@ -8,6 +8,7 @@ from ..user_files import user_path
 
 LARGEST_HEADER = 2**27  # bytes; of a whole checkpoint, a header has less than a million
 _SECOND_ENCODER = b'"conditioner.embedders.1.model.'  # in a single file of XL, and of no other family
+_JOINT_BLOCK = b'joint_blocks.0.x_block.attn.qkv.weight"'  # in a single file of SD 3
 
 
 def is_xl(source: str) -> bool:
@@ -25,9 +26,12 @@ def is_xl(source: str) -> bool:
 
 
 def is_sd3(source: str) -> bool:
-    """Whether `source` is a folder of Stable Diffusion 3 or 3.5; never raises."""
+    """Whether `source` is a file or a folder of Stable Diffusion 3 or 3.5; never raises. A hub id is not looked up."""
     try:
-        return "SD3Transformer2DModel" in _index(user_path(source)).get("transformer", [])
+        path = user_path(source)
+        if path.is_dir():
+            return "SD3Transformer2DModel" in _index(path).get("transformer", [])
+        return path.suffix == ".safetensors" and _JOINT_BLOCK in _header(path)
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 

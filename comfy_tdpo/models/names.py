@@ -10,6 +10,8 @@ Rename = Callable[[str], str]
 # A weight that every U-Net in the original layout has, and the name of its moving average (EMA).
 _PLAIN = "model.diffusion_model.input_blocks.0.0.weight"
 _EMA = "model_ema.diffusion_modelinput_blocks00weight"
+# A weight that every transformer of SD 3 in the original layout has.
+OF_SD3 = "joint_blocks.0.x_block.attn.qkv.weight"
 
 # The parts of a U-Net's names, longer ones first. Only a block's number can have two digits, and a digit follows it.
 _PART = re.compile(
@@ -48,6 +50,12 @@ def ldm_names(names: Collection[str]) -> Rename:
         return _without_ema(name) if averaged else name
 
     return rename
+
+
+def sd3_names(names: Collection[str]) -> Rename:
+    """Rename the weights of a checkpoint of SD 3 so that those of the transformer have no prefix."""
+    prefix = _prefix({_uncompiled(name) for name in names}, OF_SD3)
+    return lambda name: _uncompiled(name).removeprefix(prefix)
 
 
 def folder_names(names: Collection[str], network: nn.Module) -> Rename:

@@ -18,7 +18,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from ..process.flow_schedule import PATCH, FlowSchedule
 from ..prompts.length import describe_cut, too_long
 from ..settings import PolicySettings
-from . import LatentDecoder, Outline, PromptEncoder, Trainable
+from . import LatentDecoder, Outline, PromptEncoder, Trainable, sd3_file
 from .adapt import adapt
 from .conditioning import Conditioning, TensorConditioning
 from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
@@ -140,29 +140,34 @@ class StableDiffusion3:
 
 
 class StableDiffusion3Family:
-    """Loads a diffusers folder or a hub id."""
+    """Loads a diffusers folder, a .safetensors checkpoint, or a hub id."""
 
     def recognizes(self, source: str) -> bool:
         return is_sd3(source) or is_sd3(index_on_hub(source))
 
     def outline(self, source: str, prediction_type: str | None) -> Outline:
         _check_prediction(prediction_type)
-        folder = local_folder(source)
+        path = Path(source).expanduser()
+        if path.is_file():
+            sd3_file.opened(path)
+        folder = sd3_file.configs() if path.is_file() else local_folder(source)
         return Outline(_schedule(folder), StableDiffusion3.process, latent_factor(folder), PATCH)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion3:
         _check_prediction(prediction_type)
         path = Path(source).expanduser()
-        folder = path if path.is_dir() else download(source, dtype, _pipeline_class)
-        classes = _classes(required(folder, "model_index.json"))
-        schedule = _schedule(folder)
-        parts = load_parts(folder, classes, dtype)
+        if path.is_file():
+            schedule, parts = _schedule(sd3_file.configs()), sd3_file.load_file(path, _CLASSES | _CLASSES_OF_T5, dtype)
+        else:
+            path = path if path.is_dir() else download(source, dtype, _pipeline_class)
+            classes = _classes(required(path, "model_index.json"))
+            schedule, parts = _schedule(path), load_parts(path, classes, dtype)
         first, second = (ClipText(parts[f"tokenizer{n}"], parts[f"text_encoder{n}"]) for n in ("", "_2"))
         third = None
         if "text_encoder_3" in parts:
             third = T5Text(parts["tokenizer_3"], parts["text_encoder_3"])
             third.network.encoder.set_input_embeddings(third.network.shared)  # one tensor, not two copies of it
-        _check_widths(folder, parts)
+        _check_widths(path, parts)
         width = parts["transformer"].config.joint_attention_dim
         encode = ThreeTexts(first, second, third, width)
         return StableDiffusion3(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
@@ -194,7 +199,7 @@ def _classes(index: Path) -> dict[str, Any]:
     return classes
 
 
-def _check_widths(folder: Path, parts: dict[str, Any]) -> None:
+def _check_widths(source: Path, parts: dict[str, Any]) -> None:
     """Raise ValueError if the components are of different models."""
     config, latent = parts["transformer"].config, parts["vae"].config.latent_channels
     clips = [parts[name].config for name in ("text_encoder", "text_encoder_2")]
@@ -209,7 +214,7 @@ def _check_widths(folder: Path, parts: dict[str, Any]) -> None:
         config.joint_attention_dim,
     ):
         raise ValueError(
-            f"{folder} has a transformer of {config.in_channels} channels, text width {config.joint_attention_dim} and "
+            f"{source} has a transformer of {config.in_channels} channels, text width {config.joint_attention_dim} and "
             f"pooled width {config.pooled_projection_dim}, an autoencoder of {latent} channels, and text encoders of "
             f"widths {states} and {t5} and pooled width {pooled}; expected all of the same text-to-image model; {AGAIN}"
         )

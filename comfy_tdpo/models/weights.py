@@ -62,8 +62,8 @@ class Weights:
         except ValueError as error:
             raise self._quantised(error) from error
 
-    def read(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights whose names start with `prefix`: those with a scale in `dtype`, others as stored."""
+    def read(self, prefix: str | tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights whose names start with a `prefix`: those with a scale in `dtype`, others as stored."""
         names = [name for name in self._places if name.startswith(prefix)]
         return {name: self[name].to(dtype) if name in self._scales else self[name] for name in names}
 

@@ -19,13 +19,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
 from begin import CPU, PROMPTS, difference, drawn, patched_in, refusal
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.torch import save_file
 from sdxl import EightPixels, job, native_text, small_vae
 from small_models import draw_weights
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from comfy_tdpo.models import sd3_file
 from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.models.lora import TransformerLora
 from comfy_tdpo.models.shipped import CONFIGS
@@ -205,7 +208,7 @@ def schedules(model) -> dict:
 
 def published() -> dict:
     """Of 3 medium and 3.5 medium at true size, without memory: the weights that ComfyUI knows by no name of diffusers,
-    and what our conversion makes different in their configuration."""
+    and what our conversions make different in their configuration, of a MODEL and of a file."""
     found = {}
     for name, layers, dual, norm, places in (
         ("3 medium", 24, (), None, 192),
@@ -233,8 +236,20 @@ def published() -> dict:
         found[name] = {
             "unknown names": sorted(state.keys() - known.keys()),
             "other settings": [key for key, value in made.items() if network.config[key] != value],
+            "other weights of a file": _from_file(config, state),
         }
     return {"published": found}
+
+
+def _from_file(config: dict, expected: dict[str, Tensor]) -> list[str]:
+    """The weights that a file with ComfyUI's own names does not give the transformer, or in another shape."""
+    with torch.device("meta"):
+        native = OpenAISignatureMMDITWrapper(**config, operations=torch.nn).state_dict()
+    weights = SimpleNamespace(names=native.keys(), source="file", shape=lambda name: tuple(native[name].shape))
+    empty, found = sd3_file.empty_transformer(weights), convert_sd3_transformer_checkpoint_to_diffusers(dict(native))
+    shapes = [{key: tuple(weight.shape) for key, weight in part.items()} for part in (empty.state_dict(), found)]
+    wanted = {key: tuple(weight.shape) for key, weight in expected.items()}
+    return [key for key in wanted | shapes[0] | shapes[1] if {wanted.get(key)} != {part.get(key) for part in shapes}]
 
 
 def _native_names(state: dict[str, Tensor], layers: int) -> list[str]:

@@ -56,7 +56,7 @@ def preset_for(model: Any) -> str:
     """The preset for a model as a user names it.
 
     It is `shapes` for the embedded world, the one that names its hub id among those of XL, of SD 3 and of few steps,
-    `sdxl` for a file or a folder of XL, `sd3` for a folder of SD 3, and `sd15` for any other.
+    `sdxl` for a file or a folder of XL, `sd3` for one of SD 3, and `sd15` for any other.
     """
     if model == "shapes":
         return "shapes"
