@@ -10,7 +10,6 @@ days: `--variants`, `--seeds` and `--jobs` choose what is done now, and the page
 
 import argparse
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -25,16 +24,16 @@ from pairs import (
     LEVELS,
     SMOOTHING,
     Line,
+    Runs,
     Series,
-    add,
     at,
-    fingerprint,
+    by_variant,
     gains,
     lost,
     results,
     row,
     series,
-    train,
+    train_missing,
     with_interval,
 )
 
@@ -169,23 +168,10 @@ def main() -> None:
     if unknown := sorted(set(args.variants) - VARIANTS.keys()):
         parser.error(f"got variant {unknown[0]!r}; expected some of {', '.join(VARIANTS)}")
     wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(job[0], job[1], args.runs, args.out), wanted))
+    train_missing(wanted, config_of, epochs_of, args.runs, args.out, args.jobs)
     if not results(args.out):
         parser.error(f"got no results in {args.out} and no variants to train; expected either")
     write_page(args.out)
-
-
-def run(name: str, seed: int, runs: Path, out: Path) -> None:
-    """Train one variant with one seed, unless `out` holds it, and add its series to `out`."""
-    config = config_of(name, seed)
-    mark = fingerprint(config)
-    if any(result["settings"] == mark for result in results(out)):
-        return
-    path = runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}-{mark[:8]}"
-    print(f"--- {name}, seed {seed}", flush=True)
-    finished = train(path, config)
-    add(out, {"variant": name, "seed": seed, "settings": mark}, epochs_of(finished))
 
 
 @cache
@@ -205,19 +191,6 @@ def epochs_of(run: RunFolder) -> Series:
 
 
 # --- curves and their comparison
-
-
-Runs = dict[str, dict[int, Series]]  # variant -> seed -> series
-
-
-def by_variant(found: list[Line]) -> Runs:
-    """The series of each variant and seed; a line of other settings than today's variant of its name is left out."""
-    runs: Runs = {}
-    for result in found:
-        name, seed = result["variant"], result["seed"]
-        if name in VARIANTS and result["settings"] == fingerprint(config_of(name, seed)):
-            runs.setdefault(name, {})[seed] = result["epochs"]
-    return {name: runs[name] for name in VARIANTS if name in runs}
 
 
 def at_level(runs: Runs, name: str, of: str, level: float = AT) -> dict[int, float]:
@@ -241,7 +214,7 @@ def kept_more(runs: Runs, name: str, than: str, of: str, level: float = AT) -> l
 
 def write_page(out: Path) -> None:
     found = results(out)
-    runs = by_variant(found)
+    runs = by_variant(found, VARIANTS, config_of)
     draw(runs, out.with_suffix(".png"))
     out.with_suffix(".md").write_text(page(runs, found), encoding="utf-8")
 

@@ -9,8 +9,7 @@ A run that full.jsonl holds already is not repeated, and a stopped one is resume
 
 import argparse
 import statistics
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from pairs import Line, Series, add, at, fingerprint, gains, lost, results, row, series, train, with_interval
+from pairs import Line, Runs, Series, at, by_variant, gains, lost, results, row, series, train_missing, with_interval
 
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE
@@ -43,8 +42,6 @@ NAMES = {
     "bytes": "memory/peak_bytes",
 }
 
-Runs = dict[str, dict[int, Series]]  # variant -> seed -> series
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,43 +55,22 @@ def main() -> None:
     if unknown := sorted(set(args.variants) - VARIANTS.keys()):
         parser.error(f"got variant {unknown[0]!r}; expected some of {'; '.join(VARIANTS)}")
     wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(job[0], job[1], args.epochs, args.runs, args.out), wanted))
+    configure = partial(config_of, epochs=args.epochs)
+    train_missing(wanted, configure, lambda run: series(run.metrics(), NAMES), args.runs, args.out, args.jobs)
     found = results(args.out)
     if not found:
         parser.error(f"got no results in {args.out} and no variants to train; expected either")
-    runs = by_variant(found, args.epochs)
+    runs = by_variant(found, VARIANTS, configure)
     draw(runs, args.out.with_suffix(".png"))
     args.out.with_suffix(".md").write_text(page(runs, found), encoding="utf-8")
 
 
 @cache
-def config_of(name: str, seed: int, epochs: int | None) -> TrainConfig:
+def config_of(name: str, seed: int, epochs: int | None = None) -> TrainConfig:
     algorithm, kind = VARIANTS[name]
     changes: dict[str, Any] = {"algorithm": algorithm, "policy": KINDS[kind], "seed": seed}
     changes |= {"eval_rewards": [JUDGE, GOLD], "neurons": {"policy_measure": True}}
     return make_config("shapes", overrides=changes | ({"epochs": epochs} if epochs else {}))
-
-
-def run(name: str, seed: int, epochs: int | None, runs: Path, out: Path) -> None:
-    """Train one variant with one seed, unless `out` holds it, and add its series to `out`."""
-    config = config_of(name, seed, epochs)
-    mark = fingerprint(config)
-    if any(result["settings"] == mark for result in results(out)):
-        return
-    print(f"--- {name}, seed {seed}", flush=True)
-    finished = train(runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}-{mark[:8]}", config)
-    add(out, {"variant": name, "seed": seed, "settings": mark}, series(finished.metrics(), NAMES))
-
-
-def by_variant(found: list[Line], epochs: int | None) -> Runs:
-    """The series of each variant and seed; a line of other settings than today's is left out."""
-    runs: Runs = {}
-    for result in found:
-        name, seed = result["variant"], result["seed"]
-        if name in VARIANTS and result["settings"] == fingerprint(config_of(name, seed, epochs)):
-            runs.setdefault(name, {})[seed] = result["epochs"]
-    return {name: runs[name] for name in VARIANTS if name in runs}
 
 
 # --- the page
@@ -118,7 +94,7 @@ def page(runs: Runs, found: list[Line]) -> str:
     ]
     for name, seeds in runs.items():
         ends = [[curve(epochs)[-1] for epochs in seeds.values()] for curve in (gains, _gold_lost, _judge_lost)]
-        rate = f"{config_of(name, 1, None).policy.lr:g}"
+        rate = f"{config_of(name, 1).policy.lr:g}"
         lines += row(name, str(len(seeds)), rate, *(with_interval(values) for values in ends))
     lines += ["", f"{FULL} minus {LORA}, seed by seed:", ""]
     lines += row("algorithm", "seeds", "gain", "gold lost", "judge lost", head=True)

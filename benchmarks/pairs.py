@@ -11,7 +11,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from threading import Lock
@@ -32,6 +33,8 @@ THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # with one thre
 
 Series = dict[str, list[Any]]  # by name, a value for each epoch
 Line = dict[str, Any]
+Runs = dict[str, dict[int, Series]]  # variant -> seed -> series
+ConfigOf = Callable[[str, int], TrainConfig]  # of a variant and a seed
 
 _writing = Lock()
 
@@ -67,6 +70,42 @@ def train(path: Path, config: TrainConfig) -> RunFolder:
         RunFolder(path).create(config)
     run_trainer("--resume", str(path))
     return RunFolder.open(path)
+
+
+def train_missing(
+    wanted: Iterable[tuple[str, int]],
+    config_of: ConfigOf,
+    series_of: Callable[[RunFolder], Series],
+    runs: Path,
+    out: Path,
+    jobs: int,
+) -> None:
+    """Train the `wanted` variants and seeds that `out` does not hold, in the folder `runs`, and add their series to it.
+
+    config_of: what a variant trains with a seed; jobs: how many run at a time.
+    """
+
+    def run(name: str, seed: int) -> None:
+        config = config_of(name, seed)
+        mark = fingerprint(config)
+        if any(result["settings"] == mark for result in results(out)):
+            return
+        print(f"--- {name}, seed {seed}", flush=True)
+        finished = train(runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}-{mark[:8]}", config)
+        add(out, {"variant": name, "seed": seed, "settings": mark}, series_of(finished))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda job: run(*job), wanted))
+
+
+def by_variant(found: list[Line], variants: Iterable[str], config_of: ConfigOf) -> Runs:
+    """The series of each variant and seed; a line of other settings than today's variant of its name is left out."""
+    runs: Runs = {name: {} for name in variants}
+    for result in found:
+        name, seed = result["variant"], result["seed"]
+        if name in runs and result["settings"] == fingerprint(config_of(name, seed)):
+            runs[name][seed] = result["epochs"]
+    return {name: seeds for name, seeds in runs.items() if seeds}
 
 
 def add(out: Path, line: Line, epochs: Series) -> None:

@@ -25,7 +25,7 @@ def policy_optimizer(parameters: list[nn.Parameter], settings: PolicySettings, s
     """The optimizer that `settings` name; `seed`: of the run, for rounding at random."""
     if settings.optimizer == "adamw-8bit":
         return LowPrecisionAdamW(parameters, settings, seed)
-    return adamw(parameters, settings, one_by_one=settings.train == "full")
+    return adamw(parameters, settings, one_by_one=settings.trains_all)
 
 
 def scheduled_lr(settings: PolicySettings, update: int, updates: int) -> float:

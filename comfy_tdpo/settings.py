@@ -105,6 +105,10 @@ class PolicySettings(OptimizerSettings):
         description="first updates of the run, over which the learning rate rises in equal steps to policy.lr",
     )
 
+    @property
+    def trains_all(self) -> bool:
+        return self.train == "full"
+
     def check_optimizer(self, precision: str) -> None:
         """Raise ValueError if the optimizer does not go with what is trained or with the model's precision."""
         if self.optimizer == "adamw-8bit" and (self.train, precision) != ("full", "bf16"):

@@ -33,8 +33,8 @@ class Train(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, or the Shapes Model. LoRAs already applied to it "
-                    "become part of the base model.",
+                    tooltip="Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, or the Shapes Model. LoRAs already "
+                    "applied to it become part of the base model.",
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),

@@ -146,13 +146,25 @@ def test_the_page_says_which_changes_help_which_harm_and_which_show_nothing(fron
     assert "the interval holds 0: cosine." in said
 
 
-def test_settings_at_their_defaults_do_not_make_another_run(frontier):
+def test_settings_at_their_defaults_do_not_make_another_run():
     from comfy_tdpo.trainer.config import make_config
 
-    mark = frontier.fingerprint(make_config("shapes"))
-    assert mark == frontier.fingerprint(make_config("shapes", overrides={"eval_rewards": ["shapes-gold"]}))
-    assert mark != frontier.fingerprint(make_config("shapes", overrides={"kl": {"coefficient": 0.1}}))
-    assert mark != frontier.fingerprint(make_config("shapes", overrides={"seed": 1}))
+    mark = pairs.fingerprint(make_config("shapes"))
+    assert mark == pairs.fingerprint(make_config("shapes", overrides={"eval_rewards": ["shapes-gold"]}))
+    assert mark != pairs.fingerprint(make_config("shapes", overrides={"kl": {"coefficient": 0.1}}))
+    assert mark != pairs.fingerprint(make_config("shapes", overrides={"seed": 1}))
+
+
+def test_lines_of_todays_settings_count_and_others_do_not(frontier):
+    """Of the results that lie beside the benchmark, too."""
+    config = frontier.config_of("tdpo", 1)
+    line = {"variant": "tdpo", "seed": 1, "settings": pairs.fingerprint(config), "epochs": {"reward": [1.0]}}
+    others = [line | {"settings": "0"}, line | {"variant": "gone"}, line | {"seed": 2}]
+    found = pairs.by_variant([line, *others], frontier.VARIANTS, frontier.config_of)
+    assert found == {"tdpo": {1: {"reward": [1.0]}}}
+    kept = pairs.results(frontier.HERE / "frontier.jsonl")
+    named = [line for line in kept if line["variant"] in frontier.VARIANTS]
+    assert sum(map(len, pairs.by_variant(kept, frontier.VARIANTS, frontier.config_of).values())) == len(named)
 
 
 def test_the_recipe_is_shown_seed_by_seed_with_the_means_of_the_seeds_it_was_not_chosen_on(frontier):

@@ -242,8 +242,10 @@ def test_whole_models_are_shared_where_load_diffusion_model_looks(tmp_path):
 
 def test_a_node_says_what_became_of_a_whole_model():
     status = {"state": "finished", "epoch": 2, "epochs": 2}
-    assert "TDPO LoRA Apply applies its model, and Load Diffusion" in advice(status | {"lora": "tdpo/x"}, False, True)
-    assert "Load" not in advice(status | {"lora": None}, False, True)
+    longer = "To train longer, set epochs to more than 2, such as 4, and queue the graph."
+    listed = "Load Diffusion Model lists its model; TDPO LoRA Apply applies it."
+    assert advice(status | {"lora": "tdpo/x"}, False, True) == f"{listed} {longer}"
+    assert advice(status | {"lora": None}, False, True) == f"TDPO LoRA Apply applies its model. {longer}"
     assert "for all weights with learning rate 2e-05" in plan_of(toy_config(policy={"train": "full", "lr": 2e-5}))
 
 

@@ -264,16 +264,23 @@ def test_which_forms_are_refused(what, message):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("AuraFlow", "got a MODEL of the family AuraFlow; expected Stable Diffusion 1.x, 2.x, XL or 3.x"),
-        ("Flux", "got a MODEL of the family Flux; expected"),
-        ("SDXLRefiner", "got a MODEL of the family SDXLRefiner; expected"),
-        ("SSD1B", "got a MODEL of the family SSD1B, with other blocks than SDXL; expected"),
+        ("AuraFlow", "got a MODEL of AuraFlow; expected Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium for text to im"),
+        ("Flux", "got a MODEL of FLUX.1; expected"),
+        ("QwenImage", "got a MODEL of Qwen-Image; expected"),
+        ("Chroma", "got a MODEL of Chroma; expected"),
+        ("PixArtSigma", "got a MODEL of PixArt; expected"),
+        ("WAN21_T2V", "got a MODEL of Wan; expected Stable"),
+        ("Stable_Cascade_C", "got a MODEL of Stable Cascade; expected"),
+        ("StableAudio", "got a MODEL of the family StableAudio; expected"),
+        ("SD 3.5 large", "got a MODEL of Stable Diffusion 3.5 large; expected Stable Diffusion 1.x"),
+        ("SDXLRefiner", "got a MODEL of SDXL's refiner, which cannot begin from noise; expected"),
+        ("SSD1B", "got a MODEL of SDXL made smaller; expected"),
         ("another CLIP for XL", "got a CLIP whose embeddings are 64 wide; expected 80: use the CLIP of the MODEL's"),
         (
             "lcm",
             "a MODEL that ModelSamplingDiscrete has set to lcm; expected one without that node: connect what it has",
         ),
-        ("EDM", "got a MODEL with the noise levels of EDM (CosXL, Playground 2.5); expected"),
+        ("EDM", "got a MODEL of Playground 2.5 or CosXL, with the noise levels of EDM; expected"),
         ("inpainting", "takes 9 channels (inpainting); expected"),
         (
             "blended",

@@ -147,7 +147,7 @@ def test_a_folder_loads_in_half_precision_and_from_fp16_variants(models, folder)
         ("model_index.json", {"text_encoder": [None, None]}, "whose text_encoder is None, not CLIPTextModel"),
         ("model_index.json", {"text_encoder_2": ["transformers", "T5EncoderModel"]}, "text_encoder_2 is T5EncoderMod"),
         ("unet/config.json", {"addition_embed_type": "text"}, "has addition_embed_type 'text'.*expected 'text_time'"),
-        ("unet/config.json", {"time_cond_proj_dim": 256}, "more than text and timestep .time_cond_proj_dim 256"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, r"is a whole latent consistency model \(LCM\), .*LCM LoRA$"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels .inpainting"),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "the scheduler EDMEuler"),
     ],
@@ -209,8 +209,15 @@ REFINER = {
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"edm_mean": torch.zeros(4)}, "is Playground 2.5, with the noise levels of EDM; expected Stable .*; choose a"),
-        ({"edm_vpred.sigma_max": torch.tensor(80.0)}, "is CosXL, with the noise levels of EDM; expected"),
+        (
+            {"edm_mean": torch.zeros(4)},
+            "is Playground 2.5 or CosXL, with the noise levels of EDM; expected .*; choose a",
+        ),
+        ({"edm_vpred.sigma_max": torch.tensor(80.0)}, "is Playground 2.5 or CosXL, with the noise levels of EDM; exp"),
+        (
+            {f"{MODEL}time_embed.cond_proj.weight": torch.zeros(64, 256)},
+            r"is a whole latent consistency model \(LCM\), .*; nearest to it is .* with an LCM LoRA$",
+        ),
         (
             {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)},
             "is trained with zero terminal SNR .ztsnr.; .* a diffusers folder, .* timestep_spacing trailing",

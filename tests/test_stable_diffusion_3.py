@@ -391,3 +391,15 @@ def test_float8_with_scales_loads(single, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     model = load_model(str(tmp_path / "model.safetensors"), torch.float32)
     assert torch.equal(model.network.transformer_blocks[0].ff.net[0].proj.weight, codes.float() * scale)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_3_5_large_is_refused_by_name(single, folder, tmp_path):
+    """By its 38 blocks, before anything large is read."""
+    blocks = {f"{MODEL}joint_blocks.{i}.x_block.attn.proj.bias": torch.zeros(1) for i in range(38)}
+    save_file(without(single[1], T5) | blocks, tmp_path / "large.safetensors")
+    change(folder / "transformer" / "config.json", num_layers=38)
+    for source in (tmp_path / "large.safetensors", folder):
+        for read in (lambda source: load_model(source, torch.float32), outline):
+            with pytest.raises(ValueError, match=r"3.5 large; expected .*; nearest to it is .* 3.5 medium$"):
+                read(str(source))

@@ -9,6 +9,7 @@ import torch
 from comfy_tdpo import __version__
 from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.methods.context import Context
+from comfy_tdpo.models import denoiser_name
 from comfy_tdpo.rewards.taste import Taste
 from comfy_tdpo.rollout import Decoder, draw_images
 
@@ -133,6 +134,7 @@ class Keeper:
             "reward": self.reward,
             "epoch": str(self.context.epoch),
             "comfy_tdpo": __version__,
+            "network": denoiser_name(self.context.policy.model),
         }
         policy = self.context.policy
         with policy.averaged():
@@ -140,7 +142,7 @@ class Keeper:
 
 
 def _called(config: TrainConfig, what: str = "policy") -> str:
-    return what if what != "policy" else "LoRA" if config.policy.train == "lora" else "model"
+    return what if what != "policy" else "model" if config.policy.trains_all else "LoRA"
 
 
 def _setting(config: TrainConfig, name: str) -> int | float | str | bool:

@@ -100,7 +100,7 @@ class PolicyGradientSettings(MethodSettings):
         for name in ("reset_above", "reset_every", "gate"):
             if getattr(self.kl, name) and not self.kl.coefficient:
                 raise ValueError(f"kl.{name} needs a KL penalty, but kl.coefficient is 0; set kl.coefficient above 0")
-        if self.policy.train == "full" and self.policy.replay and (self.kl.reset_above or self.kl.reset_every):
+        if self.policy.trains_all and self.policy.replay and (self.kl.reset_above or self.kl.reset_every):
             raise ValueError(
                 "policy.replay keeps what the KL's reference says of earlier samples if policy.train is full, and a "
                 "reset of the reference would make that wrong; set policy.replay to 0, or kl.reset_above and "

@@ -142,6 +142,11 @@ FAMILIES = {
 }
 
 
+def denoiser_name(model: DiffusionModel) -> str:
+    """The denoiser's name among the networks, which is its name in a pipeline of diffusers: "unet" or "transformer"."""
+    return next(name for name, network in model.networks.items() if network is model.network)
+
+
 def describe_unread(model: DiffusionModel, prompts: list[str]) -> str:
     """One line for a user about those of `prompts` that the model would truncate; empty if there are none."""
     cut: Callable[[list[str]], str] | None = getattr(model.encode, "cut", None)

@@ -13,6 +13,6 @@ def adapt(network: Any, settings: PolicySettings, add_lora: Callable[[int, float
     rank and alpha."""
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if settings.train == "full":
+    if settings.trains_all:
         return AllWeights(network, low_precision=settings.optimizer == "adamw-8bit")
     return add_lora(settings.rank, float(settings.rank if settings.alpha is None else settings.alpha))

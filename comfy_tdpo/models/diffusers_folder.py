@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from ..quiet import quiet_loading
-from .files import EXPECTED, PICKLE_SUFFIXES, naming, read_json, required
+from .files import EXPECTED, PICKLE_SUFFIXES, naming, read_json, refused, required
 from .names import folder_names
 from .scheduler import load_scheduler
+from .unsupported import LCM, of_class
 from .weights import Weights, check_channels, check_weights, fill
 
 # The components of a Stable Diffusion pipeline, except its scheduler, and those that XL has besides.
@@ -36,9 +37,8 @@ _CLASSES = {
 _CLASSES_OF_XL = {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
 
 # Settings of U-Nets with further inputs: guidance (distilled LCM), classes, image embeddings, and sizes, which XL has.
-_MORE_CONDITIONS = (
-    *("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim"),
-)
+_OF_LCM = "time_cond_proj_dim"
+_MORE_CONDITIONS = (_OF_LCM, "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim")
 
 _T5_TOKENS = ("encoder.embed_tokens.weight", "shared.weight")  # the same weight
 
@@ -128,6 +128,8 @@ def check_index(index: Path, classes: dict[str, Any]) -> None:
         found = part[-1] if isinstance(part, list) and part else part  # [library, class]
         if str(found).removesuffix("Fast") != expected.__name__.removesuffix("Fast"):
             kind = parts.get("_class_name")
+            if other := of_class(str(kind)):
+                raise refused(index.parent, other, str(kind))
             raise ValueError(f"{index.parent} is a {kind} whose {name} is {found}, not {expected.__name__}; {EXPECTED}")
 
 
@@ -148,6 +150,8 @@ def _check_unet(config: dict, folder: Path, is_xl: bool) -> None:
                 f"{value!r}, as XL has; {EXPECTED}; download or save the whole folder again"
             )
     if more := [name for name in _MORE_CONDITIONS if config.get(name) and name not in sizes]:
+        if more[0] == _OF_LCM:
+            raise refused(folder, LCM, f"{_OF_LCM} {config[_OF_LCM]!r}")
         raise ValueError(
             f"the U-Net in {folder} is conditioned on more than text and timestep ({more[0]} {config[more[0]]!r}); "
             f"{EXPECTED}; choose the base model of the same family"

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-EXPECTED = (
-    "expected Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium (a diffusers folder, its hub id, or a .safetensors "
-    "checkpoint)"
-)
+from .unsupported import Other
+
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium"
+EXPECTED = f"expected {SUPPORTED} (a diffusers folder, its hub id, or a .safetensors checkpoint)"
 AGAIN = "download or save the whole folder again"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -30,6 +30,11 @@ def read_json(path: Path) -> dict:
             f"{path} contains {shorten(repr(values), 60)}; expected a JSON object; download the folder again"
         )
     return values
+
+
+def refused(source: Path, other: Other, how: str = "") -> ValueError:
+    """The error for a model of another family; how: it is known to be of it, if that helps."""
+    return ValueError(f"{source} is {other.name}{how and f' ({how})'}; {EXPECTED}; nearest to it is {other.nearest}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which presets suit a model, by the index of its folder or the header of its file alone. Cheap: imports no torch."""
+"""What kind a model is of, by the index of its folder or the header of its file alone. Cheap: imports no torch."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,17 @@ from ..user_files import user_path
 LARGEST_HEADER = 2**27  # bytes; of a whole checkpoint, a header has less than a million
 _SECOND_ENCODER = b'"conditioner.embedders.1.model.'  # in a single file of XL, and of no other family
 _JOINT_BLOCK = b'joint_blocks.0.x_block.attn.qkv.weight"'  # in a single file of SD 3
+
+
+# The kinds of models, named like the presets that suit them: the embedded world, 1.x and 2.x, XL, and 3.
+SHAPES, SD, XL, SD3 = "shapes", "sd15", "sdxl", "sd3"
+
+
+def kind_of(source: str) -> str:
+    """The kind of the model `source`, as a user names it; SD for what is none of the others. Never raises."""
+    if source == SHAPES:
+        return SHAPES
+    return XL if is_xl(source) else SD3 if is_sd3(source) else SD
 
 
 def is_xl(source: str) -> bool:

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 
 from ..process.flow_schedule import DynamicShift, FlowSchedule
 from .files import AGAIN, EXPECTED, naming, read_json
+from .unsupported import EDM
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MOST_TIMESTEPS = 100_000
@@ -94,7 +95,7 @@ def _sampler(config: dict, path: Path) -> str:
     if name not in _SAMPLERS or continuous:
         raise ValueError(
             f"{path} has the scheduler {given}{' with continuous noise levels' if continuous else ''}, which is for "
-            f"other models (flow matching, EDM); {EXPECTED}; if the model is one of these, save its folder with "
+            f"other models (flow matching; {EDM}); {EXPECTED}; if the model is one of these, save its folder with "
             "diffusers' DDIMScheduler"
         )
     return name

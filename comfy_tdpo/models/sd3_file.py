@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ..process.flow_schedule import PATCH
 from . import shipped
 from .diffusers_folder import checked_and_filled, empty_network, load_tokenizer, load_weights
-from .files import EXPECTED, naming
+from .files import EXPECTED, naming, refused
 from .names import below_text_model, sd3_names
 from .shipped import clip_tokenizer
+from .unsupported import LARGE_LAYERS, SD35_LARGE
 from .weights import Weights
 
 HEAD = 64  # width of a head of attention
@@ -72,6 +73,12 @@ def load_file(path: Path, classes: dict[str, Any], dtype: torch.dtype) -> dict[s
             load_weights(network, place, dtype) if place else checked_and_filled(network, found[name], dtype, path)
         )
     return parts
+
+
+def check(path: Path) -> None:
+    """Raise ValueError like `load_file`, as far as names and shapes of weights tell."""
+    weights, _ = opened(path)
+    empty_transformer(weights)
 
 
 def opened(path: Path) -> tuple[Weights, dict[str, Path | None]]:
@@ -125,6 +132,8 @@ def empty_transformer(weights: Weights) -> SD3Transformer2DModel:
             raise ValueError(f"{weights.source} has a transformer whose {name} is {shape}; {EXPECTED}")
     (width, channels, _, _), (_, states), (_, pooled), (_, places, _) = map(weights.shape, _SIZES)
     blocks = {name.split(".")[1] for name in weights.names if name.startswith("joint_blocks.")}
+    if len(blocks) >= LARGE_LAYERS:
+        raise refused(weights.source, SD35_LARGE)
     dual = [block for block in blocks if f"joint_blocks.{block}.x_block.attn2.qkv.weight" in weights.names]
     normed = "joint_blocks.0.x_block.attn.ln_q.weight" in weights.names
     with naming(weights.source), torch.device("meta"):

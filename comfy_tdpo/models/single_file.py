@@ -26,10 +26,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from . import shipped
 from .diffusers_folder import latent_factor
-from .files import EXPECTED
+from .files import EXPECTED, refused
 from .names import below_text_model, ldm_names
 from .scheduler import load_scheduler
 from .shipped import clip_tokenizer, read_config
+from .unsupported import EDM, LCM, of_weights
 from .weights import Weights, check_channels, check_weights, fill
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ _CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"  # (width, latent cha
 _CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"  # (width, text width)
 _LABELS = "model.diffusion_model.label_emb."  # conditioning on classes or images; of XL, on sizes and a pooled state
 _DEEPEST = "model.diffusion_model.middle_block.1.transformer_blocks."  # as many as in XL's deepest blocks
+_OF_LCM = "time_embed.cond_proj.weight"
 _LAST_NORM = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"  # (width,)
 
 # Other kinds of .safetensors files, by a part of their keys. The most frequent part decides; ties go to the first.
@@ -47,16 +49,15 @@ _OTHER_FILES = {
     ".lora.": "a LoRA",
     "control_model.": "a ControlNet",
     "conditioner.embedders.": "an SDXL checkpoint without the whole U-Net (text encoders alone, or KOALA)",
-    "joint_blocks.": "an SD 3 checkpoint, which loads from its diffusers folder only",
-    "double_blocks.": "a Flux checkpoint",
+    "joint_blocks.": "an SD 3 checkpoint without its whole transformer",
     "label_emb.": "a U-Net with class or image conditions (unCLIP), or SDXL's U-Net alone",
     "down_blocks.": "one component of a diffusers folder",
 }
+_NO_CHECKPOINTS = ("lora_", ".lora.", "control_model.")  # of these, of any family
 _REFINER = (384, 1280)  # width and text width
 # Weights that say that an XL checkpoint was trained on other noise than XL: what it is, and what to do.
 _OTHER_NOISE = {
-    "edm_mean": ("Playground 2.5, with the noise levels of EDM", "choose a model that is derived from SDXL's base"),
-    "edm_vpred.sigma_max": ("CosXL, with the noise levels of EDM", "choose a model that is derived from SDXL's base"),
+    **dict.fromkeys(("edm_mean", "edm_vpred.sigma_max"), (EDM, "choose a model that is derived from SDXL's base")),
     "ztsnr": (
         "trained with zero terminal SNR (ztsnr)",
         "save it as a diffusers folder, with a scheduler that has prediction_type v_prediction, rescale_betas_zero_snr "
@@ -115,7 +116,11 @@ def _check_kind(weights: Weights) -> None:
     counts = {part: sum(part in name for name in names) for part in _OTHER_FILES}
     part = max(counts, key=counts.__getitem__)
     if {_CONV_IN, _CONTEXT} <= names:
+        if any(name.endswith(_OF_LCM) for name in names):
+            raise refused(weights.source, LCM)
         return
+    if (other := of_weights(names)) and not (part in _NO_CHECKPOINTS and counts[part]):
+        raise refused(weights.source, other)
     kind = _OTHER_FILES[part] if counts[part] else f"something else: keys like {min(names, default='none')}"
     raise ValueError(f"{weights.source} is {kind}; {EXPECTED}")
 

@@ -22,11 +22,12 @@ from . import LatentDecoder, Outline, PromptEncoder, Trainable, sd3_file
 from .adapt import adapt
 from .conditioning import Conditioning, TensorConditioning
 from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
-from .files import AGAIN, read_json, required
+from .files import AGAIN, read_json, refused, required
 from .kind import is_sd3
 from .lora import TARGETS, TransformerLora
 from .scheduler import load_flow_schedule
 from .stable_diffusion import Autoencoder, ClipText
+from .unsupported import LARGE_LAYERS, SD35_LARGE
 
 _CLASSES = {
     "transformer": SD3Transformer2DModel,
@@ -149,8 +150,8 @@ class StableDiffusion3Family:
         _check_prediction(prediction_type)
         path = Path(source).expanduser()
         if path.is_file():
-            sd3_file.opened(path)
-        folder = sd3_file.configs() if path.is_file() else local_folder(source)
+            sd3_file.check(path)
+        folder = sd3_file.configs() if path.is_file() else _checked(local_folder(source))
         return Outline(_schedule(folder), StableDiffusion3.process, latent_factor(folder), PATCH)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion3:
@@ -159,6 +160,7 @@ class StableDiffusion3Family:
         if path.is_file():
             schedule, parts = _schedule(sd3_file.configs()), sd3_file.load_file(path, _CLASSES | _CLASSES_OF_T5, dtype)
         else:
+            _checked(local_folder(source))  # before its weights are downloaded
             path = path if path.is_dir() else download(source, dtype, _pipeline_class)
             classes = _classes(required(path, "model_index.json"))
             schedule, parts = _schedule(path), load_parts(path, classes, dtype)
@@ -179,6 +181,15 @@ def _check_prediction(prediction_type: str | None) -> None:
             f"prediction_type is {prediction_type!r}, and Stable Diffusion 3 predicts the flow; expected none: remove "
             "prediction_type"
         )
+
+
+def _checked(folder: Path) -> Path:
+    """The folder; raises ValueError if its transformer is that of 3.5 large."""
+    config = folder / "transformer" / "config.json"
+    layers = read_json(config).get("num_layers") if config.is_file() else None
+    if isinstance(layers, int) and layers >= LARGE_LAYERS:
+        raise refused(folder, SD35_LARGE)
+    return folder
 
 
 def _schedule(folder: Path) -> FlowSchedule:

@@ -21,8 +21,11 @@ from torch import nn
 
 from comfy_tdpo.clean_text import one_line
 from comfy_tdpo.models.conditioning import TensorConditioning
+from comfy_tdpo.models.files import SUPPORTED
+from comfy_tdpo.models.kind import SD, SD3, SHAPES, XL
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.models.stable_diffusion_3 import StableDiffusion3
+from comfy_tdpo.models.unsupported import EDM, of_class
 from comfy_tdpo.policy import DiffusionPolicy
 
 from ...trainer.assemble import DTYPES, assemble, policy_settings
@@ -32,14 +35,14 @@ from ...trainer.job import TrainingFactory
 from ...trainer.recommend.options import unseen_prompts
 from ..runs.checks import check_run
 from ..runs.prompts import Prompts
-from ..runs.settings import OTHER, SD3, SHAPES, XL, Wanted
+from ..runs.settings import Wanted
 from .baked import baked_weights, model_name
 from .decoder import ComfyDecoder
 from .sd3_in import diffusers_transformer, flow_schedule_of, is_sd3, transformer_config
 from .shapes_out import is_shapes
 from .weights_in import check_embeds, check_plain
 
-SUPPORTED = "expected Stable Diffusion 1.x, 2.x, XL or 3.x for text to image"
+EXPECTED = f"expected {SUPPORTED} for text to image"
 SIZES, SIZE_WIDTH = 6, 256  # of an image, which XL is conditioned on, and how wide each is embedded
 
 
@@ -58,8 +61,7 @@ class Wires:
             ValueError: the CLIP or VAE is missing, or the MODEL cannot be trained.
         """
         self.check()
-        family = SHAPES if is_shapes(self.model) else XL if is_xl(self.model) else SD3 if is_sd3(self.model) else OTHER
-        return Wanted(model=model_name(self.model), preset=family, **inputs)
+        return Wanted(model=model_name(self.model), preset=_kind_of(self.model), **inputs)
 
     def check(self) -> None:
         """Raise ValueError if the CLIP or VAE is missing, or the MODEL is none that a policy can be made of."""
@@ -128,6 +130,10 @@ def _policy(make: Any, decode: ComfyDecoder, config: TrainConfig, device: torch.
     return DiffusionPolicy(make(decode.to(device), config.model), **policy_settings(config, device))
 
 
+def _kind_of(model: comfy.model_patcher.ModelPatcher) -> str:
+    return SHAPES if is_shapes(model) else XL if is_xl(model) else SD3 if is_sd3(model) else SD
+
+
 def _widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
     """How wide the embeddings and the pooled embeddings are that the network of a MODEL takes.
 
@@ -162,17 +168,15 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
     config = model.model.model_config.unet_config
     width, context = config.get("model_channels"), config.get("context_dim")
     if not (width and isinstance(context, int)) or (config.get("adm_in_channels") and not is_xl(model)):
-        kind = type(model.model.model_config).__name__
-        raise ValueError(f"got a MODEL of the family {kind}; {SUPPORTED}: load such a checkpoint")
+        raise another_family(model)
     if config["in_channels"] != 4:
-        raise ValueError(f"got a MODEL that takes {config['in_channels']} channels (inpainting); {SUPPORTED}")
+        raise ValueError(f"got a MODEL that takes {config['in_channels']} channels (inpainting); {EXPECTED}")
     channels = [int(multiple * width) for multiple in config["channel_mult"]]
     layers = config["num_res_blocks"]
     depths = [config["transformer_depth"][sum(layers[:i])] for i in range(len(layers))]  # of each block
     crossing = [depth > 0 for depth in depths]
     if not _alike(config, depths):
-        kind = type(model.model.model_config).__name__
-        raise ValueError(f"got a MODEL of the family {kind}, with other blocks than SDXL; {SUPPORTED}: load another")
+        raise another_family(model)
     heads, head_width = config["num_heads"], config["num_head_channels"]
     (groups,) = {m.num_groups for m in model.model.diffusion_model.modules() if isinstance(m, nn.GroupNorm)}
     return {
@@ -189,6 +193,13 @@ def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
         "use_linear_projection": config.get("use_linear_in_transformer", False),
         "norm_num_groups": groups,
     } | (_xl_config(config) if is_xl(model) else {})
+
+
+def another_family(model: comfy.model_patcher.ModelPatcher) -> ValueError:
+    kind = type(model.model.model_config).__name__
+    if other := of_class(kind):
+        return ValueError(f"got a MODEL of {other.name}; {EXPECTED}: nearest to it is {other.nearest}")
+    return ValueError(f"got a MODEL of the family {kind}; {EXPECTED}: load such a checkpoint")
 
 
 def is_xl(model: comfy.model_patcher.ModelPatcher) -> bool:
@@ -224,9 +235,9 @@ def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
     sampling = model.get_model_object("model_sampling")  # a node may have replaced the model's own
     bases = {base.__name__ for base in type(sampling).__mro__}
     if bases & {"EDM", "X0", "CONST"} or not bases & {"EPS", "V_PREDICTION"}:
-        raise ValueError(f"got a MODEL that predicts neither noise nor v ({', '.join(sorted(bases))}); {SUPPORTED}")
+        raise ValueError(f"got a MODEL that predicts neither noise nor v ({', '.join(sorted(bases))}); {EXPECTED}")
     if "ModelSamplingContinuousEDM" in bases:
-        raise ValueError(f"got a MODEL with the noise levels of EDM (CosXL, Playground 2.5); {SUPPORTED}")
+        raise ValueError(f"got a MODEL of {EDM}; {EXPECTED}")
     if "ModelSamplingDiscreteDistilled" in bases:
         raise ValueError(
             "got a MODEL that ModelSamplingDiscrete has set to lcm; expected one without that node: connect what it "

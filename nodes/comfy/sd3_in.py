@@ -7,6 +7,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from comfy_tdpo.models.files import SUPPORTED
+from comfy_tdpo.models.unsupported import LARGE_LAYERS, SD35_LARGE
 from comfy_tdpo.process.flow_schedule import PATCH, FlowSchedule
 
 from .baked import baked_weights
@@ -31,8 +33,13 @@ def transformer_config(model: comfy.model_patcher.ModelPatcher) -> dict:
         or config.get("num_blocks", config["depth"]) != config["depth"]
     ):
         raise ValueError(
-            "got a MODEL of the family SD3 with other blocks than Stable Diffusion 3 and 3.5; expected one of these: "
-            "load another"
+            "got a MODEL of the family SD3 with other blocks than Stable Diffusion 3 and 3.5 medium; expected one of "
+            "these: load another"
+        )
+    if config["depth"] >= LARGE_LAYERS:
+        raise ValueError(
+            f"got a MODEL of {SD35_LARGE.name}; expected {SUPPORTED} for text to image: nearest to it is "
+            f"{SD35_LARGE.nearest}"
         )
     text = config["context_embedder_config"]["params"]
     return {

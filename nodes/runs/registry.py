@@ -244,7 +244,7 @@ def plan_of(config: TrainConfig) -> str:
     """What the run costs and with which settings, those of the preset included."""
     images = f"{config.epochs * config.samples_per_epoch:,} images of {config.steps} steps"
     how = f"at {config.resolution} px with guidance {config.guidance:g}"
-    what = "all weights" if config.policy.train == "full" else f"a LoRA of rank {config.policy.rank}"
+    what = "all weights" if config.policy.trains_all else f"a LoRA of rank {config.policy.rank}"
     return f"{images} in {config.epochs} epochs, {how}, for {what} with learning rate {config.policy.lr:g}"
 
 
@@ -288,12 +288,13 @@ def advice(status: Fields, waits: bool, trains_all: bool = False) -> str:
         case "finished" if epoch < epochs:
             ended = f"Ended after epoch {epoch} of {epochs}, saved."
             return f"{ended} To train on, set stop_on_overoptimisation (in settings) to false and queue the graph."
-        case "finished" if trains_all:
-            listed = ", and Load Diffusion Model lists it" if status["lora"] else ""
-            return f"Finished. TDPO LoRA Apply applies its model{listed}. Raise epochs to train longer."
         case "finished":
+            what, loader = ("model", "Load Diffusion Model") if trains_all else ("LoRA", "Load LoRA")
+            use = f"{loader} lists its {what}; TDPO LoRA Apply applies it."
+            if trains_all and not status["lora"]:  # Load Diffusion Model does not know this model
+                use = "TDPO LoRA Apply applies its model."
             longer = f"To train longer, set epochs to more than {epochs}, such as {2 * epochs}, and queue the graph."
-            return f"Load LoRA lists its LoRA; TDPO LoRA Apply applies it. {longer}"
+            return f"{use} {longer}"
         case "stopped" | "interrupted" if epoch == 0:
             return "Ended before an epoch had finished. Queue the graph to resume."
         case "failed":

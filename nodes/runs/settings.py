@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from comfy_tdpo.clean_text import clean
+from comfy_tdpo.models.kind import SHAPES
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 from comfy_tdpo.settings import NONE
 
@@ -13,8 +14,6 @@ from .prompts import Prompts, read_prompts
 from .reward_choice import RewardChoice, joined
 from .used import used_by, used_of_critic
 
-# presets: for the embedded world, for XL, for Stable Diffusion 3, and for other models
-SHAPES, XL, SD3, OTHER = "shapes", "sdxl", "sd3", "sd15"
 # Settings that the node's inputs and wires set, so that the `settings` text must not.
 INPUTS = (
     *("algorithm", "model", "prediction_type", "rewards", "eval_rewards", "reward_weights"),
@@ -36,7 +35,7 @@ NUMBERS = ("epochs", "samples_per_epoch", "steps", "guidance", "resolution")  # 
 class Wanted:
     """What a Train node asks for.
 
-    model: the name of its MODEL; preset: what suits it, SHAPES, XL, SD3 or OTHER.
+    model: the name of its MODEL; preset: of its kind, see comfy_tdpo.models.kind.
     numbers: values of NUMBERS, rank and learning_rate; critic: nested settings, or None for the preset's.
     text: prompts, one per line; prompt_set: the set to use if there is no text; settings: more settings, as TOML.
     """

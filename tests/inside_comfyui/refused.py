@@ -10,7 +10,7 @@ from kept_otherwise import Coded
 from small_models import small_sd2, small_xl
 from torch import nn
 
-from comfy_tdpo.nodes.comfy import models_in, shapes_out
+from comfy_tdpo.nodes.comfy import models_in, sd3_in, shapes_out
 from comfy_tdpo.nodes.comfy.decoder import ComfyDecoder
 from comfy_tdpo.nodes.runs.prompts import Prompts
 
@@ -33,6 +33,10 @@ def refusals() -> dict[str, str]:
     families = {
         "AuraFlow": comfy.supported_models.AuraFlow({"cond_seq_dim": 2048}),
         "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
+        **{
+            kind: getattr(comfy.supported_models, kind)({"in_channels": 16})
+            for kind in ("QwenImage", "Chroma", "PixArtSigma", "WAN21_T2V", "Stable_Cascade_C", "StableAudio")
+        },
         "SDXLRefiner": comfy.supported_models.SDXLRefiner(
             {"model_channels": 384, "context_dim": 1280, "adm_in_channels": 2560}
         ),
@@ -49,6 +53,10 @@ def refusals() -> dict[str, str]:
         )
         for name, config in families.items()
     }
+    large = {"depth": 38, "pos_embed_max_size": 192, "qk_norm": "rms"}
+    others["SD 3.5 large"] = lambda: sd3_in.transformer_config(
+        SimpleNamespace(model=SimpleNamespace(model_config=comfy.supported_models.SD3(large)))
+    )
     config = make_config("shapes")
     from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingDiscrete
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_tdpo.methods import find_algorithm
-from comfy_tdpo.models.kind import is_sd3, is_xl
+from comfy_tdpo.models.kind import kind_of
 from comfy_tdpo.settings import NONE, PolicySettings, Section, section_of
 
 from .parsing import split_names, with_named_rewards
@@ -55,17 +55,13 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
 def preset_for(model: Any) -> str:
     """The preset for a model as a user names it.
 
-    It is `shapes` for the embedded world, the one that names its hub id among those of XL, of SD 3 and of few steps,
-    `sdxl` for a file or a folder of XL, `sd3` for one of SD 3, and `sd15` for any other.
+    It is the one of its kind, see `kind_of`, or the one that names its hub id among those of XL, of SD 3 and of few
+    steps.
     """
-    if model == "shapes":
-        return "shapes"
     for name in ("sdxl", "sdxl-turbo", "sd-turbo", "sd3"):
         if read_toml(PRESETS / f"{name}.toml")["model"] == model:
             return name
-    if isinstance(model, str):
-        return "sdxl" if is_xl(model) else "sd3" if is_sd3(model) else "sd15"
-    return "sd15"
+    return kind_of(str(model))
 
 
 def override(config: TrainConfig, changes: Fields) -> TrainConfig:

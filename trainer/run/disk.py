@@ -17,7 +17,7 @@ def check_disk(run: RunPaths, config: TrainConfig, policy: DiffusionPolicy) -> s
     Raises:
         ValueError: the disk has less room than that.
     """
-    if config.policy.train == "lora":
+    if not config.policy.trains_all:
         return ""
     checkpoint, snapshot = bytes_of_checkpoint(config, policy), bytes_of_snapshot(policy)
     kept, snapshots = config.output.keep_checkpoints, most_snapshots(config)

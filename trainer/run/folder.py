@@ -64,7 +64,7 @@ class RunFolder(RunPaths):
 
     def make_snapshots_folder(self, config: TrainConfig) -> None:
         """Make, for a run of `config`, what tells whether its snapshots are LoRAs: see `trains_all`."""
-        if config.policy.train == "full":
+        if config.policy.trains_all:
             (self.path / MODEL).mkdir(exist_ok=True)
         elif self.trains_all:
             (self.path / MODEL).rmdir()  # the run has not trained yet, and was to train all weights before

@@ -56,6 +56,11 @@ def baked_strength(path: Path) -> float:
     return float(_metadata(path).get("strength", 1.0))
 
 
+def network_of(path: Path) -> str:
+    """What of a pipeline of diffusers it belongs to: "unet" or "transformer"."""
+    return _metadata(path).get("network", "unet")  # files of 0.1.0, which trained U-Nets, do not say so
+
+
 def _metadata(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return file.metadata() or {}

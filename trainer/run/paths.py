@@ -38,7 +38,7 @@ class RunPaths:
 
     @property
     def trains_all(self) -> bool:
-        """Whether all weights are trained; such a run has the folder of its snapshots before it has the first."""
+        """Whether all weights are trained, by the folder that was made for its configuration, which may be damaged."""
         return (self.path / MODEL).is_dir()
 
     @property

@@ -9,6 +9,7 @@ from statistics import fmean
 from ..alarm import told
 from ..metrics import columns_of, duration, padded, readable, reward_names, role, shortened
 from ..run import EpochMetrics, RunFolder
+from ..run.loras import network_of
 
 COLUMNS = 100
 LAST = 3  # epochs whose mean is compared with the first epoch
@@ -186,5 +187,5 @@ def _uses(run: RunFolder) -> list[tuple[str, str]]:
     return [
         ("model", str(path)),
         ("  in ComfyUI", "copy it to models/diffusion_models and choose it in a Load Diffusion Model node"),
-        ("  in diffusers", f"pipe.unet.load_state_dict(safetensors.torch.load_file({str(path)!r}))"),
+        ("  in diffusers", f"pipe.{network_of(path)}.load_state_dict(safetensors.torch.load_file({str(path)!r}))"),
     ]
