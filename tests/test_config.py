@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.methods.critic import ACTIVATIONS
 from comfy_tdpo.methods.neurons import NEURON_ACTIVATIONS, reset_masks
+from comfy_tdpo.models.kind import SD, SD3, SHAPES, XL
 from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import load_prompts
@@ -163,6 +164,10 @@ def test_a_model_of_xl_begins_from_its_own_preset(tmp_path):
         assert make_config(overrides={"model": str(tmp_path / name)}) == make_config(
             "sd15", overrides={"model": str(tmp_path / name)}
         )
+
+
+def test_every_kind_of_model_has_a_preset_of_its_name():
+    assert {SHAPES, SD, XL, SD3} <= set(presets())
 
 
 def test_a_hub_id_begins_from_the_preset_that_names_it():

@@ -5,6 +5,8 @@ import logging
 import math
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.metrics import duration
@@ -311,6 +313,14 @@ def test_it_says_where_the_lora_is_and_how_to_use_it(tmp_path):
     (comfyui,) = [line for line in lines if line[:1] == ["in"] and line[1].startswith("ComfyUI")]
     assert "models/loras" in comfyui[1]
     assert [line for line in lines if line[-1:] and line[-1].endswith(f" pipe.load_lora_weights({lora!r})")]
+
+
+def test_it_says_which_part_of_a_pipeline_a_whole_model_is(tmp_path):
+    for metadata, part in (({"network": "transformer"}, "transformer"), ({"epoch": "1"}, "unet")):
+        model = tmp_path / part / "run" / "model" / "latest.safetensors"
+        model.parent.mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, model, metadata)
+        assert f" pipe.{part}.load_state_dict(" in make_summary(tmp_path / part, courses(UP), policy={"train": "full"})
 
 
 def test_it_is_at_most_100_columns_wide(tmp_path):

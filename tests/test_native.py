@@ -175,6 +175,7 @@ def test_all_weights_of_a_run_are_the_same_in_comfyui_and_diffusers(tmp_path, ba
     for name in ("Apply at 1", "Apply at 0.5", "baked in at 1", "baked in at 0.5"):
         assert found[name] <= 1e-4, name  # float32; outputs to 10 through some twenty layers, in another order
     assert found["what it changes"] > 0.1 and found["the MODEL afterwards"] == 0 and found["refused"] == 1
+    assert found["a checkpoint's U-Net"] == 0 and found["its other weights"] == 0, "by core's Save Checkpoint"
 
 
 def test_a_baked_strength_is_that_strength_in_comfyui(lora_file, tmp_path):
@@ -252,6 +253,7 @@ def test_a_kind_is_known_by_its_name_of_late_2025_too():
         ("TensorCoreNVFP4Layout", "is stored as TensorCoreNVFP4Layout; expected weights in fp32, fp16, bf16 or float8"),
         ("TensorCoreMXFP8Layout", "is stored as TensorCoreMXFP8Layout; expected weights in fp32"),
         ("TensorWiseINT8Layout", "is stored as TensorWiseINT8Layout; expected weights in fp32"),
+        ("GGUF", "got a MODEL that is quantised: .weight is stored as GGUF Q4_0; expected weights in fp32, fp16, bf16"),
         ("float8 of another loader", "is stored as float8 with a scale_weight that only its own loader can apply"),
         ("TensorCoreFP8E5M2Layout", "was not refused"),
         ("float8", "was not refused"),

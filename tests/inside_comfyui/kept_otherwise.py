@@ -125,6 +125,9 @@ def quantised_refusals(layer: nn.Module, codes: Tensor, scale: float) -> dict[st
         put(layer, Coded(codes, scale, kind))
         found[kind] = refusal(lambda: check_plain(layer))
     put(layer, codes)
+    layer.weight.tensor_type = SimpleNamespace(name="Q4_0")  # as the GGUF nodes' tensors say what their bytes are
+    found["GGUF"] = refusal(lambda: check_plain(layer))
+    put(layer, codes)
     found["float8"] = refusal(lambda: check_plain(layer))
     layer.scale_weight = torch.tensor(scale)
     found["float8 of another loader"] = refusal(lambda: check_plain(layer))

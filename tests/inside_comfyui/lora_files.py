@@ -10,6 +10,7 @@ import folder_paths
 import torch
 from begin import PROMPTS, difference, drawn, patched_in
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
 from comfy_tdpo.models.components import load_components
@@ -61,11 +62,12 @@ def lora(file: str) -> dict[str, float]:
 
 
 def whole(file: str) -> dict[str, float]:
-    """What Shapes predicts with all weights trained: as a patch on its MODEL at two strengths, and by diffusers."""
+    """What Shapes predicts with all weights trained: as a patch on its MODEL at two strengths, and by diffusers; and
+    what Save Checkpoint writes of that MODEL."""
     from comfy_tdpo.nodes.comfy.whole import apply_model
     from comfy_tdpo.trainer.run.loras import read_lora
 
-    model, _, _ = shapes_out.shapes_native()
+    model, clip, vae = shapes_out.shapes_native()
     parts, weights = load_components(str(WORLD / "pipeline")), read_lora(Path(file))
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     context = ClipText(parts.tokenizer, parts.text_encoder)(PROMPTS).parts["states"]
@@ -88,7 +90,24 @@ def whole(file: str) -> dict[str, float]:
         apply_model(model, {"conv_in.weight": torch.zeros(1, 4, 3, 3)}, 1.0, "run 'other'")
     except ValueError as error:
         found["refused"] = float("run 'other', which do not fit this MODEL: conv_in.weight" in str(error))
-    return found
+    return found | checkpoint(apply_model(model, weights, 1.0, "test"), clip, vae, weights)
+
+
+def checkpoint(patched, clip, vae, weights: dict[str, Tensor]) -> dict[str, float]:
+    """How far the U-Net in the file that core's Save Checkpoint writes is from the trained `weights`."""
+    try:
+        from comfy_extras.nodes_model_merging import CheckpointSave
+    except ModuleNotFoundError:  # the fork's own place
+        from comfy_extras.nodes.nodes_model_merging import CheckpointSave
+
+    CheckpointSave().save(patched, clip, vae, "checkpoints/whole")
+    (path,) = Path(folder_paths.get_output_directory()).rglob("whole_*.safetensors")
+    prefix, names = "model.diffusion_model.", comfy.utils.unet_to_diffusers(patched.model.model_config.unet_config)
+    stored = {name: weight for name, weight in load_file(path).items() if name.startswith(prefix)}
+    return {
+        "a checkpoint's U-Net": max(difference(stored[prefix + names[name]], weights[name]) for name in weights),
+        "its other weights": len(stored) - len(weights),
+    }
 
 
 def baked(snapshot: str, file: str, strength: str) -> dict[str, float]:
