@@ -259,7 +259,7 @@ def test_a_hub_id_of_another_pipeline_is_named_before_its_weights_are_fetched(ca
     )
     cached.mkdir(parents=True)
     (cached / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "vae": ["diffusers", "V"]}))
-    with pytest.raises(ValueError, match="is a FluxPipeline whose unet is None"):
+    with pytest.raises(ValueError, match=r"is FLUX.1 \(FluxPipeline\)"):
         load_components("owner/name")
 
 
@@ -306,8 +306,8 @@ def test_a_truncated_file_is_an_error(models, tmp_path, kept):
         (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.norms.0.scale"], "Chroma"),
         ([f"{MODEL}transformer_blocks.0.img_mod.1.weight"], "Qwen-Image"),
         (["t_block.1.weight"], "PixArt"),
-        (["blocks.0.self_attn.q.weight", "head.modulation"], "Wan; .*nearest to it is none for video; for images, Sta"),
-        (["down_blocks.0.0.depthwise.weight", "clip_txt_mapper.weight"], "Stable Cascade; .*is Stable Diffusion XL$"),
+        (["blocks.0.self_attn.q.weight", "head.modulation"], "Wan"),
+        (["down_blocks.0.0.depthwise.weight", "clip_txt_mapper.weight"], "Stable Cascade"),
         (["down_blocks.0.resnets.0.conv1.weight"], "one component of a diffusers folder"),
         (["control_model.time_embed.0.weight"], "a ControlNet"),
         (["first_stage_model.decoder.conv_in.weight"], "something else: keys like first_stage_model.decoder"),
