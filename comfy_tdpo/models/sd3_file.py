@@ -56,41 +56,37 @@ def load_file(path: Path, classes: dict[str, Any], dtype: torch.dtype) -> dict[s
 
     Raises ValueError if a part is missing in the file and beside it, or if the file holds another model.
     """
-    weights, places = opened(path)
-    transformer = empty_transformer(weights)
+    weights = _opened(path)
+    transformer, places = empty_transformer(weights), _places(path, weights.names)
     networks = {name: empty_network(place or configs() / name, classes[name]) for name, place in places.items()}
     parts: dict[str, Any] = {name: clip_tokenizer(configs(), name) for name in _CLIP_TOKENIZERS}
     if _T5 in networks:
         parts["tokenizer_3"] = load_tokenizer(path.parent / "tokenizer_3", classes["tokenizer_3"], networks[_T5])
-    try:
-        found = {name: _inside(weights, name, networks[name], dtype) for name, place in places.items() if not place}
-        found["transformer"] = convert_sd3_transformer_checkpoint_to_diffusers(weights.read(_TRANSFORMER, dtype))
-    except KeyError as error:  # the conversions expect all weights of a block
-        raise ValueError(f"{path} lacks {error.args[0]}; {EXPECTED}; download the model again") from error
-    for name, network in (networks | {"transformer": transformer}).items():
-        place = places.get(name)
-        parts[name] = (
-            load_weights(network, place, dtype) if place else checked_and_filled(network, found[name], dtype, path)
-        )
+    for name, network in ({"transformer": transformer} | networks).items():
+        if place := places.get(name):
+            parts[name] = load_weights(network, place, dtype)
+        else:
+            parts[name] = checked_and_filled(network, _inside(weights, name, network, dtype), dtype, path)
     return parts
 
 
 def check(path: Path) -> None:
     """Raise ValueError like `load_file`, as far as names and shapes of weights tell."""
-    weights, _ = opened(path)
+    weights = _opened(path)
     empty_transformer(weights)
+    _places(path, weights.names)
 
 
-def opened(path: Path) -> tuple[Weights, dict[str, Path | None]]:
-    """The weights in `path`, those of the transformer under names without a prefix; and where each other part is: in
-    the folder of this name beside the file, or if None, in the file."""
+def _opened(path: Path) -> Weights:
+    """The weights in `path`, those of the transformer under names without a prefix."""
     weights = Weights([path])
     weights.rename(sd3_names(weights.names))
     weights.check_numbers()
-    return weights, _places(path, weights.names)
+    return weights
 
 
 def _places(path: Path, names: set[str]) -> dict[str, Path | None]:
+    """Where each part but the transformer is: in the folder of this name beside the file, or if None, in the file."""
     places: dict[str, Path | None] = {}
     for part, (prefix, what) in _PARTS.items():
         if any(name.startswith(prefix) for name in names):
@@ -112,11 +108,16 @@ def _places(path: Path, names: set[str]) -> dict[str, Path | None]:
 
 
 def _inside(weights: Weights, part: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in the file of a part that is not the transformer, under the names of `network`."""
-    prefix, _ = _PARTS[part]
-    found = weights.read(prefix, dtype)
-    if part == "vae":
-        return convert_ldm_vae_checkpoint(found, network.config)
+    """The weights of a part that is in the file, under the names of `network`."""
+    prefix, _ = _PARTS.get(part, ("", ""))
+    try:
+        if part == "transformer":
+            return convert_sd3_transformer_checkpoint_to_diffusers(weights.read(_TRANSFORMER, dtype))
+        found = weights.read(prefix, dtype)
+        if part == "vae":
+            return convert_ldm_vae_checkpoint(found, network.config)
+    except KeyError as error:  # the conversions expect all weights of a block
+        raise ValueError(f"{weights.source} lacks {error.args[0]}; {EXPECTED}; download the model again") from error
     rename = below_text_model(network)
     found = {rename(name.removeprefix(prefix)): weight for name, weight in found.items()}
     if part == "text_encoder":
