@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ema import MovingAverage
-from .models import DiffusionModel
+from .models import DiffusionModel, set_embedded_guidance
 from .models.conditioning import Conditioning
 from .process import Step, make_process
 from .process.gaussian import guide
@@ -32,6 +32,7 @@ class DiffusionPolicy:
         steps: denoising steps T.
         guidance: classifier-free guidance scale; 1 turns guidance off.
         eval_guidance: the same for evaluation, or None for `guidance`.
+        embedded_guidance: what a model distilled from guidance is conditioned on, or None for the model's own.
         resolution: of the images in pixels: the side of a square, or WIDTHxHEIGHT.
         process: a key of PROCESSES, or None for the model's own.
         settings, seed: of what is trained, see `DiffusionModel.adapt`; `settings.ema` is the rate of `average`.
@@ -45,6 +46,7 @@ class DiffusionPolicy:
         steps: int,
         guidance: float,
         eval_guidance: float | None = None,
+        embedded_guidance: float | None = None,
         resolution: int | str,
         settings: PolicySettings | None = None,
         seed: int = 42,
@@ -55,6 +57,8 @@ class DiffusionPolicy:
         self.device, self.autocast = torch.device(device), autocast
         self.guidance, self.eval_guidance = guidance, guidance if eval_guidance is None else eval_guidance
         self.model = model
+        if embedded_guidance is not None:
+            set_embedded_guidance(model, embedded_guidance)
         size = latent_sides(resolution, model.decode.factor, model.patch)
         self.latent_shape: tuple[int, int, int] = (model.channels, *size)
         self.process = make_process(process or model.process, model.scheduler, steps, self.device, size)

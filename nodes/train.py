@@ -14,7 +14,7 @@ from .runs.wording import words_of_nodes
 
 AS_PRESET = (
     " 0: the preset's value; the preset is 'shapes' for the Shapes Model, 'sdxl' for Stable Diffusion XL, 'sd3' for "
-    "Stable Diffusion 3, and 'sd15' for any other model."
+    "Stable Diffusion 3, 'flux-dev' or 'flux-schnell' for FLUX.1, and 'sd15' for any other model."
 )
 
 
@@ -33,8 +33,8 @@ class Train(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, or the Shapes Model. LoRAs already "
-                    "applied to it become part of the base model.",
+                    tooltip="Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, FLUX.1, or the Shapes Model. LoRAs "
+                    "already applied to it become part of the base model.",
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),
@@ -94,8 +94,8 @@ class Train(io.ComfyNode):
                         max=100.0,
                         step=0.5,
                         round=0.01,
-                        tooltip="Classifier-free guidance (cfg) in training; use about the same when you sample."
-                        + AS_PRESET,
+                        tooltip="Classifier-free guidance (cfg) in training; use about the same when you sample. "
+                        "FLUX.1 takes 1, and dev's own guidance is embedded_guidance in settings." + AS_PRESET,
                     )
                 ),
                 advanced(

@@ -94,8 +94,9 @@ def test_later_layers_win(tmp_path):
 
 def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
     """And of no other algorithm: the paper's, on the same presets, know no guard."""
+    flows = ("sd3", "flux-dev", "flux-schnell")
     guards = {"shapes": "shapes-alignment"} | dict.fromkeys(
-        ("sd15", "sdxl", "sd-turbo", "sdxl-turbo", "sd3"), "clipscore"
+        ("sd15", "sdxl", "sd-turbo", "sdxl-turbo", *flows), "clipscore"
     )
     for preset, guard in guards.items():
         config = make_config(preset)
@@ -106,7 +107,7 @@ def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
         assert (seeing.critic.reads, seeing.critic.prompt, seeing.critic.step) == ("clean", True, True)
         paper = make_config(preset, overrides={"algorithm": "tdpo-r"})
         assert (paper.guards, paper.critic.architecture) == ([], "authors")
-        assert paper.critic.reads == ("clean" if preset == "sd3" else "noisy")
+        assert paper.critic.reads == ("clean" if preset in flows else "noisy")
     assert make_config("sd14-aesthetic").algorithm == "tdpo-r"
 
 
@@ -140,12 +141,14 @@ def test_the_presets_of_distilled_models_draw_in_few_steps_without_guidance(algo
 
 
 @pytest.mark.parametrize(
-    ("preset", "norm"), [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3), ("sd3", 1.25e-3)]
+    ("preset", "norm"),
+    [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3)]
+    + [(preset, 1.25e-3) for preset in ("sd3", "flux-dev", "flux-schnell")],
 )
 def test_gradients_are_clipped_by_the_size_of_the_latent(preset, norm):
     """0.02 for Shapes' 256 elements, and less with the square root of their number."""
     config = make_config(preset)
-    channels = 16 if preset == "sd3" else 4
+    channels = 16 if preset.startswith(("sd3", "flux")) else 4
     assert config.policy.max_grad_norm == norm == 0.02 * (256 / (channels * (config.resolution // 8) ** 2)) ** 0.5
 
 
@@ -173,6 +176,7 @@ def test_every_kind_of_model_has_a_preset_of_its_name():
 def test_a_hub_id_begins_from_the_preset_that_names_it():
     assert make_config(overrides={"model": "stabilityai/sdxl-turbo"}) == make_config("sdxl-turbo")
     assert make_config(overrides={"model": "stabilityai/sd-turbo"}) == make_config("sd-turbo")
+    assert make_config(overrides={"model": "black-forest-labs/FLUX.1-schnell"}) == make_config("flux-schnell")
     assert make_config(overrides={"model": make_config("sd14-hpsv2").model}).guards == ["clipscore"]
 
 

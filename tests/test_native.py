@@ -135,6 +135,80 @@ def test_sd3_trains_on_a_thread_that_asks_nothing_of_comfyui():
     assert ask("sd3")["job"] == {"state": "finished", "error": None, "preset's steps": 10}
 
 
+@in_each
+@pytest.mark.parametrize("kind", ["dev", "schnell"])
+def test_flux_is_the_same_inside_and_outside_of_comfyui(backend, kind):
+    """Its layout, with and without guidance, for images that are not square."""
+    found = ask("flux", backend=backend)[kind]
+    # float32 through some dozen layers, in another order
+    assert found["transformer from native"] <= 1e-5 and found["scale of the output"] > 1
+    assert (found["what guidance changes"] > 0.1) == (kind == "dev")
+
+
+@in_each
+def test_the_encoders_of_flux_are_those_of_comfyui(backend):
+    """T5 pads all prompts to the length of the longest, and to 256 at least; CLIP is that of a diffusers folder too."""
+    found = ask("flux", backend=backend)
+    assert found["states"] == 0 and found["pooled"] == 0
+    assert found["pooled by transformers"] <= 1e-5  # float32 through three layers, in another order
+    alone, beside = found["tokens"]
+    assert alone == 256 < beside
+
+
+@in_each
+def test_the_noise_levels_of_flux_are_those_of_comfyuis_simple_scheduler(backend):
+    """Of dev, those for 1024 px unless ModelSamplingFlux is told another size."""
+    found = ask("flux", backend=backend)["schedules"]
+    # theirs are float32
+    assert [round(one["mu"], 6) for one in found.values()] == [1.15, 0.63, 0]
+    assert max(one["levels"] for one in found.values()) <= 1e-6
+    assert "other noise levels (" in ask("flux", backend=backend)["other levels"]
+
+
+@in_each
+def test_the_published_flux_has_the_names_and_the_configuration_of_comfyuis(backend):
+    """At true size, without memory. A LoRA has 12 layers in each of 19 blocks, and 5 in each of 38."""
+    assert ask("flux", backend=backend)["published"] == dict.fromkeys(
+        ("dev", "schnell"),
+        {"layers of a LoRA": 19 * 12 + 38 * 5, "unknown layers": [], "unknown names": [], "other settings": []},
+    )
+
+
+@in_each
+@pytest.mark.parametrize("kind", ["dev", "schnell"])
+def test_a_lora_on_flux_is_the_same_in_comfyui_and_diffusers(backend, kind):
+    found = ask("flux", backend=backend)[kind]
+    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
+    # float32 again; the LoRA is added to the weights there and to the activations here
+    assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
+    assert found["what the LoRA changes"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("Fill", "got a MODEL of the family FluxInpaint with in_channels 96, unlike FLUX.1 dev and schnell"),
+        ("Canny", "got a MODEL of the family Flux with in_channels 32, unlike"),
+        ("FLUX.2", "got a MODEL of the family Flux with image_model flux2, unlike"),
+        ("no pooled", "got a MODEL of the family Flux with vec_in_dim None, unlike"),
+        ("another MLP", "got a MODEL of the family Flux with yak_mlp True, unlike"),
+        ("as it is", "was not refused"),
+        ("a whole model", "for a MODEL that is no U-Net"),
+        (
+            "another CLIP",
+            "got a CLIP that reads prompts as l, and not as t5xxl; expected the CLIP of the MODEL, with T5",
+        ),
+    ],
+)
+def test_what_is_no_flux_is_refused_in_one_sentence(what, message):
+    assert message in ask("flux")[what] and "\n" not in ask("flux")[what]
+
+
+def test_flux_trains_on_a_thread_that_asks_nothing_of_comfyui():
+    assert ask("flux")["job"] == {"state": "finished", "error": None, "preset's steps": 6}
+    assert ask("flux")["preset of schnell"] == "flux-schnell"
+
+
 @pytest.mark.slow
 def test_the_shape_of_sd15_is_converted():
     assert ask("sd1")["unet from native"] <= 1e-5
@@ -266,8 +340,7 @@ def test_which_forms_are_refused(what, message):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("AuraFlow", "got a MODEL of AuraFlow; expected Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium for text to im"),
-        ("Flux", "got a MODEL of FLUX.1; expected"),
+        ("AuraFlow", "got a MODEL of AuraFlow; expected Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, or FLUX.1, "),
         ("QwenImage", "got a MODEL of Qwen-Image; expected"),
         ("Chroma", "got a MODEL of Chroma; expected"),
         ("PixArtSigma", "got a MODEL of PixArt; expected"),

@@ -1,6 +1,7 @@
 """`plan`: the steps of a run, read from the model's configurations alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.terminal.plan import SENSITIVE, plan
 
-FLOW_PRESETS = {"sd3": FlowSchedule(3.0)}
+FLOW_PRESETS = {"sd3": FlowSchedule(3.0), "flux-dev": FlowSchedule(DynamicShift()), "flux-schnell": FlowSchedule()}
 
 
 @pytest.fixture
@@ -48,6 +49,21 @@ def test_a_plan_of_sd3(sd3, capsys):
     assert table[0] == ["1", "1000.0", "0.9643", "0.04", "yes"]
     assert table[9] == ["10", "250.0", "0.0000", "-", "no"] and [row[4] for row in table[:9]] == ["yes"] * 9
     assert "drowns" not in text
+
+
+def test_a_plan_of_flux_dev_has_noise_levels_by_the_size_of_the_image(sd3, capsys):
+    """By hand: 1,024 tokens at 512 px are mu 0.63, so t = 5/6 becomes 5 m / (5 m + 1), m = e^0.63."""
+    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (sd3 / "model_index.json").write_text(json.dumps(parts))
+    (sd3 / "transformer").mkdir()
+    (sd3 / "transformer" / "config.json").write_text(json.dumps({"guidance_embeds": True}))
+    shutil.copy(SHIPPED / "flux-dev" / "scheduler" / "scheduler_config.json", sd3 / "scheduler")
+    assert main(["plan", "--model", str(sd3)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"{sd3} by ddpo-g: 6 steps of flow-ddim, guidance 1, embedded guidance 3.5\n")
+    table = rows(text)
+    assert [row[1] for row in table[:2]] == ["1000.0", "903.7"]
+    assert [row[4] for row in table] == ["yes"] * 5 + ["no"] and "drowns" not in text
 
 
 def test_a_plan_names_trained_steps_that_drown_the_others(capsys):
@@ -97,7 +113,7 @@ def test_a_plan_of_no_run_says_why(sd3, capsys, options, message):
 @pytest.mark.parametrize("algorithm", ["ddpo-g", "tdpo-r", "grpo", "dpok", "sdpo"])
 def test_no_step_that_a_flow_preset_trains_drowns_the_others(preset, process, algorithm):
     config = make_config(preset, overrides={"algorithm": algorithm})
-    made = make_process(process, FLOW_PRESETS[preset], config.steps, torch.device("cpu"))
+    made = make_process(process, FLOW_PRESETS[preset], config.steps, torch.device("cpu"), (64, 64))
     assert made.sensitivity[window(config.policy, made.stochastic)].max() <= SENSITIVE
 
 

@@ -12,11 +12,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from comfy_tdpo.models import shipped
 
@@ -83,15 +97,7 @@ def make_tiny_sd3(folder: Path, tokenizer, with_t5: bool = True) -> Path:
     """Stable Diffusion 3.5 with random weights, as a diffusers folder; `tokenizer` is CLIP's."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=16,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-        )
+        vae = _vae(scaling_factor=1.5305, shift_factor=0.0609)
         texts = [_clip(tokenizer, 16), _clip(tokenizer, 32), _t5() if with_t5 else None]
         _sd3_pipeline(vae, texts, [tokenizer, tokenizer]).save_pretrained(folder)
     return folder
@@ -198,8 +204,48 @@ def sd3_to_native(transformer: SD3Transformer2DModel) -> dict[str, Tensor]:
     return native
 
 
-def _clip(tokenizer, width: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
+def make_tiny_flux(folder: Path, tokenizer, guided: bool = True) -> Path:
+    """FLUX.1 dev, or without guidance schnell, with random weights, as a diffusers folder; `tokenizer` is CLIP's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {
+            "transformer": FluxTransformer2DModel(
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=64,
+                pooled_projection_dim=32,
+                guidance_embeds=guided,
+                axes_dims_rope=(4, 6, 6),
+            ),
+            "vae": _vae(scaling_factor=0.3611, shift_factor=0.1159),
+            "text_encoder": _clip(tokenizer, 32, CLIPTextModel),
+            "text_encoder_2": _t5(),
+        }
+    shift = {"use_dynamic_shifting": True, "shift": 3.0} if guided else {"shift": 1.0}
+    FluxPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        tokenizer_2=_t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+    ).save_pretrained(folder)
+    return folder
+
+
+def _vae(**scale: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=16,
+        **scale,
+    )
+
+
+def _clip(tokenizer, width: int, cls=CLIPTextModelWithProjection):
+    return cls(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,

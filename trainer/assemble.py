@@ -99,6 +99,7 @@ def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]
         "steps": config.steps,
         "guidance": config.guidance,
         "eval_guidance": config.eval_guidance,
+        "embedded_guidance": config.embedded_guidance,
         "resolution": config.resolution,
         "settings": config.policy,
         "seed": config.seed,

@@ -79,6 +79,8 @@ class DiffusionModel(Protocol):
     scheduler: its noise schedule, for a process; schedule: (S,) numbers that distinguish that schedule from others.
     process: name of the default process for sampling.
     patch: the sides of a latent are multiples of it, since the network cuts latents into patches; 1 for U-Nets.
+    embedded_guidance: the scale of guidance that the network is conditioned on. Only models that were distilled from
+        guidance have it; see `set_embedded_guidance`.
     """
 
     source: str
@@ -138,6 +140,7 @@ class Family(Protocol):
 # accepts every source and raises an error that says what is expected if it cannot load it.
 FAMILIES = {
     "stable-diffusion-3": "comfy_tdpo.models.stable_diffusion_3:FAMILY",
+    "flux": "comfy_tdpo.models.flux:FAMILY",
     "stable-diffusion": "comfy_tdpo.models.stable_diffusion:FAMILY",
 }
 
@@ -151,6 +154,20 @@ def describe_unread(model: DiffusionModel, prompts: list[str]) -> str:
     """One line for a user about those of `prompts` that the model would truncate; empty if there are none."""
     cut: Callable[[list[str]], str] | None = getattr(model.encode, "cut", None)
     return cut(prompts) if cut else ""
+
+
+def set_embedded_guidance(model: DiffusionModel, scale: float) -> None:
+    """Condition the network on `scale`.
+
+    Raises:
+        ValueError: the model takes no guidance.
+    """
+    if getattr(model, "embedded_guidance", None) is None:
+        raise ValueError(
+            f"got embedded_guidance {scale:g} for {model.source}, which is not conditioned on guidance; expected none: "
+            "remove embedded_guidance, or choose a model that was distilled from guidance, such as FLUX.1 dev"
+        )
+    model.embedded_guidance = scale  # type: ignore[attr-defined]  # has just been found
 
 
 def load_model(source: str, dtype: torch.dtype, prediction_type: str | None = None) -> DiffusionModel:

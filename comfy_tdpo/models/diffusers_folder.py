@@ -108,7 +108,7 @@ def load_parts(folder: Path, classes: dict[str, Any], dtype: torch.dtype) -> dic
     """The networks and tokenizers in `folder`, by name, given their `classes`."""
     names = [name for name in classes if name.startswith("tokenizer")]
     networks = {name: empty_network(folder / name, cls) for name, cls in classes.items() if name not in names}
-    encoders = {name: networks[name.replace("tokenizer", "text_encoder")] for name in names}
+    encoders = {name: networks.get(name.replace("tokenizer", "text_encoder")) for name in names}
     tokenizers = {name: load_tokenizer(folder / name, classes[name], encoders[name]) for name in names}
     return {name: load_weights(network, folder / name, dtype) for name, network in networks.items()} | tokenizers
 
@@ -218,14 +218,14 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(table.values()))
 
 
-def load_tokenizer(folder: Path, cls: Any, encoder: nn.Module) -> Any:
+def load_tokenizer(folder: Path, cls: Any, encoder: nn.Module | None) -> Any:
     """The tokenizer in `folder`, of the class `cls`; raises ValueError if it has tokens that the `encoder` lacks."""
     if not (folder / "tokenizer.json").is_file():
         for file in ("vocab.json", "merges.txt") if cls is CLIPTokenizer else ("tokenizer.json",):
             required(folder.parent, f"{folder.name}/{file}")
     with naming(folder):
         tokenizer = cls.from_pretrained(folder, local_files_only=True)
-    known = encoder.config.vocab_size
+    known = encoder.config.vocab_size if encoder else math.inf
     if tokenizer.vocab_size > known:
         raise ValueError(
             f"{folder.parent} has a {folder.name} of {tokenizer.vocab_size} tokens and a text encoder of {known}; "

@@ -7,19 +7,22 @@ from typing import Any
 from ..user_files import user_path
 
 LARGEST_HEADER = 2**27  # bytes; of a whole checkpoint, a header has less than a million
+FLUX_GUIDANCE = "guidance_in.in_layer.weight"  # in a single file of FLUX.1 dev
+_FLUX_NORM = b"double_blocks.0.img_attn.norm.key_norm."  # in one of FLUX.1, with scale or weight after it
 _SECOND_ENCODER = b'"conditioner.embedders.1.model.'  # in a single file of XL, and of no other family
 _JOINT_BLOCK = b'joint_blocks.0.x_block.attn.qkv.weight"'  # in a single file of SD 3
 
 
-# The kinds of models, named like the presets that suit them: the embedded world, 1.x and 2.x, XL, and 3.
-SHAPES, SD, XL, SD3 = "shapes", "sd15", "sdxl", "sd3"
+# The kinds of models, named like the presets that suit them: the embedded world, 1.x and 2.x, XL, 3, and FLUX.1.
+SHAPES, SD, XL, SD3, FLUX_DEV, FLUX_SCHNELL = "shapes", "sd15", "sdxl", "sd3", "flux-dev", "flux-schnell"
 
 
 def kind_of(source: str) -> str:
     """The kind of the model `source`, as a user names it; SD for what is none of the others. Never raises."""
     if source == SHAPES:
         return SHAPES
-    return XL if is_xl(source) else SD3 if is_sd3(source) else SD
+    kinds = {XL: is_xl, SD3: is_sd3, FLUX_DEV: is_flux_dev, FLUX_SCHNELL: is_flux_schnell}
+    return next((kind for kind, fits in kinds.items() if fits(source)), SD)
 
 
 def is_xl(source: str) -> bool:
@@ -47,8 +50,43 @@ def is_sd3(source: str) -> bool:
         return False
 
 
+def is_flux(source: str) -> bool:
+    """Whether `source` is a file or a folder of FLUX.1, dev or schnell; never raises."""
+    return bool(_flux(source))
+
+
+def is_flux_dev(source: str) -> bool:
+    """Whether `source` is a file or a folder of FLUX.1 dev, which is conditioned on guidance; never raises."""
+    return _flux(source) == "dev"
+
+
+def is_flux_schnell(source: str) -> bool:
+    """Whether `source` is a file or a folder of FLUX.1 schnell; never raises."""
+    return _flux(source) == "schnell"
+
+
+def _flux(source: str) -> str:
+    """ "dev" or "schnell", or an empty string for what is not FLUX.1."""
+    try:
+        path = user_path(source)
+        if path.is_dir():
+            found = "FluxTransformer2DModel" in _index(path).get("transformer", [])
+            config = path / "transformer" / "config.json"  # what is found on the hub has an index alone
+            guided = found and config.is_file() and _json(config).get("guidance_embeds", False)
+        else:
+            header = _header(path) if path.suffix == ".safetensors" else b""
+            found, guided = _FLUX_NORM in header, f'{FLUX_GUIDANCE}"'.encode() in header
+        return ("dev" if guided else "schnell") if found else ""
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ""
+
+
 def _index(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "model_index.json").read_text(encoding="utf-8-sig"))
+    return _json(folder / "model_index.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8-sig"))
 
 
 def _header(path: Path) -> bytes:

@@ -27,6 +27,7 @@ _ANCHORS = {
     "CLIPTextModel": "embeddings.token_embedding.weight",
     "CLIPTextModelWithProjection": "embeddings.token_embedding.weight",
     "SD3Transformer2DModel": "context_embedder.weight",
+    "FluxTransformer2DModel": "context_embedder.weight",
     "T5EncoderModel": "encoder.final_layer_norm.weight",
 }
 
@@ -52,9 +53,9 @@ def ldm_names(names: Collection[str]) -> Rename:
     return rename
 
 
-def sd3_names(names: Collection[str]) -> Rename:
-    """Rename the weights of a checkpoint of SD 3 so that those of the transformer have no prefix."""
-    prefix = _prefix({_uncompiled(name) for name in names}, OF_SD3)
+def native_names(names: Collection[str], anchor: str) -> Rename:
+    """Remove the prefix that a program added to the names of a network, all of which have a weight `anchor`."""
+    prefix = _prefix({_uncompiled(name) for name in names}, anchor)
     return lambda name: _uncompiled(name).removeprefix(prefix)
 
 

@@ -25,7 +25,7 @@ _SCHEMES = {
     r"\.(weight|bias)\._(data|scale|shift)$": "Quanto",
     r"\.(weight|input|output)_quantizer\.": "ModelOpt",
     r"\.weight_scale_2$": "nvfp4",
-    r"(?<!logit)[._]scale(_inv|_\d+)?$|zero_point$|\.amax$": "an unknown scheme with scales",
+    r"(?<!logit)(?<!_norm)[._]scale(_inv|_\d+)?$|zero_point$|\.amax$": "an unknown scheme with scales",
 }
 
 

@@ -24,7 +24,7 @@ from ..process.flow_schedule import PATCH
 from . import shipped
 from .diffusers_folder import checked_and_filled, empty_network, load_tokenizer, load_weights
 from .files import EXPECTED, naming, refused
-from .names import below_text_model, sd3_names
+from .names import OF_SD3, below_text_model, native_names
 from .shipped import clip_tokenizer
 from .unsupported import LARGE_LAYERS, SD35_LARGE
 from .weights import Weights
@@ -80,7 +80,7 @@ def check(path: Path) -> None:
 def _opened(path: Path) -> Weights:
     """The weights in `path`, those of the transformer under names without a prefix."""
     weights = Weights([path])
-    weights.rename(sd3_names(weights.names))
+    weights.rename(native_names(weights.names, OF_SD3))
     weights.check_numbers()
     return weights
 

@@ -50,6 +50,7 @@ _OTHER_FILES = {
     "control_model.": "a ControlNet",
     "conditioner.embedders.": "an SDXL checkpoint without the whole U-Net (text encoders alone, or KOALA)",
     "joint_blocks.": "an SD 3 checkpoint without its whole transformer",
+    "double_blocks.": "a checkpoint with the blocks of FLUX.1 and another layout",
     "label_emb.": "a U-Net with class or image conditions (unCLIP), or SDXL's U-Net alone",
     "down_blocks.": "one component of a diffusers folder",
 }

@@ -12,21 +12,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ..process.flow_schedule import PATCH, FlowSchedule
-from ..prompts.length import describe_cut, too_long
-from ..settings import PolicySettings
-from . import LatentDecoder, Outline, PromptEncoder, Trainable, sd3_file
-from .adapt import adapt
+from . import Outline, sd3_file
 from .conditioning import Conditioning, TensorConditioning
 from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
 from .files import AGAIN, read_json, refused, required
+from .flow_transformer import FlowTransformer, check_no_prediction
 from .kind import is_sd3
-from .lora import TARGETS, TransformerLora
+from .lora import TARGETS
 from .scheduler import load_flow_schedule
 from .stable_diffusion import Autoencoder, ClipText
+from .t5 import T5Text
 from .unsupported import LARGE_LAYERS, SD35_LARGE
 
 _CLASSES = {
@@ -37,6 +36,7 @@ _CLASSES = {
 }
 _CLASSES_OF_T5 = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5TokenizerFast}
 
+NAME = "Stable Diffusion 3"
 T5_TOKENS = 256  # read of a prompt, as in diffusers; ComfyUI reads as many as there are, and at least 77
 
 # Besides the layers of the image's stream, those of the text's, in the same blocks.
@@ -48,19 +48,6 @@ LORA_MODULES = {
     "attention": (*TARGETS["attention"], *_OF_TEXT["attention"]),
     "attention+feed-forward": (*TARGETS["attention+feed-forward"], *_OF_TEXT["attention"], *_OF_TEXT["feed-forward"]),
 }
-
-
-class T5Text:
-    """The last hidden state of T5's encoder, (B, L, E), with every prompt padded to T5_TOKENS and nothing masked."""
-
-    def __init__(self, tokenizer: T5TokenizerFast, text_encoder: T5EncoderModel):
-        self.tokenizer, self.network = tokenizer, text_encoder
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=T5_TOKENS, truncation=True, return_tensors="pt"
-        )
-        return self.network(tokens.input_ids.to(self.network.device))[0]
 
 
 class ThreeTexts:
@@ -83,40 +70,11 @@ class ThreeTexts:
 
     def cut(self, prompts: list[str]) -> str:
         """One line about those of `prompts` whose end no encoder reads; empty if there are none."""
-        if not self.t5:
-            return self.clips[0].cut(prompts)
-        found = too_long(self.t5.tokenizer, prompts, T5_TOKENS)
-        return describe_cut(found) if found else ""
+        return (self.t5 or self.clips[0]).cut(prompts)
 
 
-class StableDiffusion3:
-    """A DiffusionModel of Stable Diffusion 3 or 3.5.
-
-    Args:
-        transformer: frozen, and later modified in place; scheduler: its noise schedule.
-        encode: prompts to states, (B, L, E), and pooled, (B, P); decode: latents to images.
-        source: the model's name in messages.
-    """
-
-    process, prediction_type, patch = "flow-ddim", "flow_prediction", PATCH
-
-    def __init__(
-        self,
-        transformer: SD3Transformer2DModel,
-        scheduler: FlowSchedule,
-        encode: PromptEncoder,
-        decode: LatentDecoder,
-        source: str,
-    ):
-        self.network, self.scheduler, self.source = transformer.requires_grad_(False).eval(), scheduler, source
-        self.encode, self.decode, self.channels = encode, decode, transformer.config.in_channels
-        self.networks: dict[str, nn.Module] = {"transformer": transformer} | getattr(encode, "networks", {})
-        if hasattr(decode, "network"):
-            self.networks["vae"] = decode.network
-
-    @property
-    def schedule(self) -> Tensor:
-        return torch.tensor(self.scheduler.numbers)
+class StableDiffusion3(FlowTransformer):
+    """A DiffusionModel of Stable Diffusion 3 or 3.5, conditioned on states, (B, L, E), and pooled, (B, P)."""
 
     def denoise(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         assert isinstance(conditioning, TensorConditioning)
@@ -128,16 +86,8 @@ class StableDiffusion3:
             return_dict=False,
         )[0]
 
-    def adapt(self, settings: PolicySettings, seed: int) -> Trainable:
-        def add_lora(rank: int, alpha: float) -> TransformerLora:
-            return TransformerLora(self.network, rank, alpha, LORA_MODULES[settings.targets], seed)
-
-        return adapt(self.network, settings, add_lora)
-
-    def to(self, device: torch.device) -> StableDiffusion3:
-        for network in self.networks.values():
-            network.to(device)
-        return self
+    def lora_modules(self, targets: str) -> tuple[str, ...]:
+        return LORA_MODULES[targets]
 
 
 class StableDiffusion3Family:
@@ -147,7 +97,7 @@ class StableDiffusion3Family:
         return is_sd3(source) or is_sd3(index_on_hub(source))
 
     def outline(self, source: str, prediction_type: str | None) -> Outline:
-        _check_prediction(prediction_type)
+        check_no_prediction(prediction_type, NAME)
         path = Path(source).expanduser()
         if path.is_file():
             sd3_file.check(path)
@@ -155,7 +105,7 @@ class StableDiffusion3Family:
         return Outline(_schedule(folder), StableDiffusion3.process, latent_factor(folder), PATCH)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion3:
-        _check_prediction(prediction_type)
+        check_no_prediction(prediction_type, NAME)
         path = Path(source).expanduser()
         if path.is_file():
             schedule, parts = _schedule(sd3_file.configs()), sd3_file.load_file(path, _CLASSES | _CLASSES_OF_T5, dtype)
@@ -167,20 +117,11 @@ class StableDiffusion3Family:
         first, second = (ClipText(parts[f"tokenizer{n}"], parts[f"text_encoder{n}"]) for n in ("", "_2"))
         third = None
         if "text_encoder_3" in parts:
-            third = T5Text(parts["tokenizer_3"], parts["text_encoder_3"])
-            third.network.encoder.set_input_embeddings(third.network.shared)  # one tensor, not two copies of it
+            third = T5Text(parts["tokenizer_3"], parts["text_encoder_3"], T5_TOKENS)
         _check_widths(path, parts)
         width = parts["transformer"].config.joint_attention_dim
         encode = ThreeTexts(first, second, third, width)
         return StableDiffusion3(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
-
-
-def _check_prediction(prediction_type: str | None) -> None:
-    if prediction_type:
-        raise ValueError(
-            f"prediction_type is {prediction_type!r}, and Stable Diffusion 3 predicts the flow; expected none: remove "
-            "prediction_type"
-        )
 
 
 def _checked(folder: Path) -> Path:

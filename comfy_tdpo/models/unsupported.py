@@ -1,13 +1,13 @@
 """Families that cannot be trained here: by what they are recognised, and which supported model is nearest to each.
 
-Only consulted to name what has been refused, so a row of a family that is supported by now does no harm. Cheap: imports
-no torch.
+Cheap: imports no torch.
 """
 
 from collections.abc import Collection
 from typing import NamedTuple
 
 SD15, XL, SD35 = "Stable Diffusion 1.5", "Stable Diffusion XL", "Stable Diffusion 3.5 medium"
+FLUX = "FLUX.1"
 VIDEO = "none for video; for images, " + SD35
 EDM = "Playground 2.5 or CosXL, with the noise levels of EDM"
 
@@ -27,12 +27,11 @@ class Other(NamedTuple):
 
 # The first that fits counts: those that share names with others come before these.
 _OTHERS = (
-    Other("Flux 2", SD35, ("Flux2",), ("double_stream_modulation_img.",)),
-    Other("Chroma", SD35, ("Chroma",), ("distilled_guidance_layer.",)),
+    Other("Flux 2", FLUX, ("Flux2",), ("double_stream_modulation_img.",)),
+    Other("Chroma", FLUX, ("Chroma",), ("distilled_guidance_layer.",)),
     Other(
         "HunyuanImage or HunyuanVideo", SD35, ("HunyuanImage", "HunyuanVideo"), ("txt_in.individual_token_refiner.",)
     ),
-    Other("FLUX.1", SD35, ("Flux",), ("double_blocks.",)),
     Other("Qwen-Image", SD35, ("QwenImage",), (".img_mod.1.",)),
     Other("Z-Image", SD35, ("ZImage",), ("noise_refiner.0.adaLN_modulation.0.",)),
     Other("Lumina", SD35, ("Lumina",), ("noise_refiner.0.adaLN_modulation.1.",)),

@@ -22,9 +22,8 @@ from torch import nn
 from comfy_tdpo.clean_text import one_line
 from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.models.files import SUPPORTED
-from comfy_tdpo.models.kind import SD, SD3, SHAPES, XL
+from comfy_tdpo.models.kind import SD, SHAPES, XL
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
-from comfy_tdpo.models.stable_diffusion_3 import StableDiffusion3
 from comfy_tdpo.models.unsupported import EDM, of_class
 from comfy_tdpo.policy import DiffusionPolicy
 
@@ -36,13 +35,14 @@ from ...trainer.recommend.options import unseen_prompts
 from ..runs.checks import check_run
 from ..runs.prompts import Prompts
 from ..runs.settings import Wanted
+from . import flux_in, sd3_in
 from .baked import baked_weights, model_name
 from .decoder import ComfyDecoder
-from .sd3_in import diffusers_transformer, flow_schedule_of, is_sd3, transformer_config
+from .native import Native
 from .shapes_out import is_shapes
 from .weights_in import check_embeds, check_plain
 
-EXPECTED = f"expected {SUPPORTED} for text to image"
+EXPECTED = f"expected {SUPPORTED}, for text to image"
 SIZES, SIZE_WIDTH = 6, 256  # of an image, which XL is conditioned on, and how wide each is embedded
 
 
@@ -61,7 +61,8 @@ class Wires:
             ValueError: the CLIP or VAE is missing, or the MODEL cannot be trained.
         """
         self.check()
-        return Wanted(model=model_name(self.model), preset=_kind_of(self.model), **inputs)
+        preset = SHAPES if is_shapes(self.model) else self._family.preset(self.model)
+        return Wanted(model=model_name(self.model), preset=preset, **inputs)
 
     def check(self) -> None:
         """Raise ValueError if the CLIP or VAE is missing, or the MODEL is none that a policy can be made of."""
@@ -70,7 +71,7 @@ class Wires:
                 raise ValueError(
                     f"got no {name}, as the checkpoint has none; expected one: load it from a separate file"
                 )
-        _widths(self.model)
+        self._family.widths(self.model)
         if self.model.hook_patches:
             raise ValueError(
                 "got a MODEL with a LoRA whose strength changes over the sampling steps, which cannot become part of "
@@ -86,8 +87,8 @@ class Wires:
         """
         more = unseen_prompts(config, prompts.words, prompts.words)[0] if config.output.recommend else []
         encode, decode, scheduler = self._parts(Prompts([*prompts.words, *more], prompts.written), device)
-        family = self._family
-        check_run(config, prompts.words, scheduler, family.process, decode.factor * family.patch)
+        kind = self._family.kind
+        check_run(config, prompts.words, scheduler, kind.process, decode.factor * kind.patch)
         make_policy = self._maker(config, encode, decode, scheduler)
         return lambda run, stop, watch: assemble(run.config, run, stop, watch, make_policy, cpu=device.type == "cpu")
 
@@ -100,18 +101,18 @@ class Wires:
         return self._maker(config, *self._parts(prompts, device))
 
     @property
-    def _family(self) -> type[StableDiffusion] | type[StableDiffusion3]:
-        return StableDiffusion3 if is_sd3(self.model) else StableDiffusion
+    def _family(self) -> Native:
+        return next(family for family in FAMILIES if family.recognizes(self.model))
 
     def _parts(self, prompts: Prompts, device: torch.device) -> "tuple[EncodedPrompts, ComfyDecoder, Any]":
-        texts = {words: prompts.for_clip(words) for words in prompts.words}
-        sd3 = is_sd3(self.model)
-        encode = EncodedPrompts(self.clip, texts, device, pooled=sd3 or is_xl(self.model), joint=sd3)
-        schedule = flow_schedule_of(self.model) if sd3 else scheduler_of(self.model)
-        return encode, ComfyDecoder(self.vae, self.model), schedule
+        texts, family = {words: prompts.for_clip(words) for words in prompts.words}, self._family
+        _, pooled = family.widths(self.model)
+        encode = EncodedPrompts(self.clip, texts, device, pooled=pooled is not None, joint=family.joint)
+        return encode, ComfyDecoder(self.vae, self.model), family.schedule(self.model)
 
     def _maker(self, config: TrainConfig, encode: "EncodedPrompts", decode: ComfyDecoder, scheduler: Any) -> MakePolicy:
-        width, pooled = _widths(self.model)
+        family = self._family
+        width, pooled = family.widths(self.model)
         for what, got, expected in (
             ("embeddings", encode.width, width),
             ("pooled embeddings", encode.pooled_width, pooled),
@@ -121,28 +122,15 @@ class Wires:
                     f"got a CLIP whose {what} are {got} wide; expected {expected}: use the CLIP of the MODEL's "
                     "checkpoint"
                 )
-        convert = diffusers_transformer if is_sd3(self.model) else diffusers_unet
-        network = convert(self.model, DTYPES[config.precision])
-        return partial(_policy, partial(self._family, network, scheduler, encode), decode)
+        network = family.network(self.model, DTYPES[config.precision])
+        return partial(_policy, partial(family.kind, network, scheduler, encode), decode)
 
 
 def _policy(make: Any, decode: ComfyDecoder, config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     return DiffusionPolicy(make(decode.to(device), config.model), **policy_settings(config, device))
 
 
-def _kind_of(model: comfy.model_patcher.ModelPatcher) -> str:
-    return SHAPES if is_shapes(model) else XL if is_xl(model) else SD3 if is_sd3(model) else SD
-
-
 def _widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
-    """How wide the embeddings and the pooled embeddings are that the network of a MODEL takes.
-
-    Raises:
-        ValueError: the MODEL cannot be trained.
-    """
-    if is_sd3(model):
-        config = transformer_config(model)
-        return config["joint_attention_dim"], config["pooled_projection_dim"]
     config = diffusers_config(model)
     return config["cross_attention_dim"], pooled_width(config)
 
@@ -255,6 +243,21 @@ def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
     )
 
 
+# The first that recognizes a MODEL converts it; the last one takes any, and says what is expected if it cannot.
+FAMILIES = (
+    sd3_in.NATIVE,
+    flux_in.NATIVE,
+    Native(
+        recognizes=lambda model: True,
+        preset=lambda model: XL if is_xl(model) else SD,
+        widths=_widths,
+        network=diffusers_unet,
+        schedule=scheduler_of,
+        kind=StableDiffusion,
+    ),
+)
+
+
 class EncodedPrompts:
     """A PromptEncoder with prompts that a CLIP encoded in advance, as a training must not load models by itself.
 
@@ -281,6 +284,7 @@ class EncodedPrompts:
         texts = {"": ""} | {one_line(prompt): text for prompt, text in texts.items()}
         tokens = {prompt: clip.tokenize(text) for prompt, text in texts.items()}
         if joint:
+            _check_t5(tokens[""])
             padding = {"t5xxl_min_length": max(len(found["t5xxl"][0]) for found in tokens.values())}
             tokens = {prompt: clip.tokenize(text, tokenizer_options=padding) for prompt, text in texts.items()}
         both = {prompt: clip.encode_from_tokens(found, return_pooled=True) for prompt, found in tokens.items()}
@@ -323,3 +327,12 @@ def _check_lengths(lengths: dict[str, int]) -> None:
                 f"got the prompt {prompt[:60]!r}, which is longer than the 77 tokens that CLIP reads at once; expected "
                 "one that is not, for Stable Diffusion 3: shorten it"
             )
+
+
+def _check_t5(tokens: dict[str, Any]) -> None:
+    """Raise ValueError if a CLIP makes no tokens for T5."""
+    if "t5xxl" not in tokens:
+        raise ValueError(
+            f"got a CLIP that reads prompts as {' and '.join(tokens)}, and not as t5xxl; expected the CLIP of the "
+            "MODEL, with T5: load it from the MODEL's checkpoint, or by DualCLIPLoader or TripleCLIPLoader"
+        )

@@ -60,6 +60,7 @@ comfy.sd1_clip.SD1ClipModel(clip_model=_)
 comfy.sd1_clip.SD1Tokenizer(tokenizer=_)
 comfy.sd1_clip.SDClipModel(textmodel_json_config=_, max_length=_, special_tokens=_, return_projected_pooled=_)
 comfy.sd1_clip.SDTokenizer(tokenizer_path=_, max_length=_, embedding_size=_)
+comfy.supported_models.Flux
 comfy.supported_models.SD15(_)
 comfy.supported_models.SD15.get_model(self, _, device=_)
 comfy.supported_models.SD15.set_inference_dtype(self, _, _)
@@ -68,6 +69,7 @@ comfy.supported_models.SDXL
 comfy.supported_models_base.ClipTarget(_, _)
 comfy.utils.ProgressBar(_)
 comfy.utils.ProgressBar.update_absolute(self, _, _)
+comfy.utils.flux_to_diffusers(_)
 comfy.utils.mmdit_to_diffusers(_)
 comfy.utils.unet_to_diffusers(_)
 comfy_api.latest.ComfyExtension

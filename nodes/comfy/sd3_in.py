@@ -1,17 +1,18 @@
-"""Converts a MODEL of Stable Diffusion 3 or 3.5 to what the trainer uses; models_in does so with the others."""
+"""Converts a MODEL of Stable Diffusion 3 or 3.5 to what the trainer uses."""
 
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
 from diffusers import SD3Transformer2DModel
-from torch import Tensor
 
 from comfy_tdpo.models.files import SUPPORTED
+from comfy_tdpo.models.kind import SD3
+from comfy_tdpo.models.stable_diffusion_3 import StableDiffusion3
 from comfy_tdpo.models.unsupported import LARGE_LAYERS, SD35_LARGE
 from comfy_tdpo.process.flow_schedule import PATCH, FlowSchedule
 
-from .baked import baked_weights
+from .native import Native, converted
 
 HEAD = 64  # width of a head of attention; ComfyUI has as many heads as layers
 # What ComfyUI may find in a file that diffusers' transformer has not, and the value without it.
@@ -66,24 +67,8 @@ def diffusers_transformer(
     Raises:
         ValueError: the MODEL has other blocks, or a weight is not finite.
     """
-    config = transformer_config(model)
     places = comfy.utils.mmdit_to_diffusers(model.model.model_config.unet_config)
-    with torch.inference_mode(False), torch.no_grad():
-        weights = baked_weights(model, dtype)
-        with torch.device("meta"):  # skips initialising weights that are replaced anyway
-            network = SD3Transformer2DModel(**config)
-        found = {name: _taken(weights, places[name]) for name in network.state_dict()}
-        network.load_state_dict(found, assign=True)
-    return network.eval()
-
-
-def _taken(weights: dict[str, Tensor], place: str | tuple) -> Tensor:
-    """The weight at a `place` of ComfyUI's map: a name, or a name, what to cut out of it, and what to make of it."""
-    if isinstance(place, str):
-        return weights[place]
-    name, cut, *made = place
-    weight = weights[name].narrow(*cut).clone() if cut else weights[name]
-    return made[0](weight) if made else weight
+    return converted(model, dtype, SD3Transformer2DModel, transformer_config(model), places)
 
 
 def flow_schedule_of(model: comfy.model_patcher.ModelPatcher) -> FlowSchedule:
@@ -96,3 +81,19 @@ def flow_schedule_of(model: comfy.model_patcher.ModelPatcher) -> FlowSchedule:
             "of flow matching: disconnect the node that changes its sampling, or use ModelSamplingSD3"
         )
     return FlowSchedule(float(sampling.shift), int(sampling.multiplier))
+
+
+def _widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
+    config = transformer_config(model)
+    return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+
+NATIVE = Native(
+    recognizes=is_sd3,
+    preset=lambda model: SD3,
+    widths=_widths,
+    network=diffusers_transformer,
+    schedule=flow_schedule_of,
+    kind=StableDiffusion3,
+    joint=True,
+)

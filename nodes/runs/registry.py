@@ -244,6 +244,8 @@ def plan_of(config: TrainConfig) -> str:
     """What the run costs and with which settings, those of the preset included."""
     images = f"{config.epochs * config.samples_per_epoch:,} images of {config.steps} steps"
     how = f"at {config.resolution} px with guidance {config.guidance:g}"
+    if config.embedded_guidance is not None:
+        how += f", embedded guidance {config.embedded_guidance:g}"
     what = "all weights" if config.policy.trains_all else f"a LoRA of rank {config.policy.rank}"
     return f"{images} in {config.epochs} epochs, {how}, for {what} with learning rate {config.policy.lr:g}"
 

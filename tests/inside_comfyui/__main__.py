@@ -1,7 +1,7 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
 python tests/inside_comfyui CHECKOUT QUESTION, a question being one of
-shapes|sd2|sdxl|sd3|sd1|decoders|thread|weights|quantised|scaled|needs|refusals|damaged,
+shapes|sd2|sdxl|sd3|flux|sd1|decoders|thread|weights|quantised|scaled|needs|refusals|damaged,
 lora FILE, whole FILE, baked SNAPSHOT FILE STRENGTH, blended FILE, syntax LINE...
 """
 
@@ -9,6 +9,7 @@ import json
 
 import begin  # before all others
 import torch
+from flux import flux
 from kept_otherwise import quantised, scaled
 from listed_names import needs_
 from lora_files import baked, blended, lora, whole
@@ -21,7 +22,7 @@ from small_models import decoders, sd1, sd2, shapes, thread
 torch.set_num_threads(1)
 questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
 questions |= {"baked": baked, "blended": blended, "decoders": decoders, "thread": thread}
-questions |= {"sdxl": sdxl, "sd3": sd3, "whole": whole}
+questions |= {"sdxl": sdxl, "sd3": sd3, "flux": flux, "whole": whole}
 questions |= {"syntax": syntax, "weights": weights, "quantised": quantised, "scaled": scaled, "needs": needs_}
 with torch.no_grad():
     print(json.dumps(questions[begin.QUESTION](*begin.FILES)))

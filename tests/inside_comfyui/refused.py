@@ -32,7 +32,6 @@ def refusals() -> dict[str, str]:
     model, clip, vae = shapes_out.shapes_native()
     families = {
         "AuraFlow": comfy.supported_models.AuraFlow({"cond_seq_dim": 2048}),
-        "Flux": comfy.supported_models.Flux({"image_model": "flux", "guidance_embed": True}),
         **{
             kind: getattr(comfy.supported_models, kind)({"in_channels": 16})
             for kind in ("QwenImage", "Chroma", "PixArtSigma", "WAN21_T2V", "Stable_Cascade_C", "StableAudio")

@@ -97,13 +97,6 @@ def small_clip() -> comfy.sd.CLIP:
         config = CLIPTextConfig.from_pretrained(CONFIGS / "sdxl" / "text_encoder_2", **sizes, projection_dim=width)
         torch.manual_seed(0)
         made[name] = CLIPTextModelWithProjection(config).eval()
-    config = json.loads((Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_config_xxl.json").read_text())
-    narrow = config | {"d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 4, "num_layers": 1}
-
-    class NarrowT5(comfy.sd1_clip.SDClipModel):
-        def encode_token_weights(self, pairs):
-            states, *more = super().encode_token_weights(pairs)
-            return F.pad(states, (0, TEXT - states.shape[-1])), *more
 
     class Three(comfy.text_encoders.sd3_clip.SD3ClipModel):
         """As SD 3's, but for its size."""
@@ -111,19 +104,34 @@ def small_clip() -> comfy.sd.CLIP:
         def __init__(self, device="cpu", dtype=None, model_options={}):  # noqa: B006 - as ComfyUI's own
             nn.Module.__init__(self)
             self.clip_l, self.clip_g = (native_text(made[name], name, device, dtype) for name in WIDTHS)
-            self.t5xxl = NarrowT5(
-                device=device,
-                layer="last",
-                textmodel_json_config=narrow,
-                dtype=dtype,
-                special_tokens={"end": 1, "pad": 0},
-                model_class=comfy.text_encoders.t5.T5,
-            )
-            draw_weights(self.t5xxl)
+            self.t5xxl = narrow_t5(device, dtype)
             self.t5_attention_mask, self.dtypes = False, {dtype}
 
     target = comfy.supported_models_base.ClipTarget(comfy.text_encoders.sd3_clip.SD3Tokenizer, Three)
     return comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
+
+
+class NarrowT5(comfy.sd1_clip.SDClipModel):
+    """T5 whose states are filled up to the width of T5-XXL."""
+
+    def encode_token_weights(self, pairs):
+        states, *more = super().encode_token_weights(pairs)
+        return F.pad(states, (0, TEXT - states.shape[-1])), *more
+
+
+def narrow_t5(device, dtype) -> NarrowT5:
+    """With one layer."""
+    config = json.loads((Path(comfy.text_encoders.sd3_clip.__file__).parent / "t5_config_xxl.json").read_text())
+    made = NarrowT5(
+        device=device,
+        layer="last",
+        textmodel_json_config=config | {"d_model": 64, "d_ff": 64, "d_kv": 16, "num_heads": 4, "num_layers": 1},
+        dtype=dtype,
+        special_tokens={"end": 1, "pad": 0},
+        model_class=comfy.text_encoders.t5.T5,
+    )
+    draw_weights(made)
+    return made
 
 
 def texts(clip, encode) -> dict:

@@ -55,13 +55,10 @@ def make_config(preset: str | None = None, file: Path | None = None, overrides: 
 def preset_for(model: Any) -> str:
     """The preset for a model as a user names it.
 
-    It is the one of its kind, see `kind_of`, or the one that names its hub id among those of XL, of SD 3 and of few
-    steps.
+    It is the only one that names its hub id, or else the one of its kind, see `kind_of`.
     """
-    for name in ("sdxl", "sdxl-turbo", "sd-turbo", "sd3"):
-        if read_toml(PRESETS / f"{name}.toml")["model"] == model:
-            return name
-    return kind_of(str(model))
+    named = [name for name in presets() if read_toml(PRESETS / f"{name}.toml")["model"] == model]
+    return named[0] if len(named) == 1 else kind_of(str(model))
 
 
 def override(config: TrainConfig, changes: Fields) -> TrainConfig:

@@ -138,6 +138,13 @@ class TrainConfig(MethodSettings):
         description="guidance scale of the sample grids; none means that of the training. With guidance 1 and a value "
         "above it here, the model is trained without guidance and used with it",
     )
+    embedded_guidance: Annotated[float | None, Unset] = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="guidance scale that a model distilled from guidance, such as FLUX.1 dev, is conditioned on, in "
+        "training and afterwards; guidance itself is then 1. none means the model's own",
+    )
     resolution: Annotated[int | str, BeforeValidator(normalised)] = Field(
         default=512, description="side of the square images in pixels, or WIDTHxHEIGHT, such as 832x1216"
     )

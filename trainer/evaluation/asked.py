@@ -198,7 +198,7 @@ def _check_names(runs: Sequence[RunFolder]) -> None:
 def _sampling(config: TrainConfig) -> dict[str, object]:
     """What an image depends on apart from the LoRA, its prompt and its noise."""
     guidance = config.guidance if config.eval_guidance is None else config.eval_guidance
-    names = ("model", "prediction_type", "precision", "steps", "resolution", "process")
+    names = ("model", "prediction_type", "precision", "steps", "embedded_guidance", "resolution", "process")
     return {name: getattr(config, name) for name in names} | {"guidance of evaluation": guidance}
 
 

@@ -28,6 +28,8 @@ def plan(config: TrainConfig) -> str:
     policy = config.policy
     trained = window(policy, process.stochastic) if isinstance(policy, SteppedPolicySettings) else None
     head = f"{config.model} by {config.algorithm}: {config.steps} steps of {name}, guidance {config.guidance:g}"
+    if config.embedded_guidance is not None:
+        head += f", embedded guidance {config.embedded_guidance:g}"
     return "\n".join([head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)])
 
 

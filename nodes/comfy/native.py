@@ -1,0 +1,62 @@
+"""What is known of a family of MODELs; models_in lists the families."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import comfy.model_patcher
+import torch
+from torch import Tensor, nn
+
+from comfy_tdpo.models.flow_transformer import FlowTransformer
+from comfy_tdpo.models.stable_diffusion import StableDiffusion
+
+from .baked import baked_weights
+
+Model: TypeAlias = comfy.model_patcher.ModelPatcher
+
+
+@dataclass(frozen=True)
+class Native:
+    """How a MODEL of one family becomes a DiffusionModel.
+
+    recognizes: whether a MODEL is of the family.
+    preset: what suits the MODEL.
+    widths: how wide the embeddings are that its network takes, and the pooled ones, or None if it takes none; raises
+        ValueError if the MODEL cannot be trained.
+    network: the network for diffusers, in a dtype on the CPU, with the LoRAs applied to the MODEL baked in.
+    schedule: the noise schedule.
+    kind: the class of DiffusionModel, made from network, schedule, encoder, decoder and name.
+    joint: whether attention is joint, see EncodedPrompts.
+    """
+
+    recognizes: Callable[[Model], bool]
+    preset: Callable[[Model], str]
+    widths: Callable[[Model], tuple[int, int | None]]
+    network: Callable[[Model, torch.dtype], Any]
+    schedule: Callable[[Model], Any]
+    kind: type[StableDiffusion] | type[FlowTransformer]
+    joint: bool = False
+
+
+def converted(model: Model, dtype: torch.dtype, cls: Any, config: dict, places: dict[str, Any]) -> nn.Module:
+    """The network of a MODEL as diffusers' `cls` of this `config`, in `dtype` on the CPU, with its LoRAs baked in.
+
+    places: where each weight of diffusers is, by ComfyUI's map.
+    Raises ValueError if a weight is not finite.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        weights = baked_weights(model, dtype)
+        with torch.device("meta"):  # skips initialising weights that are replaced anyway
+            network = cls(**config)
+        network.load_state_dict({name: _taken(weights, places[name]) for name in network.state_dict()}, assign=True)
+    return network.eval()
+
+
+def _taken(weights: dict[str, Tensor], place: str | tuple) -> Tensor:
+    """The weight at a `place` of ComfyUI's map: a name, or a name, what to cut out of it, and what to make of it."""
+    if isinstance(place, str):
+        return weights[place]
+    name, cut, *made = place
+    weight = weights[name].narrow(*cut).clone() if cut else weights[name]
+    return made[0](weight) if made else weight
