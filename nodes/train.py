@@ -14,7 +14,8 @@ from .runs.wording import words_of_nodes
 
 AS_PRESET = (
     " 0: the preset's value; the preset is 'shapes' for the Shapes Model, 'sdxl' for Stable Diffusion XL, 'sd3' for "
-    "Stable Diffusion 3, 'flux-dev' or 'flux-schnell' for FLUX.1, and 'sd15' for any other model."
+    "Stable Diffusion 3, 'flux-dev' or 'flux-schnell' for FLUX.1, 'z-image-turbo' for Z-Image ('z-image' if its shift "
+    "is 6), and 'sd15' for any other model."
 )
 
 
@@ -33,8 +34,8 @@ class Train(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, FLUX.1, or the Shapes Model. LoRAs "
-                    "already applied to it become part of the base model.",
+                    tooltip="Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, FLUX.1, Z-Image, or the Shapes Model. "
+                    "LoRAs already applied to it become part of the base model.",
                 ),
                 io.Clip.Input("clip", tooltip="Encodes the prompts once, before the training starts."),
                 io.Vae.Input("vae", tooltip="Decodes the images that are scored."),

@@ -22,6 +22,8 @@ from comfy_tdpo.trainer.config.schema import algorithms_using, algorithms_with
 from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.terminal.arguments import choices
 
+OF_FLOWS = ("sd3", "flux-dev", "flux-schnell", "z-image", "z-image-turbo")  # presets of flow matching
+
 
 def test_the_defaults_are_the_papers_tdpo_r():
     config = validate({})
@@ -94,9 +96,8 @@ def test_later_layers_win(tmp_path):
 
 def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
     """And of no other algorithm: the paper's, on the same presets, know no guard."""
-    flows = ("sd3", "flux-dev", "flux-schnell")
     guards = {"shapes": "shapes-alignment"} | dict.fromkeys(
-        ("sd15", "sdxl", "sd-turbo", "sdxl-turbo", *flows), "clipscore"
+        ("sd15", "sdxl", "sd-turbo", "sdxl-turbo", *OF_FLOWS), "clipscore"
     )
     for preset, guard in guards.items():
         config = make_config(preset)
@@ -107,7 +108,7 @@ def test_the_recipe_is_that_of_the_presets_that_are_no_papers():
         assert (seeing.critic.reads, seeing.critic.prompt, seeing.critic.step) == ("clean", True, True)
         paper = make_config(preset, overrides={"algorithm": "tdpo-r"})
         assert (paper.guards, paper.critic.architecture) == ([], "authors")
-        assert paper.critic.reads == ("clean" if preset in flows else "noisy")
+        assert paper.critic.reads == ("clean" if preset in OF_FLOWS else "noisy")
     assert make_config("sd14-aesthetic").algorithm == "tdpo-r"
 
 
@@ -142,13 +143,12 @@ def test_the_presets_of_distilled_models_draw_in_few_steps_without_guidance(algo
 
 @pytest.mark.parametrize(
     ("preset", "norm"),
-    [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3)]
-    + [(preset, 1.25e-3) for preset in ("sd3", "flux-dev", "flux-schnell")],
+    [("sd15", 2.5e-3), ("sdxl", 1.25e-3), ("sdxl-turbo", 2.5e-3), *((preset, 1.25e-3) for preset in OF_FLOWS)],
 )
 def test_gradients_are_clipped_by_the_size_of_the_latent(preset, norm):
     """0.02 for Shapes' 256 elements, and less with the square root of their number."""
     config = make_config(preset)
-    channels = 16 if preset.startswith(("sd3", "flux")) else 4
+    channels = 16 if preset in OF_FLOWS else 4
     assert config.policy.max_grad_norm == norm == 0.02 * (256 / (channels * (config.resolution // 8) ** 2)) ** 0.5
 
 

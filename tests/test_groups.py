@@ -161,9 +161,8 @@ def test_grpo_compares_as_grpo_does_but_for_the_sample_itself(tmp_path):
 def test_grpo_trains_all_steps_but_the_last(preset):
     config = make_config(preset, overrides={"algorithm": "grpo"})
     stochastic = torch.ones(config.steps, dtype=torch.bool)
-    noiseless = config.process is not None or preset.startswith(
-        ("sd3", "flux")
-    )  # the last step of few-step models and of flow matching
+    of_flow = preset.startswith(("sd3", "flux", "z-image"))
+    noiseless = config.process is not None or of_flow  # the last step of few-step models and of flow matching
     stochastic[-1] = not noiseless
     assert window(config.policy, stochastic).tolist() == [True] * (config.steps - 1) + [False]
     assert config.samples_per_epoch // config.samples_per_update == 2 and config.updates == "trajectory"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import comfyui
 import pytest
 import torch
-from backends import EACH, ask
+from backends import EACH, NEWER, ask
 from safetensors.torch import load_file, save_file
 
 from comfy_tdpo.models.components import load_components
@@ -207,6 +207,66 @@ def test_what_is_no_flux_is_refused_in_one_sentence(what, message):
 def test_flux_trains_on_a_thread_that_asks_nothing_of_comfyui():
     assert ask("flux")["job"] == {"state": "finished", "error": None, "preset's steps": 6}
     assert ask("flux")["preset of schnell"] == "flux-schnell"
+
+
+# --- Z-Image, which ComfyUI knows from 0.10 on
+
+
+newer = pytest.mark.skipif(bool(NEWER.missing), reason=NEWER.missing)
+
+
+@in_each
+def test_a_comfyui_that_does_not_know_z_image_is_told_which_does(backend):
+    assert ask("z_image", backend=backend)["as Lumina 2"] == (
+        "got a MODEL of Z-Image, whose layers this ComfyUI does not know; expected ComfyUI 0.10 or newer: update it"
+    )
+
+
+@newer
+def test_z_image_is_the_same_inside_and_outside_of_comfyui():
+    """Its language model, its template and its layout, for images that are not square."""
+    found = ask("z_image", backend=NEWER)
+    assert found["tokens"] == found["tokens of ours"] and len(set(found["tokens"])) == 2
+    assert found["states"] <= 1e-5 and found["scale of the states"] > 1
+    # float32 through some layers, in another order, and angles that diffusers computes in float64; outputs to 4
+    assert found["transformer from native"] <= 1e-5 * found["scale of the output"] > 1e-5
+
+
+@newer
+def test_the_shift_of_a_z_image_chooses_its_preset():
+    found = ask("z_image", backend=NEWER)
+    assert found["shifts"] == [3.0, 6.0] and found["presets"] == ["z-image-turbo", "z-image"]
+    assert found["levels"] <= 1e-6  # theirs are float32
+    assert "a MODEL of Z-Image with other noise levels (" in found["other levels"]
+    assert "use ModelSamplingAuraFlow" in found["other levels"]
+
+
+@newer
+def test_the_published_z_image_has_the_names_and_the_configuration_of_comfyuis():
+    """At true size, without memory, and so has each module of a LoRA: 7 in each of 34 blocks."""
+    found = ask("z_image", backend=NEWER)
+    assert found["unknown names"] == [] and found["other settings"] == []
+    assert found["unknown modules"] == [] and found["modules"] == 7 * 34
+
+
+@newer
+def test_a_lora_on_z_image_is_the_same_in_comfyui_and_diffusers():
+    found = ask("z_image", backend=NEWER)
+    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
+    # float32 again; the LoRA is added to the weights there and to the activations here
+    assert max(found["LoRA in diffusers"], found["LoRA baked in"]) <= 1e-5
+    assert found["LoRA in ComfyUI"] <= 1e-5 * found["scale of the output"]
+    assert found["what the LoRA changes"] > 0.1
+
+
+@newer
+def test_of_z_image_a_whole_model_is_loaded_by_comfyuis_own_node():
+    assert "for a MODEL that is no U-Net" in ask("z_image", backend=NEWER)["a whole model"]
+
+
+@newer
+def test_z_image_trains_on_a_thread_that_asks_nothing_of_comfyui():
+    assert ask("z_image", backend=NEWER)["job"] == {"state": "finished", "error": None, "preset's steps": 8}
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from fake_training import wanted
 from toy import new_run, toy_training
 
 from comfy_tdpo.methods import ALGORITHMS
+from comfy_tdpo.models.kind import SD
 from comfy_tdpo.nodes.runs.checks import check_run
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
-from comfy_tdpo.nodes.runs.settings import OTHER
 from comfy_tdpo.trainer.config import override
 
 JPEG = RewardChoice({"jpeg-compressibility": 1.0})
@@ -47,7 +47,7 @@ def test_a_taste_is_let_through(tmp_path):
     [
         ({"settings": "output.trackers = ['abacus']"}, "got tracker 'abacus'"),
         (
-            {"settings": "output.recommend = true", "preset": OTHER, "reward": JPEG},
+            {"settings": "output.recommend = true", "preset": SD, "reward": JPEG},
             "got a run that watches no held-out reward",
         ),
         ({"reward": RewardChoice({"shapes-gold": 1.0}), "words": ["a cat"]}, "shapes-gold can only judge prompts of"),

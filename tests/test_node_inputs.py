@@ -23,7 +23,7 @@ def test_nothing_asked_for_is_the_preset():
     assert wanted().config() == shapes
     other = {"eval_rewards": [], "model": "x", "rewards": AESTHETIC.weights, "overoptimisation": {"reward": None}}
     assert wanted(model="x", preset="sd15").config() == make_config("sd15", None, other)
-    for preset in ("sdxl", "sd3", "flux-dev", "flux-schnell"):
+    for preset in ("sdxl", "sd3", "flux-dev", "flux-schnell", "z-image", "z-image-turbo"):
         assert wanted(model="x", preset=preset).config() == make_config(preset, None, other)
 
 

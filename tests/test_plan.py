@@ -16,7 +16,13 @@ from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.terminal.plan import SENSITIVE, plan
 
-FLOW_PRESETS = {"sd3": FlowSchedule(3.0), "flux-dev": FlowSchedule(DynamicShift()), "flux-schnell": FlowSchedule()}
+FLOW_PRESETS = {
+    "sd3": FlowSchedule(3.0),
+    "flux-dev": FlowSchedule(DynamicShift()),
+    "flux-schnell": FlowSchedule(),
+    "z-image": FlowSchedule(6.0),
+    "z-image-turbo": FlowSchedule(3.0),
+}
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -27,6 +29,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -233,14 +238,86 @@ def make_tiny_flux(folder: Path, tokenizer, guided: bool = True) -> Path:
     return folder
 
 
-def _vae(**scale: float) -> AutoencoderKL:
+def make_tiny_z_image(folder: Path, shift: float = 3.0) -> Path:
+    """Z-Image with random weights, as a diffusers folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = ZImageTransformer2DModel(
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[8, 4, 4],
+            axes_lens=[256, 32, 32],
+        )
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):
+            token.data.normal_()
+        text = Qwen3Config(
+            vocab_size=280,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+        ZImagePipeline(
+            transformer=transformer,
+            vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=Qwen3Model(text),
+            tokenizer=_qwen_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        ).save_pretrained(folder)
+    return folder
+
+
+def z_image_to_native(transformer: ZImageTransformer2DModel) -> dict[str, torch.Tensor]:
+    """The weights under the names of ComfyUI's layout, in which queries, keys and values are one matrix."""
+    names = {
+        "all_final_layer.2-1.": "final_layer.",
+        "all_x_embedder.2-1.": "x_embedder.",
+        ".norm_q.": ".q_norm.",
+        ".norm_k.": ".k_norm.",
+        ".to_out.0.": ".out.",
+    }
+    native, state = {}, transformer.state_dict()
+    for name, weight in state.items():
+        if name.endswith(".to_q.weight"):
+            block = name.removesuffix("to_q.weight")
+            native[f"{block}qkv.weight"] = torch.cat([state[f"{block}to_{part}.weight"] for part in "qkv"])
+        elif not name.endswith((".to_k.weight", ".to_v.weight")):
+            for ours, theirs in names.items():
+                name = name.replace(ours, theirs)
+            native[name] = weight
+    return native
+
+
+def vae_to_ldm(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "full_architecture.py"))["vae_to_ldm"](vae)
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token a byte, and Qwen's marks of a chat."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=letters, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return tokenizer
+
+
+def _vae(**config) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
         norm_num_groups=4,
         latent_channels=16,
-        **scale,
+        **config,
     )
 
 

@@ -14,13 +14,16 @@ up by parameter (theirs by position).
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
+from diffusers.models.transformers.transformer_z_image import FeedForward as GatedFeedForward
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..models import Trainable
 from .critic import TemporalCritic
@@ -33,10 +36,11 @@ NEURON_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "le
 
 
 class Neurons(Protocol):
-    """One layer of neurons; measured: the module whose output they are, (..., H)."""
+    """One layer of neurons."""
 
-    @property
-    def measured(self) -> nn.Module: ...
+    def watch(self, record: Callable[[Tensor], None]) -> RemovableHandle:
+        """Have `record` called with the neurons' outputs, (..., H), in every forward pass."""
+        ...
 
     def entries(self, mask: Tensor) -> Iterator[Entries]:
         """The weights of the neurons in `mask`, boolean (H,)."""
@@ -52,9 +56,8 @@ class HiddenLayer:
     incoming_std: float
     outgoing_std: float
 
-    @property
-    def measured(self) -> nn.Module:
-        return self.incoming
+    def watch(self, record: Callable[[Tensor], None]) -> RemovableHandle:
+        return self.incoming.register_forward_hook(lambda _module, _inputs, output: record(output))
 
     def entries(self, mask: Tensor) -> Iterator[Entries]:
         yield self.incoming.weight, mask[:, None], self.incoming_std
@@ -70,9 +73,8 @@ class TrainedLayer:
     network: FeedForward
     base: dict[str, Tensor]
 
-    @property
-    def measured(self) -> nn.Module:
-        return self.network.net[0]
+    def watch(self, record: Callable[[Tensor], None]) -> RemovableHandle:
+        return self.network.net[0].register_forward_hook(lambda _module, _inputs, output: record(output))
 
     def entries(self, mask: Tensor) -> Iterator[Entries]:
         for name, parameter in self.network.named_parameters():
@@ -83,15 +85,36 @@ class TrainedLayer:
                 yield parameter, rows[:, None] if parameter.ndim == 2 else rows, self.base[name]
 
 
+@dataclass(frozen=True)
+class TrainedGatedLayer:
+    """The hidden neurons of a feed-forward layer of Z-Image, whose gates are a matrix of their own; base as above."""
+
+    network: GatedFeedForward
+    base: dict[str, Tensor]
+
+    def watch(self, record: Callable[[Tensor], None]) -> RemovableHandle:
+        return self.network.w2.register_forward_pre_hook(lambda _module, inputs: record(inputs[0]))
+
+    def entries(self, mask: Tensor) -> Iterator[Entries]:
+        for name, parameter in self.network.named_parameters():
+            yield parameter, mask[None, :] if name == "w2.weight" else mask[:, None], self.base[name]
+
+
+TRAINED_LAYERS: dict[type, Callable[[Any, dict[str, Tensor]], Neurons]] = {
+    FeedForward: TrainedLayer,
+    GatedFeedForward: TrainedGatedLayer,
+}
+
+
 def policy_layers(trainable: Trainable) -> Mapping[str, Neurons]:
     """The layers of neurons of what is trained, a LoRA or a whole network."""
     if not trainable.base:
         return lora_layers(trainable.network)
-    layers = {}
+    layers: dict[str, Neurons] = {}
     for path, module in trainable.network.named_modules():
-        if isinstance(module, FeedForward):
+        if layer := TRAINED_LAYERS.get(type(module)):
             base = {name: trainable.base[f"{path}.{name}"] for name, _ in module.named_parameters()}
-            layers[path] = TrainedLayer(module, base)
+            layers[path] = layer(module, base)
     return layers
 
 
@@ -122,20 +145,17 @@ class ActivationRecorder:
         self._handles: list = []
 
     def __enter__(self) -> "ActivationRecorder":
-        self._handles = [layer.measured.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        self._handles = [layer.watch(partial(self._add, name)) for name, layer in self.layers.items()]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable:
-        def add(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            activation = self.activation(output.detach().float()).abs().flatten(0, -2)  # (N, H)
-            self._sums[name] = self._sums.get(name, 0) + activation.sum(0)
-            self._counts[name] += len(activation)
-
-        return add
+    def _add(self, name: str, output: Tensor) -> None:
+        activation = self.activation(output.detach().float()).abs().flatten(0, -2)  # (N, H)
+        self._sums[name] = self._sums.get(name, 0) + activation.sum(0)
+        self._counts[name] += len(activation)
 
     def scores(self, reduce: Callable[[Tensor], Tensor] = lambda mean: mean) -> dict[str, Tensor]:
         """Eq. 11: each neuron's mean |activation| divided by its layer's mean, (H,) per layer.

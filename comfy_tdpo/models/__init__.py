@@ -141,6 +141,7 @@ class Family(Protocol):
 FAMILIES = {
     "stable-diffusion-3": "comfy_tdpo.models.stable_diffusion_3:FAMILY",
     "flux": "comfy_tdpo.models.flux:FAMILY",
+    "z-image": "comfy_tdpo.models.z_image:FAMILY",
     "stable-diffusion": "comfy_tdpo.models.stable_diffusion:FAMILY",
 }
 

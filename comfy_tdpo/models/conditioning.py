@@ -71,3 +71,31 @@ class TensorConditioning(Conditioning):
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TensorConditioning:
         return type(self)(**{name: change(part) for name, part in self.parts.items()})
+
+
+class ListConditioning(Conditioning):
+    """A Conditioning made of one tensor of states, (L, E), for each prompt; the lengths L may differ."""
+
+    def __init__(self, states: Sequence[Tensor]):
+        self.states = list(states)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: Rows | Tensor) -> ListConditioning:
+        return type(self)([self.states[row] for row in torch.arange(len(self))[rows].tolist()])
+
+    @classmethod
+    def cat(cls, parts: Sequence[ListConditioning]) -> ListConditioning:
+        return cls([states for part in parts for states in part.states])
+
+    def expand(self, count: int) -> ListConditioning:
+        (states,) = self.states
+        return type(self)([states] * count)
+
+    def to(self, device: torch.device | str) -> ListConditioning:
+        return type(self)([states.to(device, non_blocking=True) for states in self.states])
+
+    def summary(self) -> Tensor:
+        """The states averaged over tokens."""
+        return torch.stack([states.float().mean(0) for states in self.states])

@@ -8,7 +8,7 @@ from textwrap import shorten
 
 from .unsupported import Other
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, or FLUX.1"
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, FLUX.1, or Z-Image"
 EXPECTED = f"expected {SUPPORTED} (a diffusers folder, its hub id, or a .safetensors checkpoint)"
 AGAIN = "download or save the whole folder again"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")

@@ -9,18 +9,22 @@ from ..user_files import user_path
 LARGEST_HEADER = 2**27  # bytes; of a whole checkpoint, a header has less than a million
 FLUX_GUIDANCE = "guidance_in.in_layer.weight"  # in a single file of FLUX.1 dev
 _FLUX_NORM = b"double_blocks.0.img_attn.norm.key_norm."  # in one of FLUX.1, with scale or weight after it
+_PAD_TOKEN = b'cap_pad_token"'  # in a single file of Z-Image, under any prefix, and of no other family
 _SECOND_ENCODER = b'"conditioner.embedders.1.model.'  # in a single file of XL, and of no other family
 _JOINT_BLOCK = b'joint_blocks.0.x_block.attn.qkv.weight"'  # in a single file of SD 3
 
 
-# The kinds of models, named like the presets that suit them: the embedded world, 1.x and 2.x, XL, 3, and FLUX.1.
-SHAPES, SD, XL, SD3, FLUX_DEV, FLUX_SCHNELL = "shapes", "sd15", "sdxl", "sd3", "flux-dev", "flux-schnell"
+# The kinds of models, named like the presets that suit them. SHAPES is the embedded world, SD 1.x and 2.x.
+SHAPES, SD, XL, SD3 = "shapes", "sd15", "sdxl", "sd3"
+FLUX_DEV, FLUX_SCHNELL, Z_IMAGE, Z_IMAGE_TURBO = "flux-dev", "flux-schnell", "z-image", "z-image-turbo"
 
 
 def kind_of(source: str) -> str:
     """The kind of the model `source`, as a user names it; SD for what is none of the others. Never raises."""
     if source == SHAPES:
         return SHAPES
+    if is_z_image(source):
+        return Z_IMAGE_TURBO if is_z_image_turbo(source) else Z_IMAGE
     kinds = {XL: is_xl, SD3: is_sd3, FLUX_DEV: is_flux_dev, FLUX_SCHNELL: is_flux_schnell}
     return next((kind for kind, fits in kinds.items() if fits(source)), SD)
 
@@ -79,6 +83,33 @@ def _flux(source: str) -> str:
         return ("dev" if guided else "schnell") if found else ""
     except (OSError, ValueError, AttributeError, TypeError):
         return ""
+
+
+def is_z_image(source: str) -> bool:
+    """Whether `source` is a folder or a file of Z-Image, the base model or Turbo; never raises."""
+    try:
+        path = user_path(source)
+        if path.is_dir():
+            return "ZImageTransformer2DModel" in _index(path).get("transformer", [])
+        return path.suffix == ".safetensors" and _PAD_TOKEN in _header(path)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def is_z_image_turbo(source: str) -> bool:
+    """Whether Z-Image at `source` is Turbo, by the noise levels of its folder, or of the file's; never raises."""
+    try:
+        path = user_path(source)
+        folder = path if path.is_dir() else path.parent
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8-sig"))
+        return is_turbo_shift(scheduler["shift"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def is_turbo_shift(shift: float) -> bool:
+    """Whether Z-Image with this shift is Turbo, which has 3. The base model has 6, and the same layers."""
+    return shift < 6
 
 
 def _index(folder: Path) -> dict[str, Any]:

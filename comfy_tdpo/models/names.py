@@ -29,6 +29,8 @@ _ANCHORS = {
     "SD3Transformer2DModel": "context_embedder.weight",
     "FluxTransformer2DModel": "context_embedder.weight",
     "T5EncoderModel": "encoder.final_layer_norm.weight",
+    "ZImageTransformer2DModel": "cap_embedder.1.weight",
+    "Qwen3Model": "embed_tokens.weight",
 }
 
 # diffusers' names, until 2023, for the attention layers of an autoencoder.
@@ -41,10 +43,10 @@ def ldm_names(names: Collection[str]) -> Rename:
     If the file has only the U-Net's averaged weights (EMA), they get the names of the plain weights.
     """
     plain = {_uncompiled(name) for name in names}
-    prefix = _prefix(plain, _PLAIN)
+    prefix = prefix_of(plain, _PLAIN)
     averaged = prefix + _PLAIN not in plain
     if averaged:
-        prefix = _prefix(plain, _EMA)
+        prefix = prefix_of(plain, _EMA)
 
     def rename(name: str) -> str:
         name = _uncompiled(name).removeprefix(prefix)
@@ -55,13 +57,13 @@ def ldm_names(names: Collection[str]) -> Rename:
 
 def native_names(names: Collection[str], anchor: str) -> Rename:
     """Remove the prefix that a program added to the names of a network, all of which have a weight `anchor`."""
-    prefix = _prefix({_uncompiled(name) for name in names}, anchor)
+    prefix = prefix_of({_uncompiled(name) for name in names}, anchor)
     return lambda name: _uncompiled(name).removeprefix(prefix)
 
 
 def folder_names(names: Collection[str], network: nn.Module) -> Rename:
     """Rename the weights in a diffusers folder, from any version of diffusers, to those of `network`."""
-    prefix = _prefix({_uncompiled(name) for name in names}, _ANCHORS[type(network).__name__])
+    prefix = prefix_of({_uncompiled(name) for name in names}, _ANCHORS[type(network).__name__])
     below = below_text_model(network)
 
     def rename(name: str) -> str:
@@ -80,7 +82,7 @@ def below_text_model(network: nn.Module) -> Rename:
     return lambda name: name if name.startswith("text_projection.") else level + name.removeprefix("text_model.")
 
 
-def _prefix(names: Collection[str], anchor: str) -> str:
+def prefix_of(names: Collection[str], anchor: str) -> str:
     """The prefix of the only name that ends with `anchor`; empty if there is no such name, or more than one."""
     if anchor in names:
         return ""

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 SD15, XL, SD35 = "Stable Diffusion 1.5", "Stable Diffusion XL", "Stable Diffusion 3.5 medium"
-FLUX = "FLUX.1"
+FLUX, Z_IMAGE = "FLUX.1", "Z-Image"
 VIDEO = "none for video; for images, " + SD35
 EDM = "Playground 2.5 or CosXL, with the noise levels of EDM"
 
@@ -33,8 +33,7 @@ _OTHERS = (
         "HunyuanImage or HunyuanVideo", SD35, ("HunyuanImage", "HunyuanVideo"), ("txt_in.individual_token_refiner.",)
     ),
     Other("Qwen-Image", SD35, ("QwenImage",), (".img_mod.1.",)),
-    Other("Z-Image", SD35, ("ZImage",), ("noise_refiner.0.adaLN_modulation.0.",)),
-    Other("Lumina", SD35, ("Lumina",), ("noise_refiner.0.adaLN_modulation.1.",)),
+    Other("Lumina", Z_IMAGE, ("Lumina",), ("noise_refiner.",)),
     Other("HiDream", SD35, ("HiDream",), ("caption_projection.0.linear.",)),
     Other("PixArt", SD35, ("PixArt",), ("t_block.1.",)),
     Other("Sana", SD35, ("Sana",)),

@@ -12,7 +12,8 @@ from comfy_tdpo.models.flux import Flux
 from comfy_tdpo.models.kind import FLUX_DEV, FLUX_SCHNELL
 from comfy_tdpo.process.flow_schedule import PATCH, FlowSchedule
 
-from .native import Native, converted
+from .encoded import EncodedPrompts
+from .native import Native, converted, flow_schedule_of
 
 CHANNELS = 16  # of a latent
 # What relatives of FLUX.1 have otherwise, and FLUX.1's value; some versions of ComfyUI do not write all of them down.
@@ -68,21 +69,15 @@ def diffusers_transformer(
     return converted(model, dtype, FluxTransformer2DModel, transformer_config(model), places)
 
 
-def flow_schedule_of(model: comfy.model_patcher.ModelPatcher) -> FlowSchedule:
+def flow_schedule(model: comfy.model_patcher.ModelPatcher) -> FlowSchedule:
     """The noise levels of a MODEL, whose shift a node may have changed. It is the same for images of any size."""
     sampling = model.get_model_object("model_sampling")
-    bases = {base.__name__ for base in type(sampling).__mro__}
-    if {"CONST", "ModelSamplingFlux"} <= bases:
+    if {"CONST", "ModelSamplingFlux"} <= {base.__name__ for base in type(sampling).__mro__}:
         return FlowSchedule(math.exp(sampling.shift))
-    if {"CONST", "ModelSamplingDiscreteFlow"} <= bases:
-        return FlowSchedule(float(sampling.shift))
-    raise ValueError(
-        f"got a MODEL of FLUX.1 with other noise levels ({', '.join(sorted(bases))}); expected those of flow matching: "
-        "disconnect the node that changes its sampling, or use ModelSamplingFlux"
-    )
+    return flow_schedule_of(model, "FLUX.1", "ModelSamplingFlux")
 
 
-def _widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
+def widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
     config = transformer_config(model)
     return config["joint_attention_dim"], config["pooled_projection_dim"]
 
@@ -94,9 +89,9 @@ def _preset(model: comfy.model_patcher.ModelPatcher) -> str:
 NATIVE = Native(
     recognizes=is_flux,
     preset=_preset,
-    widths=_widths,
+    widths=widths,
     network=diffusers_transformer,
-    schedule=flow_schedule_of,
+    schedule=flow_schedule,
+    encode=lambda model, clip, texts, device: EncodedPrompts(clip, texts, device, pooled=True, joint=True),
     kind=Flux,
-    joint=True,
 )

@@ -5,7 +5,6 @@ copies belong to the caller. They are made outside of inference mode, in which C
 cannot be trained.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +18,6 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
-from comfy_tdpo.clean_text import one_line
-from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.models.files import SUPPORTED
 from comfy_tdpo.models.kind import SD, SHAPES, XL
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
@@ -35,12 +32,13 @@ from ...trainer.recommend.options import unseen_prompts
 from ..runs.checks import check_run
 from ..runs.prompts import Prompts
 from ..runs.settings import Wanted
-from . import flux_in, sd3_in
+from . import flux_in, sd3_in, z_image_in
 from .baked import baked_weights, model_name
 from .decoder import ComfyDecoder
+from .encoded import EncodedPrompts
 from .native import Native
 from .shapes_out import is_shapes
-from .weights_in import check_embeds, check_plain
+from .weights_in import check_plain
 
 EXPECTED = f"expected {SUPPORTED}, for text to image"
 SIZES, SIZE_WIDTH = 6, 256  # of an image, which XL is conditioned on, and how wide each is embedded
@@ -104,13 +102,13 @@ class Wires:
     def _family(self) -> Native:
         return next(family for family in FAMILIES if family.recognizes(self.model))
 
-    def _parts(self, prompts: Prompts, device: torch.device) -> "tuple[EncodedPrompts, ComfyDecoder, Any]":
+    def _parts(self, prompts: Prompts, device: torch.device) -> tuple[Any, ComfyDecoder, Any]:
+        """The PromptEncoder, the decoder and the noise schedule."""
         texts, family = {words: prompts.for_clip(words) for words in prompts.words}, self._family
-        _, pooled = family.widths(self.model)
-        encode = EncodedPrompts(self.clip, texts, device, pooled=pooled is not None, joint=family.joint)
+        encode = family.encode(self.model, self.clip, texts, device)
         return encode, ComfyDecoder(self.vae, self.model), family.schedule(self.model)
 
-    def _maker(self, config: TrainConfig, encode: "EncodedPrompts", decode: ComfyDecoder, scheduler: Any) -> MakePolicy:
+    def _maker(self, config: TrainConfig, encode: Any, decode: ComfyDecoder, scheduler: Any) -> MakePolicy:
         family = self._family
         width, pooled = family.widths(self.model)
         for what, got, expected in (
@@ -128,11 +126,6 @@ class Wires:
 
 def _policy(make: Any, decode: ComfyDecoder, config: TrainConfig, device: torch.device) -> DiffusionPolicy:
     return DiffusionPolicy(make(decode.to(device), config.model), **policy_settings(config, device))
-
-
-def _widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
-    config = diffusers_config(model)
-    return config["cross_attention_dim"], pooled_width(config)
 
 
 def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -218,6 +211,16 @@ def _alike(config: dict, depths: list[int]) -> bool:
     return (config["transformer_depth"], config["transformer_depth_output"], middle) == (down, up, max(depths[-1], 1))
 
 
+def unet_widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
+    """How wide the embeddings and the pooled embeddings are that the U-Net of a MODEL takes; None without the latter.
+
+    Raises:
+        ValueError: the MODEL cannot be trained.
+    """
+    config = diffusers_config(model)
+    return config["cross_attention_dim"], pooled_width(config)
+
+
 def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
     """The noise schedule of a MODEL, with the step offset that leaves noise in the last step."""
     sampling = model.get_model_object("model_sampling")  # a node may have replaced the model's own
@@ -247,92 +250,14 @@ def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
 FAMILIES = (
     sd3_in.NATIVE,
     flux_in.NATIVE,
+    z_image_in.NATIVE,
     Native(
         recognizes=lambda model: True,
         preset=lambda model: XL if is_xl(model) else SD,
-        widths=_widths,
+        widths=unet_widths,
         network=diffusers_unet,
         schedule=scheduler_of,
+        encode=lambda model, clip, texts, device: EncodedPrompts(clip, texts, device, pooled=is_xl(model)),
         kind=StableDiffusion,
     ),
 )
-
-
-class EncodedPrompts:
-    """A PromptEncoder with prompts that a CLIP encoded in advance, as a training must not load models by itself.
-
-    Args:
-        clip: the CLIP; texts: what it reads for each prompt that will ever be needed; the empty one is always included.
-        device: where to return the embeddings, which are kept in main memory.
-        pooled: whether the MODEL needs a pooled embedding too.
-        joint: whether the MODEL has joint attention, to which an embedding twice says something else than once. Then
-            T5 pads all prompts to the length of the longest.
-
-    Raises:
-        ValueError: an embedding is not finite, or with joint attention, a prompt is too long for a CLIP.
-    """
-
-    def __init__(
-        self,
-        clip: comfy.sd.CLIP,
-        texts: dict[str, str],
-        device: torch.device,
-        pooled: bool = False,
-        joint: bool = False,
-    ):
-        self._device = device
-        texts = {"": ""} | {one_line(prompt): text for prompt, text in texts.items()}
-        tokens = {prompt: clip.tokenize(text) for prompt, text in texts.items()}
-        if joint:
-            _check_t5(tokens[""])
-            padding = {"t5xxl_min_length": max(len(found["t5xxl"][0]) for found in tokens.values())}
-            tokens = {prompt: clip.tokenize(text, tokenizer_options=padding) for prompt, text in texts.items()}
-        both = {prompt: clip.encode_from_tokens(found, return_pooled=True) for prompt, found in tokens.items()}
-        embeds = {prompt: embed for prompt, (embed, _) in both.items()}
-        if joint:
-            _check_lengths({prompt: embed.shape[1] for prompt, embed in embeds.items()})
-        for prompt, found in both.items():
-            for embed in found[: 1 + pooled]:
-                check_embeds(prompt, embed, clip.cond_stage_model)
-        # long prompts have longer embeddings; repeating a whole embedding does not change cross-attention
-        length = math.lcm(*(embed.shape[1] for embed in embeds.values()))
-        with torch.inference_mode(False), torch.no_grad():
-            self._embeds = {
-                prompt: embed[0].to("cpu", torch.float32, copy=True).repeat(length // embed.shape[1], 1)
-                for prompt, embed in embeds.items()
-            }
-            self._pooled = {
-                prompt: pool[0].to("cpu", torch.float32, copy=True) for prompt, (_, pool) in both.items() if pooled
-            }
-
-    @property
-    def width(self) -> int:
-        return self._embeds[""].shape[-1]
-
-    @property
-    def pooled_width(self) -> int | None:
-        return self._pooled[""].shape[-1] if self._pooled else None
-
-    def __call__(self, prompts: list[str]) -> TensorConditioning:
-        parts = {"states": self._embeds} | ({"pooled": self._pooled} if self._pooled else {})
-        rows = {name: torch.stack([part[one_line(prompt)] for prompt in prompts]) for name, part in parts.items()}
-        return TensorConditioning(**{name: part.to(self._device) for name, part in rows.items()})
-
-
-def _check_lengths(lengths: dict[str, int]) -> None:
-    """Raise ValueError if the embeddings of some prompts, by `lengths`, are longer than that of the empty one."""
-    for prompt, length in lengths.items():
-        if length != lengths[""]:
-            raise ValueError(
-                f"got the prompt {prompt[:60]!r}, which is longer than the 77 tokens that CLIP reads at once; expected "
-                "one that is not, for Stable Diffusion 3: shorten it"
-            )
-
-
-def _check_t5(tokens: dict[str, Any]) -> None:
-    """Raise ValueError if a CLIP makes no tokens for T5."""
-    if "t5xxl" not in tokens:
-        raise ValueError(
-            f"got a CLIP that reads prompts as {' and '.join(tokens)}, and not as t5xxl; expected the CLIP of the "
-            "MODEL, with T5: load it from the MODEL's checkpoint, or by DualCLIPLoader or TripleCLIPLoader"
-        )

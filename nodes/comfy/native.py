@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from comfy_tdpo.models.flow_transformer import FlowTransformer
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
+from comfy_tdpo.process.flow_schedule import FlowSchedule
 
 from .baked import baked_weights
 
@@ -26,8 +27,9 @@ class Native:
         ValueError if the MODEL cannot be trained.
     network: the network for diffusers, in a dtype on the CPU, with the LoRAs applied to the MODEL baked in.
     schedule: the noise schedule.
+    encode: a PromptEncoder with `width` and `pooled_width`, given MODEL, CLIP, what to read for each prompt, and a
+        device.
     kind: the class of DiffusionModel, made from network, schedule, encoder, decoder and name.
-    joint: whether attention is joint, see EncodedPrompts.
     """
 
     recognizes: Callable[[Model], bool]
@@ -35,8 +37,8 @@ class Native:
     widths: Callable[[Model], tuple[int, int | None]]
     network: Callable[[Model, torch.dtype], Any]
     schedule: Callable[[Model], Any]
+    encode: Callable[[Model, Any, dict[str, str], torch.device], Any]
     kind: type[StableDiffusion] | type[FlowTransformer]
-    joint: bool = False
 
 
 def converted(model: Model, dtype: torch.dtype, cls: Any, config: dict, places: dict[str, Any]) -> nn.Module:
@@ -60,3 +62,19 @@ def _taken(weights: dict[str, Tensor], place: str | tuple) -> Tensor:
     name, cut, *made = place
     weight = weights[name].narrow(*cut).clone() if cut else weights[name]
     return made[0](weight) if made else weight
+
+
+def flow_schedule_of(model: Model, family: str, node: str) -> FlowSchedule:
+    """The noise levels of a MODEL of `family`, whose shift ComfyUI's `node` may have changed.
+
+    Raises:
+        ValueError: another node has replaced them.
+    """
+    sampling = model.get_model_object("model_sampling")
+    bases = {base.__name__ for base in type(sampling).__mro__}
+    if not {"CONST", "ModelSamplingDiscreteFlow"} <= bases:
+        raise ValueError(
+            f"got a MODEL of {family} with other noise levels ({', '.join(sorted(bases))}); expected those of flow "
+            f"matching: disconnect the node that changes its sampling, or use {node}"
+        )
+    return FlowSchedule(float(sampling.shift), int(sampling.multiplier))

@@ -51,7 +51,7 @@ comfy.model_patcher.ModelPatcher.get_model_object(self, _)
 comfy.model_patcher.ModelPatcher.use_ejected(self)
 comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 comfy.sd.CLIP(_, model_options=_)
-comfy.sd.CLIP.encode_from_tokens(self, _, return_pooled=_)
+comfy.sd.CLIP.encode_from_tokens(self, _, return_pooled=_, return_dict=_)
 comfy.sd.CLIP.tokenize(self, _, tokenizer_options=_)
 comfy.sd.VAE(sd=_, config=_, dtype=_)
 comfy.sd.VAE.throw_exception_if_invalid(self)

@@ -12,7 +12,8 @@ from comfy_tdpo.models.stable_diffusion_3 import StableDiffusion3
 from comfy_tdpo.models.unsupported import LARGE_LAYERS, SD35_LARGE
 from comfy_tdpo.process.flow_schedule import PATCH, FlowSchedule
 
-from .native import Native, converted
+from .encoded import EncodedPrompts
+from .native import Native, converted, flow_schedule_of
 
 HEAD = 64  # width of a head of attention; ComfyUI has as many heads as layers
 # What ComfyUI may find in a file that diffusers' transformer has not, and the value without it.
@@ -59,6 +60,12 @@ def transformer_config(model: comfy.model_patcher.ModelPatcher) -> dict:
     }
 
 
+def widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int]:
+    """How wide the embeddings and the pooled embeddings are that the transformer takes."""
+    config = transformer_config(model)
+    return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+
 def diffusers_transformer(
     model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype = torch.float32
 ) -> SD3Transformer2DModel:
@@ -71,29 +78,17 @@ def diffusers_transformer(
     return converted(model, dtype, SD3Transformer2DModel, transformer_config(model), places)
 
 
-def flow_schedule_of(model: comfy.model_patcher.ModelPatcher) -> FlowSchedule:
+def flow_schedule(model: comfy.model_patcher.ModelPatcher) -> FlowSchedule:
     """The noise levels of a MODEL, whose shift a node may have changed."""
-    sampling = model.get_model_object("model_sampling")
-    bases = {base.__name__ for base in type(sampling).__mro__}
-    if not {"CONST", "ModelSamplingDiscreteFlow"} <= bases:
-        raise ValueError(
-            f"got a MODEL of Stable Diffusion 3 with other noise levels ({', '.join(sorted(bases))}); expected those "
-            "of flow matching: disconnect the node that changes its sampling, or use ModelSamplingSD3"
-        )
-    return FlowSchedule(float(sampling.shift), int(sampling.multiplier))
-
-
-def _widths(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int | None]:
-    config = transformer_config(model)
-    return config["joint_attention_dim"], config["pooled_projection_dim"]
+    return flow_schedule_of(model, "Stable Diffusion 3", "ModelSamplingSD3")
 
 
 NATIVE = Native(
     recognizes=is_sd3,
     preset=lambda model: SD3,
-    widths=_widths,
+    widths=widths,
     network=diffusers_transformer,
-    schedule=flow_schedule_of,
+    schedule=flow_schedule,
+    encode=lambda model, clip, texts, device: EncodedPrompts(clip, texts, device, pooled=True, joint=True),
     kind=StableDiffusion3,
-    joint=True,
 )

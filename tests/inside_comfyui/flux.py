@@ -32,6 +32,7 @@ from comfy_tdpo.models.lora import TransformerLora
 from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 from comfy_tdpo.models.stable_diffusion import ClipText
 from comfy_tdpo.nodes.comfy import flux_in, models_in, shapes_out
+from comfy_tdpo.nodes.comfy.encoded import EncodedPrompts
 from comfy_tdpo.nodes.comfy.whole import apply_model
 from comfy_tdpo.process.flow_schedule import FlowSchedule
 
@@ -41,7 +42,7 @@ POOLED = 32  # the width of CLIP
 
 def flux() -> dict:
     model, (clip, ours) = small_flux(), small_clip()
-    encode = models_in.EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
+    encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
     found = texts(clip, encode, ours) | schedules(model) | published() | refused(model)
     for name, one in (("dev", model), ("schnell", small_flux(guided=False))):
         found[name] = transformers(one, encode(PROMPTS))
@@ -113,7 +114,7 @@ def texts(clip, encode, ours: ClipText) -> dict:
     prompt, longer = PROMPTS[0], "cosplay " * 150
     states, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
     alone = encode([prompt]).parts
-    beside = models_in.EncodedPrompts(clip, {prompt: prompt, longer: longer}, CPU, pooled=True, joint=True)
+    beside = EncodedPrompts(clip, {prompt: prompt, longer: longer}, CPU, pooled=True, joint=True)
     both = beside([prompt, longer]).parts
     return {
         "states": difference(alone["states"], states),
@@ -184,11 +185,11 @@ def schedules(model) -> dict:
     (edm,) = ModelSamplingContinuousEDM().patch(model, "v_prediction", 120.0, 0.002)
     found = {}
     for name, one in (("dev", model), ("dev at 512 px", half), ("schnell", small_flux(guided=False))):
-        schedule = flux_in.flow_schedule_of(one)
+        schedule = flux_in.flow_schedule(one)
         theirs = comfy.samplers.calculate_sigmas(one.get_model_object("model_sampling"), "simple", 10)
         ours, _ = noise_levels(schedule, 10)
         found[name] = {"mu": math.log(schedule.shift), "levels": difference(theirs[:-1].double(), ours)}
-    return {"schedules": found, "other levels": refusal(lambda: flux_in.flow_schedule_of(edm))}
+    return {"schedules": found, "other levels": refusal(lambda: flux_in.flow_schedule(edm))}
 
 
 def refused(model) -> dict[str, str]:
@@ -199,7 +200,7 @@ def refused(model) -> dict[str, str]:
         return refusal(lambda: flux_in.transformer_config(SimpleNamespace(model=SimpleNamespace(model_config=family))))
 
     _, clip, _ = shapes_out.shapes_native()
-    encode = models_in.EncodedPrompts
+    encode = EncodedPrompts
     return {
         "Fill": kin("FluxInpaint", in_channels=96),
         "Canny": kin("Flux", in_channels=32),

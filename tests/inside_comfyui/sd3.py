@@ -33,7 +33,8 @@ from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.models.lora import TransformerLora
 from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.models.stable_diffusion_3 import LORA_MODULES, StableDiffusion3
-from comfy_tdpo.nodes.comfy import models_in, sd3_in, shapes_out
+from comfy_tdpo.nodes.comfy import sd3_in, shapes_out
+from comfy_tdpo.nodes.comfy.encoded import EncodedPrompts
 from comfy_tdpo.nodes.comfy.whole import apply_model
 from comfy_tdpo.process.flow_schedule import FlowSchedule
 
@@ -45,12 +46,10 @@ LAYERS = 2
 
 def sd3() -> dict:
     model, clip = small_sd3(), small_clip()
-    encode = models_in.EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
+    encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
     long = " ".join(["red circle"] * 60)
     found = texts(clip, encode) | transformers(model, encode(PROMPTS)) | schedules(model) | published()
-    found["a prompt too long"] = refusal(
-        lambda: models_in.EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True)
-    )
+    found["a prompt too long"] = refusal(lambda: EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True))
     found["a whole model"] = refusal(lambda: apply_model(model, {}, 1.0, "run 'mine'"))
     vae = shapes_out._native_vae(small_vae(channels=16))
     vae.latent_channels = 16
@@ -140,7 +139,7 @@ def texts(clip, encode) -> dict:
 
     def encoded(*prompts: str) -> dict[str, Tensor]:
         texts = {one: one for one in prompts}
-        return models_in.EncodedPrompts(clip, texts, CPU, pooled=True, joint=True)([prompt]).parts
+        return EncodedPrompts(clip, texts, CPU, pooled=True, joint=True)([prompt]).parts
 
     states, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
     alone, beside = encoded(prompt), encoded(prompt, longer)
@@ -205,12 +204,12 @@ def schedules(model) -> dict:
 
     (shifted,) = ModelSamplingSD3().patch(model, 5.0)
     (flux,) = ModelSamplingFlux().patch(model, 1.15, 0.5, 512, 512)
-    found = {"shifts": [sd3_in.flow_schedule_of(one).shift for one in (model, shifted)]}
+    found = {"shifts": [sd3_in.flow_schedule(one).shift for one in (model, shifted)]}
     theirs = comfy.samplers.calculate_sigmas(shifted.get_model_object("model_sampling"), "simple", 10)
-    ours, _ = noise_levels(sd3_in.flow_schedule_of(shifted), 10)
+    ours, _ = noise_levels(sd3_in.flow_schedule(shifted), 10)
     return found | {
         "levels": difference(theirs[:-1].double(), ours),
-        "other levels": refusal(lambda: sd3_in.flow_schedule_of(flux)),
+        "other levels": refusal(lambda: sd3_in.flow_schedule(flux)),
     }
 
 

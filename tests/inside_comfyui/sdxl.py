@@ -25,6 +25,7 @@ from comfy_tdpo.models.lora import UNetLora
 from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer, read_config
 from comfy_tdpo.models.stable_diffusion import ClipPair, ClipText, StableDiffusion
 from comfy_tdpo.nodes.comfy import models_in, shapes_out
+from comfy_tdpo.nodes.comfy.encoded import EncodedPrompts
 
 TEXTS = {"l": (CLIPTextModel, 32), "g": (CLIPTextModelWithProjection, 48)}
 RANK, ALPHA = 4, 2.0
@@ -32,7 +33,7 @@ RANK, ALPHA = 4, 2.0
 
 def sdxl() -> dict:
     model, clip, ours = small_xl(), *texts()
-    encoded = models_in.EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True)(PROMPTS)
+    encoded = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True)(PROMPTS)
     expected = ours(PROMPTS)
     found = {name: difference(encoded.parts[name], expected.parts[name]) for name in ("states", "pooled")}
     found |= unets(model, encoded)

@@ -26,6 +26,7 @@ from comfy_tdpo.models.shipped import CONFIGS
 from comfy_tdpo.models.stable_diffusion import Autoencoder, ClipText
 from comfy_tdpo.nodes.comfy import models_in, shapes_out
 from comfy_tdpo.nodes.comfy.decoder import ComfyDecoder
+from comfy_tdpo.nodes.comfy.encoded import EncodedPrompts
 from comfy_tdpo.nodes.runs.prompts import Prompts
 from comfy_tdpo.shapes import WORLD
 
@@ -37,7 +38,7 @@ def shapes() -> dict[str, float]:
     latents, timesteps = drawn(2, 4, 8, 8), torch.tensor([10, 700])
     embeds = ClipText(ours.tokenizer, ours.text_encoder)(PROMPTS).parts["states"]
     expected = ours.unet(latents, timesteps, embeds).sample
-    encoded = models_in.EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU)
+    encoded = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU)
     decoder = ComfyDecoder(vae, model)
     images = Autoencoder(ours.vae)(latents)
     return {

@@ -45,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--preset",
         metavar="NAME",
         help=f"one of {', '.join(presets())} (default: shapes, sdxl for a --model of XL, sd3 for one of "
-        "Stable Diffusion 3, flux-dev or flux-schnell for one of FLUX.1, or sd15 for any other)",
+        "Stable Diffusion 3, flux-dev or flux-schnell for one of FLUX.1, z-image or z-image-turbo for one of Z-Image, "
+        "or sd15 for any other)",
     )
     where.add_argument("--config", type=path_argument, metavar="FILE", help="TOML file that overrides the preset")
     where.add_argument(

@@ -1,0 +1,165 @@
+"""The family of Z-Image, the base model and Turbo: a transformer on flow matching whose one stream holds the image's
+tokens and Qwen3's states of the prompt.
+
+Deviations from diffusers' pipeline:
+- each row is a forward pass of its own. The network masks the padding of a batch whose prompts differ in length, so a
+  row's output, and with it the ratio of a policy gradient, would depend on its neighbours;
+- a prompt is encoded without padding, which the pipeline masks and then drops;
+- guidance w counts as everywhere here: the pipeline's guidance_scale is w - 1. The guided output is not rescaled, as by
+  default in the pipeline (cfg_normalization).
+
+Shapes: B batch, C H W latent, L tokens of a prompt, E text width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3Model
+
+from ..process.flow_schedule import PATCH, FlowSchedule
+from ..prompts.length import CutPrompt, describe_cut
+from . import Outline, shipped
+from .conditioning import Conditioning, ListConditioning
+from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
+from .files import AGAIN, required
+from .flow_transformer import FlowTransformer, check_no_prediction
+from .kind import is_z_image
+from .lora import ATTENTION
+from .scheduler import load_flow_schedule
+from .stable_diffusion import Autoencoder
+from .z_image_file import load_file
+
+CLASSES = {
+    "transformer": ZImageTransformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": Qwen3Model,
+    "tokenizer": Qwen2Tokenizer,
+}
+
+NAME = "Z-Image"
+TEXT_TOKENS = 512  # read of a prompt with its template, as in diffusers; ComfyUI reads as many as there are
+
+_ATTENTION = tuple(f"attention.{layer}" for layer in ATTENTION)
+LORA_MODULES = {
+    "attention": _ATTENTION,
+    "attention+feed-forward": (*_ATTENTION, *(f"feed_forward.w{n}" for n in (1, 2, 3))),
+}
+
+
+class QwenText:
+    """A PromptEncoder: for each prompt, as a user's turn of a chat, the last but one states of Qwen3, (L, E)."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer, text_encoder: Qwen3Model):
+        self.tokenizer, self.network = tokenizer, text_encoder
+        self.networks = {"text_encoder": text_encoder}
+
+    def __call__(self, prompts: list[str]) -> ListConditioning:
+        return ListConditioning([self._states(prompt) for prompt in prompts])
+
+    def _states(self, prompt: str) -> Tensor:
+        tokens = torch.tensor([self._tokens(prompt)[:TEXT_TOKENS]], device=self.network.device)
+        return self.network(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states[-2][0]
+
+    def _tokens(self, prompt: str) -> list[int]:
+        return self.tokenizer(self._turn(prompt), verbose=False).input_ids
+
+    def _turn(self, prompt: str) -> str:
+        """The prompt as a user's turn, followed by the beginning of the answer."""
+        turns = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+
+    def cut(self, prompts: list[str]) -> str:
+        """One line about those of `prompts` that it truncates; empty if there are none."""
+        found = []
+        for prompt in dict.fromkeys(prompts):
+            if len(tokens := self._tokens(prompt)) > TEXT_TOKENS:
+                before = self._turn(prompt).partition(prompt)[0]
+                read = self.tokenizer.decode(tokens[:TEXT_TOKENS]).removeprefix(before).strip()
+                found.append(CutPrompt(prompt, len(tokens), TEXT_TOKENS, read))
+        return describe_cut(found) if found else ""
+
+
+class ZImage(FlowTransformer):
+    """A DiffusionModel of Z-Image, conditioned on a list of states, (L, E) each."""
+
+    def denoise(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network is given 1 - t, and predicts the flow from noise to image."""
+        assert isinstance(conditioning, ListConditioning)
+        dtype, most = self.network.dtype, self.scheduler.timesteps
+        outputs = [
+            self.network([latent[:, None].to(dtype)], time[None], [states.to(dtype)], return_dict=False)[0][0]
+            for latent, time, states in zip(latents, (most - times) / most, conditioning.states, strict=True)
+        ]
+        return -torch.stack(outputs).squeeze(2)
+
+    def lora_modules(self, targets: str) -> tuple[str, ...]:
+        return LORA_MODULES[targets]
+
+
+class ZImageFamily:
+    """Loads a diffusers folder, a hub id, or a file that lies in such a folder in place of its transformer."""
+
+    def recognizes(self, source: str) -> bool:
+        return is_z_image(source) or is_z_image(index_on_hub(source))
+
+    def outline(self, source: str, prediction_type: str | None) -> Outline:
+        check_no_prediction(prediction_type, NAME)
+        path = Path(source).expanduser()
+        folder = path.parent if path.is_file() else local_folder(source)
+        vae = shipped.CONFIGS / "z-image" if path.is_file() and not (folder / "vae").is_dir() else folder
+        return Outline(_schedule(folder), ZImage.process, latent_factor(vae), PATCH)
+
+    def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> ZImage:
+        check_no_prediction(prediction_type, NAME)
+        path = Path(source).expanduser()
+        if path.is_file():
+            folder, parts = path.parent, load_file(path, CLASSES, dtype)
+        else:
+            folder = path if path.is_dir() else download(source, dtype, _pipeline_class)
+            check_index(required(folder, "model_index.json"), CLASSES)
+            parts = load_parts(folder, CLASSES, dtype)
+        schedule = _schedule(folder)
+        _check_parts(source, parts)
+        encode = QwenText(parts["tokenizer"], parts["text_encoder"])
+        return ZImage(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
+
+
+def _schedule(folder: Path) -> FlowSchedule:
+    return load_flow_schedule(required(folder, "scheduler/scheduler_config.json"))
+
+
+def _pipeline_class(index: Path) -> Any:
+    check_index(index, CLASSES)
+    return ZImagePipeline
+
+
+def _check_parts(source: str, parts: dict[str, Any]) -> None:
+    """Raise ValueError if the components are of different models, or the tokenizer has no template for a chat."""
+    config = parts["transformer"].config
+    latent, text = parts["vae"].config.latent_channels, parts["text_encoder"].config.hidden_size
+    if (latent, text) != (config.in_channels, config.cap_feat_dim):
+        raise ValueError(
+            f"{source} has a transformer of {config.in_channels} channels and text width {config.cap_feat_dim}, an "
+            f"autoencoder of {latent} channels and a text encoder of width {text}; expected all of the same "
+            f"text-to-image model; {AGAIN}"
+        )
+    if config.siglip_feat_dim:
+        raise ValueError(
+            f"{source} is conditioned on images too (Z-Image-Omni); expected Z-Image or Z-Image-Turbo: choose one of "
+            "these"
+        )
+    if not parts["tokenizer"].chat_template:
+        raise ValueError(
+            f"{source} has a tokenizer without a chat template; expected that of Qwen3 in tokenizer/"
+            f"tokenizer_config.json; {AGAIN}"
+        )
+
+
+FAMILY = ZImageFamily()
