@@ -13,9 +13,9 @@ from .runs.used import used_by
 from .runs.wording import words_of_nodes
 
 AS_PRESET = (
-    " 0: the preset's value; the preset is 'shapes' for the Shapes Model, 'sdxl' for Stable Diffusion XL, 'sd3' for "
-    "Stable Diffusion 3, 'flux-dev' or 'flux-schnell' for FLUX.1, 'z-image-turbo' for Z-Image ('z-image' if its shift "
-    "is 6), and 'sd15' for any other model."
+    " 0: the preset's value; the preset is 'shapes' or 'shapes-flow' for the Shapes Model, 'sdxl' for Stable Diffusion "
+    "XL, 'sd3' for Stable Diffusion 3, 'flux-dev' or 'flux-schnell' for FLUX.1, 'z-image-turbo' for Z-Image ('z-image' "
+    "if its shift is 6), and 'sd15' for any other model."
 )
 
 

@@ -20,13 +20,13 @@ TRAININGS = [("tdpo-r", "lora"), ("ddpo-100", "lora"), ("draft", "lora"), ("tdpo
 
 
 def policy_of(
-    folder: Path, resolution: str, ema: float, train: str, optimizer: str, dtype: torch.dtype, **settings
+    folder: Path, resolution: int | str, ema: float, train: str, optimizer: str, dtype: torch.dtype, **settings
 ) -> DiffusionPolicy:
     trained = PolicySettings(ema=ema, train=train, optimizer=optimizer)
     return DiffusionPolicy(load_model(str(folder), dtype), resolution=resolution, settings=trained, **settings)
 
 
-def check_training(folder: Path, resolution: str, tmp_path: Path, algorithm: str, train: str) -> None:
+def check_training(folder: Path, resolution: int | str, tmp_path: Path, algorithm: str, train: str) -> None:
     """It trains, its metrics are finite, and it resumes to the last bit."""
     small = SMALL | {"algorithm": algorithm, "policy": {"train": train}}
     small |= {"kl": {"coefficient": 0.1}} if algorithm != "draft" else {"last_steps": 1}

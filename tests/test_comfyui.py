@@ -121,6 +121,24 @@ def test_train_and_sample_in_one_graph(server):
         assert status == 200 and body.startswith(b"\x89PNG")
 
 
+@in_each
+def test_the_flow_network_of_shapes_trains_and_is_sampled_in_one_graph(server):
+    """By its own preset; ComfyUI's Load LoRA draws with its file what LoRA Apply draws with the run."""
+    graph = train_graph("flows", learning_rate=0.01)  # large enough to be seen in a score
+    graph["shapes"]["inputs"] = {"network": "flow"}
+    base = {name: graph[name] for name in ("shapes", "reward")}
+    plain = server.run(base | sample_graph(["shapes", 0]))["scored"]["text"]
+    graph |= apply_graph(run=["train", 0]) | sample_graph(["apply", 0])
+    outputs = server.run(graph)
+    assert outputs["info"]["text"] == ["run flows, after epoch 2, strength 1"]
+    config = (server.base / "output" / "tdpo" / "flows" / "config.toml").read_text(encoding="utf-8")
+    assert 'model = "comfyui:ShapesFlowConfig:' in config and 'reads = "clean"' in config
+    loader = {"model": ["shapes", 0], "lora_name": "tdpo/flows.safetensors", "strength_model": 1.0}
+    native = {"native": {"class_type": "LoraLoaderModelOnly", "inputs": loader}}
+    tuned = server.run(base | native | sample_graph(["native", 0]))["scored"]["text"]
+    assert tuned == outputs["scored"]["text"] != plain
+
+
 def test_weights_in_prompts_reach_the_model_and_not_the_rewards(server):
     """The same images score the same, whatever the prompt's weights; the run learns by its words, and resumes."""
     text = "\ufeff# mine\r\na (red:1.3)\u00a0circle\r\n"

@@ -100,7 +100,7 @@ def test_t5_pads_prompts_to_the_length_of_the_longest(backend):
     own, alone, beside = found["tokens"]
     assert own == alone == 77 + 77 < beside
     assert found["states of CLIP beside a longer prompt"] == 0
-    assert "is longer than the 77 tokens that CLIP reads at once; expected" in found["a prompt too long"]
+    assert "is longer than what CLIP reads at once (77 tokens in Stable Diffusion 3" in found["a prompt too long"]
 
 
 @in_each
@@ -207,6 +207,36 @@ def test_what_is_no_flux_is_refused_in_one_sentence(what, message):
 def test_flux_trains_on_a_thread_that_asks_nothing_of_comfyui():
     assert ask("flux")["job"] == {"state": "finished", "error": None, "preset's steps": 6}
     assert ask("flux")["preset of schnell"] == "flux-schnell"
+
+
+@in_each
+def test_the_flow_model_of_shapes_is_the_same_inside_and_outside_of_comfyui(backend):
+    found = ask("shapes_flow", backend=backend)
+    # float32 of size up to 5 through a few layers, in another order
+    assert max(found[part] for part in ("states", "pooled", "native transformer")) <= 1e-5
+    assert found["lora"]["transformer from native"] <= 1e-5 and found["lora"]["scale of the output"] > 1
+    assert found["shift"] == 1.0
+
+
+@in_each
+def test_comfyuis_own_sampler_draws_with_the_flow_model_what_we_draw(backend):
+    # ten steps, each with the differences of a call, which guidance multiplies by up to 5
+    assert ask("shapes_flow", backend=backend)["drawn by ComfyUI"] <= 1e-4
+
+
+@in_each
+def test_a_lora_on_the_flow_model_is_the_same_in_comfyui_and_diffusers(backend):
+    found = ask("shapes_flow", backend=backend)["lora"]
+    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
+    # float32 again; the LoRA is added to the weights there and to the activations here
+    assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
+    assert found["what the LoRA changes"] > 0.1
+
+
+def test_the_flow_model_trains_by_its_own_preset_on_a_thread_that_asks_nothing_of_comfyui():
+    found = ask("shapes_flow")
+    assert found["preset"] == "shapes-flow"
+    assert found["job"] == {"state": "finished", "error": None, "preset's steps": 10}
 
 
 # --- Z-Image, which ComfyUI knows from 0.10 on

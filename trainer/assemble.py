@@ -13,7 +13,7 @@ from comfy_tdpo.models import load_model
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import load_reward, load_rewards
 from comfy_tdpo.rewards.gradients import check_functions
-from comfy_tdpo.shapes import WORLD
+from comfy_tdpo.shapes import MODELS
 
 from .config import TrainConfig
 from .config.loadable import check_loadable
@@ -89,7 +89,7 @@ def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
 def model_source(config: TrainConfig) -> str:
     """Where the model of `config` is; raises ValueError if only a ComfyUI graph has it."""
     check_loadable(config, "resume the run")
-    return str(WORLD / "pipeline") if config.model == "shapes" else config.model
+    return str(MODELS.get(config.model, config.model))
 
 
 def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]:

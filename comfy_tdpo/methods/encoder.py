@@ -9,6 +9,7 @@ from typing import Any
 
 from ..models import OF_GRAPH
 from ..rewards import has_encoder
+from ..shapes import MODELS
 
 OF_SHAPES, OF_PHOTOS = "shapes-aesthetic", "clipscore"  # ships with the package; the smallest of the others
 
@@ -25,7 +26,7 @@ def encoder_of(config: Any) -> str:
 
 
 def _is_of_shapes(config: Any) -> bool:
-    """Whether a run trains on the embedded world; in a graph, its MODEL has another name than "shapes"."""
+    """Whether a run trains on the embedded world; in a graph, its MODEL has a name of its own."""
     names = [*config.trained_on, *config.guards]  # not those that are measured, which may change within a run
-    of_shapes = config.model == "shapes" or config.model.startswith(f"{OF_GRAPH}Shapes")
+    of_shapes = config.model in MODELS or config.model.startswith(f"{OF_GRAPH}Shapes")
     return of_shapes or any(name.startswith("shapes-") for name in names)

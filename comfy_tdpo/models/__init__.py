@@ -139,6 +139,7 @@ class Family(Protocol):
 # name -> "module:attribute", where the attribute is a Family. The first that recognizes a source loads it. The last one
 # accepts every source and raises an error that says what is expected if it cannot load it.
 FAMILIES = {
+    "shapes-flow": "comfy_tdpo.models.shapes_flow:FAMILY",
     "stable-diffusion-3": "comfy_tdpo.models.stable_diffusion_3:FAMILY",
     "flux": "comfy_tdpo.models.flux:FAMILY",
     "z-image": "comfy_tdpo.models.z_image:FAMILY",

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..user_files import user_path
 
+FLOW_OF_SHAPES = "ShapesFlow"  # the class in the index of its folder, for which diffusers has no pipeline
 LARGEST_HEADER = 2**27  # bytes; of a whole checkpoint, a header has less than a million
 FLUX_GUIDANCE = "guidance_in.in_layer.weight"  # in a single file of FLUX.1 dev
 _FLUX_NORM = b"double_blocks.0.img_attn.norm.key_norm."  # in one of FLUX.1, with scale or weight after it
@@ -14,15 +15,16 @@ _SECOND_ENCODER = b'"conditioner.embedders.1.model.'  # in a single file of XL, 
 _JOINT_BLOCK = b'joint_blocks.0.x_block.attn.qkv.weight"'  # in a single file of SD 3
 
 
-# The kinds of models, named like the presets that suit them. SHAPES is the embedded world, SD 1.x and 2.x.
-SHAPES, SD, XL, SD3 = "shapes", "sd15", "sdxl", "sd3"
+# The kinds of models, named like the presets that suit them. SHAPES and SHAPES_FLOW are the embedded world's, SD is 1.x
+# and 2.x.
+SHAPES, SHAPES_FLOW, SD, XL, SD3 = "shapes", "shapes-flow", "sd15", "sdxl", "sd3"
 FLUX_DEV, FLUX_SCHNELL, Z_IMAGE, Z_IMAGE_TURBO = "flux-dev", "flux-schnell", "z-image", "z-image-turbo"
 
 
 def kind_of(source: str) -> str:
     """The kind of the model `source`, as a user names it; SD for what is none of the others. Never raises."""
-    if source == SHAPES:
-        return SHAPES
+    if source in (SHAPES, SHAPES_FLOW):
+        return source
     if is_z_image(source):
         return Z_IMAGE_TURBO if is_z_image_turbo(source) else Z_IMAGE
     kinds = {XL: is_xl, SD3: is_sd3, FLUX_DEV: is_flux_dev, FLUX_SCHNELL: is_flux_schnell}
@@ -110,6 +112,14 @@ def is_z_image_turbo(source: str) -> bool:
 def is_turbo_shift(shift: float) -> bool:
     """Whether Z-Image with this shift is Turbo, which has 3. The base model has 6, and the same layers."""
     return shift < 6
+
+
+def is_flow_of_shapes(source: str) -> bool:
+    """Whether `source` is the folder of a flow model in a world of Shapes; never raises."""
+    try:
+        return _index(user_path(source)).get("_class_name") == FLOW_OF_SHAPES
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -78,6 +78,12 @@ class StableDiffusion3(FlowTransformer):
 
     def denoise(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         assert isinstance(conditioning, TensorConditioning)
+        most = self.network.config.pos_embed_max_size * PATCH  # elements of a side that the network knows places for
+        if max(latents.shape[-2:]) > most:
+            raise ValueError(
+                f"got a resolution above {most * self.decode.factor} pixels, the largest that {self.source} can draw; "
+                "expected at most that: lower resolution"
+            )
         return self.network(
             hidden_states=latents.to(self.network.dtype),
             timestep=times,

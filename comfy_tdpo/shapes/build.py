@@ -1,9 +1,10 @@
 """Build the world of Shapes from scratch: `python -m comfy_tdpo.shapes.build`.
 
-The build renders captioned scenes, trains an autoencoder, three encoders with their rewards and a U-Net on them, and
-writes the world's folder: a diffusers pipeline, the encoders, and a README with measurements. Every batch is drawn from
-(seed, stage, step), and each stage saves its state regularly, so a stopped build continues where it left off.
-`--only STAGE` trains one encoder anew in a world that is complete otherwise, and leaves everything else as it is.
+The build renders captioned scenes, trains an autoencoder, three encoders with their rewards, a U-Net and a flow model
+on them, and writes the world's folder: a diffusers pipeline, the flow model, the encoders, and a README with
+measurements. Every batch is drawn from (seed, stage, step), and each stage saves its state regularly, so a stopped
+build continues where it left off. `--only STAGE` trains one encoder or the flow model anew in a world that is complete
+otherwise, and leaves everything else as it is.
 """
 
 import argparse
@@ -15,18 +16,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizerFast
 
+from ..models.components import load_components
+from ..models.kind import FLOW_OF_SHAPES
 from . import WORLD
 from .dataset import make_scenes, preference
 from .encoders import ClipEncoder, JudgeEncoder, MatchEncoder, PreferenceHead, clip_config, load_tokenizer, tokenize
 from .matching import Matching
-from .networks import NORM_GROUPS, new_scheduler, new_text_encoder, new_unet
+from .networks import NORM_GROUPS, new_scheduler, new_text_encoder, new_transformer, new_unet
 from .report import write_report
 from .scenes import IMAGE_SIZE
 from .tokenizer import build_tokenizer
@@ -34,8 +37,15 @@ from .tokenizer import build_tokenizer
 TRAINING_SCENES = 32_000
 
 # Stage -> (steps, batch size).
-STAGES = {"vae": (6000, 16), "clip": (1800, 128), "unet": (3400, 64), "judge": (1500, 128), "match": (1200, 128)}
-ENCODERS = ("clip", "judge", "match")  # stages that need nothing from other stages
+STAGES = {
+    "vae": (6000, 16),
+    "clip": (1800, 128),
+    "unet": (3400, 64),
+    "flow": (6800, 64),
+    "judge": (1500, 128),
+    "match": (1200, 128),
+}
+ALONE = ("clip", "flow", "judge", "match")  # stages that no other stage needs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quick", action="store_true", help="train each stage for only 3 steps, to test that the build runs"
     )
     parser.add_argument(
-        "--only", choices=ENCODERS, help="train only this encoder, for the complete world in --out, and measure it"
+        "--only", choices=ALONE, help="train only this part, for the complete world in --out, and measure it"
     )
     args = parser.parse_args(argv)
     try:
@@ -65,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build(out: Path, work: Path, seed: int, steps: int | None = None, only: str | None = None) -> None:
-    """Train every stage that is not finished in `work`, or the encoder `only`, and write the world to `out`.
+    """Train every stage that is not finished in `work`, or the part `only`, and write the world to `out`.
 
     Raises:
-        ValueError: `work` belongs to a build with other settings, or `out` has no world for the encoder `only`.
+        ValueError: `work` belongs to a build with other settings, or `out` has no world for the part `only`.
     """
     if only and not (out / "pipeline" / "model_index.json").exists():
         raise ValueError(
@@ -83,6 +93,7 @@ def build(out: Path, work: Path, seed: int, steps: int | None = None, only: str 
         vae = world.vae()
         world.clip(tokenizer)
         world.unet(tokenizer, vae)
+        world.flow(tokenizer)
         world.judge(tokenizer)
         world.match(tokenizer)
     write_report(out)
@@ -208,6 +219,29 @@ class Builder:
         network = self._train("unet", network, loss, lr=1e-3)
         self._save_pipeline(network, tokenizer, vae, scheduler)
 
+    def flow(self, tokenizer: CLIPTokenizerFast) -> None:
+        """A rectified flow (Esser et al., 2024) over the latents and text states of the finished pipeline.
+
+        The times of its loss are logit-normal; 10 % of captions are dropped for guidance.
+        """
+        torch.manual_seed(self.seed + 5)
+        parts = load_components(str(self.out / "pipeline"))
+        latents = self._encode(parts.vae, torch.arange(len(self.images))) * parts.vae.config.scaling_factor
+        tokens, empty = tokenize(tokenizer, self.captions), tokenize(tokenizer, [""])[0]
+
+        def loss(transformer: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+            clean, ids = latents[rows], tokens[rows].clone()
+            ids[torch.rand(len(rows), generator=generator) < 0.1] = empty
+            noise = torch.randn(clean.shape, generator=generator)
+            time = torch.randn(len(rows), generator=generator).sigmoid()
+            noisy = torch.lerp(clean, noise, time.view(-1, 1, 1, 1))
+            text = parts.text_encoder(input_ids=ids)
+            flow = transformer(noisy, text.last_hidden_state, text.pooler_output, 1000 * time).sample
+            return F.mse_loss(flow, noise - clean)
+
+        transformer = self._train("flow", new_transformer(), loss, lr=1e-3, cycles=2)
+        self._save_flow(transformer)
+
     def _save_pipeline(self, network, tokenizer, vae, scheduler) -> None:
         pipeline = StableDiffusionPipeline(
             vae=vae,
@@ -225,23 +259,34 @@ class Builder:
         values = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
+    def _save_flow(self, transformer) -> None:
+        """Save the transformer and its schedule; the other parts of the model are those of the pipeline."""
+        transformer.half().save_pretrained(self.out / "flow" / "transformer")
+        FlowMatchEulerDiscreteScheduler().save_pretrained(self.out / "flow" / "scheduler")
+        index = {"_class_name": FLOW_OF_SHAPES, "transformer": ["diffusers", "SD3Transformer2DModel"]}
+        index |= {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+        (self.out / "flow" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
     @torch.no_grad()
     def _encode(self, vae: AutoencoderKL, rows: Tensor) -> Tensor:
         """Mean latents of the images in `rows`, unscaled, (N, 4, 8, 8)."""
         batches = tqdm(rows.split(64), desc="latents", leave=False)
         return torch.cat([vae.encode(self.images[b].float() / 127.5 - 1).latent_dist.mean for b in batches])
 
-    def _train(self, stage: str, network: nn.Module, loss: Callable, lr: float, averaged: bool = True) -> nn.Module:
-        """Fit `network`, continuing from the state in the work folder.
+    def _train(
+        self, stage: str, network: nn.Module, loss: Callable, lr: float, averaged: bool = True, cycles: int = 1
+    ) -> nn.Module:
+        """Fit `network`, continuing from the state in the work folder. The learning rate has `cycles` cycles.
 
         Returns it with the moving average of its weights, or with the last ones if not `averaged`.
         """
         steps, batch = STAGES[stage]
         steps = self.steps or steps
+        cycle = -(-steps // cycles)
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.998))
         optimizer = torch.optim.AdamW(network.parameters(), lr, weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.03)
-        parts = {"network": network, "average": average, "optimizer": optimizer, "schedule": schedule}
+        parts = {"network": network, "average": average, "optimizer": optimizer}
+        parts["schedule"] = _one_cycle(optimizer, lr, cycle)
         path, done = self.work / f"{stage}.pt", 0
         if path.exists():
             saved = torch.load(path, weights_only=True)
@@ -249,6 +294,8 @@ class Builder:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
         for step in tqdm(range(done, steps), desc=stage, initial=done, total=steps, mininterval=2):
+            if step and step % cycle == 0:
+                parts["schedule"] = _one_cycle(optimizer, lr, cycle)
             generator = torch.Generator().manual_seed(_seed(self.seed, stage, step))
             rows = torch.randint(len(self.images), (batch,), generator=generator)
             value = loss(network, rows, generator)
@@ -256,7 +303,7 @@ class Builder:
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
+            parts["schedule"].step()
             average.update_parameters(network)
             if (step + 1) % 200 == 0 or step + 1 == steps:
                 tqdm.write(f"{stage} step {step + 1}: loss {value.item():.4f}")
@@ -264,6 +311,10 @@ class Builder:
                 torch.save(state, path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").replace(path)
         return (average.module if averaged else network).eval().requires_grad_(False)
+
+
+def _one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.03)
 
 
 def contrastive(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:

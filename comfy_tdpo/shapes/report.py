@@ -13,6 +13,7 @@ from ..models.components import load_components
 from ..policy import DiffusionPolicy
 from ..prompts import load_prompts
 from ..rollout import Decoder, draw_images
+from . import MODELS
 from .dataset import make_scenes, preference
 from .encoders import (
     load_clip_encoder,
@@ -30,8 +31,8 @@ FRESH_SCENES = 512  # rendered for the report, not used for training
 GRID_COLUMNS = 9
 
 COLUMNS = (
-    ("prompts", "shapes-gold", "all right", "shapes-aesthetic", "shapes-alignment", "shapes-judge", "shapes-match")
-    + ("fidelity", "diversity")
+    ("model", "prompts", "shapes-gold", "all right", "shapes-aesthetic", "shapes-alignment", "shapes-judge")
+    + ("shapes-match", "fidelity", "diversity")
 )  # fmt: skip
 
 PAGE = """# The world of Shapes
@@ -39,14 +40,14 @@ PAGE = """# The world of Shapes
 Built by `python -m comfy_tdpo.shapes.build` and measured on {date} ({machine}).
 Everything here comes from random numbers and this program's own drawings; no outside data was used.
 
-![Samples of the base model, one for each training prompt](samples.png)
+![Samples of the U-Net, one for each training prompt](samples.png)
 
-## The base model
+## The base models
 
 {per_prompt} images for each prompt of a set, {steps} steps, guidance {guidance:g}.
 
 | {columns} |
-|---|---|---|---|---|---|---|---|---|
+|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 `shapes-gold` is the share of what the prompt asks for that a program finds in the image; "all right" is the share of
@@ -75,12 +76,13 @@ dark background (1 minus its luminance). It was learned from ratings with a nois
 def write_report(world: Path) -> None:
     """Measure the world in the folder `world`, and write its README.md and samples.png."""
     rows, figures = [], _measure_parts(world)
-    for name in ("shapes", "shapes-unseen", "shapes-complex"):
-        prompts = load_prompts(name) * IMAGES_PER_PROMPT
-        images = _draw(world, prompts)
-        rows.append(_row(world, name, images, prompts))
-        if name == "shapes":
-            _save_grid(images[: len(prompts) // IMAGES_PER_PROMPT], world / "samples.png")
+    for model, place in MODELS.items():
+        for name in ("shapes", "shapes-unseen", "shapes-complex"):
+            prompts = load_prompts(name) * IMAGES_PER_PROMPT
+            images = _draw(world / place.name, prompts)
+            rows.append(f"| {model} | {name} | " + _figures(world, images, prompts))
+            if model == name:
+                _save_grid(images[: len(prompts) // IMAGES_PER_PROMPT], world / "samples.png")
     page = PAGE.format(
         date=date.today(),
         machine=f"{platform.system()}, {platform.machine()}, torch {torch.__version__}",
@@ -96,13 +98,13 @@ def write_report(world: Path) -> None:
 
 
 @torch.no_grad()
-def _draw(world: Path, prompts: list[str]) -> Tensor:
-    model = load_model(str(world / "pipeline"), torch.float32)
+def _draw(folder: Path, prompts: list[str]) -> Tensor:
+    model = load_model(str(folder), torch.float32)
     policy = DiffusionPolicy(model, steps=STEPS, guidance=GUIDANCE, resolution=64)
     return draw_images(Decoder(policy, batch=30), prompts, [("report", i) for i in range(len(prompts))], batch=30)
 
 
-def _row(world: Path, name: str, images: Tensor, prompts: list[str]) -> str:
+def _figures(world: Path, images: Tensor, prompts: list[str]) -> str:
     gold = gold_scores(images, prompts)
     pixels = images.permute(0, 2, 3, 1).numpy()
     clip, judge, match = load_clip_encoder(world), load_judge_encoder(world), load_match_encoder(world)
@@ -117,7 +119,7 @@ def _row(world: Path, name: str, images: Tensor, prompts: list[str]) -> str:
         sum(fidelity(image) for image in pixels) / len(pixels),
         diversity(pixels, prompts),
     )
-    return f"| {name} | " + " | ".join(f"{float(figure):.2f}" for figure in figures) + " |"
+    return " | ".join(f"{float(figure):.2f}" for figure in figures) + " |"
 
 
 @torch.no_grad()

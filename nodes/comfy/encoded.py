@@ -19,8 +19,8 @@ class EncodedPrompts:
         clip: the CLIP; texts: what it reads for each prompt that will ever be needed; the empty one is always included.
         device: where to return the embeddings, which are kept in main memory.
         pooled: whether the MODEL needs a pooled embedding too.
-        joint: whether the MODEL has joint attention, to which an embedding twice says something else than once. Then
-            T5 pads all prompts to the length of the longest.
+        joint: whether the MODEL has joint attention, to which an embedding twice says something else than once.
+        t5: whether the MODEL reads prompts by T5 too, which pads all to the length of the longest.
 
     Raises:
         ValueError: an embedding is not finite, or with joint attention, a prompt is too long for a CLIP.
@@ -33,11 +33,12 @@ class EncodedPrompts:
         device: torch.device,
         pooled: bool = False,
         joint: bool = False,
+        t5: bool = False,
     ):
         self._device = device
         texts = {"": ""} | {one_line(prompt): text for prompt, text in texts.items()}
         tokens = {prompt: clip.tokenize(text) for prompt, text in texts.items()}
-        if joint:
+        if t5:
             _check_t5(tokens[""])
             padding = {"t5xxl_min_length": max(len(found["t5xxl"][0]) for found in tokens.values())}
             tokens = {prompt: clip.tokenize(text, tokenizer_options=padding) for prompt, text in texts.items()}
@@ -78,8 +79,8 @@ def _check_lengths(lengths: dict[str, int]) -> None:
     for prompt, length in lengths.items():
         if length != lengths[""]:
             raise ValueError(
-                f"got the prompt {prompt[:60]!r}, which is longer than the 77 tokens that CLIP reads at once; expected "
-                "one that is not, for Stable Diffusion 3: shorten it"
+                f"got the prompt {prompt[:60]!r}, which is longer than what CLIP reads at once (77 tokens in Stable "
+                "Diffusion 3, 16 in Shapes); expected one that is not, for a MODEL with joint attention: shorten it"
             )
 
 

@@ -92,6 +92,6 @@ NATIVE = Native(
     widths=widths,
     network=diffusers_transformer,
     schedule=flow_schedule,
-    encode=lambda model, clip, texts, device: EncodedPrompts(clip, texts, device, pooled=True, joint=True),
+    encode=lambda model, clip, texts, device: EncodedPrompts(clip, texts, device, pooled=True, joint=True, t5=True),
     kind=Flux,
 )

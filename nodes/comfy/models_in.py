@@ -32,12 +32,11 @@ from ...trainer.recommend.options import unseen_prompts
 from ..runs.checks import check_run
 from ..runs.prompts import Prompts
 from ..runs.settings import Wanted
-from . import flux_in, sd3_in, z_image_in
+from . import flux_in, sd3_in, shapes_out, z_image_in
 from .baked import baked_weights, model_name
 from .decoder import ComfyDecoder
 from .encoded import EncodedPrompts
 from .native import Native
-from .shapes_out import is_shapes
 from .weights_in import check_plain
 
 EXPECTED = f"expected {SUPPORTED}, for text to image"
@@ -59,8 +58,7 @@ class Wires:
             ValueError: the CLIP or VAE is missing, or the MODEL cannot be trained.
         """
         self.check()
-        preset = SHAPES if is_shapes(self.model) else self._family.preset(self.model)
-        return Wanted(model=model_name(self.model), preset=preset, **inputs)
+        return Wanted(model=model_name(self.model), preset=self._family.preset(self.model), **inputs)
 
     def check(self) -> None:
         """Raise ValueError if the CLIP or VAE is missing, or the MODEL is none that a policy can be made of."""
@@ -248,12 +246,13 @@ def scheduler_of(model: comfy.model_patcher.ModelPatcher) -> DDIMScheduler:
 
 # The first that recognizes a MODEL converts it; the last one takes any, and says what is expected if it cannot.
 FAMILIES = (
+    shapes_out.FLOW,
     sd3_in.NATIVE,
     flux_in.NATIVE,
     z_image_in.NATIVE,
     Native(
         recognizes=lambda model: True,
-        preset=lambda model: XL if is_xl(model) else SD,
+        preset=lambda model: SHAPES if shapes_out.is_shapes(model) else XL if is_xl(model) else SD,
         widths=unet_widths,
         network=diffusers_unet,
         schedule=scheduler_of,

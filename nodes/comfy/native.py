@@ -64,6 +64,17 @@ def _taken(weights: dict[str, Tensor], place: str | tuple) -> Tensor:
     return made[0](weight) if made else weight
 
 
+@torch.no_grad()
+def put(weights: dict[str, Tensor], place: str | tuple, weight: Tensor) -> None:
+    """Copy a `weight` of diffusers to its `place` among ComfyUI's `weights`: the inverse of `_taken`."""
+    if isinstance(place, str):
+        weights[place].copy_(weight)
+        return
+    name, cut, *made = place
+    part = weights[name].narrow(*cut) if cut else weights[name]
+    part.copy_(made[0](weight) if made else weight)  # what ComfyUI makes of a weight is its own inverse
+
+
 def flow_schedule_of(model: Model, family: str, node: str) -> FlowSchedule:
     """The noise levels of a MODEL of `family`, whose shift ComfyUI's `node` may have changed.
 

@@ -64,7 +64,9 @@ comfy.supported_models.Flux
 comfy.supported_models.SD15(_)
 comfy.supported_models.SD15.get_model(self, _, device=_)
 comfy.supported_models.SD15.set_inference_dtype(self, _, _)
-comfy.supported_models.SD3
+comfy.supported_models.SD3(_)
+comfy.supported_models.SD3.get_model(self, _, device=_)
+comfy.supported_models.SD3.set_inference_dtype(self, _, _)
 comfy.supported_models.SDXL
 comfy.supported_models_base.ClipTarget(_, _)
 comfy.utils.ProgressBar(_)

@@ -1,5 +1,6 @@
 """The Shapes model as native MODEL, CLIP and VAE, for ComfyUI's own sampler, encoder and decoder."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,17 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel
 
-from comfy_tdpo.models.components import Components, load_components
-from comfy_tdpo.shapes import WORLD
+from comfy_tdpo.models import load_model
+from comfy_tdpo.models.kind import SHAPES_FLOW
+from comfy_tdpo.shapes import MODELS, WORLD
+
+from . import sd3_in
+from .encoded import EncodedPrompts
+from .native import put
 
 
 class Multiple(float):
@@ -36,31 +42,86 @@ class ShapesConfig(comfy.supported_models.SD15):
     unet_extra_config: dict = {}
 
 
+class ShapesFlowConfig(comfy.supported_models.SD3):
+    """The model family of the flow transformer of Shapes: Stable Diffusion 3, but narrower, and without a shift."""
+
+    unet_config: dict = {}
+    sampling_settings = {"shift": 1.0}
+
+
 def is_shapes(model: comfy.model_patcher.ModelPatcher) -> bool:
+    """Whether a MODEL is the U-Net of Shapes."""
     return isinstance(model.model.model_config, ShapesConfig)
 
 
-def shapes_native() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of Shapes in float32, for ComfyUI's own sampler, encoder and decoder."""
-    parts = load_components(str(WORLD / "pipeline"))
-    return _native_model(parts), _native_clip(parts.text_encoder), _native_vae(parts.vae)
+# How the flow transformer becomes ours.
+FLOW = replace(
+    sd3_in.NATIVE,
+    recognizes=lambda model: isinstance(model.model.model_config, ShapesFlowConfig),
+    preset=lambda model: SHAPES_FLOW,
+    encode=lambda model, clip, texts, device: EncodedPrompts(clip, texts, device, pooled=True, joint=True),
+)
 
 
-def _native_model(parts: Components) -> comfy.model_patcher.ModelPatcher:
-    unet = parts.unet
+def shapes_native(name: str = "shapes") -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of the model `name` of Shapes in float32, for ComfyUI's own sampler, encoder and decoder."""
+    ours = load_model(str(MODELS[name]), torch.float32)
+    vae = ours.networks["vae"]
+    latent_format = comfy.latent_formats.SD15(scale_factor=vae.config.scaling_factor)
+    convert = _native_transformer if isinstance(ours.network, SD3Transformer2DModel) else _native_unet
+    model = comfy.model_patcher.ModelPatcher(
+        convert(ours.network, latent_format),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return model, _native_clip(ours.networks["text_encoder"]), _native_vae(vae)
+
+
+def _native_unet(unet: UNet2DConditionModel, latent_format: comfy.latent_formats.SD15) -> Any:
     family = ShapesConfig(comfy_config(unet))
-    family.set_inference_dtype(torch.float32, None)
-    family.latent_format = comfy.latent_formats.SD15(scale_factor=parts.vae.config.scaling_factor)
-    model = family.get_model({}, device=comfy.model_management.unet_offload_device())
+    model = _new_model(family, latent_format)
     names = comfy.utils.unet_to_diffusers(family.unet_config)
     state = unet.state_dict()
     model.diffusion_model.load_state_dict({names[name]: weight for name, weight in state.items()})
     _set_groups(model.diffusion_model, unet.config.norm_num_groups)
-    return comfy.model_patcher.ModelPatcher(
-        model,
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    return model
+
+
+def _native_transformer(transformer: SD3Transformer2DModel, latent_format: comfy.latent_formats.SD15) -> Any:
+    family = ShapesFlowConfig(comfy_transformer_config(transformer))
+    model = _new_model(family, latent_format)
+    places = comfy.utils.mmdit_to_diffusers(family.unet_config)
+    state = model.diffusion_model.state_dict()
+    for name, weight in transformer.state_dict().items():
+        put(state, places[name], weight)
+    return model
+
+
+def _new_model(family: Any, latent_format: comfy.latent_formats.SD15) -> Any:
+    """ComfyUI's model of a family, in float32, whose weights are not set yet."""
+    family.set_inference_dtype(torch.float32, None)
+    family.latent_format = latent_format
+    return family.get_model({}, device=comfy.model_management.unet_offload_device())
+
+
+def comfy_transformer_config(transformer: SD3Transformer2DModel) -> dict:
+    """The inverse of `sd3_in.transformer_config`: ComfyUI's configuration for a transformer of diffusers."""
+    config = transformer.config
+    text = {"in_features": config.joint_attention_dim, "out_features": config.caption_projection_dim}
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch_size,
+        "depth": config.num_layers,
+        "input_size": None,
+        "adm_in_channels": config.pooled_projection_dim,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": text},
+        "num_patches": config.pos_embed_max_size**2,
+        "pos_embed_max_size": config.pos_embed_max_size,
+        "pos_embed_scaling_factor": None,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": [],
+    }
 
 
 def comfy_config(unet: UNet2DConditionModel) -> dict:

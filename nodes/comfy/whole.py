@@ -20,7 +20,7 @@ def apply_model(model: comfy.model_patcher.ModelPatcher, weights: dict[str, Tens
     if not names:
         raise ValueError(
             f"got {what}, which trained all weights, for a MODEL that is no U-Net; expected one of a U-Net: load the "
-            "run's file by Load Diffusion Model instead"
+            "run's file by Load Diffusion Model instead, which knows Stable Diffusion 3 but not the Shapes Model"
         )
     shapes = {name: tuple(weight.shape) for name, weight in model.model.diffusion_model.named_parameters()}
     patches = {}

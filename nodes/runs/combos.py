@@ -10,6 +10,7 @@ MODES = [WAIT, BACKGROUND]
 LATEST, RECOMMENDED = "latest", "recommended"
 BEST_TRAINING, BEST_HELD_OUT, EPOCH = "best training reward", "best held-out reward", "epoch"
 SNAPSHOTS = [LATEST, RECOMMENDED, BEST_TRAINING, BEST_HELD_OUT, EPOCH]
+SHAPES_NETWORKS = {"U-Net": "shapes", "flow": "shapes-flow"}  # the models of Shapes by their networks
 NO_FILE = "none"
 NO_BLEND = "none"
 # The share of the LoRA at a fraction of the sampling; `step_0.6` is the tuned model from 60 % on.

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 from comfy_tdpo.clean_text import clean
-from comfy_tdpo.models.kind import SHAPES
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 from comfy_tdpo.settings import NONE
+from comfy_tdpo.shapes import MODELS
 
 from ...trainer.config import Fields, TrainConfig, make_config, merge, override
 from ...trainer.config.toml_files import parse_toml
@@ -76,7 +76,7 @@ class Wanted:
             values["samples_per_update"] = samples // 2 if samples % 2 == 0 else samples
         lora = {"rank": self.numbers.get("rank"), "lr": self.numbers.get("learning_rate")}
         values["policy"] = {name: value for name, value in lora.items() if value}
-        if self.preset != SHAPES:  # what is watched may be a large download, so it has to be wired
+        if self.preset not in MODELS:  # what is watched may be a large download, so it has to be wired
             values["overoptimisation"] = {"reward": next(iter(values["eval_rewards"]), NONE)}
         if self.prompt_set != AUTO:
             values["prompts"] = self.prompt_set

@@ -1,7 +1,7 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
 python tests/inside_comfyui CHECKOUT QUESTION, a question being one of
-shapes|sd2|sdxl|sd3|flux|z_image|sd1|decoders|thread|weights|quantised|scaled|needs|refusals|damaged,
+shapes|shapes_flow|sd2|sdxl|sd3|flux|z_image|sd1|decoders|thread|weights|quantised|scaled|needs|refusals|damaged,
 lora FILE, whole FILE, baked SNAPSHOT FILE STRENGTH, blended FILE, syntax LINE...
 """
 
@@ -17,13 +17,14 @@ from prompt_text import syntax, weights
 from refused import damaged, refusals
 from sd3 import sd3
 from sdxl import sdxl
+from shapes_flow import shapes_flow
 from small_models import decoders, sd1, sd2, shapes, thread
 from z_image import z_image
 
 torch.set_num_threads(1)
 questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals": refusals, "damaged": damaged}
 questions |= {"baked": baked, "blended": blended, "decoders": decoders, "thread": thread}
-questions |= {"sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image, "whole": whole}
+questions |= {"sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image, "shapes_flow": shapes_flow, "whole": whole}
 questions |= {"syntax": syntax, "weights": weights, "quantised": quantised, "scaled": scaled, "needs": needs_}
 with torch.no_grad():
     print(json.dumps(questions[begin.QUESTION](*begin.FILES)))

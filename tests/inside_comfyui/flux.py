@@ -42,7 +42,7 @@ POOLED = 32  # the width of CLIP
 
 def flux() -> dict:
     model, (clip, ours) = small_flux(), small_clip()
-    encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
+    encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True, t5=True)
     found = texts(clip, encode, ours) | schedules(model) | published() | refused(model)
     for name, one in (("dev", model), ("schnell", small_flux(guided=False))):
         found[name] = transformers(one, encode(PROMPTS))
@@ -114,7 +114,7 @@ def texts(clip, encode, ours: ClipText) -> dict:
     prompt, longer = PROMPTS[0], "cosplay " * 150
     states, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
     alone = encode([prompt]).parts
-    beside = EncodedPrompts(clip, {prompt: prompt, longer: longer}, CPU, pooled=True, joint=True)
+    beside = EncodedPrompts(clip, {prompt: prompt, longer: longer}, CPU, pooled=True, joint=True, t5=True)
     both = beside([prompt, longer]).parts
     return {
         "states": difference(alone["states"], states),
@@ -209,7 +209,7 @@ def refused(model) -> dict[str, str]:
         "another MLP": kin("Flux", yak_mlp=True),
         "as it is": kin("Flux"),
         "a whole model": refusal(lambda: apply_model(model, {}, 1.0, "run 'mine'")),
-        "another CLIP": refusal(lambda: encode(clip, {"": ""}, CPU, pooled=True, joint=True)),
+        "another CLIP": refusal(lambda: encode(clip, {"": ""}, CPU, pooled=True, joint=True, t5=True)),
     }
 
 

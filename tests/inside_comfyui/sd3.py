@@ -46,10 +46,13 @@ LAYERS = 2
 
 def sd3() -> dict:
     model, clip = small_sd3(), small_clip()
-    encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
+    encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True, t5=True)
     long = " ".join(["red circle"] * 60)
-    found = texts(clip, encode) | transformers(model, encode(PROMPTS)) | schedules(model) | published()
-    found["a prompt too long"] = refusal(lambda: EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True))
+    wide = drawn(2, 16, 12, 16)  # images of 128 x 96 pixels
+    found = texts(clip, encode) | transformers(model, encode(PROMPTS), wide) | schedules(model) | published()
+    found["a prompt too long"] = refusal(
+        lambda: EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True, t5=True)
+    )
     found["a whole model"] = refusal(lambda: apply_model(model, {}, 1.0, "run 'mine'"))
     vae = shapes_out._native_vae(small_vae(channels=16))
     vae.latent_channels = 16
@@ -139,7 +142,7 @@ def texts(clip, encode) -> dict:
 
     def encoded(*prompts: str) -> dict[str, Tensor]:
         texts = {one: one for one in prompts}
-        return EncodedPrompts(clip, texts, CPU, pooled=True, joint=True)([prompt]).parts
+        return EncodedPrompts(clip, texts, CPU, pooled=True, joint=True, t5=True)([prompt]).parts
 
     states, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
     alone, beside = encoded(prompt), encoded(prompt, longer)
@@ -151,9 +154,9 @@ def texts(clip, encode) -> dict:
     }
 
 
-def transformers(model, conditioning: TensorConditioning) -> dict[str, float]:
-    """The network with and without a LoRA, by ComfyUI, by us and by diffusers, for images of 128 x 96 pixels."""
-    latents, times = drawn(2, 16, 12, 16), torch.tensor([10.0, 700.0])
+def transformers(model, conditioning: TensorConditioning, latents: Tensor) -> dict[str, float]:
+    """The network with and without a LoRA, by ComfyUI, by us and by diffusers, for two latents."""
+    times = torch.tensor([10.0, 700.0])
     states, pooled = conditioning.parts["states"], conditioning.parts["pooled"]
 
     def native(patched) -> Tensor:

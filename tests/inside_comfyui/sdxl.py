@@ -156,12 +156,12 @@ def small_vae(channels: int = 4) -> AutoencoderKL:
     ).eval()
 
 
-def job(model, clip, vae, steps: int = 2) -> dict:
+def job(model, clip, vae, steps: int = 2, resolution: str = "64x96") -> dict:
     """How a run of the preset that a node takes for this MODEL ends, but for its size."""
     from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 
     wires = models_in.Wires(model, clip, vae)
-    small = 'precision = "fp32"\nguards = []\nresolution = "64x96"\noutput.grid_images = 2'
+    small = f'precision = "fp32"\nguards = []\nresolution = "{resolution}"\noutput.grid_images = 2'
     numbers = {"epochs": 1, "samples_per_epoch": 4}
     wanted = wires.wanted(
         reward=RewardChoice({"shapes-aesthetic": 1.0}), numbers=numbers, settings=small, prompt_set="shapes"

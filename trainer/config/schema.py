@@ -74,7 +74,7 @@ class TrainConfig(MethodSettings):
     model: Annotated[str, MAY_CHANGE] = Field(
         default="shapes",
         min_length=1,
-        description="'shapes', a diffusers folder, a hub id or a .safetensors checkpoint",
+        description="'shapes' or 'shapes-flow', a diffusers folder, a hub id or a .safetensors checkpoint",
     )
     prediction_type: Annotated[Literal["epsilon", "v_prediction", "sample"] | None, Unset] = Field(
         default=None, description="what the model predicts, if its own configuration does not say"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import ONLY_EVALUATE, check_reward
+from comfy_tdpo.shapes import MODELS
 
 from ..config import TrainConfig
 
@@ -92,8 +93,8 @@ def _objection(config: TrainConfig, name: str) -> str:
 
 
 def is_of_shapes(config: TrainConfig) -> bool:
-    """Whether a run trains on the embedded world; in a graph, its MODEL has another name than "shapes"."""
-    return config.model == "shapes" or any(name.startswith(SHAPES) for name in config.trained_on)
+    """Whether a run trains on the embedded world; in a graph, its MODEL has a name of its own."""
+    return config.model in MODELS or any(name.startswith(SHAPES) for name in config.trained_on)
 
 
 # --- the prompts ------------------------------------------------------------------------------------------------------

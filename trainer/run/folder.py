@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from comfy_tdpo import __version__
 from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.shapes import MODELS
 from comfy_tdpo.user_files import read_text, user_path
 
 from ..config import Fields, TrainConfig, plain_values, validate
@@ -203,6 +204,6 @@ def _parse_metrics(line: str) -> EpochMetrics:
 def _with_absolute_model(config: TrainConfig) -> TrainConfig:
     """`config` with the absolute path of the model's file or folder; a model's name stays as it is."""
     model = user_path(config.model)
-    if config.model == "shapes" or not model.exists():
+    if config.model in MODELS or not model.exists():
         return config
     return config.model_copy(update={"model": str(model.resolve())})

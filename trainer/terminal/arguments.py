@@ -44,9 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"one of {', '.join(presets())} (default: shapes, sdxl for a --model of XL, sd3 for one of "
-        "Stable Diffusion 3, flux-dev or flux-schnell for one of FLUX.1, z-image or z-image-turbo for one of Z-Image, "
-        "or sd15 for any other)",
+        help=f"one of {', '.join(presets())} (default: shapes, shapes-flow for --model shapes-flow, sdxl for a "
+        "--model of XL, sd3 for one of Stable Diffusion 3, flux-dev or flux-schnell for one of FLUX.1, z-image or "
+        "z-image-turbo for one of Z-Image, or sd15 for any other)",
     )
     where.add_argument("--config", type=path_argument, metavar="FILE", help="TOML file that overrides the preset")
     where.add_argument(
