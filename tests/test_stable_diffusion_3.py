@@ -235,7 +235,7 @@ def test_a_folder_that_lacks_a_part_is_asked_for_by_name(folder, part):
 
 
 def test_a_prediction_type_is_refused(models):
-    with pytest.raises(ValueError, match="'epsilon', and this model predicts the flow.*remove prediction_type"):
+    with pytest.raises(ValueError, match="'epsilon', and Stable Diffusion 3 predicts the flow.*remove prediction_type"):
         load_model(str(models["t5"]), torch.float32, "epsilon")
 
 
