@@ -61,7 +61,9 @@ def test_a_step_is_that_of_diffusers_own_pipeline(models):
     for (latents, time), expected in calls:
         assert latents.shape == (2, 4, 8, 12)
         got = model.denoise(latents, time.expand(2), model.encode(PROMPTS[:2]))
-        assert torch.equal(got, expected) and expected.std() > 0.01
+        # float32 through some dozen layers; on some machines memory that is aligned otherwise takes another kernel
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        assert expected.std() > 0.01
 
 
 @torch.no_grad()
