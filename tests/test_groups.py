@@ -161,7 +161,7 @@ def test_grpo_compares_as_grpo_does_but_for_the_sample_itself(tmp_path):
 def test_grpo_trains_all_steps_but_the_last(preset):
     config = make_config(preset, overrides={"algorithm": "grpo"})
     stochastic = torch.ones(config.steps, dtype=torch.bool)
-    of_flow = preset.startswith(("sd3", "flux", "z-image"))
+    of_flow = preset.startswith(("sd3", "flux", "z-image", "shapes-flow"))
     noiseless = config.process is not None or of_flow  # the last step of few-step models and of flow matching
     stochastic[-1] = not noiseless
     assert window(config.policy, stochastic).tolist() == [True] * (config.steps - 1) + [False]

@@ -95,7 +95,7 @@ def test_the_empty_prompt_is_encoded_like_any_other(models):
 
 @pytest.mark.parametrize(("algorithm", "train"), TRAININGS)
 def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm, train):
-    check_training(models[0], "64x96", tmp_path, algorithm, train)
+    check_training(models[0], "32x64", tmp_path, algorithm, train)
 
 
 # --- LoRA files

@@ -8,6 +8,7 @@ from sdxl import job
 
 from comfy_tdpo.models import load_model
 from comfy_tdpo.nodes.comfy import models_in, sd3_in, shapes_out
+from comfy_tdpo.nodes.comfy.encoded import EncodedPrompts
 from comfy_tdpo.process.flow import make_flow_ddim
 from comfy_tdpo.shapes import MODELS
 
@@ -18,14 +19,14 @@ def shapes_flow() -> dict:
     ours = load_model(str(MODELS["shapes-flow"]), torch.float32)
     model, clip, vae = shapes_out.shapes_native("shapes-flow")
     expected = ours.encode(PROMPTS)
-    encode = models_in.EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
+    encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True)
     encoded, latents, times = encode(PROMPTS), drawn(2, 4, 8, 8), torch.tensor([10.0, 700.0])
     states, pooled = (expected.parts[part] for part in ("states", "pooled"))
     native = model.model.diffusion_model(latents, times, context=states, y=pooled)
     found = {part: difference(encoded.parts[part], expected.parts[part]) for part in ("states", "pooled")}
     return found | {
         "native transformer": difference(native, ours.denoise(latents, times, expected)),
-        "shift": sd3_in.flow_schedule_of(model).shift,
+        "shift": sd3_in.flow_schedule(model).shift,
         "drawn by ComfyUI": difference(drawn_by_comfyui(model, encode), drawn_by_us(ours)),
         "lora": transformers(model, expected, latents),
         "preset": models_in.Wires(model, clip, vae).wanted(reward=None).preset,
@@ -33,7 +34,7 @@ def shapes_flow() -> dict:
     }
 
 
-def drawn_by_comfyui(model, encode: models_in.EncodedPrompts) -> torch.Tensor:
+def drawn_by_comfyui(model, encode: EncodedPrompts) -> torch.Tensor:
     """What its own sampler makes of noise by Euler's method: the latent as the network has it."""
     rows = (encode([text]).parts for text in (PROMPTS[0], ""))
     prompt, nothing = ([[parts["states"], {"pooled_output": parts["pooled"]}]] for parts in rows)
