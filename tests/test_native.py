@@ -430,7 +430,7 @@ def test_which_forms_are_refused(what, message):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("AuraFlow", "got a MODEL of AuraFlow; expected Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, or FLUX.1, "),
+        ("AuraFlow", "got a MODEL of AuraFlow; expected Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 medium, FLUX.1, "),
         ("QwenImage", "got a MODEL of Qwen-Image; expected"),
         ("Chroma", "got a MODEL of Chroma; expected"),
         ("PixArtSigma", "got a MODEL of PixArt; expected"),
