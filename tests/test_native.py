@@ -135,49 +135,44 @@ def test_sd3_trains_on_a_thread_that_asks_nothing_of_comfyui():
     assert ask("sd3")["job"] == {"state": "finished", "error": None, "preset's steps": 10}
 
 
-@in_each
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
-def test_flux_is_the_same_inside_and_outside_of_comfyui(backend, kind):
+def test_flux_is_the_same_inside_and_outside_of_comfyui(kind):
     """Its layout, with and without guidance, for images that are not square."""
-    found = ask("flux", backend=backend)[kind]
+    found = ask("flux")[kind]
     # float32 through some dozen layers, in another order
     assert found["transformer from native"] <= 1e-5 and found["scale of the output"] > 1
     assert (found["what guidance changes"] > 0.1) == (kind == "dev")
 
 
-@in_each
-def test_the_encoders_of_flux_are_those_of_comfyui(backend):
+def test_the_encoders_of_flux_are_those_of_comfyui():
     """T5 pads all prompts to the length of the longest, and to 256 at least; CLIP is that of a diffusers folder too."""
-    found = ask("flux", backend=backend)
+    found = ask("flux")
     assert found["states"] == 0 and found["pooled"] == 0
     assert found["pooled by transformers"] <= 1e-5  # float32 through three layers, in another order
     alone, beside = found["tokens"]
     assert alone == 256 < beside
 
 
-@in_each
-def test_the_noise_levels_of_flux_are_those_of_comfyuis_simple_scheduler(backend):
+def test_the_noise_levels_of_flux_are_those_of_comfyuis_simple_scheduler():
     """Of dev, those for 1024 px unless ModelSamplingFlux is told another size."""
-    found = ask("flux", backend=backend)["schedules"]
+    found = ask("flux")["schedules"]
     # theirs are float32
     assert [round(one["mu"], 6) for one in found.values()] == [1.15, 0.63, 0]
     assert max(one["levels"] for one in found.values()) <= 1e-6
-    assert "other noise levels (" in ask("flux", backend=backend)["other levels"]
+    assert "other noise levels (" in ask("flux")["other levels"]
 
 
-@in_each
-def test_the_published_flux_has_the_names_and_the_configuration_of_comfyuis(backend):
+def test_the_published_flux_has_the_names_and_the_configuration_of_comfyuis():
     """At true size, without memory. A LoRA has 12 layers in each of 19 blocks, and 5 in each of 38."""
-    assert ask("flux", backend=backend)["published"] == dict.fromkeys(
+    assert ask("flux")["published"] == dict.fromkeys(
         ("dev", "schnell"),
         {"layers of a LoRA": 19 * 12 + 38 * 5, "unknown layers": [], "unknown names": [], "other settings": []},
     )
 
 
-@in_each
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
-def test_a_lora_on_flux_is_the_same_in_comfyui_and_diffusers(backend, kind):
-    found = ask("flux", backend=backend)[kind]
+def test_a_lora_on_flux_is_the_same_in_comfyui_and_diffusers(kind):
+    found = ask("flux")[kind]
     assert found["modules of the LoRA that ComfyUI leaves out"] == 0
     # float32 again; the LoRA is added to the weights there and to the activations here
     assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
@@ -209,24 +204,21 @@ def test_flux_trains_on_a_thread_that_asks_nothing_of_comfyui():
     assert ask("flux")["preset of schnell"] == "flux-schnell"
 
 
-@in_each
-def test_the_flow_model_of_shapes_is_the_same_inside_and_outside_of_comfyui(backend):
-    found = ask("shapes_flow", backend=backend)
+def test_the_flow_model_of_shapes_is_the_same_inside_and_outside_of_comfyui():
+    found = ask("shapes_flow")
     # float32 of size up to 5 through a few layers, in another order
     assert max(found[part] for part in ("states", "pooled", "native transformer")) <= 1e-5
     assert found["lora"]["transformer from native"] <= 1e-5 and found["lora"]["scale of the output"] > 1
     assert found["shift"] == 1.0
 
 
-@in_each
-def test_comfyuis_own_sampler_draws_with_the_flow_model_what_we_draw(backend):
+def test_comfyuis_own_sampler_draws_with_the_flow_model_what_we_draw():
     # ten steps, each with the differences of a call, which guidance multiplies by up to 5
-    assert ask("shapes_flow", backend=backend)["drawn by ComfyUI"] <= 1e-4
+    assert ask("shapes_flow")["drawn by ComfyUI"] <= 1e-4
 
 
-@in_each
-def test_a_lora_on_the_flow_model_is_the_same_in_comfyui_and_diffusers(backend):
-    found = ask("shapes_flow", backend=backend)["lora"]
+def test_a_lora_on_the_flow_model_is_the_same_in_comfyui_and_diffusers():
+    found = ask("shapes_flow")["lora"]
     assert found["modules of the LoRA that ComfyUI leaves out"] == 0
     # float32 again; the LoRA is added to the weights there and to the activations here
     assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
