@@ -24,7 +24,7 @@ from .flow_transformer import FlowTransformer, check_no_prediction
 from .flux_file import load_file, outline_file
 from .kind import is_flux
 from .lora import TARGETS
-from .scheduler import load_flow_schedule
+from .scheduler import flow_schedule_in
 from .stable_diffusion import Autoencoder, ClipText
 from .t5 import T5Text
 
@@ -134,7 +134,7 @@ class FluxFamily:
             schedule, factor = outline_file(path)
         else:
             folder = local_folder(source)
-            schedule, factor = _schedule(folder), latent_factor(folder)
+            schedule, factor = flow_schedule_in(folder), latent_factor(folder)
         return Outline(schedule, Flux.process, factor, PATCH)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> Flux:
@@ -146,7 +146,7 @@ class FluxFamily:
             path = path if path.is_dir() else download(source, dtype, _pipeline_class)
             check_index(required(path, "model_index.json"), CLASSES)
             _check_channels(path)
-            schedule = _schedule(path)
+            schedule = flow_schedule_in(path)
             parts = load_parts(path, CLASSES, dtype)
         _check_widths(path, parts)
         length = T5_TOKENS[parts["transformer"].config.guidance_embeds]
@@ -155,10 +155,6 @@ class FluxFamily:
             T5Text(parts["tokenizer_2"], parts["text_encoder_2"], length),
         )
         return Flux(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
-
-
-def _schedule(folder: Path) -> FlowSchedule:
-    return load_flow_schedule(required(folder, "scheduler/scheduler_config.json"))
 
 
 def _pipeline_class(index: Path) -> Any:

@@ -20,7 +20,7 @@ from .diffusers_folder import checked_and_filled, empty_network, latent_factor, 
 from .files import EXPECTED, refused
 from .kind import FLUX_GUIDANCE
 from .names import below_text_model, native_names
-from .scheduler import load_flow_schedule
+from .scheduler import flow_schedule_in
 from .shipped import clip_tokenizer, read_config
 from .unsupported import of_weights
 from .weights import Weights
@@ -95,17 +95,14 @@ def load_file(path: Path, dtype: torch.dtype) -> tuple[dict[str, Any], FlowSched
     networks = {name: empty_network(configs / name, cls) for name, cls in _NETWORKS.items() if name not in lacking}
     found = {name: _inside(weights, name, network, dtype) for name, network in networks.items()}
     parts = {name: checked_and_filled(network, found[name], dtype, path) for name, network in networks.items()}
-    return load_parts(path.parent, lacking, dtype) | parts | {"tokenizer": clip_tokenizer(configs)}, _schedule(configs)
+    parts |= load_parts(path.parent, lacking, dtype) | {"tokenizer": clip_tokenizer(configs)}
+    return parts, flow_schedule_in(configs)
 
 
 def outline_file(path: Path) -> tuple[FlowSchedule, int]:
     """The noise schedule of the model in `path`, and its pixels for each element of a latent."""
     _, configs = _opened(path)
-    return _schedule(configs), latent_factor(configs)
-
-
-def _schedule(configs: Path) -> FlowSchedule:
-    return load_flow_schedule(configs / "scheduler" / "scheduler_config.json")
+    return flow_schedule_in(configs), latent_factor(configs)
 
 
 def _opened(path: Path) -> tuple[Weights, Path]:

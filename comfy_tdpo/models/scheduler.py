@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import DDIMScheduler
 
 from ..process.flow_schedule import DynamicShift, FlowSchedule
-from .files import AGAIN, EXPECTED, naming, read_json
+from .files import AGAIN, EXPECTED, naming, read_json, required
 from .unsupported import EDM
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -57,6 +57,11 @@ def load_scheduler(path: Path, prediction_type: str | None) -> DDIMScheduler:
         scheduler = DDIMScheduler(**settings)
     _check(scheduler, path)
     return scheduler
+
+
+def flow_schedule_in(folder: Path) -> FlowSchedule:
+    """The noise levels of flow matching in a diffusers folder; raises ValueError like `load_flow_schedule`."""
+    return load_flow_schedule(required(folder, "scheduler/scheduler_config.json"))
 
 
 def load_flow_schedule(path: Path) -> FlowSchedule:

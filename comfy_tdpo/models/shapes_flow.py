@@ -18,10 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import Outline
 from .conditioning import TensorConditioning
 from .diffusers_folder import latent_factor, load_parts
-from .files import required
 from .flow_transformer import check_no_prediction
 from .kind import is_flow_of_shapes
-from .scheduler import load_flow_schedule
+from .scheduler import flow_schedule_in
 from .stable_diffusion import Autoencoder, ClipText
 from .stable_diffusion_3 import StableDiffusion3
 
@@ -51,7 +50,7 @@ class ShapesFlowFamily:
     def outline(self, source: str, prediction_type: str | None) -> Outline:
         check_no_prediction(prediction_type, NAME)
         folder, shared = _folders(source)
-        schedule = load_flow_schedule(required(folder, "scheduler/scheduler_config.json"))
+        schedule = flow_schedule_in(folder)
         return Outline(schedule, StableDiffusion3.process, latent_factor(shared), StableDiffusion3.patch)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion3:

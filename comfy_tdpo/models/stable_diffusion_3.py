@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from ..process.flow_schedule import PATCH, FlowSchedule
+from ..process.flow_schedule import PATCH
 from . import Outline, sd3_file
 from .conditioning import Conditioning, TensorConditioning
 from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
@@ -23,7 +23,7 @@ from .files import AGAIN, read_json, refused, required
 from .flow_transformer import FlowTransformer, check_no_prediction
 from .kind import is_sd3
 from .lora import TARGETS
-from .scheduler import load_flow_schedule
+from .scheduler import flow_schedule_in
 from .stable_diffusion import Autoencoder, ClipText
 from .t5 import T5Text
 from .unsupported import LARGE_LAYERS, SD35_LARGE
@@ -108,18 +108,19 @@ class StableDiffusion3Family:
         if path.is_file():
             sd3_file.check(path)
         folder = sd3_file.configs() if path.is_file() else _checked(local_folder(source))
-        return Outline(_schedule(folder), StableDiffusion3.process, latent_factor(folder), PATCH)
+        return Outline(flow_schedule_in(folder), StableDiffusion3.process, latent_factor(folder), PATCH)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion3:
         check_no_prediction(prediction_type, NAME)
         path = Path(source).expanduser()
         if path.is_file():
-            schedule, parts = _schedule(sd3_file.configs()), sd3_file.load_file(path, _CLASSES | _CLASSES_OF_T5, dtype)
+            schedule = flow_schedule_in(sd3_file.configs())
+            parts = sd3_file.load_file(path, _CLASSES | _CLASSES_OF_T5, dtype)
         else:
             _checked(local_folder(source))  # before its weights are downloaded
             path = path if path.is_dir() else download(source, dtype, _pipeline_class)
             classes = _classes(required(path, "model_index.json"))
-            schedule, parts = _schedule(path), load_parts(path, classes, dtype)
+            schedule, parts = flow_schedule_in(path), load_parts(path, classes, dtype)
         first, second = (ClipText(parts[f"tokenizer{n}"], parts[f"text_encoder{n}"]) for n in ("", "_2"))
         third = None
         if "text_encoder_3" in parts:
@@ -137,10 +138,6 @@ def _checked(folder: Path) -> Path:
     if isinstance(layers, int) and layers >= LARGE_LAYERS:
         raise refused(folder, SD35_LARGE)
     return folder
-
-
-def _schedule(folder: Path) -> FlowSchedule:
-    return load_flow_schedule(required(folder, "scheduler/scheduler_config.json"))
 
 
 def _pipeline_class(index: Path) -> Any:

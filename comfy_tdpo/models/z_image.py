@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Model
 
-from ..process.flow_schedule import PATCH, FlowSchedule
+from ..process.flow_schedule import PATCH
 from ..prompts.length import CutPrompt, describe_cut
 from . import Outline, shipped
 from .conditioning import Conditioning, ListConditioning
@@ -30,7 +30,7 @@ from .files import AGAIN, required
 from .flow_transformer import FlowTransformer, check_no_prediction
 from .kind import is_z_image
 from .lora import ATTENTION
-from .scheduler import load_flow_schedule
+from .scheduler import flow_schedule_in
 from .stable_diffusion import Autoencoder
 from .z_image_file import load_file
 
@@ -114,7 +114,7 @@ class ZImageFamily:
         path = Path(source).expanduser()
         folder = path.parent if path.is_file() else local_folder(source)
         vae = shipped.CONFIGS / "z-image" if path.is_file() and not (folder / "vae").is_dir() else folder
-        return Outline(_schedule(folder), ZImage.process, latent_factor(vae), PATCH)
+        return Outline(flow_schedule_in(folder), ZImage.process, latent_factor(vae), PATCH)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> ZImage:
         check_no_prediction(prediction_type, NAME)
@@ -125,14 +125,10 @@ class ZImageFamily:
             folder = path if path.is_dir() else download(source, dtype, _pipeline_class)
             check_index(required(folder, "model_index.json"), CLASSES)
             parts = load_parts(folder, CLASSES, dtype)
-        schedule = _schedule(folder)
+        schedule = flow_schedule_in(folder)
         _check_parts(source, parts)
         encode = QwenText(parts["tokenizer"], parts["text_encoder"])
         return ZImage(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
-
-
-def _schedule(folder: Path) -> FlowSchedule:
-    return load_flow_schedule(required(folder, "scheduler/scheduler_config.json"))
 
 
 def _pipeline_class(index: Path) -> Any:
