@@ -33,7 +33,8 @@ from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 
 TRAINING = (
     *("--epochs", "1", "--samples-per-epoch", "2", "--samples-per-update", "2", "--steps", "4"),
-    *("--output.grid-images", "1", "--reward", "shapes-aesthetic", "--eval-reward", "shapes-alignment"),
+    *("--output.grid-images", "1", "--reward", "shapes-aesthetic"),
+    *("--guard", "shapes-alignment", "--overoptimisation.reward", "none"),  # the default ones are downloaded
 )
 SIZES = {
     "sd1": ("--resolution", "64", "--precision", "fp32"),  # few CPUs compute in bf16

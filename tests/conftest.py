@@ -9,6 +9,8 @@ from pathlib import Path
 # times as long beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Results are compared to the last bit, which only the CPU repeats. CUDA_VISIBLE_DEVICES=0 tries the tests on a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import children  # noqa: E402
 import pytest  # noqa: E402

@@ -44,13 +44,14 @@ class TasteFolder:
         """
         taste = cls(path)
         if not taste.exists:
-            if path.exists() and (not path.is_dir() or any(file.name[0] != "." for file in path.iterdir())):
-                raise ValueError(
-                    f"got '{path}', which is no taste; expected a new or empty folder: choose another name"
-                )
+            # whoever makes a taste locks it first
+            if path.exists() and (not path.is_dir() or (_holds_files(path) and not (path / LOCK).exists())):
+                raise _no_taste(path)
             path.mkdir(parents=True, exist_ok=True)
             with taste._locked():
                 if not taste.exists:  # nobody else has made it meanwhile
+                    if _holds_files(path):
+                        raise _no_taste(path)
                     about = json.dumps({"format": FORMAT, "encoder": encoder}) + "\n"
                     write_atomically(path / ABOUT, lambda file: file.write_text(about, encoding="utf-8"))
         if taste.encoder != encoder:
@@ -164,3 +165,11 @@ def file_of(picture: Tensor) -> str:
 def _levels(picture: Tensor) -> np.ndarray:
     """Levels of 8 bits, (H, W, 3)."""
     return (picture.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
+
+
+def _holds_files(path: Path) -> bool:
+    return any(file.name[0] != "." for file in path.iterdir())
+
+
+def _no_taste(path: Path) -> ValueError:
+    return ValueError(f"got '{path}', which is no taste; expected a new or empty folder: choose another name")
