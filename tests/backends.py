@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Timer
 from typing import Any
 
+import children
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +70,37 @@ EACH = [
 @cache
 def ask(*question: str, backend: Backend = OLDEST) -> dict[str, Any]:
     """What inside_comfyui answers under ComfyUI's own Python."""
-    command = [backend.python, ROOT / "tests" / "inside_comfyui", backend.checkout, *question]
-    with TemporaryDirectory() as folder:
-        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return _answering(backend)(*question)
+
+
+@cache
+def _answering(backend: Backend) -> "_Answering":
+    return _Answering(backend)
+
+
+class _Answering:
+    """A process that answers one question after the other, since its start takes longer than most answers.
+
+    It ends with its standard input, at the latest when the tests do.
+    """
+
+    def __init__(self, backend: Backend):
+        self._folder = TemporaryDirectory(ignore_cleanup_errors=True)
+        self._errors = Path(self._folder.name) / "errors.txt"
+        command = [backend.python, ROOT / "tests" / "inside_comfyui", backend.checkout]
+        with self._errors.open("w") as errors:
+            self._process = children.start(
+                command, cwd=self._folder.name, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def __call__(self, *question: str) -> dict[str, Any]:
+        assert self._process.poll() is None, self._errors.read_text()
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        too_long = Timer(900, self._process.kill)
+        too_long.start()
+        try:
+            answer = next((line for line in self._process.stdout if line.startswith("{")), None)
+        finally:
+            too_long.cancel()
+        assert answer, self._errors.read_text()
+        return json.loads(answer)

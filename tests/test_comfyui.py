@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import comfyui
 import pytest
-from backends import EACH, OLDEST, Backend, ask
+from backends import EACH, OLDEST, ROOT, Backend, ask
 from comfyui import (
     Events,
     Server,
@@ -502,3 +505,29 @@ def test_routes_know_nothing_but_runs(server, name):
     before = folders(server)
     status, body = server.raw(f"/tdpo/runs/{name}", "DELETE")
     assert status in (400, 404) and str(server.base).encode() not in body and folders(server) == before
+
+
+# --- at true size
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_sdxl_trains_within_20_gib(tmp_path, monkeypatch):
+    """One epoch of two samples at 128 px in bf16 from a wired MODEL; the weights are random."""
+    monkeypatch.setattr(comfyui, "PATIENCE", 3600)
+    checkpoint = tmp_path / "models" / "checkpoints" / "sdxl.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    make = [sys.executable, ROOT / "benchmarks" / "full_architecture.py", "--family", "sdxl", "--make-only", "--work"]
+    subprocess.run([*make, tmp_path / "made"], check=True)
+    (tmp_path / "made" / "single.safetensors").rename(checkpoint)
+    settings = 'precision = "bf16"\nmicro_batch = 1\npolicy.gradient_checkpointing = true\noutput.grid_images = 1\n'
+    settings += 'guards = ["shapes-alignment"]\noveroptimisation.reward = "none"'  # others are downloaded
+    changes = {"algorithm": "ddpo-g", "epochs": 1, "samples_per_epoch": 2, "steps": 4, "resolution": 128, "rank": 16}
+    graph = train_graph("xl", **changes, guidance=5.0, prompt_set="simple-animals", settings=settings)
+    graph["shapes"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint.name}}
+    with Server(tmp_path, flags=("--bf16-unet", "--bf16-text-enc")) as server:
+        server.run(graph)
+        memory = Path(f"/proc/{server.process.pid}/status").read_text()
+        (metrics,) = server.get("/tdpo/runs/xl/metrics")
+    assert metrics["policy/ratio_drift"] == 0
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", memory)[1]) < 20 * 2**20

@@ -1,13 +1,15 @@
 """Runs under ComfyUI's own Python, not under pytest: prints as JSON how far its models are from ours.
 
-python tests/inside_comfyui CHECKOUT QUESTION, a question being one of
-shapes|shapes_flow|sd2|sdxl|sd3|flux|z_image|sd1|decoders|thread|weights|quantised|scaled|needs|refusals|damaged,
-lora FILE, whole FILE, baked SNAPSHOT FILE STRENGTH, blended FILE, syntax LINE...
+python tests/inside_comfyui CHECKOUT answers each line of its input, which is a JSON list: a question, and what it is
+about. Those are ["shapes"], and likewise shapes_flow, sd2, sdxl, sd3, flux, z_image, sd1, decoders, thread, weights,
+quantised, scaled, needs, refusals, damaged; ["lora", FILE], ["whole", FILE], ["baked", SNAPSHOT, FILE, STRENGTH],
+["blended", FILE], ["syntax", LINE...].
 """
 
 import json
+import sys
 
-import begin  # before all others
+import begin  # noqa: F401 - before all others
 import torch
 from flux import flux
 from kept_otherwise import quantised, scaled
@@ -26,5 +28,8 @@ questions = {"shapes": shapes, "sd2": sd2, "sd1": sd1, "lora": lora, "refusals":
 questions |= {"baked": baked, "blended": blended, "decoders": decoders, "thread": thread}
 questions |= {"sdxl": sdxl, "sd3": sd3, "flux": flux, "z_image": z_image, "shapes_flow": shapes_flow, "whole": whole}
 questions |= {"syntax": syntax, "weights": weights, "quantised": quantised, "scaled": scaled, "needs": needs_}
-with torch.no_grad():
-    print(json.dumps(questions[begin.QUESTION](*begin.FILES)))
+for line in sys.stdin:
+    question, *about = json.loads(line)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        print(json.dumps(questions[question](*about)), flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-_, CHECKOUT, QUESTION, *FILES = sys.argv
+_, CHECKOUT = sys.argv
 sys.path[:0] = [CHECKOUT, str(ROOT)]
 sys.argv[1:] = ["--cpu", "--base-directory", str(Path.cwd())]  # where it makes folders
 
