@@ -59,9 +59,7 @@ def sizes(tmp_path_factory):
     ("reward", "precision", "recompute"),
     [
         ("aesthetic", "fp32", memory.OFF),
-        ("aesthetic", "bf16", memory.STEPS),
-        ("aesthetic", "bf16", memory.ALL),
-        ("hpsv2", "fp32", memory.ALL),
+        ("hpsv2", "bf16", memory.ALL),
     ],
 )
 def test_tensors_without_values_take_what_tensors_with_values_do(monkeypatch, sizes, reward, precision, recompute):

@@ -114,10 +114,10 @@ def test_a_stage_whose_learning_rate_rises_twice_resumes_in_the_second_cycle(tmp
 @pytest.mark.parametrize("model", MODELS)
 def test_a_base_model_is_good_enough_to_be_real_and_has_room_to_improve(model):
     policy = DiffusionPolicy(load_model(str(MODELS[model]), torch.float32), steps=20, guidance=3.0, resolution=64)
-    prompts = load_prompts("shapes") * 4
+    prompts = load_prompts("shapes") * 2
     with torch.no_grad():
         images = draw_images(Decoder(policy, batch=30), prompts, [("test", i) for i in range(len(prompts))], batch=30)
-    # 180 images of scores between 0 and 1: the standard error of the mean is at most 0.037
+    # 90 images of scores between 0 and 1: the standard error of the mean is at most 0.053
     assert 0.5 <= gold_scores(images, prompts).mean() <= 0.85
 
 

@@ -33,10 +33,10 @@ from ..runs.checks import check_run
 from ..runs.prompts import Prompts
 from ..runs.settings import Wanted
 from . import flux_in, sd3_in, shapes_out, z_image_in
-from .baked import baked_weights, model_name
+from .baked import model_name
 from .decoder import ComfyDecoder
 from .encoded import EncodedPrompts
-from .native import Native
+from .native import Native, converted
 from .weights_in import check_plain
 
 EXPECTED = f"expected {SUPPORTED}, for text to image"
@@ -132,14 +132,8 @@ def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype =
     Raises:
         ValueError: the MODEL is not Stable Diffusion 1.x, 2.x or XL.
     """
-    config = diffusers_config(model)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    with torch.inference_mode(False), torch.no_grad():
-        weights = baked_weights(model, dtype)
-        with torch.device("meta"):  # skips initialising weights that are replaced anyway
-            unet = UNet2DConditionModel(**config)
-        unet.load_state_dict({name: weights[names[name]] for name in unet.state_dict()}, assign=True)
-    return unet.eval()
+    return converted(model, dtype, UNet2DConditionModel, diffusers_config(model), names)
 
 
 def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
