@@ -5,7 +5,8 @@ diffusers folder and as one checkpoint in the original layout. Then it trains on
 through the command line. This shows that every part fits together at full size, not how well anything learns.
 
 Options: `--family sdxl` makes Stable Diffusion XL instead (2.6 B U-Net, 14 GB of disk), which is trained at 128 px in
-bf16; `--work DIR` keeps the models in DIR and reuses them; `--make-only` makes the models and trains nothing.
+bf16; `--work DIR` keeps the models in DIR and reuses them; `--make-only` makes the models and trains nothing. A wired
+MODEL of SDXL is trained likewise by `python -m pytest -m full tests/test_comfyui.py`.
 """
 
 import argparse
