@@ -368,16 +368,8 @@ def test_a_file_alone_asks_for_the_folder(file, tmp_path):
     alone = tmp_path / "elsewhere" / "mine.safetensors"
     alone.parent.mkdir()
     alone.write_bytes(file.read_bytes())
-    more = {
-        "mine.safetensors": "transformer of Z-Image, and there is no vae and no text_encoder and no tokenizer and no"
-    }
-    if (file.parent / "vae").is_dir() is False:
-        more = {"mine.safetensors": "transformer and text_encoder and vae of Z-Image, and there is no tokenizer and no"}
-    with pytest.raises(
-        ValueError, match=f"{more[alone.name]} scheduler beside it; expected the file to lie in"
-    ) as error:
+    with pytest.raises(ValueError, match="of Z-Image, and neither .*tokenizer, scheduler; expected"):
         load_model(str(alone), torch.float32)
-    assert "move it into a download of Tongyi-MAI/Z-Image or" in str(error.value)
 
 
 @pytest.mark.parametrize("file", ["native"], indirect=True)

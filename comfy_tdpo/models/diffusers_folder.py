@@ -104,11 +104,17 @@ def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -
     return load_parts(folder, classes, dtype) | {"scheduler": load_scheduler(scheduler, prediction_type)}
 
 
-def load_parts(folder: Path, classes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The networks and tokenizers in `folder`, by name, given their `classes`."""
+def load_parts(
+    folder: Path, classes: dict[str, Any], dtype: torch.dtype, others: dict[str, nn.Module] | None = None
+) -> dict[str, Any]:
+    """The networks and tokenizers in `folder`, by name, given their `classes`.
+
+    others: networks that are not read here, by name; a tokenizer must fit its text encoder among them too.
+    """
     names = [name for name in classes if name.startswith("tokenizer")]
     networks = {name: empty_network(folder / name, cls) for name, cls in classes.items() if name not in names}
-    encoders = {name: networks.get(name.replace("tokenizer", "text_encoder")) for name in names}
+    known = networks | (others or {})
+    encoders = {name: known.get(name.replace("tokenizer", "text_encoder")) for name in names}
     tokenizers = {name: load_tokenizer(folder / name, classes[name], encoders[name]) for name in names}
     return {name: load_weights(network, folder / name, dtype) for name, network in networks.items()} | tokenizers
 

@@ -11,33 +11,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ..process.flow_schedule import PATCH, FlowSchedule
-from . import LatentDecoder, Outline, PromptEncoder
+from . import LatentDecoder, PromptEncoder
 from .conditioning import Conditioning, TensorConditioning
-from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
-from .files import AGAIN, EXPECTED, read_json, required
-from .flow_transformer import FlowTransformer, check_no_prediction
-from .flux_file import load_file, outline_file
+from .diffusers_folder import index_on_hub
+from .files import AGAIN
+from .flow_family import FlowFamily
+from .flow_transformer import FlowTransformer
+from .flux_file import LAYOUT, check_inputs, open_file
 from .kind import is_flux
 from .lora import TARGETS
-from .scheduler import flow_schedule_in
+from .model_file import ModelFile
 from .stable_diffusion import Autoencoder, ClipText
 from .t5 import T5Text
 
-CLASSES = {
-    "transformer": FluxTransformer2DModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "tokenizer": CLIPTokenizer,
-    "text_encoder_2": T5EncoderModel,
-    "tokenizer_2": T5TokenizerFast,
-}
-
-NAME = "FLUX.1"
 GUIDANCE = 3.5  # the scale of guidance that dev is conditioned on by default, as in diffusers and in ComfyUI
 T5_TOKENS = {True: 512, False: 256}  # read of a prompt with and without guidance; ComfyUI: all there are, at least 256
 
@@ -121,34 +111,20 @@ def _places(rows: int, columns: int) -> Tensor:
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
 
 
-class FluxFamily:
-    """Loads a diffusers folder, a hub id, or a .safetensors file."""
+class FluxFamily(FlowFamily):
+    layout, pipeline = LAYOUT, FluxPipeline
 
     def recognizes(self, source: str) -> bool:
         return is_flux(source) or is_flux(index_on_hub(source))
 
-    def outline(self, source: str, prediction_type: str | None) -> Outline:
-        check_no_prediction(prediction_type, NAME)
-        path = Path(source).expanduser()
-        if path.is_file():
-            schedule, factor = outline_file(path)
-        else:
-            folder = local_folder(source)
-            schedule, factor = flow_schedule_in(folder), latent_factor(folder)
-        return Outline(schedule, Flux.process, factor, PATCH)
+    def open_file(self, path: Path) -> ModelFile:
+        return open_file(path)
 
-    def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> Flux:
-        check_no_prediction(prediction_type, NAME)
-        path = Path(source).expanduser()
-        if path.is_file():
-            parts, schedule = load_file(path, dtype)
-        else:
-            path = path if path.is_dir() else download(source, dtype, _pipeline_class)
-            check_index(required(path, "model_index.json"), CLASSES)
-            _check_channels(path)
-            schedule = flow_schedule_in(path)
-            parts = load_parts(path, CLASSES, dtype)
-        _check_widths(path, parts)
+    def check_transformer(self, config: dict[str, Any], folder: Path) -> None:
+        check_inputs(folder, config.get("in_channels", 64), config.get("out_channels") or 64)
+
+    def made_of(self, parts: dict[str, Any], schedule: FlowSchedule, source: str) -> Flux:
+        _check_widths(source, parts)
         length = T5_TOKENS[parts["transformer"].config.guidance_embeds]
         encode = T5AndPooledClip(
             ClipText(parts["tokenizer"], parts["text_encoder"]),
@@ -157,23 +133,7 @@ class FluxFamily:
         return Flux(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
 
 
-def _pipeline_class(index: Path) -> Any:
-    check_index(index, CLASSES)
-    return FluxPipeline
-
-
-def _check_channels(folder: Path) -> None:
-    """Raise ValueError, before the weights are read, if the transformer takes more than the latent."""
-    config = read_json(required(folder, "transformer/config.json"))
-    taken, given = config.get("in_channels", 64), config.get("out_channels") or 64
-    if taken != given:
-        raise ValueError(
-            f"the transformer in {folder} takes {taken} inputs for each patch, not {given} (Fill, Depth, Canny); "
-            f"{EXPECTED}; choose FLUX.1 dev or schnell"
-        )
-
-
-def _check_widths(path: Path, parts: dict[str, Any]) -> None:
+def _check_widths(source: str, parts: dict[str, Any]) -> None:
     """Raise ValueError if the components are of different models."""
     config, latent = parts["transformer"].config, parts["vae"].config.latent_channels
     states, pooled = parts["text_encoder_2"].config.d_model, parts["text_encoder"].config.hidden_size
@@ -183,7 +143,7 @@ def _check_widths(path: Path, parts: dict[str, Any]) -> None:
         config.pooled_projection_dim,
     ):
         raise ValueError(
-            f"{path} has a transformer of {config.in_channels} inputs for each patch, text width "
+            f"{source} has a transformer of {config.in_channels} inputs for each patch, text width "
             f"{config.joint_attention_dim} and pooled width {config.pooled_projection_dim}, an autoencoder of {latent} "
             f"channels, and text encoders of widths {states} and {pooled}; expected all of the same text-to-image "
             f"model; {AGAIN}"

@@ -1,8 +1,5 @@
-"""FLUX.1 from one .safetensors file in the original layout: the transformer, maybe with autoencoder and text encoders.
-
-What the file lacks is read from the folder that it lies in, which is then laid out like a diffusers folder, as the
-published ones are. The tokenizer of T5 is never in a file.
-"""
+"""FLUX.1 from one .safetensors file in the original layout: the transformer, and in some text encoders and an
+autoencoder."""
 
 import re
 from pathlib import Path
@@ -10,34 +7,19 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from torch import Tensor, nn
-from transformers import CLIPTextModel, T5EncoderModel, T5TokenizerFast
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from ..process.flow_schedule import FlowSchedule
 from . import shipped
-from .diffusers_folder import checked_and_filled, empty_network, latent_factor, load_parts
 from .files import EXPECTED, refused
 from .kind import FLUX_GUIDANCE
-from .names import below_text_model, native_names
-from .scheduler import flow_schedule_in
-from .shipped import clip_tokenizer, read_config
+from .model_file import Layout, ModelFile, Part, autoencoder, text_encoder
+from .names import native_names
+from .shipped import read_config
 from .unsupported import of_weights
 from .weights import Weights
 
 _IMAGE = "img_in.weight"  # (width, inputs for each patch)
-# Where the other networks are in a file that has them.
-_OTHERS = {
-    "vae": "vae.",
-    "text_encoder": "text_encoders.clip_l.transformer.",
-    "text_encoder_2": "text_encoders.t5xxl.transformer.",
-}
-_NETWORKS = {
-    "transformer": FluxTransformer2DModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": T5EncoderModel,
-}
 
 # The original names of layers -> diffusers'; a layer that diffusers split has one name for each part, in order of rows.
 _OUTSIDE: dict[str, tuple[str, ...]] = {
@@ -77,71 +59,6 @@ _SINGLE = {
 _BLOCKS = {"double_blocks": ("transformer_blocks", _DOUBLE), "single_blocks": ("single_transformer_blocks", _SINGLE)}
 
 
-def load_file(path: Path, dtype: torch.dtype) -> tuple[dict[str, Any], FlowSchedule]:
-    """The components of the model in `path`, named as in a diffusers folder, and its noise schedule.
-
-    Raises:
-        ValueError: the file is damaged or of another model, or neither it nor its folder has a component.
-    """
-    weights, configs = _opened(path)
-    lacking = {name: cls for name, cls in _NETWORKS.items() if name in _OTHERS and not _has(weights, name)}
-    lacking["tokenizer_2"] = T5TokenizerFast
-    if absent := [name for name in lacking if not (path.parent / name).is_dir()]:
-        raise ValueError(
-            f"{path} has no {' and no '.join(absent)}, and there is none beside it; expected the file to lie in a "
-            "diffusers folder of FLUX.1, whose own transformer is not needed: move it into a download of "
-            "black-forest-labs/FLUX.1-dev or FLUX.1-schnell"
-        )
-    networks = {name: empty_network(configs / name, cls) for name, cls in _NETWORKS.items() if name not in lacking}
-    found = {name: _inside(weights, name, network, dtype) for name, network in networks.items()}
-    parts = {name: checked_and_filled(network, found[name], dtype, path) for name, network in networks.items()}
-    parts |= load_parts(path.parent, lacking, dtype) | {"tokenizer": clip_tokenizer(configs)}
-    return parts, flow_schedule_in(configs)
-
-
-def outline_file(path: Path) -> tuple[FlowSchedule, int]:
-    """The noise schedule of the model in `path`, and its pixels for each element of a latent."""
-    _, configs = _opened(path)
-    return flow_schedule_in(configs), latent_factor(configs)
-
-
-def _opened(path: Path) -> tuple[Weights, Path]:
-    """The weights in `path`, and the configurations of its model."""
-    weights = Weights([path])
-    weights.rename(native_names(weights.names, _IMAGE))
-    if other := of_weights(weights.names):  # which has the blocks of FLUX.1
-        raise refused(path, other)
-    weights.check_numbers()
-    configs = shipped.CONFIGS / ("flux-dev" if FLUX_GUIDANCE in weights.names else "flux-schnell")
-    taken = weights.shape(_IMAGE)[-1] if _IMAGE in weights.names else None
-    known = read_config(configs, "transformer/config.json")["in_channels"]
-    if taken not in (None, known):
-        raise ValueError(
-            f"the transformer in {path} takes {taken} inputs for each patch, not {known} (Fill, Depth, Canny); "
-            f"{EXPECTED}; choose FLUX.1 dev or schnell"
-        )
-    return weights, configs
-
-
-def _has(weights: Weights, name: str) -> bool:
-    return any(known.startswith(_OTHERS[name]) for known in weights.names)
-
-
-def _inside(weights: Weights, part: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in the file of a part, under the names of `network`."""
-    if part == "transformer":
-        native: dict[str, Tensor] = {}
-        for prefix in ("double_blocks.", "single_blocks.", *_OUTSIDE):
-            native |= weights.read(prefix, dtype)
-        return to_diffusers(native, network.config.num_attention_heads * network.config.attention_head_dim)
-    prefix = _OTHERS[part]
-    found = weights.read(prefix, dtype)
-    if part == "vae":
-        return convert_ldm_vae_checkpoint(found, network.config)
-    rename = below_text_model(network)
-    return {rename(name.removeprefix(prefix)): weight for name, weight in found.items()}
-
-
 def to_diffusers(native: dict[str, Tensor], width: int) -> dict[str, Tensor]:
     """The transformer's weights under diffusers' names; those of unknown names are left out.
 
@@ -163,3 +80,50 @@ def to_diffusers(native: dict[str, Tensor], width: int) -> dict[str, Tensor]:
         if name in found:
             found[name] = torch.cat(found[name].chunk(2)[::-1])
     return found
+
+
+def _transformer(weights: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
+    return to_diffusers(weights, network.config.num_attention_heads * network.config.attention_head_dim)
+
+
+LAYOUT = Layout(
+    family="FLUX.1",
+    classes={
+        "transformer": FluxTransformer2DModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "tokenizer": CLIPTokenizer,
+        "text_encoder_2": T5EncoderModel,
+        "tokenizer_2": T5TokenizerFast,
+    },
+    parts={
+        "transformer": Part((*(f"{blocks}." for blocks in _BLOCKS), *_OUTSIDE), _transformer),
+        "vae": Part(("vae.",), autoencoder),
+        "text_encoder": Part(("text_encoders.clip_l.transformer.",), text_encoder),
+        "text_encoder_2": Part(("text_encoders.t5xxl.transformer.",), text_encoder),
+    },
+    downloads="black-forest-labs/FLUX.1-dev or black-forest-labs/FLUX.1-schnell",
+)
+
+
+def open_file(path: Path) -> ModelFile:
+    """The model in `path`; raises ValueError if names and shapes of weights tell that it is another."""
+    weights = Weights([path])
+    weights.rename(native_names(weights.names, _IMAGE))
+    if other := of_weights(weights.names):  # which has the blocks of FLUX.1
+        raise refused(path, other)
+    weights.check_numbers()
+    configs = shipped.CONFIGS / ("flux-dev" if FLUX_GUIDANCE in weights.names else "flux-schnell")
+    known = read_config(configs, "transformer/config.json")["in_channels"]
+    taken = weights.shape(_IMAGE)[-1] if _IMAGE in weights.names else known
+    check_inputs(path, taken, known)
+    return ModelFile(LAYOUT, weights, configs)
+
+
+def check_inputs(source: Path, taken: int, known: int) -> None:
+    """Raise ValueError if the transformer in `source` takes more inputs for each patch than the `known` of a latent."""
+    if taken != known:
+        raise ValueError(
+            f"the transformer in {source} takes {taken} inputs for each patch, not {known} (Fill, Depth, Canny); "
+            f"{EXPECTED}; choose FLUX.1 dev or schnell"
+        )

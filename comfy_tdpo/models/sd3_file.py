@@ -1,8 +1,7 @@
 """Stable Diffusion 3 and 3.5 medium from one .safetensors file in the original layout.
 
-Published files hold the transformer, most of them the autoencoder, and all, some or none of the text encoders. What a
-file lacks is read from the folder that it lies in, if that is a diffusers folder of the same model, as in the published
-repositories. T5 may be missing in both. CLIP's tokenizers come with this package; T5's has to lie in that folder too.
+Published files hold the transformer, most of them the autoencoder, and all, some or none of the text encoders. T5 may
+be missing both in the file and beside it.
 
 Deliberate deviation from diffusers' `from_single_file`: every weight must be present, except the projection of CLIP-L,
 which published files lack. It is the identity then, as in the original code, in diffusers and in ComfyUI.
@@ -13,116 +12,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
-from diffusers.loaders.single_file_utils import (
-    convert_ldm_vae_checkpoint,
-    convert_sd3_transformer_checkpoint_to_diffusers,
-)
-from torch import Tensor, nn
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from ..process.flow_schedule import PATCH
 from . import shipped
-from .diffusers_folder import checked_and_filled, empty_network, load_tokenizer, load_weights
 from .files import EXPECTED, naming, refused
-from .names import OF_SD3, below_text_model, native_names
-from .shipped import clip_tokenizer
+from .model_file import Layout, ModelFile, Part, autoencoder, text_encoder
+from .names import OF_SD3, native_names
 from .unsupported import LARGE_LAYERS, SD35_LARGE
 from .weights import Weights
 
 HEAD = 64  # width of a head of attention
-_CLIP_TOKENIZERS = ("tokenizer", "tokenizer_2")
 # What the names of the transformer's weights begin with.
 _TRANSFORMER = (
     *("joint_blocks.", "x_embedder.", "context_embedder.", "t_embedder.", "y_embedder.", "pos_embed", "final_layer."),
 )
-# What else a file may hold: its name in a diffusers folder -> what the names of its weights begin with, and what it is.
-_PARTS = {
-    "vae": ("first_stage_model.", "autoencoder"),
-    "text_encoder": ("text_encoders.clip_l.transformer.", "text encoder CLIP-L"),
-    "text_encoder_2": ("text_encoders.clip_g.transformer.", "text encoder CLIP-bigG"),
-    "text_encoder_3": ("text_encoders.t5xxl.transformer.", "text encoder T5-XXL"),
-}
-_T5 = "text_encoder_3"
 # Weights whose shapes tell the sizes of the transformer -> how many dimensions they have.
 _SIZES = {"x_embedder.proj.weight": 4, "context_embedder.weight": 2, "y_embedder.mlp.0.weight": 2, "pos_embed": 3}
 
 
-def configs() -> Path:
-    return shipped.CONFIGS / "sd3"
+def _transformer(weights: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
+    return convert_sd3_transformer_checkpoint_to_diffusers(weights)
 
 
-def load_file(path: Path, classes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The networks and tokenizers of the model in `path`, by their names in a diffusers folder, of these `classes`.
-
-    Raises ValueError if a part is missing in the file and beside it, or if the file holds another model.
-    """
-    weights = _opened(path)
-    transformer, places = empty_transformer(weights), _places(path, weights.names)
-    networks = {name: empty_network(place or configs() / name, classes[name]) for name, place in places.items()}
-    parts: dict[str, Any] = {name: clip_tokenizer(configs(), name) for name in _CLIP_TOKENIZERS}
-    if _T5 in networks:
-        parts["tokenizer_3"] = load_tokenizer(path.parent / "tokenizer_3", classes["tokenizer_3"], networks[_T5])
-    for name, network in ({"transformer": transformer} | networks).items():
-        if place := places.get(name):
-            parts[name] = load_weights(network, place, dtype)
-        else:
-            parts[name] = checked_and_filled(network, _inside(weights, name, network, dtype), dtype, path)
-    return parts
+def _clip_l(weights: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
+    return {"text_projection.weight": torch.eye(network.config.hidden_size)} | text_encoder(weights, network)
 
 
-def check(path: Path) -> None:
-    """Raise ValueError like `load_file`, as far as names and shapes of weights tell."""
-    weights = _opened(path)
-    empty_transformer(weights)
-    _places(path, weights.names)
+LAYOUT = Layout(
+    family="Stable Diffusion 3",
+    classes={
+        "transformer": SD3Transformer2DModel,
+        "vae": AutoencoderKL,
+        **dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection),
+        **dict.fromkeys(("tokenizer", "tokenizer_2"), CLIPTokenizer),
+        "text_encoder_3": T5EncoderModel,
+        "tokenizer_3": T5TokenizerFast,
+    },
+    parts={
+        "transformer": Part(_TRANSFORMER, _transformer),
+        "vae": Part(("first_stage_model.",), autoencoder),
+        "text_encoder": Part(("text_encoders.clip_l.transformer.",), _clip_l),
+        "text_encoder_2": Part(("text_encoders.clip_g.transformer.",), text_encoder),
+        "text_encoder_3": Part(("text_encoders.t5xxl.transformer.",), text_encoder),
+    },
+    downloads="stabilityai/stable-diffusion-3-medium-diffusers or stabilityai/stable-diffusion-3.5-medium",
+    optional=("text_encoder_3", "tokenizer_3"),
+    otherwise=", or choose a file with an autoencoder and both CLIPs, and without T5",
+)
 
 
-def _opened(path: Path) -> Weights:
-    """The weights in `path`, those of the transformer under names without a prefix."""
+def open_file(path: Path) -> ModelFile:
+    """The model in `path`; raises ValueError if names and shapes of weights tell that it is another."""
     weights = Weights([path])
     weights.rename(native_names(weights.names, OF_SD3))
     weights.check_numbers()
-    return weights
-
-
-def _places(path: Path, names: set[str]) -> dict[str, Path | None]:
-    """Where each part but the transformer is: in the folder of this name beside the file, or if None, in the file."""
-    places: dict[str, Path | None] = {}
-    for part, (prefix, what) in _PARTS.items():
-        if any(name.startswith(prefix) for name in names):
-            places[part] = None
-        elif (path.parent / part / "config.json").is_file():
-            places[part] = path.parent / part
-        elif part != _T5:
-            raise ValueError(
-                f"{path} has no {what}; expected it in the file, or beside it as a folder {part}: put the file into a "
-                "diffusers folder of Stable Diffusion 3 or 3.5 medium, or choose a file with text encoders"
-            )
-    if _T5 in places and not (path.parent / "tokenizer_3" / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{path} is to be used with the text encoder T5-XXL, whose tokenizer no such file has; expected it beside "
-            "the file as a folder tokenizer_3: put the file into a diffusers folder of Stable Diffusion 3 or 3.5 "
-            "medium, or choose a file without T5"
-        )
-    return places
-
-
-def _inside(weights: Weights, part: str, network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a part that is in the file, under the names of `network`."""
-    prefix, _ = _PARTS.get(part, ("", ""))
-    try:
-        if part == "transformer":
-            return convert_sd3_transformer_checkpoint_to_diffusers(weights.read(_TRANSFORMER, dtype))
-        found = weights.read(prefix, dtype)
-        if part == "vae":
-            return convert_ldm_vae_checkpoint(found, network.config)
-    except KeyError as error:  # the conversions expect all weights of a block
-        raise ValueError(f"{weights.source} lacks {error.args[0]}; {EXPECTED}; download the model again") from error
-    rename = below_text_model(network)
-    found = {rename(name.removeprefix(prefix)): weight for name, weight in found.items()}
-    if part == "text_encoder":
-        found.setdefault("text_projection.weight", torch.eye(network.config.hidden_size))
-    return found
+    return ModelFile(LAYOUT, weights, shipped.CONFIGS / "sd3", {"transformer": empty_transformer(weights)})
 
 
 def empty_transformer(weights: Weights) -> SD3Transformer2DModel:

@@ -31,7 +31,7 @@ from .names import below_text_model, ldm_names
 from .scheduler import load_scheduler
 from .shipped import clip_tokenizer, read_config
 from .unsupported import EDM, LCM, of_weights
-from .weights import Weights, check_channels, check_weights, fill
+from .weights import Weights, check_channels, check_weights, converting, fill
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +74,8 @@ def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> di
     if family == "sdxl":
         makers["text_encoder_2"] = _text_encoder_2
         tokenizers["tokenizer_2"] = clip_tokenizer(configs, "tokenizer_2")
-    try:
+    with converting(path):
         networks = {name: make(weights, configs, dtype) for name, make in makers.items()}
-    except KeyError as error:  # diffusers' conversion expects a bias wherever there is a weight
-        raise ValueError(f"{path} lacks {error.args[0]}; {EXPECTED}; download the model again") from error
     for network, found in networks.values():
         check_weights(path, network, found)
     filled = {name: fill(network, found, dtype, path) for name, (network, found) in networks.items()}

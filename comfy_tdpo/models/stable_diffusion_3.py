@@ -11,32 +11,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from ..process.flow_schedule import PATCH
-from . import Outline, sd3_file
+from ..process.flow_schedule import PATCH, FlowSchedule
 from .conditioning import Conditioning, TensorConditioning
-from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
-from .files import AGAIN, read_json, refused, required
-from .flow_transformer import FlowTransformer, check_no_prediction
+from .diffusers_folder import index_on_hub
+from .files import AGAIN, refused
+from .flow_family import FlowFamily
+from .flow_transformer import FlowTransformer
 from .kind import is_sd3
 from .lora import TARGETS
-from .scheduler import flow_schedule_in
+from .model_file import ModelFile
+from .sd3_file import LAYOUT, open_file
 from .stable_diffusion import Autoencoder, ClipText
 from .t5 import T5Text
 from .unsupported import LARGE_LAYERS, SD35_LARGE
 
-_CLASSES = {
-    "transformer": SD3Transformer2DModel,
-    "vae": AutoencoderKL,
-    **dict.fromkeys(("text_encoder", "text_encoder_2"), CLIPTextModelWithProjection),
-    **dict.fromkeys(("tokenizer", "tokenizer_2"), CLIPTokenizer),
-}
-_CLASSES_OF_T5 = {"text_encoder_3": T5EncoderModel, "tokenizer_3": T5TokenizerFast}
-
-NAME = "Stable Diffusion 3"
 T5_TOKENS = 256  # read of a prompt, as in diffusers; ComfyUI reads as many as there are, and at least 77
 
 # Besides the layers of the image's stream, those of the text's, in the same blocks.
@@ -96,65 +87,31 @@ class StableDiffusion3(FlowTransformer):
         return LORA_MODULES[targets]
 
 
-class StableDiffusion3Family:
-    """Loads a diffusers folder, a .safetensors checkpoint, or a hub id."""
+class StableDiffusion3Family(FlowFamily):
+    layout, pipeline = LAYOUT, StableDiffusion3Pipeline
 
     def recognizes(self, source: str) -> bool:
         return is_sd3(source) or is_sd3(index_on_hub(source))
 
-    def outline(self, source: str, prediction_type: str | None) -> Outline:
-        check_no_prediction(prediction_type, NAME)
-        path = Path(source).expanduser()
-        if path.is_file():
-            sd3_file.check(path)
-        folder = sd3_file.configs() if path.is_file() else _checked(local_folder(source))
-        return Outline(flow_schedule_in(folder), StableDiffusion3.process, latent_factor(folder), PATCH)
+    def open_file(self, path: Path) -> ModelFile:
+        return open_file(path)
 
-    def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion3:
-        check_no_prediction(prediction_type, NAME)
-        path = Path(source).expanduser()
-        if path.is_file():
-            schedule = flow_schedule_in(sd3_file.configs())
-            parts = sd3_file.load_file(path, _CLASSES | _CLASSES_OF_T5, dtype)
-        else:
-            _checked(local_folder(source))  # before its weights are downloaded
-            path = path if path.is_dir() else download(source, dtype, _pipeline_class)
-            classes = _classes(required(path, "model_index.json"))
-            schedule, parts = flow_schedule_in(path), load_parts(path, classes, dtype)
+    def check_transformer(self, config: dict[str, Any], folder: Path) -> None:
+        layers = config.get("num_layers")
+        if isinstance(layers, int) and layers >= LARGE_LAYERS:
+            raise refused(folder, SD35_LARGE)
+
+    def made_of(self, parts: dict[str, Any], schedule: FlowSchedule, source: str) -> StableDiffusion3:
+        _check_widths(source, parts)
         first, second = (ClipText(parts[f"tokenizer{n}"], parts[f"text_encoder{n}"]) for n in ("", "_2"))
         third = None
         if "text_encoder_3" in parts:
             third = T5Text(parts["tokenizer_3"], parts["text_encoder_3"], T5_TOKENS)
-        _check_widths(path, parts)
-        width = parts["transformer"].config.joint_attention_dim
-        encode = ThreeTexts(first, second, third, width)
+        encode = ThreeTexts(first, second, third, parts["transformer"].config.joint_attention_dim)
         return StableDiffusion3(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
 
 
-def _checked(folder: Path) -> Path:
-    """The folder; raises ValueError if its transformer is that of 3.5 large."""
-    config = folder / "transformer" / "config.json"
-    layers = read_json(config).get("num_layers") if config.is_file() else None
-    if isinstance(layers, int) and layers >= LARGE_LAYERS:
-        raise refused(folder, SD35_LARGE)
-    return folder
-
-
-def _pipeline_class(index: Path) -> Any:
-    _classes(index)
-    return StableDiffusion3Pipeline
-
-
-def _classes(index: Path) -> dict[str, Any]:
-    """The classes of the pipeline's components; a folder without T5 says so in its index."""
-    parts = read_json(index)
-    without = all(parts.get(name) in (None, [None, None]) for name in _CLASSES_OF_T5)
-    classes = _CLASSES | ({} if without else _CLASSES_OF_T5)
-    check_index(index, classes)
-    return classes
-
-
-def _check_widths(source: Path, parts: dict[str, Any]) -> None:
+def _check_widths(source: str, parts: dict[str, Any]) -> None:
     """Raise ValueError if the components are of different models."""
     config, latent = parts["transformer"].config, parts["vae"].config.latent_channels
     clips = [parts[name].config for name in ("text_encoder", "text_encoder_2")]

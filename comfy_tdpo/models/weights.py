@@ -1,6 +1,7 @@
 """Reading model weights from files, checking them, and filling networks with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -95,6 +96,15 @@ def _open(path: Path) -> TensorFile:
             f"{path} ({path.stat().st_size} bytes) is not a valid .safetensors file: {error}; it looks like an "
             "unfinished download or another format; download it again"
         ) from error
+
+
+@contextmanager
+def converting(source: Path) -> Iterator[None]:
+    """Turn a KeyError inside the block into a ValueError: diffusers' conversions expect all weights of a layer."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{source} lacks {error.args[0]}; {EXPECTED}; download the model again") from error
 
 
 def check_weights(source: Path, network: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -17,31 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImagePipeline
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Model
 
-from ..process.flow_schedule import PATCH
+from ..process.flow_schedule import FlowSchedule
 from ..prompts.length import CutPrompt, describe_cut
-from . import Outline, shipped
 from .conditioning import Conditioning, ListConditioning
-from .diffusers_folder import check_index, download, index_on_hub, latent_factor, load_parts, local_folder
-from .files import AGAIN, required
-from .flow_transformer import FlowTransformer, check_no_prediction
+from .diffusers_folder import index_on_hub
+from .files import AGAIN
+from .flow_family import FlowFamily
+from .flow_transformer import FlowTransformer
 from .kind import is_z_image
 from .lora import ATTENTION
-from .scheduler import flow_schedule_in
+from .model_file import ModelFile
 from .stable_diffusion import Autoencoder
-from .z_image_file import load_file
+from .z_image_file import LAYOUT, open_file
 
-CLASSES = {
-    "transformer": ZImageTransformer2DModel,
-    "vae": AutoencoderKL,
-    "text_encoder": Qwen3Model,
-    "tokenizer": Qwen2Tokenizer,
-}
-
-NAME = "Z-Image"
 TEXT_TOKENS = 512  # read of a prompt with its template, as in diffusers; ComfyUI reads as many as there are
 
 _ATTENTION = tuple(f"attention.{layer}" for layer in ATTENTION)
@@ -103,37 +95,26 @@ class ZImage(FlowTransformer):
         return LORA_MODULES[targets]
 
 
-class ZImageFamily:
-    """Loads a diffusers folder, a hub id, or a file that lies in such a folder in place of its transformer."""
+class ZImageFamily(FlowFamily):
+    layout, pipeline = LAYOUT, ZImagePipeline
 
     def recognizes(self, source: str) -> bool:
         return is_z_image(source) or is_z_image(index_on_hub(source))
 
-    def outline(self, source: str, prediction_type: str | None) -> Outline:
-        check_no_prediction(prediction_type, NAME)
-        path = Path(source).expanduser()
-        folder = path.parent if path.is_file() else local_folder(source)
-        vae = shipped.CONFIGS / "z-image" if path.is_file() and not (folder / "vae").is_dir() else folder
-        return Outline(flow_schedule_in(folder), ZImage.process, latent_factor(vae), PATCH)
+    def open_file(self, path: Path) -> ModelFile:
+        return open_file(path)
 
-    def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> ZImage:
-        check_no_prediction(prediction_type, NAME)
-        path = Path(source).expanduser()
-        if path.is_file():
-            folder, parts = path.parent, load_file(path, CLASSES, dtype)
-        else:
-            folder = path if path.is_dir() else download(source, dtype, _pipeline_class)
-            check_index(required(folder, "model_index.json"), CLASSES)
-            parts = load_parts(folder, CLASSES, dtype)
-        schedule = flow_schedule_in(folder)
+    def check_transformer(self, config: dict[str, Any], folder: Path) -> None:
+        if config.get("siglip_feat_dim"):
+            raise ValueError(
+                f"{folder} is conditioned on images too (Z-Image-Omni); expected Z-Image or Z-Image-Turbo: choose one "
+                "of these"
+            )
+
+    def made_of(self, parts: dict[str, Any], schedule: FlowSchedule, source: str) -> ZImage:
         _check_parts(source, parts)
         encode = QwenText(parts["tokenizer"], parts["text_encoder"])
         return ZImage(parts["transformer"], schedule, encode, Autoencoder(parts["vae"]), source)
-
-
-def _pipeline_class(index: Path) -> Any:
-    check_index(index, CLASSES)
-    return ZImagePipeline
 
 
 def _check_parts(source: str, parts: dict[str, Any]) -> None:
@@ -145,11 +126,6 @@ def _check_parts(source: str, parts: dict[str, Any]) -> None:
             f"{source} has a transformer of {config.in_channels} channels and text width {config.cap_feat_dim}, an "
             f"autoencoder of {latent} channels and a text encoder of width {text}; expected all of the same "
             f"text-to-image model; {AGAIN}"
-        )
-    if config.siglip_feat_dim:
-        raise ValueError(
-            f"{source} is conditioned on images too (Z-Image-Omni); expected Z-Image or Z-Image-Turbo: choose one of "
-            "these"
         )
     if not parts["tokenizer"].chat_template:
         raise ValueError(
