@@ -1,7 +1,8 @@
-"""What is tested of every family, on a folder with a tiny pipeline: a training, two epochs, whole and stopped after the
-first; and that diffusers loads the LoRA."""
+"""What is tested of every family, on a folder with a tiny pipeline: a training of two epochs, and from the first to the
+second once more; and that diffusers loads the LoRA."""
 
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from toy import lora_of, new_run, same, timeless, toy_training
 from comfy_tdpo.models import DiffusionModel, Trainable, denoiser_name, load_model
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.settings import PolicySettings
+from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.run.loras import network_of
 
 SMALL = {"epochs": 2, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 3, "guidance": 3.0}
@@ -34,20 +36,20 @@ def check_training(folder: Path, resolution: int | str, tmp_path: Path, algorith
     run = new_run(tmp_path / "whole", **small)
     whole = toy_training(run, make)
     start = lora_of(whole)
-    expected = list(whole.epochs())
+    epochs = whole.epochs()
+    expected = [next(epochs)]
+    shutil.copytree(run.path, tmp_path / "stopped")
+    expected += epochs
     assert all(math.isfinite(value) for line in expected for value in line.values())
     if algorithm != "draft":
         assert [line["policy/ratio_drift"] for line in expected] == [0, 0]
         assert expected[1]["kl/nats"] > 0
     assert not same(start, lora_of(whole))
     assert (folder / network_of(run.latest_lora)).is_dir()  # where the denoiser of a pipeline is
-    run = new_run(tmp_path / "stopped", **small)
-    epochs = toy_training(run, make).epochs()
-    next(epochs)
-    epochs.close()
-    resumed = toy_training(run, make)
-    list(resumed.epochs())
-    assert timeless(run.metrics()) == timeless(expected) and same(lora_of(resumed), lora_of(whole))
+    stopped = RunFolder(tmp_path / "stopped")
+    resumed = toy_training(stopped, make)
+    assert len(list(resumed.epochs())) == 1
+    assert timeless(stopped.metrics()) == timeless(expected) and same(lora_of(resumed), lora_of(whole))
 
 
 def trained_lora(model: DiffusionModel, **settings: Any) -> Trainable:

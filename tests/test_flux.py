@@ -1,32 +1,27 @@
 """FLUX.1, as tiny pipelines of the true classes: loaded, conditioned and trained like diffusers' own."""
 
-import json
 import math
 import shutil
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from family_training import TRAININGS, check_training
+from family_training import trained_lora
 from safetensors.torch import load_file, save_file
-from tiny_models import make_tiny_flux
+from tiny_models import change, make_tiny_flux, vae_to_ldm
 from toy import same
 from transformers import T5Config, T5EncoderModel
 
 from comfy_tdpo.models import load_model, outline, shipped
 from comfy_tdpo.models.flux import packed, unpacked
 from comfy_tdpo.models.flux_file import to_diffusers
-from comfy_tdpo.models.lora import TARGETS
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.process import make_process
-from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
-from comfy_tdpo.settings import PolicySettings
 from comfy_tdpo.trainer.config import make_config
 
 PROMPTS = ["a green circle", "a red rabbit"]
@@ -35,9 +30,8 @@ LENGTHS = {"dev": 512, "schnell": 256}  # tokens of T5, of the published pipelin
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """With the tokenizer of CLIP that ships with the package, as a single file has no other."""
-    root, tokenizer = tmp_path_factory.mktemp("flux"), shipped.clip_tokenizer(shipped.CONFIGS / "flux-dev")
+def models(tokenizer, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("flux")
     return {name: make_tiny_flux(root / name, tokenizer, guided) for name, guided in KINDS.items()}
 
 
@@ -45,10 +39,6 @@ def models(tmp_path_factory) -> dict[str, Path]:
 def folder(models, tmp_path) -> Path:
     """A copy of the folder of dev, to be changed."""
     return shutil.copytree(models["dev"], tmp_path / "model")
-
-
-def change(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def pipeline_of(folder: Path) -> FluxPipeline:
@@ -122,13 +112,6 @@ def test_images_are_decoded_as_by_the_pipeline(models):
     torch.testing.assert_close(model.decode(latents), image, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_t5_does_not_read_is_named(models, kind):
-    encode, least = load_model(str(models[kind]), torch.float32).encode, LENGTHS[kind]
-    long, short = ("a red circle " * 200).strip(), PROMPTS[0]
-    assert encode.cut([short]) == "" and f"of at most {least}" in encode.cut([short, long])
-
-
 def test_guidance_is_set_where_the_network_takes_it(models):
     make = partial(DiffusionPolicy, steps=3, guidance=1.0, resolution="16x24")
     dev, schnell = (load_model(str(models[kind]), torch.float32) for kind in KINDS)
@@ -149,57 +132,7 @@ def test_the_noise_levels_are_those_of_the_pipeline(models, kind):
         torch.testing.assert_close(process.times, pipeline.scheduler.timesteps, rtol=1e-6, atol=0)
 
 
-# --- training
-
-
-@pytest.mark.parametrize(("algorithm", "train"), TRAININGS)
-def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm, train):
-    """With and without guidance of the network's own; classifier-free guidance is on in all."""
-    kind = "schnell" if train == "full" else "dev"
-    check_training(models[kind], "16x24", tmp_path, algorithm, train)
-
-
-def test_gradients_are_the_same_with_checkpointing(models):
-    found = []
-    for checkpointing in (False, True):
-        model = load_model(str(models["dev"]), torch.float32)
-        lora = model.adapt(PolicySettings(gradient_checkpointing=checkpointing), seed=0)
-        assert model.network.is_gradient_checkpointing == checkpointing
-        model.denoise(*inputs_of(model)).square().mean().backward()
-        found.append([parameter.grad for parameter in lora.parameters.values()])
-    assert same(*found) and any(gradient.abs().max() > 0 for gradient in found[0])
-
-
 # --- LoRA files
-
-
-def trained_lora(model, **settings):
-    lora, generator = model.adapt(PolicySettings(rank=4, **settings), seed=0), torch.Generator().manual_seed(0)
-    for name, parameter in lora.parameters.items():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
-    return lora
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_loads_a_lora_as_the_trained_policy(models, tmp_path, targets, kind):
-    model = load_model(str(models[kind]), torch.float32)
-    lora = trained_lora(model, alpha=7.0, targets=targets)
-    lora.export(tmp_path / "lora.safetensors", {})
-    pipeline = pipeline_of(models[kind])
-    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    loaded = {name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name}
-    assert len(loaded) == len(lora.parameters)
-    inputs = inputs_of(model)
-    expected = model.denoise(*inputs)
-    with lora.reference():
-        base = model.denoise(*inputs)
-    model.network = pipeline.transformer
-    # float32: outputs near 1; alpha is multiplied in at another place, 6e-8 a layer
-    torch.testing.assert_close(model.denoise(*inputs), expected, rtol=0, atol=1e-5)
-    assert (expected - base).abs().max() > 1e-2, "the LoRA must make a difference"
 
 
 def test_the_file_names_the_layers_of_both_kinds_of_blocks_and_no_alpha(models, tmp_path):
@@ -221,53 +154,6 @@ def test_the_file_names_the_layers_of_both_kinds_of_blocks_and_no_alpha(models, 
 # --- folders
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_loads_in_half_precision_and_offline_from_the_hubs_cache(models, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    repo, commit = tmp_path / "hub" / "models--owner--flux", "0" * 40
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    shutil.copytree(models[kind], repo / "snapshots" / commit)
-    got, expected = (load_model(name, torch.bfloat16) for name in ("owner/flux", str(models[kind])))
-    assert got.networks.keys() == {"transformer", "vae", "text_encoder", "text_encoder_2"}
-    for name, network in got.networks.items():
-        weights = expected.networks[name].state_dict()
-        assert all(torch.equal(weights[key], weight) for key, weight in network.state_dict().items())
-        assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
-        assert not any(weight.requires_grad for weight in network.parameters())
-    assert outline("owner/flux").scheduler == FlowSchedule(DynamicShift() if KINDS[kind] else 1.0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_begins_from_its_own_preset(models, kind):
-    overrides = {"model": str(models[kind]), "algorithm": "tdpo-r"}
-    config = make_config(overrides=overrides)
-    assert config == make_config(f"flux-{kind}", overrides=overrides)
-    assert (config.guidance, config.embedded_guidance) == (1.0, 3.5 if KINDS[kind] else None)
-    schedule = FlowSchedule(DynamicShift() if KINDS[kind] else 1.0)
-    assert outline(config.model) == (schedule, "flow-ddim", 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("model_index.json", {"text_encoder_2": [None, None]}, "whose text_encoder_2 is None, not T5EncoderModel"),
-        ("model_index.json", {"vae": ["diffusers", "V"]}, "is a FluxPipeline whose vae is V, not AutoencoderKL"),
-        (
-            "transformer/config.json",
-            {"in_channels": 384, "out_channels": 64},
-            r"takes 384 inputs for each patch, not 64 \(Fill, Depth, Canny\); expected .*; choose FLUX.1 dev or",
-        ),
-        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "the scheduler DDIM.*FlowMatchEuler"),
-    ],
-)
-def test_what_is_no_flux_is_named(folder, name, changes, message):
-    change(folder / name, **changes)
-    with pytest.raises(ValueError, match=message):
-        load_model(str(folder), torch.float32)
-
-
 def test_parts_of_different_models_are_named(folder):
     config = T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
     shutil.rmtree(folder / "text_encoder_2")
@@ -278,19 +164,14 @@ def test_parts_of_different_models_are_named(folder):
         load_model(str(folder), torch.float32)
 
 
-@pytest.mark.parametrize("part", ["tokenizer_2/tokenizer.json", "text_encoder_2/config.json"])
-def test_a_folder_that_lacks_a_part_is_asked_for_by_name(folder, part):
-    (folder / part).unlink()
-    with pytest.raises(ValueError, match=f"{folder} lacks {part}.*; download or save the whole folder again"):
-        load_model(str(folder), torch.float32)
-
-
-def test_a_prediction_type_is_refused(models):
-    with pytest.raises(ValueError, match="'epsilon', and FLUX.1 predicts the flow.*remove prediction_type"):
-        load_model(str(models["dev"]), torch.float32, "epsilon")
-
-
 # --- single files
+
+
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory) -> dict[str, Path]:
+    """Folders with the tokenizer of CLIP that ships with the package, as a single file has no other."""
+    root, tokenizer = tmp_path_factory.mktemp("flux-files"), shipped.clip_tokenizer(shipped.CONFIGS / "flux-dev")
+    return {name: make_tiny_flux(root / name, tokenizer, guided) for name, guided in KINDS.items()}
 
 
 def native(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -360,9 +241,9 @@ def test_the_conversion_is_that_of_diffusers(kind):
 
 
 @pytest.fixture
-def tiny_configs(models, tmp_path, monkeypatch) -> None:
+def tiny_configs(with_clip, tmp_path, monkeypatch) -> None:
     """The shipped configurations are those of the tiny models."""
-    for kind, folder in models.items():
+    for kind, folder in with_clip.items():
         for part in ("transformer", "scheduler", "vae", "text_encoder", "text_encoder_2"):
             shutil.copytree(folder / part, tmp_path / "configs" / f"flux-{kind}" / part)
         shutil.copytree(shipped.CONFIGS / f"flux-{kind}" / "tokenizer", tmp_path / "configs" / f"flux-{kind}/tokenizer")
@@ -375,8 +256,8 @@ def weights_in(folder: Path, part: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_with_the_transformer_reads_the_rest_from_its_folder(models, tmp_path, tiny_configs, kind, prefix):
-    folder = shutil.copytree(models[kind], tmp_path / "model")
+def test_a_file_with_the_transformer_reads_the_rest_from_its_folder(with_clip, tmp_path, tiny_configs, kind, prefix):
+    folder = shutil.copytree(with_clip[kind], tmp_path / "model")
     stored = native(weights_in(folder, "transformer"))
     if prefix:  # newer versions of ComfyUI save these under another name
         stored = {key.replace("_norm.scale", "_norm.weight"): weight for key, weight in stored.items()}
@@ -384,45 +265,40 @@ def test_a_file_with_the_transformer_reads_the_rest_from_its_folder(models, tmp_
     save_file({prefix + key: weight + 0 for key, weight in stored.items()}, folder / "mine.safetensors")
     got, expected = (
         load_model(str(folder / "mine.safetensors"), torch.float32),
-        load_model(str(models[kind]), torch.float32),
+        load_model(str(with_clip[kind]), torch.float32),
     )
     latents, times, conditioning = inputs_of(expected)
     assert got.scheduler == expected.scheduler and got.embedded_guidance == expected.embedded_guidance
     assert torch.equal(got.denoise(latents, times, conditioning), expected.denoise(latents, times, conditioning))
     assert torch.equal(got.decode(latents), expected.decode(latents))
     assert torch.equal(got.encode(PROMPTS).parts["states"], conditioning.parts["states"])
-    assert outline(got.source) == outline(str(models[kind]))
+    assert outline(got.source) == outline(str(with_clip[kind]))
     assert make_config(overrides={"model": got.source}) == make_config(f"flux-{kind}", overrides={"model": got.source})
 
 
-def test_a_whole_file_needs_only_the_tokenizer_of_t5(models, tmp_path, tiny_configs):
-    weights = native(weights_in(models["dev"], "transformer"))
+def test_a_whole_file_needs_only_the_tokenizer_of_t5(with_clip, tmp_path, tiny_configs):
+    weights = native(weights_in(with_clip["dev"], "transformer"))
     whole = {f"model.diffusion_model.{key}": weight + 0 for key, weight in weights.items()}
     for part, prefix in (("text_encoder", "clip_l"), ("text_encoder_2", "t5xxl")):
-        for key, weight in weights_in(models["dev"], part).items():
+        for key, weight in weights_in(with_clip["dev"], part).items():
             whole[f"text_encoders.{prefix}.transformer.{key}"] = weight
+    autoencoder = vae_to_ldm(AutoencoderKL.from_pretrained(with_clip["dev"] / "vae"))
+    whole |= {f"vae.{key}": weight.contiguous() for key, weight in autoencoder.items()}
     folder = tmp_path / "alone"
     folder.mkdir()
-    shutil.copytree(models["dev"] / "vae", folder / "vae")  # converted in the test of Stable Diffusion
     path = folder / "whole.safetensors"
     save_file(whole, path)
     with pytest.raises(ValueError, match=f"{path} has transformer, .*_2 of FLUX.1, and neither .* has tokenizer_2;"):
         load_model(str(path), torch.float32)
-    shutil.copytree(models["dev"] / "tokenizer_2", folder / "tokenizer_2")
-    got, expected = load_model(str(path), torch.float32), load_model(str(models["dev"]), torch.float32)
+    shutil.copytree(with_clip["dev"] / "tokenizer_2", folder / "tokenizer_2")
+    config = shipped.CONFIGS / "flux-dev" / "text_encoder_2" / "config.json"
+    change(config, vocab_size=4)
+    with pytest.raises(ValueError, match="has a tokenizer_2 of 8 tokens and a text encoder of 4; expected both of the"):
+        load_model(str(path), torch.float32)
+    change(config, vocab_size=32)
+    got, expected = load_model(str(path), torch.float32), load_model(str(with_clip["dev"]), torch.float32)
     for name, network in expected.networks.items():
         assert same(list(got.networks[name].parameters()), list(network.parameters()))
-
-
-def test_a_file_without_its_folder_names_what_it_needs(models, tmp_path, tiny_configs):
-    path = tmp_path / "mine.safetensors"
-    save_file({key: weight + 0 for key, weight in native(weights_in(models["dev"], "transformer")).items()}, path)
-    with pytest.raises(
-        ValueError,
-        match="mine.safetensors has transformer of FLUX.1, and neither the file nor its folder has vae, text_encoder, "
-        "text_encoder_2, tokenizer_2; expected the file to lie in a diffusers folder of FLUX.1, .*: move it into a",
-    ):
-        load_model(str(path), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,16 @@
 """Stable Diffusion XL, as a tiny pipeline of the true classes: loaded, conditioned and trained like diffusers' own."""
 
-import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from family_training import TRAININGS, check_lora_in_diffusers, check_training
 from safetensors.torch import load_file
 from tiny_models import MODEL, edited, make_tiny_model
 
 from comfy_tdpo.models import load_model
 from comfy_tdpo.models.components import load_components
-from comfy_tdpo.models.lora import TARGETS
 
 PROMPTS = ["a green rabbit", "WOW!! it's a cat", ""]
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -32,10 +28,6 @@ def models(configs, tmp_path_factory) -> tuple[Path, Path]:
 def folder(models, tmp_path) -> Path:
     """A copy of the folder, to be changed."""
     return shutil.copytree(models[0], tmp_path / "model")
-
-
-def change(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 # --- what the network is given
@@ -90,24 +82,7 @@ def test_the_empty_prompt_is_encoded_like_any_other(models):
     assert got.parts["states"].std() > 0.1 and got.summary().shape == (1, 80 + 48)
 
 
-# --- training
-
-
-@pytest.mark.parametrize(("algorithm", "train"), TRAININGS)
-def test_it_trains_and_resumes_to_the_last_bit(models, tmp_path, algorithm, train):
-    check_training(models[0], "32x64", tmp_path, algorithm, train)
-
-
 # --- LoRA files
-
-
-@pytest.mark.parametrize("targets", TARGETS)
-def test_diffusers_loads_a_lora_as_the_trained_policy(models, tmp_path, targets):
-    model = load_model(str(models[0]), torch.float32)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(models[0]).to(torch.float32)
-    latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-    inputs = latents, torch.tensor([10, 700]), PROMPTS[:2]
-    check_lora_in_diffusers(model, pipeline, *inputs, tmp_path / "lora.safetensors", targets=targets)
 
 
 # --- folders
@@ -125,41 +100,6 @@ def test_a_folder_loads_in_half_precision_and_from_fp16_variants(models, folder)
     model = load_model(str(folder), torch.bfloat16)
     assert model.networks.keys() == set(NETWORKS)
     assert not any(weight.requires_grad for network in model.networks.values() for weight in network.parameters())
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("model_index.json", {"text_encoder": [None, None]}, "whose text_encoder is None, not CLIPTextModel"),
-        ("model_index.json", {"text_encoder_2": ["transformers", "T5EncoderModel"]}, "text_encoder_2 is T5EncoderMod"),
-        ("unet/config.json", {"addition_embed_type": "text"}, "has addition_embed_type 'text'.*expected 'text_time'"),
-        ("unet/config.json", {"time_cond_proj_dim": 256}, r"is a whole latent consistency model \(LCM\), .*LCM LoRA$"),
-        ("unet/config.json", {"in_channels": 9}, "takes 9 channels .inpainting"),
-        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "the scheduler EDMEuler"),
-    ],
-)
-def test_what_is_no_sdxl_is_named(folder, name, changes, message):
-    change(folder / name, **changes)
-    with pytest.raises(ValueError, match=message):
-        load_components(str(folder))
-
-
-def test_a_cached_hub_id_loads_offline(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    repo, commit = tmp_path / "hub" / "models--owner--xl", "0" * 40
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    shutil.copytree(models[0], repo / "snapshots" / commit)
-    got, expected = load_components("owner/xl"), load_components(str(models[0]))
-    assert torch.equal(got.text_encoder_2.text_projection.weight, expected.text_encoder_2.text_projection.weight)
-    assert got.tokenizer_2.pad_token == "!"
-
-
-def test_a_folder_without_its_second_tokenizer_is_named(folder):
-    shutil.rmtree(folder / "tokenizer_2")
-    with pytest.raises(ValueError, match="lacks tokenizer_2/vocab.json"):
-        load_components(str(folder))
 
 
 # --- single files

@@ -98,6 +98,22 @@ def edited(source: Path, target: Path, change: Callable[[dict], object], metadat
     return str(target)
 
 
+def change(path: Path, **values) -> None:
+    """Change values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def make_tiny_sdxl(folder: Path, tokenizer, configs: Path) -> Path:
+    """Stable Diffusion XL with random weights, as a diffusers folder; `tokenizer`, a small one, is read in a moment."""
+    make_tiny_model(folder, configs / "sdxl")
+    model = folder / "folder"
+    for number in ("", "_2"):
+        shutil.rmtree(model / f"tokenizer{number}")
+        tokenizer.save_pretrained(model / f"tokenizer{number}")
+        change(model / f"text_encoder{number}" / "config.json", eos_token_id=tokenizer.eos_token_id)
+    return model
+
+
 def make_tiny_sd3(folder: Path, tokenizer, with_t5: bool = True) -> Path:
     """Stable Diffusion 3.5 with random weights, as a diffusers folder; `tokenizer` is CLIP's."""
     with torch.random.fork_rng():
@@ -121,7 +137,6 @@ def make_tiny_sd3_file(folder: Path, configs: Path) -> tuple[Path, dict[str, Ten
         clips = [shipped.clip_tokenizer(configs, name) for name in ("tokenizer", "tokenizer_2")]
         pipeline = _sd3_pipeline(vae, texts, clips)
     pipeline.save_pretrained(folder)
-    vae_to_ldm = runpy.run_path(str(ROOT / "benchmarks" / "full_architecture.py"))["vae_to_ldm"]
     parts = {MODEL: sd3_to_native(pipeline.transformer), "first_stage_model.": vae_to_ldm(vae)}
     for name, text in zip(("clip_l", "clip_g", "t5xxl"), texts, strict=True):
         state = dict(text.state_dict())
