@@ -60,16 +60,22 @@ BACKENDS = (OLDEST, NEWER)
 # The newest frontend, unpacked from its wheel; each of them comes with one of its own
 FRONTEND = _checkout("COMFYUI_FRONTEND_PATH", "frontend-1.58")
 
+
+def skipped_without(backend: Backend) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(bool(backend.missing), reason=backend.missing)
+
+
 # For `parametrize`: each of them, skipped where it is not there
-EACH = [
-    pytest.param(backend, id=backend.name, marks=pytest.mark.skipif(bool(backend.missing), reason=backend.missing))
-    for backend in BACKENDS
-]
+EACH = [pytest.param(backend, id=backend.name, marks=skipped_without(backend)) for backend in BACKENDS]
+
+
+def ask(*question: str, backend: Backend = OLDEST) -> dict[str, Any]:
+    """What inside_comfyui answers under ComfyUI's own Python."""
+    return _asked(backend, *question)
 
 
 @cache
-def ask(*question: str, backend: Backend = OLDEST) -> dict[str, Any]:
-    """What inside_comfyui answers under ComfyUI's own Python."""
+def _asked(backend: Backend, *question: str) -> dict[str, Any]:
     return _answering(backend)(*question)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import comfyui
 import pytest
 import torch
-from backends import EACH, NEWER, ask
+from backends import BACKENDS, EACH, NEWER, OLDEST, ask, skipped_without
 from safetensors.torch import load_file, save_file
 
 from comfy_tdpo.models.components import load_components
@@ -56,14 +56,67 @@ def test_the_layout_of_sd2_is_converted():
     assert ask("sd2")["scale of the output"] > 1
 
 
+# --- families: what is alike in all of them
+
+
+FAMILIES = [
+    pytest.param(*values, id="-".join((values[0], values[1].name)), marks=skipped_without(values[1]))
+    for values in (
+        *(("sdxl", backend, 20) for backend in BACKENDS),
+        *(("sd3", backend, 10) for backend in BACKENDS),
+        ("flux", OLDEST, 6),
+        ("shapes_flow", OLDEST, 10),
+        ("z_image", NEWER, 8),
+    )
+]
+in_each_family = pytest.mark.parametrize(("family", "backend", "steps"), FAMILIES)
+
+
+@in_each_family
+def test_a_network_is_the_same_inside_and_outside_of_comfyui(family, backend, steps):
+    """In its own layout, and but for Shapes for images that are not square."""
+    for found in ask(family, backend=backend)["networks"].values():
+        # float32 through some dozen layers, in another order
+        assert found["network from native"] <= 1e-5 * found["scale of the output"] > 1e-5
+
+
+@in_each_family
+def test_a_lora_is_the_same_in_comfyui_and_diffusers(family, backend, steps):
+    for found in ask(family, backend=backend)["networks"].values():
+        assert found["modules of the LoRA that ComfyUI leaves out"] == 0
+        # float32 again; the LoRA is added to the weights there and to the activations here
+        for where in ("in ComfyUI", "in diffusers", "baked in"):
+            assert found[f"LoRA {where}"] <= 1e-5 * found["scale of the output"], where
+        assert found["what the LoRA changes"] > 0.1
+
+
+@in_each_family
+def test_a_family_trains_on_a_thread_that_asks_nothing_of_comfyui(family, backend, steps):
+    """By its preset, but for the size."""
+    expected = {"state": "finished", "error": None, "preset's steps": steps}
+    assert ask(family, backend=backend)["job"] == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        pytest.param(family, backend, id=family, marks=skipped_without(backend))
+        for family, backend in (("sd3", OLDEST), ("flux", OLDEST), ("z_image", NEWER))
+    ],
+)
+def test_a_whole_model_that_is_no_unet_is_loaded_by_comfyuis_own_node(family, backend):
+    assert "for a MODEL that is no U-Net" in ask(family, backend=backend)["a whole model"]
+
+
+# --- families: what is special to each
+
+
 @in_each
-def test_sdxl_is_the_same_inside_and_outside_of_comfyui(backend):
-    """Its own encoders, size conditioning and layout, for images that are not square."""
+def test_the_encoders_of_sdxl_are_those_of_comfyui(backend):
     found = ask("sdxl", backend=backend)
-    # float32 through some hundred layers, in another order
+    # float32 through some layers, in another order
     assert found["states"] <= 1e-5 and found["pooled"] <= 1e-5
-    assert found["unet from native"] <= 1e-5
-    assert found["what the sizes change"] > 1e-3 and found["scale of the output"] > 1
+    assert found["networks"]["XL"]["what the sizes change"] > 1e-3
 
 
 def test_the_published_sdxl_has_the_names_and_the_configuration_of_comfyuis():
@@ -72,25 +125,10 @@ def test_the_published_sdxl_has_the_names_and_the_configuration_of_comfyuis():
 
 
 @in_each
-def test_a_lora_on_sdxl_is_the_same_in_comfyui_and_diffusers(backend):
-    found = ask("sdxl", backend=backend)
-    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
-    # float32 again; the LoRA is added to the weights there and to the activations here
-    assert found["LoRA in ComfyUI"] <= 1e-5 and found["LoRA in diffusers"] <= 1e-5
-    assert found["what the LoRA changes"] > 0.1
-
-
-def test_sdxl_trains_on_a_thread_that_asks_nothing_of_comfyui():
-    assert ask("sdxl")["job"] == {"state": "finished", "error": None, "preset's steps": 20}
-
-
-@in_each
-def test_sd3_is_the_same_inside_and_outside_of_comfyui(backend):
-    """Its own encoders, T5 among them, and layout, for images that are not square."""
+def test_the_encoders_of_sd3_are_those_of_comfyui(backend):
+    """T5 among them."""
     found = ask("sd3", backend=backend)
     assert found["states"] == 0 and found["pooled"] == 0
-    # float32 through some dozen layers, in another order
-    assert found["transformer from native"] <= 1e-5 and found["scale of the output"] > 1
 
 
 @in_each
@@ -118,30 +156,9 @@ def test_the_published_sd3_has_the_names_and_the_configuration_of_comfyuis():
     )
 
 
-@in_each
-def test_a_lora_on_sd3_is_the_same_in_comfyui_and_diffusers(backend):
-    found = ask("sd3", backend=backend)
-    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
-    # float32 again; the LoRA is added to the weights there and to the activations here
-    assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
-    assert found["what the LoRA changes"] > 0.1
-
-
-def test_of_sd3_a_whole_model_is_loaded_by_comfyuis_own_node():
-    assert "for a MODEL that is no U-Net" in ask("sd3")["a whole model"]
-
-
-def test_sd3_trains_on_a_thread_that_asks_nothing_of_comfyui():
-    assert ask("sd3")["job"] == {"state": "finished", "error": None, "preset's steps": 10}
-
-
-@pytest.mark.parametrize("kind", ["dev", "schnell"])
-def test_flux_is_the_same_inside_and_outside_of_comfyui(kind):
-    """Its layout, with and without guidance, for images that are not square."""
-    found = ask("flux")[kind]
-    # float32 through some dozen layers, in another order
-    assert found["transformer from native"] <= 1e-5 and found["scale of the output"] > 1
-    assert (found["what guidance changes"] > 0.1) == (kind == "dev")
+def test_guidance_makes_a_difference_for_flux_dev_alone():
+    found = ask("flux")["networks"]
+    assert found["dev"]["what guidance changes"] > 0.1 >= found["schnell"]["what guidance changes"]
 
 
 def test_the_encoders_of_flux_are_those_of_comfyui():
@@ -170,15 +187,6 @@ def test_the_published_flux_has_the_names_and_the_configuration_of_comfyuis():
     )
 
 
-@pytest.mark.parametrize("kind", ["dev", "schnell"])
-def test_a_lora_on_flux_is_the_same_in_comfyui_and_diffusers(kind):
-    found = ask("flux")[kind]
-    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
-    # float32 again; the LoRA is added to the weights there and to the activations here
-    assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
-    assert found["what the LoRA changes"] > 0.1
-
-
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -188,7 +196,6 @@ def test_a_lora_on_flux_is_the_same_in_comfyui_and_diffusers(kind):
         ("no pooled", "got a MODEL of the family Flux with vec_in_dim None, unlike"),
         ("another MLP", "got a MODEL of the family Flux with yak_mlp True, unlike"),
         ("as it is", "was not refused"),
-        ("a whole model", "for a MODEL that is no U-Net"),
         (
             "another CLIP",
             "got a CLIP that reads prompts as l, and not as t5xxl; expected the CLIP of the MODEL, with T5",
@@ -199,8 +206,7 @@ def test_what_is_no_flux_is_refused_in_one_sentence(what, message):
     assert message in ask("flux")[what] and "\n" not in ask("flux")[what]
 
 
-def test_flux_trains_on_a_thread_that_asks_nothing_of_comfyui():
-    assert ask("flux")["job"] == {"state": "finished", "error": None, "preset's steps": 6}
+def test_flux_schnell_begins_from_its_own_preset():
     assert ask("flux")["preset of schnell"] == "flux-schnell"
 
 
@@ -208,7 +214,6 @@ def test_the_flow_model_of_shapes_is_the_same_inside_and_outside_of_comfyui():
     found = ask("shapes_flow")
     # float32 of size up to 5 through a few layers, in another order
     assert max(found[part] for part in ("states", "pooled", "native transformer")) <= 1e-5
-    assert found["lora"]["transformer from native"] <= 1e-5 and found["lora"]["scale of the output"] > 1
     assert found["shift"] == 1.0
 
 
@@ -217,24 +222,14 @@ def test_comfyuis_own_sampler_draws_with_the_flow_model_what_we_draw():
     assert ask("shapes_flow")["drawn by ComfyUI"] <= 1e-4
 
 
-def test_a_lora_on_the_flow_model_is_the_same_in_comfyui_and_diffusers():
-    found = ask("shapes_flow")["lora"]
-    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
-    # float32 again; the LoRA is added to the weights there and to the activations here
-    assert max(found[f"LoRA {where}"] for where in ("in ComfyUI", "in diffusers", "baked in")) <= 1e-5
-    assert found["what the LoRA changes"] > 0.1
-
-
-def test_the_flow_model_trains_by_its_own_preset_on_a_thread_that_asks_nothing_of_comfyui():
-    found = ask("shapes_flow")
-    assert found["preset"] == "shapes-flow"
-    assert found["job"] == {"state": "finished", "error": None, "preset's steps": 10}
+def test_the_flow_model_begins_from_its_own_preset():
+    assert ask("shapes_flow")["preset"] == "shapes-flow"
 
 
 # --- Z-Image, which ComfyUI knows from 0.10 on
 
 
-newer = pytest.mark.skipif(bool(NEWER.missing), reason=NEWER.missing)
+newer = skipped_without(NEWER)
 
 
 @in_each
@@ -245,13 +240,11 @@ def test_a_comfyui_that_does_not_know_z_image_is_told_which_does(backend):
 
 
 @newer
-def test_z_image_is_the_same_inside_and_outside_of_comfyui():
-    """Its language model, its template and its layout, for images that are not square."""
+def test_the_encoder_of_z_image_is_that_of_comfyui():
+    """Its language model and its template."""
     found = ask("z_image", backend=NEWER)
     assert found["tokens"] == found["tokens of ours"] and len(set(found["tokens"])) == 2
     assert found["states"] <= 1e-5 and found["scale of the states"] > 1
-    # float32 through some layers, in another order, and angles that diffusers computes in float64; outputs to 4
-    assert found["transformer from native"] <= 1e-5 * found["scale of the output"] > 1e-5
 
 
 @newer
@@ -269,26 +262,6 @@ def test_the_published_z_image_has_the_names_and_the_configuration_of_comfyuis()
     found = ask("z_image", backend=NEWER)
     assert found["unknown names"] == [] and found["other settings"] == []
     assert found["unknown modules"] == [] and found["modules"] == 7 * 34
-
-
-@newer
-def test_a_lora_on_z_image_is_the_same_in_comfyui_and_diffusers():
-    found = ask("z_image", backend=NEWER)
-    assert found["modules of the LoRA that ComfyUI leaves out"] == 0
-    # float32 again; the LoRA is added to the weights there and to the activations here
-    assert max(found["LoRA in diffusers"], found["LoRA baked in"]) <= 1e-5
-    assert found["LoRA in ComfyUI"] <= 1e-5 * found["scale of the output"]
-    assert found["what the LoRA changes"] > 0.1
-
-
-@newer
-def test_of_z_image_a_whole_model_is_loaded_by_comfyuis_own_node():
-    assert "for a MODEL that is no U-Net" in ask("z_image", backend=NEWER)["a whole model"]
-
-
-@newer
-def test_z_image_trains_on_a_thread_that_asks_nothing_of_comfyui():
-    assert ask("z_image", backend=NEWER)["job"] == {"state": "finished", "error": None, "preset's steps": 8}
 
 
 @pytest.mark.slow

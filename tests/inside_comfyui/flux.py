@@ -1,8 +1,6 @@
 """FLUX.1 as MODEL, CLIP and VAE of ComfyUI, and as ours: the true classes, with small random weights."""
 
 import math
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import comfy.lora
@@ -19,10 +17,10 @@ from accelerate import init_empty_weights
 from begin import CPU, PROMPTS, difference, drawn, patched_in, refusal
 from comfy.ldm.flux.model import FluxParams
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import save_file
+from families import EightPixels, job, native_vae, node, off_levels, with_and_without_lora
 from sd3 import TEXT, narrow_t5
-from sdxl import EightPixels, job, native_text, small_vae
-from small_models import draw_weights
+from sdxl import native_text
+from small_models import small
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -44,10 +42,9 @@ def flux() -> dict:
     model, (clip, ours) = small_flux(), small_clip()
     encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True, t5=True)
     found = texts(clip, encode, ours) | schedules(model) | published() | refused(model)
-    for name, one in (("dev", model), ("schnell", small_flux(guided=False))):
-        found[name] = transformers(one, encode(PROMPTS))
-    vae = shapes_out._native_vae(small_vae(channels=16))
-    vae.latent_channels = 16
+    kinds = {"dev": model, "schnell": small_flux(guided=False)}
+    found["networks"] = {name: network(one, encode(PROMPTS)) for name, one in kinds.items()}
+    vae = native_vae(channels=16)
     found["job"] = job(model, clip, vae, steps=3)
     wires = models_in.Wires(small_flux(guided=False), clip, vae)
     return found | {"preset of schnell": wires.wanted(reward=None).preset}
@@ -79,15 +76,7 @@ def config_of(guided: bool, blocks: tuple[int, int], sizes: dict) -> dict:
 
 def small_flux(guided: bool = True) -> comfy.model_patcher.ModelPatcher:
     kind = comfy.supported_models.Flux if guided else comfy.supported_models.FluxSchnell
-
-    class Small(kind):
-        unet_config: dict = {}
-
-    family = Small(config_of(guided, (2, 2), SMALL))
-    family.set_inference_dtype(torch.float32, None)
-    base = family.get_model({})
-    draw_weights(base.diffusion_model)
-    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+    return small(kind, config_of(guided, (2, 2), SMALL))
 
 
 def small_clip() -> tuple[comfy.sd.CLIP, ClipText]:
@@ -124,71 +113,40 @@ def texts(clip, encode, ours: ClipText) -> dict:
     }
 
 
-def transformers(model, conditioning: TensorConditioning) -> dict[str, float]:
-    """The network with and without a LoRA, by ComfyUI, by us and by diffusers, for images of 128 x 96 pixels."""
+def network(model, conditioning: TensorConditioning) -> dict[str, float]:
+    """For images of 128 x 96 pixels."""
     latents, times = drawn(2, 16, 12, 16), torch.tensor([10.0, 700.0])
     states, pooled = conditioning.parts["states"], conditioning.parts["pooled"]
-    schedule = FlowSchedule()
 
-    def native(patched, guidance: float = 2.0) -> Tensor:
+    def native(inner, guidance: float = 2.0) -> Tensor:
         scale = torch.full((2,), guidance)
-        with patched_in(patched) as inner:
-            return inner.diffusion_model(latents, times / 1000, context=states, y=pooled, guidance=scale)
+        return inner.diffusion_model(latents, times / 1000, context=states, y=pooled, guidance=scale)
 
     def made(network) -> Flux:
-        flux = Flux(network, schedule, lambda prompts: conditioning, EightPixels(), "small")
+        flux = Flux(network, FlowSchedule(), lambda prompts: conditioning, EightPixels(), "small")
         flux.embedded_guidance = 2.0 if network.config.guidance_embeds else None
         return flux
 
-    network = flux_in.diffusers_transformer(model)
-    ours = made(network)
-    plain = native(model.clone())
-    found = {
-        "transformer from native": difference(ours.denoise(latents, times, conditioning), plain),
-        "scale of the output": plain.abs().max().item(),
-        "what guidance changes": difference(native(model.clone(), guidance=5.0), plain),
-    }
-    lora = TransformerLora(network, RANK, ALPHA, ours.lora_modules("attention+feed-forward"), seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in lora.parameters.items():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
-    expected, state = ours.denoise(latents, times, conditioning), lora.file_state()
-    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)
-    found["modules of the LoRA that ComfyUI leaves out"] = len(state) / 2 - sum(map(len, patched.patches.values()))
-    found["LoRA in ComfyUI"] = difference(native(patched), expected)
-    found["what the LoRA changes"] = difference(expected, plain)
-    baked = made(flux_in.diffusers_transformer(patched))
-    found["LoRA baked in"] = difference(baked.denoise(latents, times, conditioning), expected)
-    again = flux_in.diffusers_transformer(model)
-    pipeline = FluxPipeline(None, None, None, None, None, None, again)
-    with TemporaryDirectory() as folder:
-        save_file(state, Path(folder) / "lora.safetensors")
-        pipeline.load_lora_weights(folder, weight_name="lora.safetensors")
-    ours.network = again
-    found["LoRA in diffusers"] = difference(ours.denoise(latents, times, conditioning), expected)
-    return found
+    with patched_in(model.clone()) as inner:
+        guided = difference(native(inner, guidance=5.0), native(inner))
+    return with_and_without_lora(
+        model,
+        native,
+        flux_in.diffusers_transformer,
+        made,
+        (latents, times, conditioning),
+        lambda network: FluxPipeline(None, None, None, None, None, None, network),
+    ) | {"what guidance changes": guided}
 
 
 def schedules(model) -> dict:
     """What the noise levels are read as, with ComfyUI's own nodes, and how far ComfyUI's simple scheduler is."""
-    import comfy.samplers
-
-    try:
-        from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingFlux
-    except ModuleNotFoundError:  # the fork's own place
-        from comfy_extras.nodes.nodes_model_advanced import ModelSamplingContinuousEDM, ModelSamplingFlux
-
-    from comfy_tdpo.process.flow import noise_levels
-
-    (half,) = ModelSamplingFlux().patch(model, 1.15, 0.5, 512, 512)
-    (edm,) = ModelSamplingContinuousEDM().patch(model, "v_prediction", 120.0, 0.002)
+    (half,) = node("ModelSamplingFlux").patch(model, 1.15, 0.5, 512, 512)
+    (edm,) = node("ModelSamplingContinuousEDM").patch(model, "v_prediction", 120.0, 0.002)
     found = {}
     for name, one in (("dev", model), ("dev at 512 px", half), ("schnell", small_flux(guided=False))):
         schedule = flux_in.flow_schedule(one)
-        theirs = comfy.samplers.calculate_sigmas(one.get_model_object("model_sampling"), "simple", 10)
-        ours, _ = noise_levels(schedule, 10)
-        found[name] = {"mu": math.log(schedule.shift), "levels": difference(theirs[:-1].double(), ours)}
+        found[name] = {"mu": math.log(schedule.shift), "levels": off_levels(one, schedule)}
     return {"schedules": found, "other levels": refusal(lambda: flux_in.flow_schedule(edm))}
 
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import comfy.model_base
@@ -18,27 +17,25 @@ import comfy.utils
 import torch
 import torch.nn.functional as F
 from accelerate import init_empty_weights
-from begin import CPU, PROMPTS, difference, drawn, patched_in, refusal
+from begin import CPU, PROMPTS, difference, drawn, refusal
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
-from safetensors.torch import save_file
-from sdxl import EightPixels, job, native_text, small_vae
-from small_models import draw_weights
+from families import EightPixels, job, native_vae, node, off_levels, with_and_without_lora
+from sdxl import native_text
+from small_models import draw_weights, small
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from comfy_tdpo.models import sd3_file
 from comfy_tdpo.models.conditioning import TensorConditioning
-from comfy_tdpo.models.lora import TransformerLora
 from comfy_tdpo.models.shipped import CONFIGS
-from comfy_tdpo.models.stable_diffusion_3 import LORA_MODULES, StableDiffusion3
-from comfy_tdpo.nodes.comfy import sd3_in, shapes_out
+from comfy_tdpo.models.stable_diffusion_3 import StableDiffusion3
+from comfy_tdpo.nodes.comfy import sd3_in
 from comfy_tdpo.nodes.comfy.encoded import EncodedPrompts
 from comfy_tdpo.nodes.comfy.whole import apply_model
 from comfy_tdpo.process.flow_schedule import FlowSchedule
 
-RANK, ALPHA = 4, 2.0
 WIDTHS = {"l": 32, "g": 48}  # of the CLIPs
 TEXT = 4096  # the width that ComfyUI fills the states to
 LAYERS = 2
@@ -49,23 +46,17 @@ def sd3() -> dict:
     encode = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True, joint=True, t5=True)
     long = " ".join(["red circle"] * 60)
     wide = drawn(2, 16, 12, 16)  # images of 128 x 96 pixels
-    found = texts(clip, encode) | transformers(model, encode(PROMPTS), wide) | schedules(model) | published()
+    found = texts(clip, encode) | schedules(model) | published()
+    found["networks"] = {"3.5 medium": network(model, encode(PROMPTS), wide)}
     found["a prompt too long"] = refusal(
         lambda: EncodedPrompts(clip, {long: long}, CPU, pooled=True, joint=True, t5=True)
     )
     found["a whole model"] = refusal(lambda: apply_model(model, {}, 1.0, "run 'mine'"))
-    vae = shapes_out._native_vae(small_vae(channels=16))
-    vae.latent_channels = 16
-    return found | {"job": job(model, clip, vae, steps=3)}
-
-
-class SmallSD3(comfy.supported_models.SD3):
-    """Stable Diffusion 3.5 medium's layout, narrower."""
-
-    unet_config: dict = {}
+    return found | {"job": job(model, clip, native_vae(channels=16), steps=3)}
 
 
 def small_sd3() -> comfy.model_patcher.ModelPatcher:
+    """In the layout of Stable Diffusion 3.5 medium."""
     config = {
         "in_channels": 16,
         "out_channels": 16,
@@ -83,12 +74,9 @@ def small_sd3() -> comfy.model_patcher.ModelPatcher:
         "qk_norm": "rms",
         "x_block_self_attn_layers": [0],
     }
-    family = SmallSD3(config)
-    family.set_inference_dtype(torch.float32, None)
-    base = family.get_model({})
-    draw_weights(base.diffusion_model)
-    base.diffusion_model.pos_embed = drawn(1, 16**2, 64 * LAYERS)  # a buffer, which comes from the file
-    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+    made = small(comfy.supported_models.SD3, config)
+    made.model.diffusion_model.pos_embed = drawn(1, 16**2, 64 * LAYERS)  # a buffer, which comes from the file
+    return made
 
 
 def small_clip() -> comfy.sd.CLIP:
@@ -154,64 +142,30 @@ def texts(clip, encode) -> dict:
     }
 
 
-def transformers(model, conditioning: TensorConditioning, latents: Tensor) -> dict[str, float]:
-    """The network with and without a LoRA, by ComfyUI, by us and by diffusers, for two latents."""
-    times = torch.tensor([10.0, 700.0])
-    states, pooled = conditioning.parts["states"], conditioning.parts["pooled"]
+def network(model, conditioning: TensorConditioning, latents: Tensor) -> dict[str, float]:
+    """For two latents."""
+    times, parts = torch.tensor([10.0, 700.0]), conditioning.parts
 
-    def native(patched) -> Tensor:
-        with patched_in(patched) as inner:
-            return inner.diffusion_model(latents, times, context=states, y=pooled)
+    def made(network) -> StableDiffusion3:
+        return StableDiffusion3(network, FlowSchedule(3.0), lambda prompts: conditioning, EightPixels(), "small")
 
-    network = sd3_in.diffusers_transformer(model)
-    ours = StableDiffusion3(network, FlowSchedule(3.0), lambda prompts: conditioning, EightPixels(), "small")
-    plain = native(model.clone())
-    found = {
-        "transformer from native": difference(ours.denoise(latents, times, conditioning), plain),
-        "scale of the output": plain.abs().max().item(),
-    }
-    lora = TransformerLora(network, RANK, ALPHA, LORA_MODULES["attention+feed-forward"], seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in lora.parameters.items():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
-    expected, state = ours.denoise(latents, times, conditioning), lora.file_state()
-    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)
-    found["modules of the LoRA that ComfyUI leaves out"] = len(state) / 2 - sum(map(len, patched.patches.values()))
-    found["LoRA in ComfyUI"] = difference(native(patched), expected)
-    found["what the LoRA changes"] = difference(expected, plain)
-    baked = StableDiffusion3(
-        sd3_in.diffusers_transformer(patched), FlowSchedule(3.0), lambda prompts: conditioning, EightPixels(), "small"
+    return with_and_without_lora(
+        model,
+        lambda inner: inner.diffusion_model(latents, times, context=parts["states"], y=parts["pooled"]),
+        sd3_in.diffusers_transformer,
+        made,
+        (latents, times, conditioning),
+        lambda network: StableDiffusion3Pipeline(network, None, *(None,) * 7),
     )
-    found["LoRA baked in"] = difference(baked.denoise(latents, times, conditioning), expected)
-    again = sd3_in.diffusers_transformer(model)
-    pipeline = StableDiffusion3Pipeline(again, None, *(None,) * 7)
-    with TemporaryDirectory() as folder:
-        save_file(state, Path(folder) / "lora.safetensors")
-        pipeline.load_lora_weights(folder, weight_name="lora.safetensors")
-    ours.network = again
-    found["LoRA in diffusers"] = difference(ours.denoise(latents, times, conditioning), expected)
-    return found
 
 
 def schedules(model) -> dict:
     """What the noise levels are read as, with ComfyUI's own nodes, and how far ComfyUI's simple scheduler is."""
-    import comfy.samplers
-
-    try:
-        from comfy_extras.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
-    except ModuleNotFoundError:  # the fork's own place
-        from comfy_extras.nodes.nodes_model_advanced import ModelSamplingFlux, ModelSamplingSD3
-
-    from comfy_tdpo.process.flow import noise_levels
-
-    (shifted,) = ModelSamplingSD3().patch(model, 5.0)
-    (flux,) = ModelSamplingFlux().patch(model, 1.15, 0.5, 512, 512)
-    found = {"shifts": [sd3_in.flow_schedule(one).shift for one in (model, shifted)]}
-    theirs = comfy.samplers.calculate_sigmas(shifted.get_model_object("model_sampling"), "simple", 10)
-    ours, _ = noise_levels(sd3_in.flow_schedule(shifted), 10)
-    return found | {
-        "levels": difference(theirs[:-1].double(), ours),
+    (shifted,) = node("ModelSamplingSD3").patch(model, 5.0)
+    (flux,) = node("ModelSamplingFlux").patch(model, 1.15, 0.5, 512, 512)
+    return {
+        "shifts": [sd3_in.flow_schedule(one).shift for one in (model, shifted)],
+        "levels": off_levels(shifted, sd3_in.flow_schedule(shifted)),
         "other levels": refusal(lambda: sd3_in.flow_schedule(flux)),
     }
 

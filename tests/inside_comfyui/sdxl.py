@@ -1,7 +1,5 @@
 """Stable Diffusion XL as MODEL, CLIP and VAE of ComfyUI, and as ours: the true classes, with small random weights."""
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import comfy.model_detection
@@ -14,21 +12,19 @@ import comfy.utils
 import torch
 from accelerate import init_empty_weights
 from begin import CPU, PROMPTS, difference, drawn, patched_in
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
-from small_models import small_xl, trained
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from families import EightPixels, job, native_vae, with_and_without_lora
+from small_models import small_xl
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from comfy_tdpo.models.conditioning import TensorConditioning
-from comfy_tdpo.models.lora import UNetLora
 from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer, read_config
 from comfy_tdpo.models.stable_diffusion import ClipPair, ClipText, StableDiffusion
-from comfy_tdpo.nodes.comfy import models_in, shapes_out
+from comfy_tdpo.nodes.comfy import models_in
 from comfy_tdpo.nodes.comfy.encoded import EncodedPrompts
 
 TEXTS = {"l": (CLIPTextModel, 32), "g": (CLIPTextModelWithProjection, 48)}
-RANK, ALPHA = 4, 2.0
 
 
 def sdxl() -> dict:
@@ -36,9 +32,8 @@ def sdxl() -> dict:
     encoded = EncodedPrompts(clip, {prompt: prompt for prompt in PROMPTS}, CPU, pooled=True)(PROMPTS)
     expected = ours(PROMPTS)
     found = {name: difference(encoded.parts[name], expected.parts[name]) for name in ("states", "pooled")}
-    found |= unets(model, encoded)
-    vae = shapes_out._native_vae(small_vae())
-    return found | published() | {"job": job(model, clip, vae)}
+    found["networks"] = {"XL": network(model, encoded)}
+    return found | published() | {"job": job(model, clip, native_vae())}
 
 
 def published() -> dict[str, list[str]]:
@@ -101,72 +96,26 @@ def native_text(network, name: str, device, dtype) -> comfy.sd1_clip.SDClipModel
     return part
 
 
-def unets(model, conditioning: TensorConditioning) -> dict[str, float]:
-    """The network with and without a LoRA, by ComfyUI, by us and by diffusers, for images of 128 x 96 pixels."""
+def network(model, conditioning: TensorConditioning) -> dict[str, float]:
+    """For images of 128 x 96 pixels."""
     latents, times = drawn(2, 4, 12, 16), torch.tensor([10, 700])
     states, pooled = conditioning.parts["states"], conditioning.parts["pooled"]
-    sizes = {"width": 128, "height": 96}
 
-    def native(patched, **sizes: int) -> Tensor:
-        with patched_in(patched) as inner:
-            y = inner.encode_adm(pooled_output=pooled, **sizes)
-            return inner.diffusion_model(latents, times, context=states, y=y)
+    def native(inner, width: int = 128, height: int = 96) -> Tensor:
+        y = inner.encode_adm(pooled_output=pooled, width=width, height=height)
+        return inner.diffusion_model(latents, times, context=states, y=y)
 
-    unet = models_in.diffusers_unet(model)
-    ours = StableDiffusion(unet, models_in.scheduler_of(model), lambda prompts: conditioning, EightPixels(), "small")
-    plain = native(model.clone(), **sizes)
-    found = {
-        "unet from native": difference(ours.denoise(latents, times, conditioning), plain),
-        "scale of the output": plain.abs().max().item(),
-        "what the sizes change": difference(native(model.clone(), width=96, height=128), plain),
-    }
-    lora = UNetLora(unet, RANK, ALPHA, "attention+feed-forward", seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in lora.parameters.items():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
-    expected, state = ours.denoise(latents, times, conditioning), lora.file_state()
-    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)
-    found["modules of the LoRA that ComfyUI leaves out"] = len(state) / 3 - len(patched.patches)
-    found["LoRA in ComfyUI"] = difference(native(patched, **sizes), expected)
-    found["what the LoRA changes"] = difference(expected, plain)
-    again = models_in.diffusers_unet(model)
-    pipeline = StableDiffusionXLPipeline(*(None,) * 5, again, ours.scheduler)
-    with TemporaryDirectory() as folder:
-        save_file(state, Path(folder) / "lora.safetensors")
-        pipeline.load_lora_weights(folder, weight_name="lora.safetensors")
-    ours.network = again
-    found["LoRA in diffusers"] = difference(ours.denoise(latents, times, conditioning), expected)
-    return found
+    def made(unet) -> StableDiffusion:
+        return StableDiffusion(unet, scheduler, lambda prompts: conditioning, EightPixels(), "small")
 
-
-class EightPixels:
-    factor = 8
-
-
-def small_vae(channels: int = 4) -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32,) * 4,
-        layers_per_block=1,
-        latent_channels=channels,
-        sample_size=64,
-    ).eval()
-
-
-def job(model, clip, vae, steps: int = 2, resolution: str = "64x96") -> dict:
-    """How a run of the preset that a node takes for this MODEL ends, but for its size."""
-    from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
-
-    wires = models_in.Wires(model, clip, vae)
-    small = f'precision = "fp32"\nguards = []\nresolution = "{resolution}"\noutput.grid_images = 2'
-    numbers = {"epochs": 1, "samples_per_epoch": 4}
-    wanted = wires.wanted(
-        reward=RewardChoice({"shapes-aesthetic": 1.0}), numbers=numbers, settings=small, prompt_set="shapes"
-    )
-    preset = wanted.config()
-    config = preset.model_copy(update={"steps": steps})
-    with TemporaryDirectory() as folder:
-        return trained(wires, config, Path(folder) / "run") | {"preset's steps": preset.steps}
+    scheduler = models_in.scheduler_of(model)
+    with patched_in(model.clone()) as inner:
+        turned = difference(native(inner, width=96, height=128), native(inner))
+    return with_and_without_lora(
+        model,
+        native,
+        models_in.diffusers_unet,
+        made,
+        (latents, times, conditioning),
+        lambda unet: StableDiffusionXLPipeline(*(None,) * 5, unet, scheduler),
+    ) | {"what the sizes change": turned}

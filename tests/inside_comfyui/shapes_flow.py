@@ -3,8 +3,8 @@
 import comfy.sample
 import torch
 from begin import CPU, PROMPTS, difference, drawn
-from sd3 import transformers
-from sdxl import job
+from families import job
+from sd3 import network
 
 from comfy_tdpo.models import load_model
 from comfy_tdpo.nodes.comfy import models_in, sd3_in, shapes_out
@@ -28,7 +28,7 @@ def shapes_flow() -> dict:
         "native transformer": difference(native, ours.denoise(latents, times, expected)),
         "shift": sd3_in.flow_schedule(model).shift,
         "drawn by ComfyUI": difference(drawn_by_comfyui(model, encode), drawn_by_us(ours)),
-        "lora": transformers(model, expected, latents),
+        "networks": {"Shapes": network(model, expected, latents)},
         "preset": models_in.Wires(model, clip, vae).wanted(reward=None).preset,
         "job": job(model, clip, vae, steps=3, resolution="64"),
     }

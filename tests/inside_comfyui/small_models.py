@@ -173,12 +173,6 @@ def small_sd2(quantised: bool = False) -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
 
 
-class SmallXL(comfy.supported_models.SDXL):
-    """Stable Diffusion XL's layout, narrower."""
-
-    unet_config: dict = {}
-
-
 def small_xl() -> comfy.model_patcher.ModelPatcher:
     """With 80 channels of text, 48 of them pooled."""
     config = {
@@ -201,11 +195,7 @@ def small_xl() -> comfy.model_patcher.ModelPatcher:
         "use_temporal_attention": False,
         "legacy": False,
     }
-    family = SmallXL(config)
-    family.set_inference_dtype(torch.float32, None)
-    base = family.get_model({})
-    draw_weights(base.diffusion_model)
-    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+    return small(comfy.supported_models.SDXL, config)
 
 
 def sd1() -> dict[str, float]:
@@ -220,6 +210,15 @@ def sd1() -> dict[str, float]:
     found = both_ways(model, models_in.diffusers_unet(model), latents, context)
     again = models_in.diffusers_unet(model)(latents, torch.tensor([700]), context).sample
     return found | {"as it was before ComfyUI": difference(again, expected)}
+
+
+def small(kind: type, config: dict) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL of the family `kind` of ComfyUI, of other sizes than its own, with random weights."""
+    family = type(f"Small{kind.__name__}", (kind,), {"unet_config": {}})(config)
+    family.set_inference_dtype(torch.float32, None)
+    base = family.get_model({})
+    draw_weights(base.diffusion_model)
+    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
 
 
 def draw_weights(network: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import comfy.model_detection
@@ -15,11 +14,10 @@ import comfy.text_encoders.llama
 import comfy.utils
 import torch
 from accelerate import init_empty_weights
-from begin import CPU, PROMPTS, difference, drawn, patched_in, refusal
+from begin import CPU, PROMPTS, difference, drawn, refusal
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
-from safetensors.torch import save_file
-from sdxl import EightPixels, job, small_vae
-from small_models import draw_weights
+from families import EightPixels, job, native_vae, node, off_levels, with_and_without_lora
+from small_models import draw_weights, small
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
@@ -27,7 +25,7 @@ from comfy_tdpo.models.conditioning import ListConditioning
 from comfy_tdpo.models.lora import TransformerLora
 from comfy_tdpo.models.shipped import CONFIGS, read_config
 from comfy_tdpo.models.z_image import LORA_MODULES, QwenText, ZImage
-from comfy_tdpo.nodes.comfy import models_in, shapes_out, z_image_in
+from comfy_tdpo.nodes.comfy import models_in, z_image_in
 from comfy_tdpo.nodes.comfy.whole import apply_model
 
 RANK, ALPHA = 4, 2.0
@@ -54,10 +52,8 @@ def z_image() -> dict:
         "tokens of ours": [len(states) for states in expected],
         "a whole model": refusal(lambda: apply_model(model, {}, 1.0, "run 'mine'")),
     }
-    found |= transformers(model, encode(PROMPTS)) | schedules(model) | published()
-    vae = shapes_out._native_vae(small_vae(channels=16))
-    vae.latent_channels = 16
-    return found | {"job": job(model, clip, vae, steps=3)}
+    found |= {"networks": {"Z-Image": network(model, encode(PROMPTS))}} | schedules(model) | published()
+    return found | {"job": job(model, clip, native_vae(channels=16), steps=3)}
 
 
 def as_lumina_2() -> SimpleNamespace:
@@ -88,16 +84,7 @@ def small_z_image() -> comfy.model_patcher.ModelPatcher:
         "pad_tokens_multiple": 32,
     }
 
-    class SmallZImage(comfy.supported_models.ZImage):
-        """Z-Image's layout, narrower."""
-
-        unet_config: dict = {}
-
-    family = SmallZImage(config)
-    family.set_inference_dtype(torch.float32, None)
-    base = family.get_model({})
-    draw_weights(base.diffusion_model)
-    return comfy.model_patcher.ModelPatcher(base, load_device=CPU, offload_device=CPU)
+    return small(comfy.supported_models.ZImage, config)
 
 
 def texts() -> tuple[comfy.sd.CLIP, QwenText]:
@@ -151,68 +138,40 @@ def texts() -> tuple[comfy.sd.CLIP, QwenText]:
     return clip, QwenText(tokenizer, network)
 
 
-def transformers(model, conditioning: ListConditioning) -> dict[str, float]:
-    """The network with and without a LoRA, by ComfyUI, by us and by diffusers, for images of 128 x 96 pixels."""
+def network(model, conditioning: ListConditioning) -> dict[str, float]:
+    """For images of 128 x 96 pixels."""
     latents, times = drawn(2, 16, 12, 16), torch.tensor([0.01, 0.7])
 
-    def native(patched) -> Tensor:
-        with patched_in(patched) as inner:
-            rows = [
-                inner.diffusion_model(latents[[k]], times[[k]], context=states[None], num_tokens=len(states))
-                for k, states in enumerate(conditioning.states)
-            ]
+    def native(inner) -> Tensor:
+        rows = [
+            inner.diffusion_model(latents[[k]], times[[k]], context=states[None], num_tokens=len(states))
+            for k, states in enumerate(conditioning.states)
+        ]
         return torch.cat(rows)
 
-    def ours(network) -> Tensor:
-        family = ZImage(network, z_image_in.flow_schedule(model), lambda prompts: conditioning, EightPixels(), "small")
-        return family.denoise(latents, times, conditioning)
+    def made(network) -> ZImage:
+        return ZImage(network, z_image_in.flow_schedule(model), lambda prompts: conditioning, EightPixels(), "small")
 
-    network = z_image_in.diffusers_transformer(model)
-    plain = native(model.clone())
-    found = {
-        "transformer from native": difference(ours(network), plain),
-        "scale of the output": plain.abs().max().item(),
-    }
-    lora = TransformerLora(network, RANK, ALPHA, LORA_MODULES["attention+feed-forward"], seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in lora.parameters.items():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.02, generator=generator)
-    expected, state = ours(network), lora.file_state()
-    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(state), 1.0, 0)
-    found["modules of the LoRA that ComfyUI leaves out"] = len(state) / 2 - sum(map(len, patched.patches.values()))
-    found["LoRA in ComfyUI"] = difference(native(patched), expected)
-    found["what the LoRA changes"] = difference(expected, plain)
-    found["LoRA baked in"] = difference(ours(z_image_in.diffusers_transformer(patched)), expected)
-    again = z_image_in.diffusers_transformer(model)
-    pipeline = ZImagePipeline(None, None, None, None, again)
-    with TemporaryDirectory() as folder:
-        save_file(state, Path(folder) / "lora.safetensors")
-        pipeline.load_lora_weights(folder, weight_name="lora.safetensors")
-    found["LoRA in diffusers"] = difference(ours(again), expected)
-    return found
+    return with_and_without_lora(
+        model,
+        native,
+        z_image_in.diffusers_transformer,
+        made,
+        (latents, times, conditioning),
+        lambda network: ZImagePipeline(None, None, None, None, network),
+        change=0.02,
+    )
 
 
 def schedules(model) -> dict:
     """What the noise levels are read as, with ComfyUI's own nodes, which preset they stand for, and how far ComfyUI's
     simple scheduler is."""
-    import comfy.samplers
-
-    try:
-        from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow, ModelSamplingFlux
-    except ModuleNotFoundError:  # the fork's own place
-        from comfy_extras.nodes.nodes_model_advanced import ModelSamplingAuraFlow, ModelSamplingFlux
-
-    from comfy_tdpo.process.flow import noise_levels
-
-    (base,) = ModelSamplingAuraFlow().patch_aura(model, 6.0)
-    (flux,) = ModelSamplingFlux().patch(model, 1.15, 0.5, 512, 512)
-    schedule = z_image_in.flow_schedule(base)
-    theirs = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), "simple", 10)
+    (base,) = node("ModelSamplingAuraFlow").patch_aura(model, 6.0)
+    (flux,) = node("ModelSamplingFlux").patch(model, 1.15, 0.5, 512, 512)
     return {
         "shifts": [z_image_in.flow_schedule(one).shift for one in (model, base)],
         "presets": [z_image_in.preset_of(one) for one in (model, base)],
-        "levels": difference(theirs[:-1].double(), noise_levels(schedule, 10)[0]),
+        "levels": off_levels(base, z_image_in.flow_schedule(base)),
         "other levels": refusal(lambda: z_image_in.flow_schedule(flux)),
     }
 
