@@ -67,6 +67,7 @@ def latents_of(model) -> torch.Tensor:
     ("kind", "algorithm", "train"),
     [
         *((kind, "tdpo-r", "lora") for kind in ("sdxl", "sd3", "flux-dev", "z-image-turbo")),
+        *((kind, "ddpo-100", "lora") for kind in ("sdxl", "sd3", "flux-schnell", "z-image")),
         *((kind, "draft", "full") for kind in ("sdxl", "sd3", "flux-schnell", "z-image")),
     ],
 )

@@ -1,5 +1,7 @@
 """What a single file of each family lacks, and where it is read instead."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,14 +29,16 @@ SD3, FLUX, Z_IMAGE = (file.LAYOUT for file in (sd3_file, flux_file, z_image_file
     ],
 )
 def test_what_a_file_and_its_folder_lack_is_named(tmp_path, layout, inside, beside, missing):
-    """And where it is found. CLIP's tokenizers come with the package, and Stable Diffusion 3 needs no T5."""
+    """Already by `outline`, and with where it is found. CLIP's tokenizers come with the package, and Stable Diffusion 3
+    needs no T5."""
     path, held = tmp_path / "mine.safetensors", ["transformer", *inside]
     save_file({f"{layout.parts[name].begins[0]}0.weight": torch.zeros(1) for name in held}, path)
     for name in beside:
         (tmp_path / name).mkdir()
     file = ModelFile(layout, Weights([path]), tmp_path)
     expected = f"{path} has {', '.join(held)} of {layout.family}, and neither the file nor its folder has {missing};"
-    with pytest.raises(ValueError) as error:
-        file.load(torch.float32)
-    assert str(error.value).startswith(expected)
-    assert f"move it into a download of {layout.downloads}" in str(error.value)
+    for read in (file.outline, partial(file.load, torch.float32)):
+        with pytest.raises(ValueError) as error:
+            read()
+        assert str(error.value).startswith(expected)
+        assert f"move it into a download of {layout.downloads}" in str(error.value)

@@ -81,7 +81,12 @@ class ModelFile:
     networks: dict[str, nn.Module] = field(default_factory=dict)
 
     def outline(self) -> tuple[FlowSchedule, int]:
-        """Its noise schedule, and its pixels for each element of a latent."""
+        """Its noise schedule, and its pixels for each element of a latent.
+
+        Raises:
+            ValueError: a component is missing.
+        """
+        self._beside()
         return self._schedule(), latent_factor(self.configs)
 
     def load(self, dtype: torch.dtype) -> tuple[FlowSchedule, dict[str, Any]]:
