@@ -109,4 +109,6 @@ class _Answering:
         finally:
             too_long.cancel()
         assert answer, self._errors.read_text()
-        return json.loads(answer)
+        found = json.loads(answer)
+        assert "traceback" not in found, found["traceback"]
+        return found

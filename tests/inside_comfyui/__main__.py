@@ -8,6 +8,7 @@ quantised, scaled, needs, refusals, damaged; ["lora", FILE], ["whole", FILE], ["
 
 import json
 import sys
+import traceback
 
 import begin  # noqa: F401 - before all others
 import torch
@@ -31,5 +32,9 @@ questions |= {"syntax": syntax, "weights": weights, "quantised": quantised, "sca
 for line in sys.stdin:
     question, *about = json.loads(line)
     torch.manual_seed(0)
-    with torch.no_grad():
-        print(json.dumps(questions[question](*about)), flush=True)
+    try:
+        with torch.no_grad():
+            answer = questions[question](*about)
+    except Exception:
+        answer = {"traceback": traceback.format_exc()}
+    print(json.dumps(answer), flush=True)

@@ -13,6 +13,7 @@ from small_models import both_ways, small_sd2
 from torch import Tensor, nn
 
 from comfy_tdpo.nodes.comfy import models_in
+from comfy_tdpo.nodes.comfy.baked import baked_weights, model_name
 from comfy_tdpo.nodes.comfy.weights_in import check_plain
 
 LAYER = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
@@ -42,14 +43,14 @@ def quantised() -> dict[str, float | bool | str]:
     """How far what is read is from the codes times the scale, in every form in which a MODEL may keep a weight."""
     model, (codes, scale, change) = small_sd2(), quantised_parts()
     layer, truth = model.model.get_submodule(f"diffusion_model.{LAYER}"), codes.float() * scale
-    plain_name = models_in.model_name(model)
+    plain_name = model_name(model)
     put(layer, Coded(codes, scale))
     list_more(layer)
     refuse_to_load(model)
     found: dict[str, float | bool | str] = {"coded": difference(read(model), truth)}
     found["copied"] = difference(read(model), truth)  # the first reading has changed nothing
-    name = models_in.model_name(model)
-    found["name"] = len({plain_name, name, models_in.model_name(model)}) == 2
+    name = model_name(model)
+    found["name"] = len({plain_name, name, model_name(model)}) == 2
     layer.convert_weight = lambda weight, inplace=False: weight.dequantize() if isinstance(weight, Coded) else weight
     found["converted by its layer"] = difference(read(model), truth)
     tuned = model.clone()
@@ -58,13 +59,13 @@ def quantised() -> dict[str, float | bool | str]:
     model.backup[KEY] = SimpleNamespace(weight=layer.weight)
     put(layer, torch.full_like(truth, 7.0))
     found["patched meanwhile"] = difference(read(tuned), truth + 0.5 * change)
-    found["name while patched"] = models_in.model_name(model) == name
+    found["name while patched"] = model_name(model) == name
     del model.backup[KEY]
     put(layer, Coded(codes, 2 * scale))
-    found["name by the scale"] = models_in.model_name(model) != name
+    found["name by the scale"] = model_name(model) != name
     put(layer, torch.empty(codes.shape, device="meta"))
     found["absent from the file"] = difference(read(tuned), 0.5 * change)
-    models_in.model_name(model)
+    model_name(model)
     del layer.convert_weight
     return found | {"read-only": difference(*mapped(model, layer))} | quantised_refusals(layer, codes, scale)
 
@@ -81,7 +82,7 @@ def put(layer: nn.Module, weight: Tensor) -> None:
 
 
 def read(model) -> Tensor:
-    return models_in.baked_weights(model, torch.float32)[f"{LAYER}.weight"]
+    return baked_weights(model, torch.float32)[f"{LAYER}.weight"]
 
 
 def list_more(layer: nn.Module) -> None:
@@ -113,7 +114,7 @@ def mapped(model, layer: nn.Module) -> tuple[Tensor, Tensor]:
         layer.weight = nn.Parameter(view, requires_grad=False)
         layer.convert_weight = lambda weight, inplace=False: weight.mul_(2) if inplace else weight * 2
         found = read(model)
-        models_in.model_name(model)
+        model_name(model)
         put(layer, truth)
         del layer.convert_weight
     return found, 2 * truth
@@ -150,14 +151,14 @@ def scaled() -> dict[str, float | bool]:
     change = 0.1 * drawn(64, 64)
     tuned = model.clone()
     tuned.add_patches({KEY: ("diff", (change,))}, 0.5)
-    found = {"plain": furthest(model, truth), "name": models_in.model_name(model) != models_in.model_name(tuned)}
-    name, weight = models_in.model_name(tuned), f"{LAYER}.weight"
+    found = {"plain": furthest(model, truth), "name": model_name(model) != model_name(tuned)}
+    name, weight = model_name(tuned), f"{LAYER}.weight"
     tuned_truth = truth | {weight: truth[weight] + 0.5 * change}
     found["with a LoRA"] = furthest(tuned, tuned_truth)
     found |= both_ways(model, models_in.diffusers_unet(model), drawn(2, 4, 16, 16), drawn(2, 7, 48))
     tuned.patch_model(device_to=CPU)
     found["while loaded"] = furthest(tuned, tuned_truth)
-    found["name while loaded"] = models_in.model_name(tuned) == name
+    found["name while loaded"] = model_name(tuned) == name
     tuned.unpatch_model(device_to=CPU)
     codes = getattr(kept, "_qdata", kept)
     found["the codes are as before"] = bool((codes.float() == state[weight].float()).all())
@@ -165,7 +166,7 @@ def scaled() -> dict[str, float | bool]:
 
 
 def furthest(model, truth: dict[str, Tensor]) -> float:
-    baked = models_in.baked_weights(model, torch.float32)
+    baked = baked_weights(model, torch.float32)
     return max(difference(baked[name], weight) for name, weight in truth.items())
 
 
