@@ -163,7 +163,6 @@ def test_weights_in_prompts_reach_the_model_and_not_the_rewards(server):
     assert server.status("weighed-2")["message"].startswith(said)
 
 
-@in_each
 def test_a_run_recommends_a_lora_that_apply_takes(server):
     """Also a run that has finished before, which is not trained again."""
     told = server.run(train_graph("judged") | apply_graph(run=["train", 0], snapshot="recommended"))["info"]["text"]
@@ -181,7 +180,6 @@ def test_a_run_recommends_a_lora_that_apply_takes(server):
     assert outputs["info"]["text"] == ["run judged, after epoch 2, strength 0.4 (the recommended 0.5 times 0.8)"]
 
 
-@in_each
 def test_a_run_is_evaluated_cancelled_and_evaluated_further(server):
     """In the same file, which a whole evaluation would have written; nothing is scored twice."""
     train = train_graph("rated", settings="output.grid_images = 2\noutput.samples_every = 1", learning_rate=0.01)
@@ -200,7 +198,7 @@ def test_a_run_is_evaluated_cancelled_and_evaluated_further(server):
     assert status == 200 and body.startswith(b"\x89PNG")
 
     shutil.move(folder, folder.with_name("whole"))
-    many = train | evaluate_graph(images=64, prompts="a red circle")
+    many = train | evaluate_graph(images=32, prompts="a red circle")
     prompt = server.queue(many)
     wait_until(lambda: (folder / "evaluation.jsonl").exists(), "the first line")
     server.post("/interrupt")
@@ -473,7 +471,6 @@ def test_weights_of_rewards_are_chosen_from_their_folder(server):
         assert message in error and "\n" not in error, error
 
 
-@in_each
 def test_a_run_is_listed_compared_and_deleted(server):
     """Its LoRA stays for Load LoRA, and another run may take its name."""
     server.run(train_graph("unwanted"))

@@ -44,7 +44,7 @@ def nothing_loads(monkeypatch):
 
 
 def command(runs, out: Path, *more: str) -> list[str]:
-    asked = ["--rewards", "shapes-judge,shapes-gold", "--prompts", "shapes-unseen,shapes-complex", "--images", "2"]
+    asked = ["--rewards", "shapes-judge,shapes-gold", "--prompts", "shapes-unseen,shapes-complex", "--images", "1"]
     return ["evaluate", *map(str, runs), *asked, "--out", str(out), *more]
 
 
@@ -56,8 +56,8 @@ def test_ctrl_c_and_going_on_give_the_same_files(trained, tmp_path, start, capsy
     assert len(lines) == (1 + 3 * 2) * 2
     scores = [json.loads(line)["scores"] for line in lines]
     assert all(list(found) == ["shapes-aesthetic", "shapes-judge", "shapes-gold"] for found in scores)
-    assert [len(found["shapes-gold"]) for found in scores] == [16, 8] * 7
-    assert "evaluating: 168 of 168 images" in told.err
+    assert [len(found["shapes-gold"]) for found in scores] == [8, 4] * 7
+    assert "evaluating: 84 of 84 images" in told.err
     assert [line.split()[:2] for line in told.out.splitlines()[2:9]] == [
         ["base", "-"],
         *([algorithm, epoch] for algorithm in ("tdpo-g", "ddpo-100", "ddpo-2") for epoch in "12"),

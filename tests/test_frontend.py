@@ -678,7 +678,7 @@ def screenshot(tab: Tab, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shown", [shown_by("bundled", "LiteGraph"), shown_by("bundled", "Vue"), *NEWEST])
+@pytest.mark.parametrize("shown", [shown_by("bundled", "LiteGraph"), *NEWEST])
 def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, servers, shown):
     frontend, renderer = shown
     server = servers(frontend)

@@ -19,7 +19,7 @@ from comfy_tdpo.trainer.overoptimisation import Overoptimisation
 from comfy_tdpo.trainer.run import RunFolder, TrainingError
 from comfy_tdpo.trainer.run.checkpoint import load_latest, save_checkpoint
 
-STRIDE = 9  # steps from one stop to the next
+STRIDE = 13  # steps from one stop to the next
 VARIANTS = {
     "tdpo-r with kl and resets of the policy": {
         "kl": {"coefficient": 0.1, "target": 1.0, "horizon": 50},

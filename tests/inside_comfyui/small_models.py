@@ -207,8 +207,9 @@ def sd1() -> dict[str, float]:
     latents, context = drawn(1, 4, 8, 8), drawn(1, 77, 768)
     expected = ours(latents, torch.tensor([700]), context).sample
     del ours
-    found = both_ways(model, models_in.diffusers_unet(model), latents, context)
-    again = models_in.diffusers_unet(model)(latents, torch.tensor([700]), context).sample
+    converted = models_in.diffusers_unet(model)
+    found = both_ways(model, converted, latents, context)
+    again = converted(latents, torch.tensor([700]), context).sample
     return found | {"as it was before ComfyUI": difference(again, expected)}
 
 
