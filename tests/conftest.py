@@ -42,6 +42,11 @@ SD1_SCHEDULE = {
 }
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since tests wait for a browser or a server a fifth of the time."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory) -> Path:
     """The shipped configurations with tiny sizes."""
