@@ -132,8 +132,9 @@ def diffusers_unet(model: comfy.model_patcher.ModelPatcher, dtype: torch.dtype =
     Raises:
         ValueError: the MODEL is not Stable Diffusion 1.x, 2.x or XL.
     """
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    return converted(model, dtype, UNet2DConditionModel, diffusers_config(model), names)
+    config = diffusers_config(model)  # refuses other families, whose names are not looked up then
+    places = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    return converted(model, dtype, UNet2DConditionModel, config, places)
 
 
 def diffusers_config(model: comfy.model_patcher.ModelPatcher) -> dict:
