@@ -28,6 +28,9 @@ from comfy_tdpo.settings import PolicySettings
 from comfy_tdpo.shapes.encoders import MAX_TOKENS
 from comfy_tdpo.shapes.tokenizer import build_tokenizer
 
+# The files that take minutes. They begin first, or one process would still work on one when the others have ended.
+LONGEST = ["test_native", "test_comfyui", "test_frontend", "test_cli", "test_workflows", "test_resume", "test_families"]
+
 WIDTH = 32  # of the U-Net, the autoencoder and the text encoder
 RESOLUTION = 16  # pixels; the autoencoder halves them, so latents are 4 x 8 x 8
 
@@ -45,6 +48,10 @@ SD1_SCHEDULE = {
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores, since tests wait for a browser or a server a fifth of the time."""
     return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")

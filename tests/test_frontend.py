@@ -751,9 +751,9 @@ def test_runs_wait_in_a_queue_say_so_and_are_stopped_one_by_one(browser, servers
         page.evaluate(CHANGE, ENDLESS | {"run_name": name, "epochs": 2 if name == third else 500})
         page.locator(RUN_BUTTON).first.click()
         server.until(name.replace(" ", "%20"), lambda status: status["state"] in ("running", "waiting"))
+    page.locator(f".tdpo-run[title='{third}']").wait_for()
     tab.wait_for_state("Waiting to start")
     waits = f"Waits for run '{first}' to end, then starts by itself. Stop takes it out of the queue."
-    assert page.locator(".tdpo-run").get_attribute("title") == third
     assert page.locator(".tdpo-message").text_content() == waits
 
     page.get_by_role("button", name="All runs").click()
