@@ -284,6 +284,7 @@ def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
         prompts=lambda epoch: [PROMPT],
         check=lambda: None,
         record=lambda *_: None,
+        record_policy=lambda *_: None,
     )
     return Unchecked(context)
 

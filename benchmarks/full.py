@@ -1,8 +1,9 @@
 """All weights or a LoRA, at equal reward queries: `python benchmarks/full.py`.
 
 Trains both on Shapes, by the recipe and by TDPO-R, over paired seeds (the same prompts and noise), and compares what
-is gained and lost after the same number of queries, the policy's dormant neurons, and what it takes. Writes full.jsonl
-(one line per run: the series of each epoch), full.md and full.png beside this file.
+is gained and lost after the same number of queries, the policy's dormant neurons, and what it takes. With all weights,
+TDPO-R also resets the policy's neurons, the dormant or the active ones. Writes full.jsonl (one line per run: the series
+of each epoch), full.md, full.png and full-neurons.png beside this file.
 
 A run that full.jsonl holds already is not repeated, and a stopped one is resumed.
 """
@@ -21,6 +22,8 @@ from pairs import Line, Runs, Series, at, by_variant, gains, lost, results, row,
 
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE
+from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.run.neuron_log import read_policy_neurons
 
 HERE = Path(__file__).parent
 REWARD, GOLD, JUDGE = "shapes-aesthetic", "shapes-gold", "shapes-judge"
@@ -28,8 +31,12 @@ SEEDS = 3
 LEVEL = 0.75  # of the training reward gained, for the queries that it takes
 LORA, FULL = "LoRA", "all weights"
 ALGORITHMS = ("ddpo-g", "tdpo-r")
-KINDS: dict[str, dict[str, Any]] = {LORA: {"train": "lora"}, FULL: {"train": "full"}}
-VARIANTS = {f"{algorithm}, {kind}": (algorithm, kind) for algorithm in ALGORITHMS for kind in KINDS}
+KINDS = {LORA: "lora", FULL: "full"}
+RESETS, EVERY = ("dormant", "active"), 3  # which of the policy's neurons, and the epochs between two resets
+VARIANTS = {f"{algorithm}, {kind}": (algorithm, kind, "none") for algorithm in ALGORITHMS for kind in KINDS}
+WHOLE = f"tdpo-r, {FULL}"
+VARIANTS |= {f"{WHOLE}, {reset} reset": ("tdpo-r", FULL, reset) for reset in RESETS}
+LAYERS = ("dormant", "reset")  # what is shown of each layer
 NAMES = {
     "queries": "reward_queries",
     "reward": f"reward/{REWARD}/mean",
@@ -56,21 +63,35 @@ def main() -> None:
         parser.error(f"got variant {unknown[0]!r}; expected some of {'; '.join(VARIANTS)}")
     wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
     configure = partial(config_of, epochs=args.epochs)
-    train_missing(wanted, configure, lambda run: series(run.metrics(), NAMES), args.runs, args.out, args.jobs)
+    train_missing(wanted, configure, series_of, args.runs, args.out, args.jobs)
     found = results(args.out)
     if not found:
         parser.error(f"got no results in {args.out} and no variants to train; expected either")
     runs = by_variant(found, VARIANTS, configure)
     draw(runs, args.out.with_suffix(".png"))
+    draw_neurons(runs, args.out.with_name(f"{args.out.stem}-neurons.png"))
     args.out.with_suffix(".md").write_text(page(runs, found), encoding="utf-8")
 
 
 @cache
 def config_of(name: str, seed: int, epochs: int | None = None) -> TrainConfig:
-    algorithm, kind = VARIANTS[name]
-    changes: dict[str, Any] = {"algorithm": algorithm, "policy": KINDS[kind], "seed": seed}
-    changes |= {"eval_rewards": [JUDGE, GOLD], "neurons": {"policy_measure": True}}
+    algorithm, kind, reset = VARIANTS[name]
+    changes: dict[str, Any] = {"algorithm": algorithm, "policy": {"train": KINDS[kind]}, "seed": seed}
+    neurons = {"policy_measure": True} | ({"policy_reset": reset, "every": EVERY} if reset != "none" else {})
+    changes |= {"eval_rewards": [JUDGE, GOLD], "neurons": neurons}
     return make_config("shapes", overrides=changes | ({"epochs": epochs} if epochs else {}))
+
+
+def series_of(run: RunFolder) -> Series:
+    """What the page needs of each epoch; of all weights, also the percentage of each layer's neurons."""
+    epochs = series(run.metrics(), NAMES)
+    if run.config.policy.train == "full":
+        for share in LAYERS:
+            epochs[f"{share} by layer"] = [
+                {name: round(100 * number / record.count[name], 2) for name, number in getattr(record, share).items()}
+                for record in read_policy_neurons(run.path, run.config.epochs)
+            ]
+    return epochs
 
 
 # --- the page
@@ -134,6 +155,13 @@ def page(runs: Runs, found: list[Line]) -> str:
             _mean([sum(epochs["seconds"]) for epochs in seeds.values()], ".0f"),
             _mean([max(epochs["bytes"]) / 2**30 for epochs in seeds.values()], ".2f"),
         )
+    lines += [
+        "",
+        "Layer by layer, from the first to the last, without resets of the policy's neurons, and with resets after "
+        f"every {EVERY} epochs, then of the critic's active neurons too; means over seeds:",
+        "",
+        "![Dormant and reset neurons of each layer over the epochs](full-neurons.png)",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -164,6 +192,41 @@ def draw(runs: Runs, path: Path) -> None:
     panels[0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def draw_neurons(runs: Runs, path: Path) -> None:
+    """The dormant neurons of each layer, and below them those that were reset, in percent."""
+    whole = {name: seeds for name, seeds in runs.items() if name.startswith(WHOLE)}
+    if not whole:
+        return
+    figure, panels = pyplot.subplots(
+        2, len(whole), figsize=(4.2 * len(whole), 5.6), squeeze=False, layout="constrained"
+    )
+    for column, (name, seeds) in zip(panels.T, whole.items(), strict=True):
+        layers = sorted(next(iter(seeds.values()))["dormant by layer"][0], key=_depth)
+        for axes, share in zip(column, LAYERS, strict=True):
+            of_seeds = [
+                [[epoch.get(layer, 0.0) for epoch in epochs[f"{share} by layer"]] for layer in layers]
+                for epochs in seeds.values()
+            ]
+            shown = [
+                [statistics.fmean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*of_seeds, strict=True)
+            ]
+            edges = (0.5, len(shown[0]) + 0.5, len(layers) - 0.5, -0.5)
+            image = axes.imshow(shown, aspect="auto", vmin=0, extent=edges, cmap="viridis")
+            axes.set_title(f"{name}: {share}", fontsize="medium")
+            axes.set_yticks(
+                range(len(layers)), [layer.partition(".transformer")[0] for layer in layers], fontsize="x-small"
+            )
+            axes.set_xlabel("epoch")
+            figure.colorbar(image, ax=axes, label="percent")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def _depth(layer: str) -> tuple[int, str]:
+    """Where a layer of a U-Net comes: on the way down, in the middle, on the way up."""
+    return ("down", "mid", "up").index(layer.partition("_")[0]), layer
 
 
 if __name__ == "__main__":

@@ -7,7 +7,14 @@ from accelerate import Accelerator
 from toy import Brightness, new_run
 
 from comfy_tdpo.trainer.plots.neurons import described, neuron_figure
-from comfy_tdpo.trainer.run.neuron_log import NEURONS, append_neurons, read_neurons
+from comfy_tdpo.trainer.run.neuron_log import (
+    NEURONS,
+    POLICY_NEURONS,
+    append_neurons,
+    append_policy_neurons,
+    read_neurons,
+    read_policy_neurons,
+)
 from comfy_tdpo.trainer.training import Training
 
 
@@ -40,6 +47,33 @@ def test_the_record_agrees_with_the_metrics(run):
         for layer in record.scores.values():
             assert np.mean(layer) == pytest.approx(1, abs=1e-3), "relative to the layer's mean"
     assert records[1].reset_count > 0 and records[0].reset == {}, "a reset every second epoch"
+
+
+@pytest.mark.parametrize("trains", ["lora", "full"])
+def test_the_policys_record_agrees_with_the_metrics_layer_by_layer(tmp_path, make_policy, trains):
+    neurons = {"policy_reset": "dormant", "policy_threshold": 0.5, "every": 2}
+    run = new_run(tmp_path / "run", policy={"train": trains}, neurons=neurons)
+    train(run, lambda **settings: make_policy(train=trains, **settings))
+    records = read_policy_neurons(run.path, 3)
+    assert [record.epoch for record in records] == [1, 2, 3]
+    for line, record in zip(run.metrics(), records, strict=True):
+        assert record.count.keys() == record.dormant.keys() and len(record.count) > 1
+        share = 100 * sum(record.dormant.values()) / sum(record.count.values())
+        assert share == pytest.approx(line["policy_neurons/dormant_percent"], abs=1e-4)  # float32
+        assert sum(record.reset.values()) == line["policy_neurons/reset_count"]
+    assert records[1].reset == records[1].dormant and sum(records[1].reset.values()) > 0
+    assert records[0].reset == records[2].reset == {}, "a reset every second epoch"
+
+
+def test_a_policy_that_is_not_measured_has_no_record(run):
+    assert not (run.path / POLICY_NEURONS).exists()
+
+
+def test_the_policys_epoch_that_ran_twice_counts_as_it_ran_last(tmp_path):
+    for active in (True, False):
+        append_policy_neurons(tmp_path, 1, {"ff": torch.tensor([True, active])}, {})
+    (record,) = read_policy_neurons(tmp_path, 1)
+    assert (record.count, record.dormant, record.reset) == ({"ff": 2}, {"ff": 1}, {})
 
 
 def test_an_epoch_that_ran_twice_counts_as_it_ran_last(tmp_path):

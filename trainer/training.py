@@ -8,12 +8,12 @@ Shapes: N samples of an epoch in this process, T denoising steps.
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from comfy_tdpo.memory import (
     first_micro_batch,
@@ -23,7 +23,7 @@ from comfy_tdpo.memory import (
     reset_peak_memory,
     smaller_micro_batch,
 )
-from comfy_tdpo.methods import make_method
+from comfy_tdpo.methods import TensorGroup, make_method
 from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
 from comfy_tdpo.optimizers import policy_optimizer, scheduled_lr, set_lr
@@ -41,7 +41,7 @@ from .overoptimisation import Overoptimisation
 from .run import EpochMetrics, RunFolder
 from .run.disk import check_disk
 from .run.identity import identity
-from .run.neuron_log import append_neurons
+from .run.neuron_log import append_neurons, append_policy_neurons
 from .run.tastes import told_of_changes
 from .state import TrainState, Watch
 
@@ -130,7 +130,8 @@ class Training:
             prompts=self._epoch_prompts,
             all_prompts=self.prompts,
             check=self._check_stop,
-            record=self._keep_neurons,
+            record=partial(self._keep_neurons, append_neurons),
+            record_policy=partial(self._keep_neurons, append_policy_neurons),
             watch=self.watch,
         )
 
@@ -289,9 +290,9 @@ class Training:
         metrics["memory/peak_bytes"] = peak_memory(self.policy.device)
         return metrics
 
-    def _keep_neurons(self, epoch: int, scores: dict[str, Tensor], reset: dict[str, Tensor]) -> None:
+    def _keep_neurons(self, append: Callable[..., None], epoch: int, *groups: TensorGroup) -> None:
         if self.accelerator.is_main_process:
-            append_neurons(self.run.path, epoch, scores, reset)
+            append(self.run.path, epoch, *groups)
 
     def _finish_epoch(self, metrics: EpochMetrics) -> None:
         self.context.epoch, self.context.progress = self.context.epoch + 1, Progress()

@@ -61,6 +61,7 @@ class Context:
     check: called between forward passes; if it raises, everything is left as after the last complete update.
     watch: sees the progress, called with (phase, done, total); see `begin`.
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
+    record_policy: the same of the policy's, called with (epoch, masks of the active neurons, masks of the reset ones).
     epoch: number of finished epochs.
     """
 
@@ -77,6 +78,7 @@ class Context:
     prompts: Callable[[int], list[str]]
     check: Callable[[], None]
     record: Callable[[int, TensorGroup, TensorGroup], None]
+    record_policy: Callable[[int, TensorGroup, TensorGroup], None]
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)

@@ -71,6 +71,7 @@ class NeuronStates:
                     policy.step(latents[:, k], positions, conditioning)
         metrics = self._measure("policy_neurons", self._scores(recorder), self.config.policy_threshold)
         masks = self._to_reset("policy_neurons", self.config.policy_reset)
+        self.context.record_policy(self.context.epoch + 1, self.active["policy_neurons"], masks)
         metrics |= self._reset("policy_neurons", masks, layers, self.context.optimizer)
         if masks and policy.average:  # a mean over the old neuron and the new one would be neither
             for parameter, mask, _ in neurons.affected(layers, masks):
