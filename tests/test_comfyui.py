@@ -378,7 +378,7 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
         ({"settings": "micro_batch 4"}, "got settings that are not TOML"),
         (
             {"settings": "xyzzy = 1"},
-            "unknown setting 'xyzzy'; the config.toml of any run in output/tdpo lists them all",
+            "settings: unknown setting 'xyzzy'; the config.toml of any run in output/tdpo lists them all",
         ),
         ({"prompt_set": "/etc/hostname"}, "got prompt_set '/etc/hostname'; expected one of auto"),
         ({"prompts": "a {red|blue} circle"}, "the text of prompts has alternatives of dynamic prompts in line 1"),
@@ -386,7 +386,7 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
         ({"settings": "policy.warmup_updates = 99"}, "policy.warmup_updates 99 (in settings) for a run of 12 updates"),
         ({"mode": "later"}, "got mode 'later'; expected one of wait, background"),
         ({"resume": 5}, "got resume '5'; expected one of continue, new"),
-        ({"run_name": "nobody", "resume": "as it is"}, "expected one of those in output/tdpo"),
+        ({"run_name": "nobody", "resume": "as it is"}, "got run_name 'nobody'; expected that of a run in output/tdpo"),
         ({"reward": ["shapes", 0]}, "reward, received_type(MODEL) mismatch input_type(TDPO_REWARD)"),
     ],
 )

@@ -385,6 +385,10 @@ def test_limits_are_never_empty(evaluate):
         ("m.position({ state: 'running', epoch: 4, epochs: 15 })", "Epoch 5 of 15"),
         ("m.position({ state: 'running', epoch: 15, epochs: 15 })", "Epoch 15 of 15"),
         ("m.position({ state: 'stopped', epoch: 4, epochs: 15 })", "4 of 15 epochs"),
+        ("m.position({ state: 'running', phase: 'recommending', epoch: 15, epochs: 15 })", "15 of 15 epochs"),
+        ("m.title({ state: 'running', phase: 'recommending', epoch: 15, epochs: 15 })", "Choosing the LoRA"),
+        ("m.title({ state: 'running', phase: 'sampling', epoch: 14, epochs: 15 })", "Training"),
+        ("m.title({ state: 'finished', phase: 'recommending', epoch: 15, epochs: 15 })", "Finished"),
         ("m.phaseText({ phase: 'sampling', phase_done: 48, phase_total: 96 })", "Sampling, 48 of 96"),
         ("m.phaseText({ phase: 'sampling', phase_done: 48.9, phase_total: 96 })", "Sampling, 48 of 96"),
         ("m.phaseText({ phase: 'loading', phase_done: 0, phase_total: 0 })", "Loading…"),
@@ -782,6 +786,28 @@ def test_runs_wait_in_a_queue_say_so_and_are_stopped_one_by_one(browser, servers
     assert [server.status(name.replace(" ", "%20"))["state"] for name in names] == ["stopped", "stopped", "finished"]
     assert tab.problems == []
     page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shown", [shown_by("bundled", "LiteGraph"), *NEWEST])
+def test_a_refusal_is_read_in_the_node_until_it_runs(browser, servers, shown):
+    frontend, renderer = shown
+    tab = Tab(browser, servers(frontend), **{"Comfy.VueNodes.Enabled": RENDERERS[renderer]})
+    tab.open()
+    tab.load(graph_of())
+    tab.page.evaluate(ADD_TRAIN)
+    tab.page.evaluate(LOOK_AT, "TDPOTrain")
+    named = ENDLESS | {"run_name": f"refused {frontend} {renderer}", "epochs": 1}
+    tab.page.evaluate(CHANGE, named | {"settings": "xyzzy = 1"})
+    tab.page.locator(RUN_BUTTON).first.click()
+    tab.page.locator(".tdpo-failed:visible", has_text="settings: unknown setting 'xyzzy'").wait_for()
+    screenshot(tab, f"{frontend}-{renderer}-refused")
+    tab.page.keyboard.press("Escape")  # ComfyUI's own dialog
+    tab.page.evaluate(CHANGE, named | {"settings": ""})
+    tab.page.locator(RUN_BUTTON).first.click()
+    tab.wait_for_state("Finished")
+    assert tab.page.locator(".tdpo-failed, .tdpo-problem:visible").count() == 0
+    tab.page.close()
 
 
 # What a made-up server tells; a graph with Train nodes alone shows it without a training.
@@ -1194,6 +1220,8 @@ def test_before_and_after_are_compared_at_any_strength(tab):
     dialog = tab.page.locator(".tdpo-comparison")
     sources = lambda: dialog.locator("img").evaluate_all("(all) => all.map((i) => i.src.split('/tdpo/runs/')[1])")  # noqa: E731
     assert sources() == ["made%20up/samples/0", "made%20up/samples/6"]
+    assert int(dialog.get_by_label("Divider").input_value()) % 25 > 5, "not on a gap between images"
+    assert "Drag the line" in dialog.inner_text()
     dialog.get_by_label("Divider").fill("20")
     clips = dialog.locator("img").evaluate_all("(all) => all.map((image) => getComputedStyle(image).clipPath)")
     assert ["80%" in clips[0], "20%" in clips[1]] == [True, True], clips
@@ -1231,6 +1259,7 @@ def test_images_are_voted_on_with_a_click(tab):
     ]
     assert dialog.locator(".tdpo-marks span").all_text_contents() == ["♥", "✕"]
     assert "2 votes in taste mine" in dialog.inner_text()
+    assert stage.bounding_box() == box, "the next click hits what it is aimed at"
     screenshot(tab, "votes")
     dialog.get_by_label("Strength").select_option("0.5")
     assert dialog.get_by_role("button", name="Dislike").is_disabled(), "those are no images of a grid"
@@ -1390,7 +1419,7 @@ def test_pictures_are_shown_in_the_taste_and_each_click_is_a_vote(tab):
     tab.page.evaluate(TELL_BALLOT, {"tdpo_ballot": [BALLOT]})
     pictures = panel.locator(".tdpo-picture")
     assert pictures.count() == 4
-    assert "1 vote so far" in panel.inner_text() and "Nothing is trained before that." in panel.inner_text()
+    assert "1 vote so far" in panel.inner_text() and "Training starts with 3 votes of both kinds." in panel.inner_text()
     told = [{"votes": 2, "liked": 2}, {"votes": 2, "liked": 1, "disliked": 1}, {"votes": 4, "liked": 1, "disliked": 3}]
 
     def answer(route: Any) -> None:
@@ -1413,6 +1442,25 @@ def test_pictures_are_shown_in_the_taste_and_each_click_is_a_vote(tab):
     screenshot(tab, "ballot")
     assert pictures.nth(0).locator("img").get_attribute("alt") == "Picture 1, liked"
     assert tab.problems == []
+
+
+@in_each
+def test_many_pictures_of_a_taste_scroll_inside_the_node(tab):
+    taste = train_node(1) | {"type": "TDPOTaste", "pos": [100, 100], "size": [460, 544]}
+    tab.load(graph_of(taste))
+    tab.page.evaluate(LOOK_AT, "TDPOTaste")
+    tab.page.route("**/view?**", lambda route: route.fulfill(body=SQUARE, content_type="image/png"))
+    many = [{"file": f"{i}.png", "liked": None} for i in range(64)]
+    tab.page.evaluate(TELL_BALLOT, {"tdpo_ballot": [BALLOT | {"pictures": many}]})
+    tab.page.wait_for_function("() => document.querySelectorAll('.tdpo-picture').length === 64")
+    tab.page.wait_for_timeout(500)
+    screenshot(tab, "ballot of many")
+    panel, ballot = tab.page.locator(".tdpo-votes"), tab.page.locator(".tdpo-ballot")
+    node = tab.page.evaluate("() => { const { pos, size } = app.graph.nodes[0]; return pos[1] + size[1]; }")
+    at = tab.page.evaluate("() => app.canvas.canvas.getBoundingClientRect().y - app.canvas.ds.offset[1] * -1")
+    box = panel.bounding_box()
+    assert box["y"] + box["height"] <= node + at + 1, "below the node are others"
+    assert ballot.evaluate("(all) => all.scrollHeight > all.clientHeight && getComputedStyle(all).overflowY === 'auto'")
 
 
 @in_each

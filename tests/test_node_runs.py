@@ -50,7 +50,7 @@ def stop_after(runs, epochs, name="one", **asked):
 
 def test_a_free_name_is_a_new_run(runs):
     assert [chosen(runs, resume) for resume in ("continue", "new")] == ["one", "one"]
-    with pytest.raises(ValueError, match="got run 'one'; expected one of those"):
+    with pytest.raises(ValueError, match="got run_name 'one'; expected that of a run"):
         chosen(runs, "as it is")
 
 

@@ -152,7 +152,7 @@ def raised(ask) -> str:
 
 def test_a_configuration_that_cannot_be():
     said = raised(wanted(settings="xyzzy = 1").config)
-    assert said == "unknown setting 'xyzzy'; the config.toml of any run in output/tdpo lists them all"
+    assert said == "settings: unknown setting 'xyzzy'; the config.toml of any run in output/tdpo lists them all"
     said = raised(wanted(held_out=RewardChoice({"shapes-aesthetic": 1.0})).config)
     assert said.startswith("held_out lists 'shapes-aesthetic', which is trained on")
     said = raised(wanted(settings="critic.encoder = 'nice'").config)

@@ -35,3 +35,13 @@ def test_a_resumed_epoch_is_measured_from_where_it_goes_on():
     pace.see("sampling", 48, 96, now=100.0)
     pace.see("sampling", 72, 96, now=106.0)
     assert pace.epoch() == pytest.approx(24 * (1 + UPDATING))
+
+
+def test_what_is_left_of_a_phase_is_told_by_what_is_done_of_it():
+    pace = Pace()
+    pace.see("recommending", 0, 100, now=0.0)
+    assert pace.left(0, 100) is None
+    pace.see("recommending", 25, 100, now=10.0)
+    assert pace.left(25, 100) == pytest.approx(30)
+    pace.see("checking the choice", 0, 40, now=40.0)
+    assert pace.left(0, 40) is None, "another phase draws at another pace"

@@ -169,7 +169,9 @@ class Job:
     def _watch(self, phase: str, done: float, total: int) -> None:
         self._pace.see(phase, done, total, time.monotonic())
         changes: dict[str, Any] = {}
-        if not self.status.epoch and (epoch := self._pace.epoch()) is not None:
+        if self.status.epoch >= self.status.epochs:  # after the training, as when the LoRA to use is chosen
+            changes["eta_s"] = self._pace.left(done, total)
+        elif not self.status.epoch and (epoch := self._pace.epoch()) is not None:
             changes["eta_s"] = max(self.status.epochs * epoch - (time.monotonic() - self._began), 0.0)
         self._change("phase", phase=phase, phase_done=done, phase_total=total, **changes)
 

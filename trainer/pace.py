@@ -1,4 +1,4 @@
-"""How long a run will take, from its first sample on."""
+"""How long a run will take, from its first sample on, and how long a phase."""
 
 # Seconds that updating takes per second of sampling, until it has been measured: an update runs the model forwards and
 # backwards on each step. Shapes takes 0.9, as it decodes much for its critic.
@@ -6,7 +6,7 @@ UPDATING = 1.5
 
 
 class Pace:
-    """Estimates from the progress of the first epoch; later ones are measured by their own seconds."""
+    """Estimates from progress; of whole epochs only in the first one, as later ones are measured by their own seconds."""
 
     def __init__(self) -> None:
         self._phase, self._began, self._from = "", 0.0, 0.0
@@ -18,6 +18,11 @@ class Pace:
             self._phase, self._began, self._from = phase, now, done
         elif done >= self._from + 1 and total:  # the start of a phase, when all warms up, says little
             self._seconds[phase] = (now - self._began) / (done - self._from) * total
+
+    def left(self, done: float, total: int) -> float | None:
+        """Seconds that are left of the current phase; None as long as too little of it is done."""
+        seconds = self._seconds.get(self._phase)
+        return seconds * (total - done) / total if seconds is not None and total else None
 
     def epoch(self) -> float | None:
         """Seconds of an epoch; None before the first sample is done."""

@@ -48,7 +48,7 @@ def lora_file(name: str) -> Path:
     """The path of the LoRA with this name in ComfyUI's list; ValueError if there is none."""
     path = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
     if path is None:
-        raise ValueError(f"got LoRA {name!r}; expected a run on the wire, or one of the files in models/loras")
+        raise ValueError(f"got lora_name {name!r}; expected one of the files in models/loras, or a run on the wire run")
     return Path(path)
 
 

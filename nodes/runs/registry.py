@@ -67,7 +67,7 @@ class Runs:
         """
         run = self.folder(name)
         if not self.exists(name):
-            raise NoSuchRun(f"got run {name!r}; expected one of those in output/tdpo: start it in a TDPO-R Train node")
+            raise NoSuchRun(f"got run_name {name!r}; expected that of a run in output/tdpo: train it in TDPO-R Train")
         return run
 
     def exists(self, name: str) -> bool:
@@ -247,7 +247,8 @@ def plan_of(config: TrainConfig) -> str:
     if config.embedded_guidance is not None:
         how += f", embedded guidance {config.embedded_guidance:g}"
     what = "all weights" if config.policy.trains_all else f"a LoRA of rank {config.policy.rank}"
-    return f"{images} in {config.epochs} epochs, {how}, for {what} with learning rate {config.policy.lr:g}"
+    epochs = f"{config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}"
+    return f"{images} in {epochs}, {how}, for {what} with learning rate {config.policy.lr:g}"
 
 
 NOTHING_DONE: Fields = {

@@ -38,6 +38,7 @@ OPTIONS = {
 
 # Advice that differs in a graph.
 ADVICE = [
+    (r"(?<!settings: )\bunknown setting\b", "settings: unknown setting"),
     (r", or python:module:function\b", ""),
     (r" \(--eval-reward none watches none\)", ""),
     (r"(?:name it|choose another) with --held-out NAME", "connect another reward to held_out"),

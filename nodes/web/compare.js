@@ -5,6 +5,8 @@ import { keepPresses, make, makeButton, setText } from "./dom.js";
 import { cellAt, tasteOf } from "./model.js";
 import { gridURL, strengthURL, vote } from "./runs.js";
 
+const START = 38; // percent: where the divider is at first, away from the gaps between images
+const DRAG = "Drag the line between before and after.";
 const AS_TRAINED = "as trained, training prompts";
 
 export class Comparison {
@@ -26,7 +28,7 @@ export class Comparison {
     this.taste = make("input", "tdpo-taste", { type: "text", "aria-label": "Name of the taste" });
     this.like = makeButton("tdpo-button", "♥ Like");
     this.dislike = makeButton("tdpo-button", "✕ Dislike");
-    this.said = make("span", "tdpo-quiet", { role: "status" });
+    this.said = make("p", "tdpo-said tdpo-quiet", { role: "status" });
     this.epoch = make("select", "", { "aria-label": "Epoch" });
     this.strength = make("select", "", { "aria-label": "Strength" });
     this.title = make("strong", "tdpo-title");
@@ -37,7 +39,8 @@ export class Comparison {
       make("div", "tdpo-head", {}, this.title, this.close),
       this.stage,
       make("div", "tdpo-row", {}, this.epoch, this.strength, this.use),
-      make("div", "tdpo-row", {}, make("span", "", {}, "Votes for taste"), this.taste, this.like, this.dislike, this.said),
+      make("div", "tdpo-row", {}, make("span", "", {}, "Votes for taste"), this.taste, this.like, this.dislike),
+      this.said,
     );
     this.cut.addEventListener("input", () => this.#divide());
     this.epoch.addEventListener("change", () => this.#chooseEpoch());
@@ -60,7 +63,7 @@ export class Comparison {
     const shown = new Set([...status.grids, ...Object.keys(status.strengths ?? {}).map(Number)]);
     const epochs = [...shown].filter((n) => n > 0).sort((a, b) => a - b);
     this.epoch.replaceChildren(...epochs.map((n) => new Option(`epoch ${n}`, n, false, n === epoch)));
-    this.cut.value = 50;
+    this.cut.value = START;
     this.#divide();
     document.body.append(this.element);
     this.element.showModal();
@@ -103,7 +106,7 @@ export class Comparison {
     this.like.setAttribute("aria-pressed", String(liked === true));
     this.dislike.setAttribute("aria-pressed", String(liked === false));
     this.stage.classList.toggle("tdpo-voting", liked !== null);
-    setText(this.said, liked === null ? "" : `Click the images that you ${liked ? "like" : "dislike"}.`);
+    setText(this.said, liked === null ? DRAG : `Click the images that you ${liked ? "like" : "dislike"}.`);
   }
 
   async #click(event) {

@@ -229,7 +229,7 @@ export const tasteOf = ({ reward }) => reward?.match(/taste:(.+?)(?= [/+] |$)/)?
 export function ballotText({ votes, liked, disliked, pairs, needed }) {
   const counted = `${votes} ${votes === 1 ? "vote" : "votes"} so far (♥ ${liked}, ✕ ${disliked}).`;
   if (!pairs && !(liked && disliked)) {
-    return `${counted} Click on the pictures you like, then press Dislike and click on those you do not like. Nothing is trained before that.`;
+    return `${counted} Click on the pictures you like, then press Dislike and click on those you do not like. Training starts with ${needed} votes of both kinds.`;
   }
   if (votes < needed) return `${counted} ${needed} are needed before training starts: vote on, then press Run.`;
   return `${counted} Press Run to train on them.`;
@@ -379,11 +379,15 @@ const TITLES = {
   interrupted: "Interrupted",
 };
 
-export const title = (status) => TITLES[status.state] ?? status.state;
+/** Whether all epochs are trained, and the run chooses the LoRA that it recommends. */
+const isChoosing = ({ state, epoch, epochs, phase }) => state === "running" && epoch > 0 && epoch >= epochs && Boolean(phase);
 
-/** The progress of a run: "Epoch 5 of 15" while it works on the fifth, "15 of 15 epochs" when it is not running. */
-export function position({ epoch, epochs, ...status }) {
-  if (!isActive(status)) return `${epoch} of ${epochs} ${epochs === 1 ? "epoch" : "epochs"}`;
+export const title = (status) => (isChoosing(status) ? "Choosing the LoRA" : (TITLES[status.state] ?? status.state));
+
+/** The progress of a run: "Epoch 5 of 15" while it works on the fifth, "15 of 15 epochs" when it trains no longer. */
+export function position(status) {
+  const { epoch, epochs } = status;
+  if (!isActive(status) || isChoosing(status)) return `${epoch} of ${epochs} ${epochs === 1 ? "epoch" : "epochs"}`;
   return `Epoch ${Math.min(epoch + 1, epochs)} of ${epochs}`;
 }
 

@@ -89,6 +89,7 @@ export class Panel {
   #progress = ""; // the state and epoch that were last shown
   #taken = ""; // what was last taken over into LoRA Apply
   #refused = null; // why the last attempt to stop failed
+  #failed = ""; // why the node failed when it last ran
   #asked = false; // whether a request to stop has not been answered yet
   #frame = null;
 
@@ -176,7 +177,8 @@ export class Panel {
     const status = runs.find(id);
     this.hint.hidden = Boolean(status);
     this.body.hidden = !status;
-    this.hint.textContent = runs.unreachable ? AWAY : HINT;
+    this.hint.textContent = this.#failed || (runs.unreachable ? AWAY : HINT);
+    this.hint.classList.toggle("tdpo-failed", Boolean(this.#failed));
     if (!status) return;
     runs.load(id);
     this.#words(status);
@@ -201,9 +203,16 @@ export class Panel {
     const active = isActive(status);
     this.epochs.set(active ? position(status) : "", left ? `about ${left} left` : "", progress(status));
     this.phase.set(active ? phaseText(status) : "", "", fraction(status.phase_done, status.phase_total));
-    setText(this.problem, this.#refused ?? status.error ?? (runs.unreachable ? AWAY : ""));
-    setText(this.message, this.#taken || (status.message ?? ""));
+    setText(this.problem, this.#refused ?? (this.#failed || status.error) ?? (runs.unreachable ? AWAY : ""));
+    setText(this.message, this.#taken || (this.#failed ? "" : (status.message ?? "")));
     for (const text of [this.problem, this.message]) text.hidden = !text.textContent;
+  }
+
+  /** Say why the node failed when the graph ran; an empty text when it runs again. */
+  fail(text) {
+    if (text === this.#failed) return;
+    this.#failed = text;
+    this.show(this.#run);
   }
 
   #actions({ use, kept, grids }) {

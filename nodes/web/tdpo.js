@@ -60,6 +60,7 @@ class LiveView {
     after(node, "onRemoved", () => this.#finish());
     after(node, "onConfigure", () => this.#update());
     after(node, "onConnectionsChange", () => this.#sayUnused());
+    after(widgetOf(node, "run_name"), "callback", () => this.#update());
     for (const name of ["algorithm", "settings"]) after(widgetOf(node, name), "callback", () => this.#sayUnused());
     after(node, "onExecuted", (output) => {
       const run = output?.tdpo_run?.[0];
@@ -72,10 +73,13 @@ class LiveView {
     if (this.#end) return;
     this.#panel.attach();
     const unwatch = runs.watch(() => this.#update() || this.#finish());
+    const events = { execution_error: ({ detail }) => this.#failed(detail), execution_start: () => this.#panel.fail("") };
+    for (const [type, heard] of Object.entries(events)) api.addEventListener(type, heard);
     this.placing.begin();
     this.#end = () => {
       this.placing.end();
       unwatch();
+      for (const [type, heard] of Object.entries(events)) api.removeEventListener(type, heard);
       this.#panel.detach();
     };
   }
@@ -83,6 +87,12 @@ class LiveView {
   #finish() {
     this.#end?.();
     this.#end = null;
+  }
+
+  /** ComfyUI's own message about an error comes in a dialog, and in newer frontends behind a button. */
+  #failed({ node_id: id, exception_message: message }) {
+    const ids = executionIds(this.node, rootOf(this.node.graph));
+    if (ids.includes(String(id))) this.#panel.fail(String(message ?? "").trim());
   }
 
   /** Show the current state; returns whether the node is still in the graph. */
