@@ -39,10 +39,12 @@ def job(tmp_path, make_policy, monkeypatch):
 
 
 def test_a_job_recommends_if_its_run_says_so(job):
-    job, phases = job(recommend=True), []
+    job, phases, left = job(recommend=True), [], []
     job.subscribe(lambda event, status: phases.append((status.phase, status.phase_done, status.phase_total)))
+    job.subscribe(lambda event, status: left.append(status.eta_s) if phases[-1] == ("recommending", 0, 12) else None)
     job.start()
     assert job.wait(120).state == "finished"
+    assert left == [None], "the last epoch's 0 seconds are not those of the recommendation"
     assert ("recommending", 12, 12) in phases, "the base model and the LoRAs of epochs 2 and 3, four images each"
     assert json.loads((job.run.recommendation / "choice.json").read_text())["newest_epoch"] == 3
 
