@@ -44,7 +44,6 @@ NAMES = {
     GOLD: f"eval/{GOLD}/mean",
     JUDGE: f"eval/{JUDGE}/mean",
     "dormant": "policy_neurons/dormant_percent",
-    "overlap": "policy_neurons/overlap_percent",
     "seconds": "time/epoch_s",
     "bytes": "memory/peak_bytes",
 }
@@ -99,12 +98,13 @@ def series_of(run: RunFolder) -> Series:
 
 def page(runs: Runs, found: list[Line]) -> str:
     days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     lines = [
         "# All weights or a LoRA",
         "",
         "`python benchmarks/full.py`",
         "",
-        f"{days[0]} to {days[-1]}, {'; '.join(machines)}. Preset `shapes`, training reward {REWARD}. Runs of one seed "
+        f"{when}, {'; '.join(machines)}. Preset `shapes`, training reward {REWARD}. Runs of one seed "
         "share prompts and noise, and have had the same number of reward queries at the end. Gains are in standard "
         "deviations of the first epoch's rewards; what is lost is below the first epoch's mean. Intervals hold "
         f"{CONFIDENCE:.0%} (Student's t over seeds).",
@@ -136,7 +136,6 @@ def page(runs: Runs, found: list[Line]) -> str:
             "variant",
             "dormant, first",
             "last",
-            "overlap, last",
             f"queries to {LEVEL:+.2f}",
             "seconds",
             "GiB",
@@ -145,12 +144,10 @@ def page(runs: Runs, found: list[Line]) -> str:
     ]
     for name, seeds in runs.items():
         dormant = [(epochs["dormant"][0], epochs["dormant"][-1]) for epochs in seeds.values() if "dormant" in epochs]
-        overlap = [epochs["overlap"][-1] for epochs in seeds.values() if "overlap" in epochs]
         reached = [at(LEVEL, gains(epochs), epochs["queries"]) for epochs in seeds.values()]
         lines += row(
             name,
             *(_mean([pair[i] for pair in dormant], ".1f") for i in range(2)),
-            _mean(overlap, ".1f"),
             f"{_mean([q for q in reached if q is not None], '.0f')} ({sum(q is not None for q in reached)})",
             _mean([sum(epochs["seconds"]) for epochs in seeds.values()], ".0f"),
             _mean([max(epochs["bytes"]) / 2**30 for epochs in seeds.values()], ".2f"),
@@ -199,27 +196,19 @@ def draw_neurons(runs: Runs, path: Path) -> None:
     whole = {name: seeds for name, seeds in runs.items() if name.startswith(WHOLE)}
     if not whole:
         return
-    figure, panels = pyplot.subplots(
-        2, len(whole), figsize=(4.2 * len(whole), 5.6), squeeze=False, layout="constrained"
-    )
+    size = (4.2 * len(whole), 5.6)
+    figure, panels = pyplot.subplots(2, len(whole), figsize=size, squeeze=False, layout="constrained")
     for column, (name, seeds) in zip(panels.T, whole.items(), strict=True):
-        layers = sorted(next(iter(seeds.values()))["dormant by layer"][0], key=_depth)
         for axes, share in zip(column, LAYERS, strict=True):
-            of_seeds = [
-                [[epoch.get(layer, 0.0) for epoch in epochs[f"{share} by layer"]] for layer in layers]
-                for epochs in seeds.values()
-            ]
-            shown = [
-                [statistics.fmean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*of_seeds, strict=True)
-            ]
-            edges = (0.5, len(shown[0]) + 0.5, len(layers) - 0.5, -0.5)
-            image = axes.imshow(shown, aspect="auto", vmin=0, extent=edges, cmap="viridis")
+            by_epoch = list(zip(*(epochs[f"{share} by layer"] for epochs in seeds.values()), strict=True))
+            for layer in sorted({layer for epoch in by_epoch for layer in epoch[0]}, key=_depth):
+                means = [statistics.fmean(cells.get(layer, 0.0) for cells in epoch) for epoch in by_epoch]
+                axes.plot(range(1, len(means) + 1), means, "o-", markersize=3, label=layer.partition(".transformer")[0])
             axes.set_title(f"{name}: {share}", fontsize="medium")
-            axes.set_yticks(
-                range(len(layers)), [layer.partition(".transformer")[0] for layer in layers], fontsize="x-small"
-            )
             axes.set_xlabel("epoch")
-            figure.colorbar(image, ax=axes, label="percent")
+            axes.set_ylabel("percent of the layer's neurons")
+            axes.set_visible(bool(axes.lines))
+    panels[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
