@@ -6,7 +6,7 @@ UPDATING = 1.5
 
 
 class Pace:
-    """Estimates from progress; of whole epochs only in the first one, as later ones are measured by their own seconds."""
+    """Estimates from progress; of an epoch only in the first, as later ones are measured by their own seconds."""
 
     def __init__(self) -> None:
         self._phase, self._began, self._from = "", 0.0, 0.0
