@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from benchmark_files import benchmark
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toy import new_run, same, toy_config, toy_training
@@ -257,7 +259,7 @@ def test_the_benchmark_compares_seed_by_seed_at_the_end(tmp_path):
 
     def of(gain: float, gold: float) -> dict:
         series = {"queries": [96, 192], "reward": [5.0, 5.0 + 4 * gain], "std": [1.0, 1.0], "dormant": [10.0, 12.0]}
-        series |= {full.GOLD: [0.7, 0.7 - 2 * gold], full.JUDGE: [0.8, 0.8], "overlap": [50.0, 60.0]}
+        series |= {full.GOLD: [0.7, 0.7 - 2 * gold], full.JUDGE: [0.8, 0.8]}
         return series | {"seconds": [3.0, 4.0], "bytes": [2**30, 2**31]}
 
     # curves are means of the latest epochs, so that half of the last change shows
@@ -266,6 +268,32 @@ def test_the_benchmark_compares_seed_by_seed_at_the_end(tmp_path):
     text = full.page(runs, [{"date": "2026-01-01", "machine": "one"}])
     (row,) = [line for line in text.splitlines() if line.startswith("| ddpo-g | 2")]
     assert row == "| ddpo-g | 2 | +0.200 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 |"
-    assert "| ddpo-g, all weights | 10.0 | 12.0 | 60.0 | 148 (2) | 7 | 2.00 |" in text
+    assert "| ddpo-g, all weights | 10.0 | 12.0 | 148 (2) | 7 | 2.00 |" in text
     full.draw(runs, tmp_path / "full.png")
     assert (tmp_path / "full.png").stat().st_size > 10_000
+
+
+def test_the_benchmark_tells_the_neurons_of_each_layer(tmp_path, make_policy):
+    """In percent of the layer's, in the order of the U-Net; a panel for what was reset only where something was."""
+    full = benchmark("full")
+    neurons = {"policy_reset": "active", "every": 2}
+    run = new_run(tmp_path / "run", policy={"train": "full"}, neurons=neurons)
+    list(toy_training(run, make_policy).epochs())
+    told = full.series_of(run)
+    layers = list(told["dormant by layer"][0])
+    assert len(told["dormant by layer"]) == run.config.epochs and len(layers) > 1
+    assert [set(epoch) for epoch in told["reset by layer"]] == [set(), set(layers), set()]
+    shares = [told[f"{share} by layer"][1] for share in full.LAYERS]
+    assert all(shares[0][name] + shares[1][name] == pytest.approx(100, abs=0.02) for name in layers), (
+        "the rest was reset"
+    )
+    assert [full._depth(name)[0] for name in sorted(layers, key=full._depth)] == sorted(
+        ("down", "mid", "up").index(name.partition("_")[0]) for name in layers
+    )
+    runs = {full.WHOLE: {1: told | {"reset by layer": [{}] * 3}}, f"{full.WHOLE}, active reset": {1: told}}
+    full.draw_neurons(runs, tmp_path / "neurons.png")
+    with Image.open(tmp_path / "neurons.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    half = [part > 250 for part in np.split(pixels[: len(pixels) // 2 * 2, : pixels.shape[1] // 2 * 2], 2)]
+    lower_left, lower_right = np.split(half[1], 2, axis=1)
+    assert lower_left.mean() > 0.99 > lower_right.mean(), "nothing was reset there"
