@@ -57,6 +57,7 @@ MEASURES = {  # the first three at equal training reward
     "overlap": "overlap of the critic's dormant neurons with those of the epoch before, above chance, in percent",
     "policy overlap": "the same of the LoRA's",
 }
+WHOLE = "full-neurons.png"  # of full.py
 AXES = {"queries": "reward queries", "gain": "training reward gained"}
 EPOCHS = {  # our names of series -> keys of metrics
     "queries": "reward_queries",
@@ -522,6 +523,16 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
             difference = pairs.with_interval(values)
             lines += row(claim.text, compared, claim.measure, difference, str(len(values)), verdict(values))
         lines += ["", f"![{title}]({shown[name]})" if name in shown else "Not drawn yet.", ""]
+    if work.out.with_name(WHOLE).exists():
+        lines += [
+            "## All weights: the neurons of a policy that is trained as a whole",
+            "",
+            "The paper trains a LoRA, and leaves all weights to future work. [full.py](full.md) trains them: the "
+            "dormant neurons of each feed-forward layer, and those that a reset of the policy affects.",
+            "",
+            f"![All weights]({WHOLE})",
+            "",
+        ]
     return "\n".join(lines).rstrip().replace("\n\n\n", "\n\n") + "\n"
 
 

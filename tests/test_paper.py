@@ -349,3 +349,7 @@ def test_a_page_without_results_says_so(work):
     paper.write_page(work)
     text = work.out.with_suffix(".md").read_text(encoding="utf-8")
     assert "Not run yet" in text and ".png" not in text
+    work.out.with_name(paper.WHOLE).touch()
+    paper.write_page(work)
+    assert text.strip() in (told := work.out.with_suffix(".md").read_text(encoding="utf-8"))
+    assert "![All weights](full-neurons.png)" in told
