@@ -208,7 +208,7 @@ def draw_neurons(runs: Runs, path: Path) -> None:
             axes.set_xlabel("epoch")
             axes.set_ylabel("percent of the layer's neurons")
             axes.set_visible(bool(axes.lines))
-    panels[0, 0].legend(fontsize="small")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower left", fontsize="small")  # where it is empty
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
