@@ -34,6 +34,7 @@ from pairs import (
     row,
     series,
     train_missing,
+    when_and_where,
     with_interval,
 )
 
@@ -220,13 +221,12 @@ def write_page(out: Path) -> None:
 
 
 def page(runs: Runs, found: list[Line]) -> str:
-    days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
     lines = [
         "# What keeps alignment honest: shapes-gold left at equal training reward",
         "",
         "`python benchmarks/frontier.py`",
         "",
-        f"{days[0]} to {days[-1]}, {'; '.join(machines)}. Preset `shapes`, training reward {REWARD}. Each variant "
+        f"{when_and_where(found)}. Preset `shapes`, training reward {REWARD}. Each variant "
         "but the recipe changes one thing; runs of one seed share prompts and noise. Curves are means of the last "
         f"{SMOOTHING} epochs. Gains are in standard deviations of the first epoch's rewards; what is lost is below the "
         f"first epoch's mean. Intervals hold {CONFIDENCE:.0%} (Student's t over seeds).",

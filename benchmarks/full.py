@@ -18,7 +18,21 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from pairs import Line, Runs, Series, at, by_variant, gains, lost, results, row, series, train_missing, with_interval
+from pairs import (
+    Line,
+    Runs,
+    Series,
+    at,
+    by_variant,
+    gains,
+    lost,
+    results,
+    row,
+    series,
+    train_missing,
+    when_and_where,
+    with_interval,
+)
 
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE
@@ -97,14 +111,12 @@ def series_of(run: RunFolder) -> Series:
 
 
 def page(runs: Runs, found: list[Line]) -> str:
-    days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
-    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     lines = [
         "# All weights or a LoRA",
         "",
         "`python benchmarks/full.py`",
         "",
-        f"{when}, {'; '.join(machines)}. Preset `shapes`, training reward {REWARD}. Runs of one seed "
+        f"{when_and_where(found)}. Preset `shapes`, training reward {REWARD}. Runs of one seed "
         "share prompts and noise, and have had the same number of reward queries at the end. Gains are in standard "
         "deviations of the first epoch's rewards; what is lost is below the first epoch's mean. Intervals hold "
         f"{CONFIDENCE:.0%} (Student's t over seeds).",

@@ -58,6 +58,12 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python {platform.python_version()}"
 
 
+def when_and_where(found: Sequence[Line]) -> str:
+    """The days on which results were found, and the machines, for the head of a page."""
+    days, machines = sorted({line["date"] for line in found}), sorted({line["machine"] for line in found})
+    return f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {'; '.join(machines)}"
+
+
 def run_trainer(*arguments: str) -> None:
     """Run the trainer's command line with one thread."""
     command = [sys.executable, "-m", "comfy_tdpo.trainer", *arguments]

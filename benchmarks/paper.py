@@ -57,7 +57,6 @@ MEASURES = {  # the first three at equal training reward
     "overlap": "overlap of the critic's dormant neurons with those of the epoch before, above chance, in percent",
     "policy overlap": "the same of the LoRA's",
 }
-NONE = "Only runs that [frontier.py](frontier.md) has too, so far"
 WHOLE = "full-neurons.png"  # of full.py
 AXES = {"queries": "reward queries", "gain": "training reward gained"}
 EPOCHS = {  # our names of series -> keys of metrics
@@ -468,14 +467,8 @@ def write_page(work: Work) -> None:
 def page(work: Work, there: Held, shown: dict[str, str]) -> str:
     world, own = work.world, pairs.results(work.out)
     resetting: Any = world.config("tdpo-r", 1)
-    days, machines = sorted({line["date"] for line in own}), sorted({line["machine"] for line in own})
-    when = (
-        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {'; '.join(machines)}"
-        if own
-        else NONE
-        if there
-        else "Not run yet"
-    )
+    none = "Only runs that [frontier.py](frontier.md) has too, so far" if there else "Not run yet"
+    when = pairs.when_and_where(own) if own else none
     found = {
         name: [
             (claim, differences(world, there, claim, figure.where(world)))

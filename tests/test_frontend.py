@@ -1457,7 +1457,7 @@ def test_many_pictures_of_a_taste_scroll_inside_the_node(tab):
     screenshot(tab, "ballot of many")
     panel, ballot = tab.page.locator(".tdpo-votes"), tab.page.locator(".tdpo-ballot")
     node = tab.page.evaluate("() => { const { pos, size } = app.graph.nodes[0]; return pos[1] + size[1]; }")
-    at = tab.page.evaluate("() => app.canvas.canvas.getBoundingClientRect().y - app.canvas.ds.offset[1] * -1")
+    at = tab.page.evaluate("() => app.canvas.canvas.getBoundingClientRect().y + app.canvas.ds.offset[1]")
     box = panel.bounding_box()
     assert box["y"] + box["height"] <= node + at + 1, "below the node are others"
     assert ballot.evaluate("(all) => all.scrollHeight > all.clientHeight && getComputedStyle(all).overflowY === 'auto'")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from toy import Brightness, new_run
+from toy import Brightness, new_run, toy_training
 
 from comfy_tdpo.trainer.plots.neurons import described, neuron_figure
 from comfy_tdpo.trainer.run.neuron_log import (
@@ -53,7 +53,7 @@ def test_the_record_agrees_with_the_metrics(run):
 def test_the_policys_record_agrees_with_the_metrics_layer_by_layer(tmp_path, make_policy, trains):
     neurons = {"policy_reset": "dormant", "policy_threshold": 0.5, "every": 2}
     run = new_run(tmp_path / "run", policy={"train": trains}, neurons=neurons)
-    train(run, lambda **settings: make_policy(train=trains, **settings))
+    list(toy_training(run, make_policy).epochs())
     records = read_policy_neurons(run.path, 3)
     assert [record.epoch for record in records] == [1, 2, 3]
     for line, record in zip(run.metrics(), records, strict=True):
