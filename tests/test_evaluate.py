@@ -69,7 +69,8 @@ def test_ctrl_c_and_going_on_give_the_same_files(trained, tmp_path, start, capsy
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and "what was scored is saved: run the same command again" in err
+    assert "what was scored is saved: run the same command again" in err
+    assert process.returncode == 130
     assert 3 <= file.read_text().count("\n") < len(lines)
     kept = file.read_bytes()
     assert main(command(trained, tmp_path / "parts")) == 0

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizerFast
 
+from ..interrupts import keyboard_interrupts
 from ..models.components import load_components
 from ..models.kind import FLOW_OF_SHAPES
 from . import WORLD
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        build(args.out, args.work, args.seed, steps=3 if args.quick else None, only=args.only)
+        with keyboard_interrupts():
+            build(args.out, args.work, args.seed, steps=3 if args.quick else None, only=args.only)
     except KeyboardInterrupt:
         print(f"\nStopped. Run the same command again to continue from the state in {args.work}.", file=sys.stderr)
         return 130

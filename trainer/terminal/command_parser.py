@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from comfy_tdpo.interrupts import keyboard_interrupts
 from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.user_files import user_path
 
@@ -33,7 +34,8 @@ def status_of(work: Callable[[], str], stopped: str) -> int:
     """Print what `work` returns, or in one line why it failed, or after Ctrl-C that it was `stopped`; the exit status:
     0 done, 1 it failed, 2 wrong input, 130 stopped."""
     try:
-        say(work())
+        with keyboard_interrupts():
+            say(work())
     except (ValueError, RewardError, OSError) as error:
         say(f"comfy_tdpo: {' '.join(str(error).split())}", sys.stderr)
         return WRONG_INPUT if isinstance(error, ValueError) else FAILED

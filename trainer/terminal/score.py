@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from comfy_tdpo.clean_text import one_line
+from comfy_tdpo.interrupts import keyboard_interrupts
 from comfy_tdpo.prompts.markup import check_words
 from comfy_tdpo.rewards import (
     PRECISIONS,
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     allow_functions()  # on the command line, users may name their own functions
     args = _parser().parse_args(argv)
     try:
-        _score(args)
+        with keyboard_interrupts():
+            _score(args)
     except (ValueError, RewardError) as error:
         _print(f"comfy_tdpo: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED if isinstance(error, RewardError) else WRONG_INPUT
