@@ -167,7 +167,9 @@ def test_a_run_recommends_a_lora_that_apply_takes(server):
     """Also a run that has finished before, which is not trained again."""
     told = server.run(train_graph("judged") | apply_graph(run=["train", 0], snapshot="recommended"))["info"]["text"]
     assert told == ["run judged, after epoch 2, strength 1 (none is recommended yet, so the latest)"]
-    asked = train_graph("judged", settings="output.grid_images = 2\noutput.recommend = true")
+    asked = train_graph(
+        "judged", settings="output.grid_images = 2\noutput.recommend = true\noutput.recommend_images = 4"
+    )
     server.run(asked)
     run = server.base / "output" / "tdpo" / "judged"
     found = json.loads((run / "recommendation" / "choice.json").read_text())

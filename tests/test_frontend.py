@@ -610,6 +610,7 @@ def shown_by(frontend: str, renderer: str) -> Any:
 
 
 NEWEST = [shown_by("newest", renderer) for renderer in RENDERERS]
+BOTH = [shown_by("bundled", "LiteGraph"), shown_by("newest", "Vue")]  # both frontends and both renderers
 
 
 @pytest.fixture(scope="module")
@@ -682,7 +683,7 @@ def screenshot(tab: Tab, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shown", [shown_by("bundled", "LiteGraph"), *NEWEST])
+@pytest.mark.parametrize("shown", BOTH)
 def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, servers, shown):
     frontend, renderer = shown
     server = servers(frontend)
@@ -789,7 +790,7 @@ def test_runs_wait_in_a_queue_say_so_and_are_stopped_one_by_one(browser, servers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shown", [shown_by("bundled", "LiteGraph"), *NEWEST])
+@pytest.mark.parametrize("shown", BOTH)
 def test_a_refusal_is_read_in_the_node_until_it_runs(browser, servers, shown):
     frontend, renderer = shown
     tab = Tab(browser, servers(frontend), **{"Comfy.VueNodes.Enabled": RENDERERS[renderer]})

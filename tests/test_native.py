@@ -63,7 +63,7 @@ FAMILIES = [
     pytest.param(*values, id="-".join((values[0], values[1].name)), marks=skipped_without(values[1]))
     for values in (
         *(("sdxl", backend, 20) for backend in BACKENDS),
-        *(("sd3", backend, 10) for backend in BACKENDS),
+        ("sd3", OLDEST, 10),
         ("flux", OLDEST, 6),
         ("shapes_flow", OLDEST, 10),
         ("z_image", NEWER, 8),

@@ -28,10 +28,10 @@ QUICK += ["--output.grid-images", "2", "--output.samples-every", "1"]
 def job(tmp_path, make_policy, monkeypatch):
     """A job on a toy run that recommends with rewards that need no model, from few images."""
     monkeypatch.setattr(work, "_load_rewards", lambda *_: (Brightness(), Held(constant)))
-    monkeypatch.setattr(work, "Options", lambda: Options(strengths=(1.0,), images=4))
+    monkeypatch.setattr(work, "Options", lambda images: Options(strengths=(1.0,), images=images))
 
     def make(**output):
-        path = tmp_path / "run"
+        path, output = tmp_path / "run", output | {"recommend_images": 4}
         run = RunFolder.open(path) if path.exists() else new_run(path, output=output)
         return Job(run, lambda run, stop, watch: toy_training(run, make_policy, stop, watch))
 
@@ -136,10 +136,11 @@ def test_a_folder_that_is_no_run_and_a_run_that_trains(trained, tmp_path, capsys
     assert "is in use by another process; stop that first" in capsys.readouterr().err
 
 
-def test_a_training_that_recommends_says_what(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(work, "Options", lambda: Options(strengths=(1.0,), images=4))
-    assert main(["--run-dir", str(tmp_path / "run"), *QUICK, "--output.recommend", "true"]) == 0
-    out = capsys.readouterr().out
+def test_a_training_that_recommends_says_what(trained, tmp_path, capsys):
+    few = ["--output.recommend", "true", "--output.recommend-images", "4"]
+    assert main(["--run-dir", str(tmp_path / "run"), *QUICK, *few]) == 0
+    out, err = capsys.readouterr()
+    assert "2 snapshots (strengths 0.5, 0.75, 1) and the base model, 4 images each" in err
     assert out.index("load_lora_weights") < out.index("snapshot  strength"), "the summary comes first"
     assert (tmp_path / "run" / "recommendation" / "choice.json").is_file()
 

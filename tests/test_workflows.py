@@ -207,6 +207,8 @@ OUTPUTS = ("PreviewImage", "PreviewAny", "TDPOTrain", "TDPOTaste", "TDPOEvaluate
 def test_it_runs(server, name):
     workflow = load(name)
     prompt = prompt_of(workflow, server.get("/object_info"), **SMALL)
+    for train in nodes_of(workflow, "TDPOTrain"):
+        prompt[str(train["id"])]["inputs"]["settings"] += "\noutput.recommend_images = 4"
     outputs = server.run(prompt)
     for taste in nodes_of(workflow, "TDPOTaste"):
         outputs = voted_and_run_again(server, prompt, outputs, taste)

@@ -31,6 +31,8 @@ from .messages import check_text, explain
 from .parsing import named_values, split_names, with_named_rewards
 
 DEFAULT_ALGORITHM = "tdpo-r"
+# of a recommendation; the errors then come about equally from images and from prompts, and Shapes takes a minute or two
+IMAGES, MOST_IMAGES = 88, 4096
 
 
 def _pairs(value: Any) -> Any:
@@ -59,6 +61,12 @@ class OutputConfig(Section):
     grid_images: int = Field(default=16, ge=1, le=256, description="images in a sample grid")
     recommend: bool = Field(
         default=False, description="at the end, find the LoRA and the strength to use; see `recommend --help`"
+    )
+    recommend_images: int = Field(
+        default=IMAGES,
+        ge=2,
+        le=MOST_IMAGES,
+        description="images per snapshot and strength that output.recommend draws; fewer are faster and less certain",
     )
     trackers: Names = Field(default=[], description="accelerate trackers, such as tensorboard or wandb")
 

@@ -8,14 +8,13 @@ from comfy_tdpo.rewards import ONLY_EVALUATE, check_reward
 from comfy_tdpo.shapes import MODELS
 
 from ..config import TrainConfig
+from ..config.schema import IMAGES, MOST_IMAGES
 
 STRENGTHS = (0.5, 0.75, 1.0)
-IMAGES = 88  # the errors then come about equally from images and from prompts; 1,400 images of Shapes take a minute
 TOLERANCE = 0.2
 SHAPES = "shapes-"  # how the rewards of the embedded world begin
 HELD_OUT_OF_SHAPES = ("shapes-match", "shapes-alignment")  # the first one without another role
 LARGEST = 10.0  # strength, as in LoRA Apply
-MOST = 4096  # images
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Options:
                 f"got strengths {','.join(f'{strength:g}' for strength in self.strengths) or 'none'}; expected "
                 f"different numbers above 0 and up to {LARGEST:g}, such as 0.5,0.75,1"
             )
-        if not 2 <= self.images <= MOST:
-            raise ValueError(f"got {self.images} images; expected 2 to {MOST} per snapshot and strength")
+        if not 2 <= self.images <= MOST_IMAGES:
+            raise ValueError(f"got {self.images} images; expected 2 to {MOST_IMAGES} per snapshot and strength")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"got tolerance {self.tolerance:g}; expected a number of standard deviations, 0 or more")
 

@@ -54,7 +54,7 @@ def recommend(
         name = held_out_reward(config, options.held_out)
         prompts, source = unseen_prompts(config, run.prompts(config), run.grid_prompts(config), options.prompts)
         cells = cells_of(run, options.strengths)
-        tell(f"{len(cells) - 1} snapshots and the base model, {options.images} images each; prompts: {source}")
+        tell(_described(cells, options, source))
         table = Table(run.recommendation)
         training, held_out = _load_rewards(run, config, name, device)
         for reward in (training, held_out):
@@ -89,6 +89,13 @@ def recommend(
         _draw_pictures(run, found, shown)
         write_choice(run.recommendation, found.plain())
         return found
+
+
+def _described(cells: list[Cell], options: Options, source: str) -> str:
+    snapshots = (len(cells) - 1) // len(options.strengths)
+    strengths = ", ".join(f"{strength:g}" for strength in options.strengths)
+    drawn = f"{snapshots} snapshots (strengths {strengths}) and the base model, {options.images} images each"
+    return f"{drawn}; prompts: {source}"
 
 
 def _load_rewards(
@@ -169,4 +176,5 @@ def after_training(
         if training.stop.is_set():
             raise Stopped
 
-    return recommend(training.run, Options(), training.policy.device, training.policy, check, watch, tell)
+    options = Options(images=training.config.output.recommend_images)
+    return recommend(training.run, options, training.policy.device, training.policy, check, watch, tell)

@@ -12,7 +12,7 @@ from comfy_tdpo.rewards.function import allow_functions
 from ..metrics import columns_of, padded, readable, shortened
 from ..recommend.choice import CONFIDENCE, Outcome, Recommendation
 from ..recommend.files import FRONTIER, PICTURE, TABLE
-from ..recommend.options import IMAGES, STRENGTHS, TOLERANCE, Options
+from ..recommend.options import STRENGTHS, TOLERANCE, Options
 from ..recommend.work import CLOSER, recommend
 from ..run import RunFolder
 from .command_parser import CommandParser, path_argument, status_of
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _recommend(args: argparse.Namespace) -> str:
-    run, options = RunFolder.open(args.run), _options(args)
+    run = RunFolder.open(args.run)
+    options = _options(args, run)
     from accelerate import Accelerator  # takes seconds to import
 
     with Progress("recommending") as progress:
@@ -77,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
         "unseen-animals for simple-animals, else the run's grid prompts, else its training prompts)",
     )
     parser.add_argument(
-        "--images", type=int, default=IMAGES, metavar="N", help=f"images per snapshot and strength (default: {IMAGES})"
+        "--images",
+        type=int,
+        metavar="N",
+        help="images per snapshot and strength (default: the run's output.recommend_images)",
     )
     parser.add_argument(
         "--tolerance",
@@ -99,8 +103,9 @@ def _numbers(text: str) -> tuple[float, ...]:
         ) from None
 
 
-def _options(args: argparse.Namespace) -> Options:
-    return Options(args.strengths, args.prompts, args.held_out, args.images, args.tolerance)
+def _options(args: argparse.Namespace, run: RunFolder) -> Options:
+    images = run.config.output.recommend_images if args.images is None else args.images
+    return Options(args.strengths, args.prompts, args.held_out, images, args.tolerance)
 
 
 # --- the result as text -----------------------------------------------------------------------------------------------
