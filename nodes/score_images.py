@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 from torch import Tensor
 
-from .comfy.scoring import cancelling, captioned, described, device_with_room, prompt_of_each, score
+from .comfy.scoring import captioned, described, device_with_room, prompt_of_each, score
 from .comfy.sockets import CATEGORY, Reward
 from .runs.reward_choice import RewardChoice
 from .runs.wording import words_of_nodes
@@ -40,5 +40,5 @@ class ScoreImages(io.ComfyNode):
     @words_of_nodes()
     def execute(cls, images: Tensor, reward: RewardChoice, prompt: str) -> io.NodeOutput:
         prompts = prompt_of_each(prompt, len(images))
-        scores = score(images, prompts, reward, device_with_room(), cancelling())
+        scores = score(images, prompts, reward, device_with_room())
         return io.NodeOutput(scores, described(scores, reward), captioned(images, scores))

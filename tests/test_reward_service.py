@@ -16,17 +16,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import children
 import numpy as np
 import pytest
+import standin
 import torch
 from PIL import Image
 from toy import fast_training, lora_of, new_run, same, timeless
 
 from comfy_tdpo.interrupts import heeding
+from comfy_tdpo.nodes.runs.wording import in_words_of_nodes
 from comfy_tdpo.rewards import RewardError, check_reward, has_encoder, load_reward, load_rewards, remote, score_images
 from comfy_tdpo.rewards.remote import allow_addresses, asking
 from comfy_tdpo.rewards.remote.asking import Patience
@@ -405,6 +408,25 @@ def test_addresses_must_be_allowed(monkeypatch):
 def test_algorithms_that_need_the_gradient_refuse_it(algorithm):
     with pytest.raises(ValueError, match=rf"got reward 'http://h', which has no gradient, for algorithm {algorithm}"):
         make_config(overrides={"rewards": {"http://h": 1.0}, "algorithm": algorithm})
+
+
+def test_a_graph_may_choose_what_the_servers_owner_has_listed(monkeypatch, tmp_path):
+    """And nothing else, neither in the node nor in the settings of a run."""
+    standin.install(monkeypatch)
+    sys.modules["folder_paths"].get_folder_paths = lambda kind: [str(tmp_path)]
+    node = import_module("comfy_tdpo.nodes.reward_model").RewardModel
+    (tmp_path / "services.txt").write_text("# ours\nhttp://10.0.0.1:8765\n\njudge:http://10.0.0.1/v1#m\n")
+    choices = next(socket.options for socket in node.define_schema().inputs if socket.id == "reward")
+    assert choices[-2:] == ["http://10.0.0.1:8765", "judge:http://10.0.0.1/v1#m"]
+    (choice,) = node.execute("http://10.0.0.1:8765", 1.0).values
+    assert choice.weights == {"http://10.0.0.1:8765": 1.0}
+    with pytest.raises(ValueError, match="got reward 'http://10.0.0.2'; expected one of "):
+        node.execute("http://10.0.0.2", 1.0)
+    with pytest.raises(ValueError, match="which sends images") as caught:
+        make_config(overrides={"guards": "http://10.0.0.2"})
+    assert "by a line in models/tdpo_rewards/services.txt" in in_words_of_nodes(str(caught.value))
+    (tmp_path / "services.txt").write_bytes(b"\xff\xfe\xfa")
+    assert "http://10.0.0.1:8765" not in next(iter(node.define_schema().inputs)).options
 
 
 # --- the server

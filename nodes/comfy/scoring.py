@@ -5,7 +5,6 @@ channel.
 """
 
 import statistics
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -41,26 +40,20 @@ def prompt_of_each(text: str, images: int) -> list[str]:
     return lines * images if len(lines) == 1 else lines
 
 
-def cancelling() -> Callable[[], None]:
-    """What raises once the user has cancelled the graph."""
+def throw_if_cancelled() -> None:
+    """Raise ComfyUI's exception if the user has cancelled the graph."""
     from comfy import model_management
 
-    return model_management.throw_exception_if_processing_interrupted
+    model_management.throw_exception_if_processing_interrupted()
 
 
-def score(
-    images: Tensor,
-    prompts: list[str],
-    reward: RewardChoice,
-    device: torch.device,
-    check: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """The score of each image; `check` is called while a reward service is waited for, and may raise to stop.
+def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torch.device) -> list[float]:
+    """The score of each image.
 
     The model is loaded outside of inference mode: a training on another thread may share the instance, and could not
     use tensors that were made in inference mode.
     """
-    with torch.inference_mode(False), torch.no_grad(), heeding(check):
+    with torch.inference_mode(False), torch.no_grad(), heeding(throw_if_cancelled):
         model = load_rewards(reward.weights, device, weights=reward.files)
         model.check_prompts(prompts)
         pixels = opaque(images).movedim(-1, 1)  # (B, 3, H, W)
