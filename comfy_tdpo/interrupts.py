@@ -1,9 +1,45 @@
-"""Ctrl-C in a program that calls compiled libraries."""
+"""Stops that come while something else runs: Ctrl-C in compiled libraries, and a stop while the program waits."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+_check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
+
+
+@contextmanager
+def heeding(check: Callable[[], None]) -> Iterator[None]:
+    """Inside the block, whatever waits calls `check` many times a second through `heed`; it may raise to stop.
+
+    Whatever exception that ends in leaves the block as the one that `check` raised: code in between, such as a sum of
+    rewards, may take it for a failure of its own.
+    """
+    raised: Exception | None = None
+
+    def ask() -> None:
+        nonlocal raised
+        try:
+            check()
+        except Exception as error:
+            raised = error
+            raise
+
+    token = _check.set(ask)
+    try:
+        yield
+    except Exception:
+        if raised is not None:
+            raise raised  # noqa: B904  # it is what the exception in flight began as
+        raise
+    finally:
+        _check.reset(token)
+
+
+def heed() -> None:
+    """Called by what waits: raises what the `check` of the block around it raises."""
+    _check.get()()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from comfy_tdpo.rewards import reward_names
 
-from .comfy.folders import look_in_rewards_folder, reward_file, reward_file_names
+from .comfy.folders import look_in_rewards_folder, remote_names, reward_file, reward_file_names
 from .comfy.sockets import CATEGORY, in_a_sum, sum_of_rewards
 from .runs.combos import AUTO, check_choice
 from .runs.reward_choice import RewardChoice
@@ -23,7 +23,11 @@ class RewardModel(io.ComfyNode):
             "through 'also' to train on their weighted sum.",
             inputs=[
                 io.Combo.Input(
-                    "reward", reward_names(), default="shapes-aesthetic", tooltip="The reward that scores the images."
+                    "reward",
+                    [*reward_names(), *remote_names()],
+                    default="shapes-aesthetic",
+                    tooltip="The reward that scores the images. Reward services are those that the owner of this "
+                    "server has listed in models/tdpo_rewards/services.txt.",
                 ),
                 weight,
                 io.Combo.Input(
@@ -44,7 +48,7 @@ class RewardModel(io.ComfyNode):
     def execute(
         cls, reward: str, weight: float, weights: str = AUTO, also: RewardChoice | None = None
     ) -> io.NodeOutput:
-        check_choice("reward", reward, reward_names())
+        check_choice("reward", reward, [*reward_names(), *remote_names()])
         look_in_rewards_folder()
         file = None if weights == AUTO else reward_file(weights)
         return io.NodeOutput((also or RewardChoice({})).with_reward(reward, weight, file))

@@ -35,7 +35,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     blocker = {"ExecutionBlocker": lambda message: SimpleNamespace(message=message)}
     modules = {"comfy_api": {}, "comfy_api.latest": {"io": io}}
     modules |= {"comfy_execution": {}, "comfy_execution.graph_utils": blocker}
-    modules["folder_paths"] = {"get_filename_list": lambda kind: ["one.safetensors"]}
+    modules["folder_paths"] = {
+        "get_filename_list": lambda kind: ["one.safetensors"],
+        "get_folder_paths": lambda kind: [],
+    }
     for name, content in modules.items():
         module = ModuleType(name)
         module.__dict__.update(content)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.rewards.function import allow_functions
+from comfy_tdpo.rewards.remote import allow_addresses
 
 from .config import TrainConfig, make_config, override, plain_values
 from .config.changes import changeable, may_change
@@ -35,7 +36,8 @@ IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by multi-process lau
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 finished, 1 failed, 2 wrong input, 130 stopped by the user."""
-    allow_functions()  # on the command line, users may name their own functions
+    allow_functions()  # on the command line, users may name their own functions,
+    allow_addresses()  # and the addresses of theirs
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")  # how long threads spin: see docs/LOG.md
     with forgiving_streams():
@@ -69,6 +71,10 @@ def _command(argv: Sequence[str]) -> int:
         from .terminal.taste import main as taste
 
         return taste(argv[1:])
+    if argv[:1] == ["serve"]:
+        from .terminal.serve import main as serve
+
+        return serve(argv[1:])
     planning = argv[:1] == ["plan"]
     args = parse(argv[1:] if planning else argv)
     try:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.memory import (
     first_micro_batch,
     fitting_micro_batch,
@@ -29,7 +30,7 @@ from comfy_tdpo.models import describe_unread
 from comfy_tdpo.optimizers import policy_optimizer, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
-from comfy_tdpo.rewards import RewardModel
+from comfy_tdpo.rewards import RewardError, RewardModel
 from comfy_tdpo.rewards.taste import tastes_among
 from comfy_tdpo.rollout import Decoder, Trajectories
 
@@ -150,7 +151,8 @@ class Training:
 
         Raises:
             ValueError: the run cannot start: its checkpoint is damaged, or memory does not suffice for one sample.
-            TrainingError, RewardError: the run cannot continue; the last checkpoint is intact.
+            TrainingError: the run cannot continue; the last checkpoint is intact.
+            RewardError: a reward failed; everything before that is saved.
         """
         with self.run.lock() if self.accelerator.is_main_process else nullcontext():
             yield from self._epochs()
@@ -170,7 +172,13 @@ class Training:
                 self._begin()
             while not self._is_over:
                 self._agree_to_stop()
-                yield self._run_epoch()
+                with heeding(self._check_stop):
+                    metrics = self._run_epoch()
+                yield metrics
+        except RewardError:
+            if self.accelerator.num_processes == 1:  # several are each at a place of their own
+                self._save_unfinished()
+            raise
         except Stopped:
             self.stopped = True
             self._save_unfinished()
@@ -303,6 +311,6 @@ class Training:
                 logger.warning("%s", told(self.run, self.state.metrics, self.config))
 
     def _save_unfinished(self) -> None:
-        """After a stop, save what there is, including an unfinished epoch."""
+        """After a stop or a reward's failure, save what there is, including an unfinished epoch."""
         if self.accelerator.is_main_process and (self.context.epoch or self.context.progress.parts):
             self.keeper.keep_state()

@@ -15,6 +15,7 @@ from ..tastes.names import check_taste, is_taste
 from .answers import RewardError, checked
 from .function import check_function, is_function
 from .options import Options
+from .remote import check_remote, class_of, is_remote
 from .shared import shared_while_used
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ REWARDS = {
     "shapes-gold": "comfy_tdpo.rewards.shapes:ShapesGold",
 }
 
-# Those without an image encoder that a critic could use; users' functions have none either.
+# Those without an image encoder that a critic could use; users' functions and remote rewards have none either.
 WITHOUT_ENCODER = {"colourfulness", "imagereward", "jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"}
 
 # What evaluates runs must have no part in restraining them, nor in choosing what they keep.
@@ -96,22 +97,27 @@ def check_reward(name: str) -> None:
     """Raise ValueError if there is no reward `name`."""
     if is_function(name):
         check_function(name)
+    elif is_remote(name):
+        check_remote(name)
     elif is_taste(name):
         check_taste(name)
     elif name not in REWARDS:
         raise ValueError(
-            f"got reward {name!r}; expected one of {', '.join(REWARDS)}, taste:NAME, or python:module:function"
+            f"got reward {name!r}; expected one of {', '.join(REWARDS)}, taste:NAME, "
+            "http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, or python:module:function"
         )
 
 
 def has_encoder(name: str) -> bool:
     """Whether the reward `name` has an image encoder that a critic could use."""
-    return not is_function(name) and name not in WITHOUT_ENCODER
+    return not is_function(name) and not is_remote(name) and name not in WITHOUT_ENCODER
 
 
 def reward_class(name: str) -> RewardClass:
     """The class of the reward `name`, which is no taste."""
     check_reward(name)
+    if is_remote(name):
+        return look_up(class_of(name))
     return look_up("comfy_tdpo.rewards.function:UserFunction" if is_function(name) else REWARDS[name])
 
 

@@ -5,6 +5,7 @@ loaded.
 from __future__ import annotations
 
 from .function import is_function, says_gradient
+from .remote import is_remote
 
 WITHOUT_GRADIENT = {"jpeg-compressibility", "jpeg-incompressibility", "shapes-gold"}
 
@@ -13,7 +14,7 @@ def check_gradients(names: list[str], algorithm: str) -> None:
     """Raise ValueError for those of `names` that have no gradient; of functions, whose modules are not imported, none
     is rejected."""
     for name in names:
-        check_has_gradient(name, name not in WITHOUT_GRADIENT, algorithm)
+        check_has_gradient(name, name not in WITHOUT_GRADIENT and not is_remote(name), algorithm)
 
 
 def check_functions(names: list[str], algorithm: str) -> None:

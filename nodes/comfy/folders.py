@@ -3,18 +3,24 @@
 Weights of rewards are in models/tdpo_rewards and in folders that extra_model_paths.yaml adds to it.
 """
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
 
+from comfy_tdpo.rewards.remote import allow_addresses
 from comfy_tdpo.tastes.folder import TasteFolder
+from comfy_tdpo.user_files import read_text
 
 from ..runs.registry import Runs
 from ..runs.tastes import Tastes, tastes_beside
 
+_log = logging.getLogger(__name__)
+
 REWARDS = "tdpo_rewards"
 REWARD_SUFFIXES = (".pt", ".pth", ".safetensors")
+SERVICES = "services.txt"  # in those folders: the addresses that a graph may choose, one a line
 
 
 def all_runs() -> Runs:
@@ -80,6 +86,20 @@ def reward_file(name: str) -> str:
     if path is None:
         raise ValueError(f"got weights {name!r}, which are not in models/{REWARDS}; put them there, or choose 'auto'")
     return path
+
+
+def remote_names() -> list[str]:
+    """The reward services and judges that the owner of this server has listed; no others are allowed in its graphs."""
+    files = [Path(folder) / SERVICES for folder in folder_paths.get_folder_paths(REWARDS)]
+    names: dict[str, None] = {}
+    for file in filter(Path.is_file, files):
+        try:
+            lines = map(str.strip, read_text(file).splitlines())
+            names |= dict.fromkeys(line for line in lines if line and not line.startswith("#"))
+        except ValueError as error:  # the node must load without them
+            _log.warning("TDPO: no reward services: %s", error)
+    allow_addresses(names)
+    return list(names)
 
 
 def look_in_rewards_folder() -> None:

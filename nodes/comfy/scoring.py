@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.rewards import load_rewards, score_images
 
 from ..runs.prompts import read_lines
@@ -39,13 +40,20 @@ def prompt_of_each(text: str, images: int) -> list[str]:
     return lines * images if len(lines) == 1 else lines
 
 
+def throw_if_cancelled() -> None:
+    """Raise ComfyUI's exception if the user has cancelled the graph."""
+    from comfy import model_management
+
+    model_management.throw_exception_if_processing_interrupted()
+
+
 def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torch.device) -> list[float]:
     """The score of each image.
 
     The model is loaded outside of inference mode: a training on another thread may share the instance, and could not
     use tensors that were made in inference mode.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), heeding(throw_if_cancelled):
         model = load_rewards(reward.weights, device, weights=reward.files)
         model.check_prompts(prompts)
         pixels = opaque(images).movedim(-1, 1)  # (B, 3, H, W)

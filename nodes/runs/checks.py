@@ -12,6 +12,7 @@ from comfy_tdpo.methods.window import trained_steps
 from comfy_tdpo.process import make_process
 from comfy_tdpo.resolution import check_multiple
 from comfy_tdpo.rewards import has_encoder, load_reward, reward_class
+from comfy_tdpo.rewards.remote import is_remote
 from comfy_tdpo.tastes.names import is_taste
 
 from ...trainer.assemble import check_trackers
@@ -36,10 +37,10 @@ def check_run(config: TrainConfig, prompts: list[str], scheduler: Any, process: 
 
 
 def _check_rewards(config: TrainConfig, prompts: list[str]) -> None:
-    """Rewards without files are loaded and asked; the others accept all prompts."""
+    """Rewards without files are loaded and asked; the others accept all prompts, or are other programs."""
     with torch.inference_mode(False):
         for name in {*config.trained_on, *config.measured, *config.guards}:
-            if not is_taste(name) and not reward_class(name).sources:
+            if not is_taste(name) and not is_remote(name) and not reward_class(name).sources:
                 load_reward(name, CPU, weights=config.reward_weights).check_prompts(prompts)
     if getattr(config, "favour_diversity", False) and not any(map(has_encoder, config.trained_on)):
         raise ValueError(

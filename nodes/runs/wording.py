@@ -39,7 +39,11 @@ OPTIONS = {
 # Advice that differs in a graph.
 ADVICE = [
     (r"(?<!settings: )\bunknown setting\b", "settings: unknown setting"),
-    (r", or python:module:function\b", ""),
+    (r", http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, or python:module:function\b", ""),
+    (
+        r"(which sends images to an address; expected) that only on the command line",
+        r"\1 one that the owner of this server has allowed by a line in models/tdpo_rewards/services.txt",
+    ),
     (r" \(--eval-reward none watches none\)", ""),
     (r"(?:name it|choose another) with --held-out NAME", "connect another reward to held_out"),
     (r"\bname sets or files with --prompts SET,SET", "choose a prompt_set, or write prompts"),

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.memory import first_micro_batch, out_of_memory, smaller_micro_batch
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import Coordinates
@@ -90,7 +91,9 @@ class Painter:
                     self.check,
                     lambda share: tell(share * len(batch)),
                 )
-            return images, {reward.name: score_images(reward, images, batch).tolist() for reward in rewards}
+            with heeding(self.check):
+                scores = {reward.name: score_images(reward, images, batch).tolist() for reward in rewards}
+            return images, scores
         except Exception as error:
             if not out_of_memory(error):
                 raise

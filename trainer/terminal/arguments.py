@@ -36,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
         "minutes.",
         epilog="To see the denoising steps of a run before it begins, write `plan` before its options. To find the "
         "LoRA of a run to use, see `recommend --help`; to score image files with rewards, see `score --help`; to make "
-        "a reward of pictures you like and dislike, see `taste --help`.",
+        "a reward of pictures you like and dislike, see `taste --help`; to let a reward run elsewhere, see "
+        "`serve --help`.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"comfy_tdpo {__version__}")
@@ -63,7 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help=f"training reward; may be repeated: {', '.join(reward_names())}, taste:NAME, python:module:function",
+        help=f"training reward; may be repeated: {', '.join(reward_names())}, taste:NAME, "
+        "http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, python:module:function",
     )
     where.add_argument(
         "--eval-reward",

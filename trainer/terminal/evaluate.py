@@ -7,6 +7,7 @@ from pathlib import Path
 from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.rewards.function import allow_functions
+from comfy_tdpo.rewards.remote import allow_addresses
 
 from ..config.parsing import named_values, split_names
 from ..evaluation.asked import IMAGES, LAST, SEED, Options, PromptSet, ask, usual_folder
@@ -22,7 +23,8 @@ from .tastes import Paths
 
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
-    allow_functions()  # on the command line, users may name their own functions
+    allow_functions()  # on the command line, users may name their own functions,
+    allow_addresses()  # and the addresses of theirs
     args = _parser().parse_args(argv)
     return status_of(lambda: _evaluate(args), "what was scored is saved: run the same command again to go on")
 
@@ -50,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rewards",
         metavar="NAME,NAME,...",
         help="rewards to judge by, besides the training rewards (default: those that the runs have measured): "
-        f"{', '.join(reward_names())}, taste:FOLDER, or python:module:function",
+        f"{', '.join(reward_names())}, taste:FOLDER, http://HOST:PORT, "
+        "judge:http://HOST:PORT/v1#MODEL, or python:module:function",
     )
     parser.add_argument(
         "--prompts",

@@ -26,6 +26,7 @@ from comfy_tdpo.rewards import (
     score_images,
 )
 from comfy_tdpo.rewards.function import allow_functions
+from comfy_tdpo.rewards.remote import allow_addresses
 
 from ..config.parsing import named_values
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
@@ -37,7 +38,8 @@ _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
-    allow_functions()  # on the command line, users may name their own functions
+    allow_functions()  # on the command line, users may name their own functions,
+    allow_addresses()  # and the addresses of theirs
     args = _parser().parse_args(argv)
     try:
         with keyboard_interrupts():
@@ -61,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME",
-        help=f"one of {', '.join(reward_names())}, taste:FOLDER, or python:module:function; may be repeated",
+        help=f"one of {', '.join(reward_names())}, taste:FOLDER, http://HOST:PORT, "
+        "judge:http://HOST:PORT/v1#MODEL, or python:module:function; may be repeated",
     )
     parser.add_argument(
         "--prompt",
