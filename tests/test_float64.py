@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from no_float64 import DEVICE, Device
+from elsewhere import DEVICE, Device
 from torch import Tensor
 from toy import Brightness, Contrast, fast_training, new_run, toy_training
 

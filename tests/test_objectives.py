@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from comfy_tdpo.methods.objectives import approximate_kl, critic_loss, explained_variance, outside, policy_loss
+from comfy_tdpo.methods.objectives import (
+    approximate_kl,
+    critic_loss,
+    explained_variance,
+    outside,
+    policy_loss,
+    ratio_of,
+)
 from comfy_tdpo.process.gaussian import log_prob
 
 CLIP = 0.1
@@ -131,3 +138,11 @@ def test_explained_variance():
 
 def test_explained_variance_of_equal_returns_is_finite():
     assert math.isfinite(explained_variance(torch.tensor([0.0, 1.0]), torch.zeros(2)).item())
+
+
+def test_a_ratio_stays_finite_and_still_pushes_back():
+    log_ratio = torch.tensor([-3.0, 0.0, 20.0, 1e4], requires_grad=True)
+    ratio = ratio_of(log_ratio)
+    assert torch.equal(ratio[:3], log_ratio[:3].exp()) and ratio[3] == ratio[2]
+    policy_loss(ratio, torch.full((4,), -1.0), CLIP).sum().backward()  # bad, moved up
+    assert torch.isfinite(log_ratio.grad).all() and log_ratio.grad[3] == log_ratio.grad[2] > 0

@@ -88,7 +88,7 @@ class BlobModel:
 
     def encode(self, prompts: list[str]) -> TensorConditioning:
         colours = [[float(colour in prompt) for colour in ("red", "green", "blue")] for prompt in prompts]
-        return TensorConditioning(colours=torch.tensor(colours))
+        return TensorConditioning(colours=torch.tensor(colours, device=next(self.network.parameters()).device))
 
     def denoise(self, latents, times, conditioning):
         return self.network(latents, conditioning.parts["colours"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .context import Context
+from .objectives import ratio_of
 
 
 @torch.no_grad()
@@ -27,4 +28,4 @@ def measure_drift(
     pairs = torch.arange(-(-len(steps) // size) * size)  # all steps, in full micro-batches
     for part in pairs.split(size):
         log_ratios = log_ratio(part % context.samples, steps[part % len(steps)])
-        context.raise_to("policy/ratio_drift", (log_ratios.exp() - 1).abs().max())
+        context.raise_to("policy/ratio_drift", (ratio_of(log_ratios) - 1).abs().max())

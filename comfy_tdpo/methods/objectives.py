@@ -9,6 +9,13 @@ Shapes: B pairs of a sample and a step, C H W latent.
 import torch
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 20.0  # of the mean over elements; float32's exp overflows at 88
+
+
+def ratio_of(log_ratio: Tensor) -> Tensor:
+    """rho of Eq. 8 from its log, (B,). It stays finite, and so does its gradient, which still points back."""
+    return (log_ratio - (log_ratio.detach() - LARGEST_LOG_RATIO).clamp(min=0)).exp()
+
 
 def policy_loss(ratio: Tensor, temporal_rewards: Tensor, clip_range: float) -> Tensor:
     """Eq. 8, negated because it is minimised: the clipped surrogate of each sample, (B,)."""
@@ -32,7 +39,7 @@ def trust_region_loss(log_ratio: Tensor, temporal_rewards: Tensor, kl: Tensor, l
     """
     onward = temporal_rewards * log_ratio.detach() > 0
     keep = (kl.detach() < limit) | ~onward
-    ratio = torch.where(keep, log_ratio, 0.0).exp()  # masked before exp: infinity times 0 would be NaN
+    ratio = ratio_of(torch.where(keep, log_ratio, 0.0))  # masked first: a step that does not count has no gradient
     return torch.where(keep, -temporal_rewards * ratio, 0.0)
 
 

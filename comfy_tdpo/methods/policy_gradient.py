@@ -200,11 +200,11 @@ class PolicyGradient:
         """The policy's loss of B pairs and whether each is outside the range that the objective allows, (B,) each."""
         objective = self.config.policy.objective
         if objective == "clip":
-            return self._clipped(log_ratio.exp(), temporal, self.clip_range)
+            return self._clipped(objectives.ratio_of(log_ratio), temporal, self.clip_range)
         noise = self._noise(rows, steps)
         old_mean = self.replay.pick("latents", batch.latents, rows, steps + 1) - step.std * noise
         if objective == "step-normalised":
-            ratio = objectives.step_normalised_log_ratio(step.mean, old_mean, noise).exp()
+            ratio = objectives.ratio_of(objectives.step_normalised_log_ratio(step.mean, old_mean, noise))
             return self._clipped(ratio, temporal, self.clip_range * self._median_std)
         kl, limit = gaussian_kl(step.mean.detach(), old_mean, step.std), self.config.policy.trust_region
         return objectives.trust_region_loss(log_ratio, temporal, kl, limit), kl >= limit

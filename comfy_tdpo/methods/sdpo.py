@@ -165,7 +165,7 @@ class SDPO:
         loss = pair_loss(ratios, aims, weights, clip_range).sum() / (total // 2)
         loss.backward()
         log_ratio = log_ratio.detach()
-        outside = objectives.outside(log_ratio.exp(), clip_range)
+        outside = objectives.outside(objectives.ratio_of(log_ratio), clip_range)
         context.add("policy/loss", loss)
         context.add("policy/approx_kl", share * objectives.approximate_kl(log_ratio * self.policy.latent_size))
         context.add("policy/clip_fraction", share * outside.float().mean())
