@@ -108,7 +108,7 @@ class MemoryBudget:
         if not self.gauge.exact:
             return self._tried(rehearsal, training), ""
         free = self.gauge.free()
-        room = int(free * (1 - MARGIN)) - self.reserve
+        room = self.room(free)
         sampling, scoring = self.need(rehearsal.sample, room), self.need(rehearsal.score, room)
         decoding = self.need(rehearsal.decode, room)
         needs, why = [sampling, scoring], ""
@@ -132,6 +132,10 @@ class MemoryBudget:
         )
         return choice, told
 
+    def room(self, free: int) -> int:
+        """How many of the `free` bytes a phase may take."""
+        return int(free * (1 - MARGIN)) - self.reserve
+
     def choose(self, room: int, needs: list[Need], decoding: Need, checkpointing: bool) -> Choice:
         """As many rows as fit into `room` in each phase, at least one; `needs`: of those that take micro-batches."""
         rows = min(self.micro_batch, *(need.rows(room) for need in needs))
@@ -142,19 +146,12 @@ class MemoryBudget:
         """Measure `work`, with two rows only if these fit into `room`."""
         try:
             work(1)  # what a device loads and chooses the first time is not counted
-            first = self._peak(work, 1)
-            return Need(first, max(self._peak(work, 2) - first, 1) if 2 * first <= room else first)
+            return need_of(self.gauge, work, room)
         except Exception as error:
             if not out_of_memory(error):
                 raise
         torch.cuda.empty_cache()
         return NO_ROOM
-
-    def _peak(self, work: Callable[[int], None], rows: int) -> int:
-        before = self.gauge.held()
-        self.gauge.reset()
-        work(rows)
-        return self.gauge.peak() - before
 
     def _tried(self, rehearsal: Rehearsal, training: bool) -> Choice:
         """Where memory cannot be measured: the largest that does not run out of it in training."""
@@ -165,6 +162,20 @@ class MemoryBudget:
         if training:
             within_memory(lambda: rehearsal.train(self.micro_batch), shrink)
         return Choice(self.micro_batch, self.decode_batch, rehearsal.checkpointing)
+
+
+def need_of(gauge: Gauge, work: Callable[[int], None], room: int = sys.maxsize) -> Need:
+    """Measure `work` with one row, and with two if these fit into `room`."""
+    first = peak_of(gauge, work, 1)
+    return Need(first, max(peak_of(gauge, work, 2) - first, 1) if 2 * first <= room else first)
+
+
+def peak_of(gauge: Gauge, work: Callable[[int], None], rows: int) -> int:
+    """The peak of `work` with that many rows, beyond what is held before it."""
+    before = gauge.held()
+    gauge.reset()
+    work(rows)
+    return gauge.peak() - before
 
 
 def _size(count: int) -> str:

@@ -47,6 +47,11 @@ class Held(TorchDispatchMode):
         self.bytes += size
         self._peak = max(self._peak, self.bytes)
 
+    def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What `work` returns, and the most bytes alive meanwhile."""
+        self.reset()
+        return work(), self.peak()
+
     def free(self) -> int:
         return self.total - self.bytes
 

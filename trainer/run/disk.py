@@ -50,7 +50,8 @@ def bytes_of_checkpoint(config: TrainConfig, policy: DiffusionPolicy) -> int:
 
 
 def bytes_of_snapshot(policy: DiffusionPolicy) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in policy.trainable.base.values())
+    base = policy.trainable.base.values()
+    return sum(weight.numel() * weight.element_size() for weight in base) or policy.count * FLOAT32  # of a LoRA
 
 
 def most_snapshots(config: TrainConfig) -> int:
