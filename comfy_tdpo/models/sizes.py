@@ -28,6 +28,7 @@ from ..process.flow_schedule import FlowSchedule
 from . import DiffusionModel
 from .conditioning import Conditioning, ListConditioning, TensorConditioning
 from .diffusers_folder import empty_network
+from .files import read_json
 from .flux import T5_TOKENS, Flux
 from .shipped import CONFIGS
 from .stable_diffusion import Autoencoder, StableDiffusion
@@ -105,7 +106,9 @@ def sizes_of(model: str) -> Path | None:
     if model in PUBLISHED:
         return CONFIGS / PUBLISHED[model]
     folder = Path(model).expanduser()
-    return folder if any((folder / name / "config.json").is_file() for name in ("unet", "transformer")) else None
+    configs = [folder / name / "config.json" for name in ("unet", "transformer")]
+    known = any(path.is_file() and read_json(path).get("_class_name") in _DENOISERS for path in configs)
+    return folder if known else None
 
 
 def model_without_weights(folder: Path, weights: torch.dtype, denoiser: torch.dtype) -> DiffusionModel:
