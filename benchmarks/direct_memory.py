@@ -5,35 +5,30 @@ prints one, unless `--page` names a page.
 
 Runs one update of one sample through the trainer's own code on Stable Diffusion 1.x and a reward of true size, with
 fake tensors: they have shapes and no values, so that nothing is computed and no GPU is needed. Counts the bytes of all
-tensors that are alive at once. What is counted is what a GPU would hold, because two things that CPUs do otherwise are
-as on CUDA: autocast normalises in float32, and attention keeps no matrix of weights.
+tensors that are alive at once, as a GPU would hold them; see comfy_tdpo/memory/without_values.py.
 
 Not counted: the CUDA context (0.3 to 0.6 GiB), the work space of kernels, and gaps that the allocator leaves.
 """
 
 import argparse
 import platform
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from open_clip.model import CLIP
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from comfy_tdpo import policy as policies
+from comfy_tdpo.memory.counting import Held
+from comfy_tdpo.memory.without_values import counted, dtype_of
 from comfy_tdpo.methods.context import Context
 from comfy_tdpo.methods.direct.direct_gradient import DirectGradient
 from comfy_tdpo.models.components import Components
@@ -41,7 +36,7 @@ from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.optimizers import adamw
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.rewards import aesthetic, hpsv2, pixels
+from comfy_tdpo.rewards import aesthetic, hpsv2
 from comfy_tdpo.rewards.clip import ClipImages
 from comfy_tdpo.rewards.head import LinearHead
 from comfy_tdpo.rollout import Decoder
@@ -68,40 +63,6 @@ CASES = [  # reward, its precision, K, what is recomputed
     ("hpsv2", "bf16", 1, "steps, their blocks, decoder, reward", ALL),
 ]
 PROMPT = "a photo of a cat"
-
-
-class Held(TorchDispatchMode):
-    """Counts the bytes of all storages that operations inside the block have made and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
-        return result
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._alive:
-            return
-
-        def let_go(_: weakref.ref) -> None:
-            del self._alive[key]
-            self.bytes -= size
-
-        self._alive[key] = weakref.ref(storage, let_go)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-    def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
-        """What `work` returns, and the most bytes alive meanwhile."""
-        self.peak = self.bytes
-        return work(), self.peak
 
 
 def main() -> None:
@@ -150,80 +111,17 @@ def peaks_of(held: Held, method: DirectGradient) -> dict[str, int]:
 
     def decode(*args: Any, **named: Any) -> Tensor:
         columns, found["in reward"] = held.peak_of(lambda: decoder(*args, **named))
-        held.peak = held.bytes
+        held.reset()
         return columns
 
     with patch.object(method.context, "decoder", decode):
         final, drawing = held.peak_of(lambda: draw(method))
         method._backward(final, [PROMPT], measure=False)
         method.context.optimizer.step()
-    return found | {"in steps": max(drawing, held.peak)}
+    return found | {"in steps": max(drawing, held.peak())}
 
 
 # --- an update without values
-
-
-@contextmanager
-def counted(fake: bool = True) -> Iterator[Held]:
-    """Inside the block, tensors are counted; if they are `fake`, they have no values."""
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(),
-        Held() as held,
-        patch.object(F, "scaled_dot_product_attention", attention),
-        patch.object(F, "group_norm", in_float32(F.group_norm)),
-        patch.object(F, "layer_norm", in_float32(F.layer_norm)),
-        patch.object(policies, "make_process", with_values(policies.make_process)),
-        patch.object(nn.Module, "_apply", applied),
-    ):
-        pixels._windows.cache_clear()
-        try:
-            yield held
-        finally:
-            pixels._windows.cache_clear()  # tensors without values are of no use to others
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *more: Any, **named: Any) -> Tensor:
-    """Without a matrix of weights, as on a GPU; but texts, which are masked, are encoded without gradient."""
-    if attn_mask is not None or named.get("is_causal"):
-        return attention_of_torch(query, key, value, attn_mask, *more, **named)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-
-
-attention_of_torch = F.scaled_dot_product_attention
-
-
-def in_float32(norm: Callable) -> Callable:
-    """CUDA's autocast normalises in float32, and CPU's in the dtype of the input."""
-
-    def normed(input: Tensor, *sizes: Any, **named: Any) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return norm(input, *sizes, **named)
-        cast = [part.float() if isinstance(part, Tensor) else part for part in sizes]
-        return norm(input.float(), *cast, **{k: v.float() if isinstance(v, Tensor) else v for k, v in named.items()})
-
-    return normed
-
-
-def with_values(make: Callable) -> Callable:
-    """The same function, whose tensors have values: a process's tables decide which steps there are."""
-
-    def made(*args: Any) -> Any:
-        with unset_fake_temporarily():
-            return make(*args)
-
-    return made
-
-
-def applied(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`module` with other tensors, as `nn.Module.to` makes them; torch's own cannot exchange fake ones."""
-    for child in module.children() if recurse else ():
-        applied(child, change)
-    for name, weight in module._parameters.items():
-        if weight is not None:
-            module._parameters[name] = nn.Parameter(change(weight.detach()), weight.requires_grad)
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else change(buffer)
-    return module
 
 
 def draw(method: DirectGradient) -> Tensor:
@@ -287,17 +185,6 @@ def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
         record_policy=lambda *_: None,
     )
     return Unchecked(context)
-
-
-@contextmanager
-def dtype_of(precision: str) -> Iterator[None]:
-    """Inside the block, new weights have this precision."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def make_aesthetic(dtype: torch.dtype) -> aesthetic.Aesthetic:

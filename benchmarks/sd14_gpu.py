@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from comfy_tdpo.memory import peak_memory, reset_peak_memory
+from comfy_tdpo.memory.gauges import gauge_of
 from comfy_tdpo.methods.objectives import policy_loss
 from comfy_tdpo.models.components import Components
 from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
@@ -96,7 +96,8 @@ def measure(
     policy: DiffusionPolicy, encoder: Callable[[Tensor], Tensor], size: int, train_steps: int
 ) -> dict[str, float]:
     """One trajectory batch of `size` samples through every phase; seconds are per sample."""
-    reset_peak_memory(policy.device)
+    gauge = gauge_of(policy.device)
+    gauge.reset()
     with torch.no_grad():
         noise = draw_noise(policy, [("benchmark", row) for row in range(size)])
         latents, log_probs, _, _, sampling = timed(lambda: denoise(policy, [PROMPT] * size, noise))
@@ -112,7 +113,7 @@ def measure(
         "decoding": decoding / size,
         "encoding": encoding / size,
         "training": training / size * len(policy.process) / train_steps,
-        "peak": peak_memory(policy.device) / 2**30,
+        "peak": gauge.peak() / 2**30,
     }
 
 

@@ -28,6 +28,11 @@ def policy_optimizer(parameters: list[nn.Parameter], settings: PolicySettings, s
     return adamw(parameters, settings, one_by_one=settings.trains_all)
 
 
+def bytes_of_moments(count: int, settings: PolicySettings) -> int:
+    """The bytes of the moments of `count` numbers, but for the scales of those in 8 bits."""
+    return 2 * count * (1 if settings.optimizer == "adamw-8bit" else 4)
+
+
 def scheduled_lr(settings: PolicySettings, update: int, updates: int) -> float:
     """The learning rate of update 0, 1, ... of the run's planned `updates`; greater than 0 for each of them."""
     warmup = settings.warmup_updates

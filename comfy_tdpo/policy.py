@@ -65,6 +65,7 @@ class DiffusionPolicy:
         self.model.to(self.device)
         settings = settings or PolicySettings()
         self.trainable = model.adapt(settings, seed)
+        self.checkpointing = settings.gradient_checkpointing
         self.kl_reference = Reference(self.trainable)
         self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None
         self._encoded: dict[str, Conditioning] = {}
@@ -84,6 +85,11 @@ class DiffusionPolicy:
     def count(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    def turn_on_checkpointing(self) -> None:
+        """Have the network compute its activations again in the backward pass; the gradients stay the same."""
+        self.model.network.enable_gradient_checkpointing()
+        self.checkpointing = True
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The base model's weights by name, without networks that are not loaded, such as the text encoder of prompts

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .memory import out_of_memory
+from .memory.running_out import smaller_decode_batch, within_memory
 from .policy import DiffusionPolicy
 from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
@@ -118,23 +118,19 @@ class Decoder:
         `read` is given the images and which rows of `latents` they are. `check` is called before each batch.
         """
         parts, begin = [], 0
-        while begin < len(latents):
+
+        def decode() -> Tensor:
             check()
             rows = slice(begin, begin + self.batch)
-            try:
-                parts.append(read(self.policy.decode(latents[rows], image_size), rows))
-                begin += self.batch
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                if self.batch == 1:
-                    raise ValueError(
-                        "got out of memory decoding one image at a time; expected room for one: lower resolution, "
-                        "set precision to bf16, or close other programs that use the device"
-                    ) from error
-                self.batch //= 2
-                torch.cuda.empty_cache()
+            return read(self.policy.decode(latents[rows], image_size), rows)
+
+        while begin < len(latents):
+            parts.append(within_memory(decode, self._shrink))
+            begin += self.batch
         return torch.cat(parts)
+
+    def _shrink(self) -> None:
+        self.batch = smaller_decode_batch(self.batch)
 
 
 @dataclass(frozen=True)

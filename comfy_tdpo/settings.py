@@ -76,7 +76,8 @@ class PolicySettings(OptimizerSettings):
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="recompute activations in the backward pass, which saves memory and takes about a third longer",
+        description="recompute activations in the backward pass, which saves memory and takes about a third longer; a "
+        "GPU on which one sample does not fit without it turns it on by itself",
     )
     ema: float = Field(
         default=0.0,

@@ -19,7 +19,7 @@ def test_what_is_alive_is_counted_also_where_only_a_graph_holds_it():
         assert held.bytes == 12_000
         y.sum().backward()
         assert held.bytes == 12_000, "x, y and the gradient of x"
-        assert held.peak == 20_008, "before that also the first exp, its gradient, the sum and the sum's"
+        assert held.peak() == 20_008, "before that also the first exp, its gradient, the sum and the sum's"
         view = x.detach()[10:]
         assert held.bytes == 12_000, "a view holds nothing of its own"
         del x, y, view

@@ -10,7 +10,8 @@ import pytest
 import torch
 from toy import lora_of, new_run, same, timeless, toy_training
 
-from comfy_tdpo.memory import out_of_memory, peak_memory, reset_peak_memory
+from comfy_tdpo.memory.gauges import Ram
+from comfy_tdpo.memory.running_out import out_of_memory
 
 
 class ShortOfMemory:
@@ -138,7 +139,7 @@ def test_other_errors_are_not_taken_for_it(case):
 
 # --- the peak
 
-CPU, BIG = torch.device("cpu"), 300 * 2**20
+BIG = 300 * 2**20
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
@@ -155,7 +156,8 @@ def test_the_peak_is_an_epochs_own(tmp_path, make_policy):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="as Linux counts it")
 def test_the_peak_is_what_was_held():
-    reset_peak_memory(CPU)
-    before = peak_memory(CPU)
+    ram = Ram()
+    ram.reset()
+    before = ram.peak()
     torch.ones(BIG, dtype=torch.uint8)
-    assert peak_memory(CPU) - before == pytest.approx(BIG, rel=0.1)
+    assert ram.peak() - before == pytest.approx(BIG, rel=0.1)

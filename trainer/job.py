@@ -211,7 +211,7 @@ def _numbered(device: torch.device | str) -> torch.device:
 
 
 def _sentence(error: Exception) -> str:
-    from comfy_tdpo.memory import out_of_memory  # loads accelerate
+    from comfy_tdpo.memory.running_out import out_of_memory  # loads accelerate
 
     if out_of_memory(error):
         return (

@@ -53,6 +53,8 @@ class TrainState:
             "epoch": context.epoch,
             "updates": context.progress.updates,
             "micro_batch": context.micro_batch,
+            "decode_batch": context.decoder.batch,
+            "gradient_checkpointing": context.policy.checkpointing,
             "metrics": self.metrics,
             "identity": self.identity,
         }
@@ -83,6 +85,9 @@ class TrainState:
         on_device = {name: _to(context.policy.device, group) for name, group in tensors.items()}
         self.method.load_state(on_device, state)
         context.epoch, context.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]
+        context.decoder.batch = state.get("decode_batch", context.decoder.batch)  # older versions have neither
+        if state.get("gradient_checkpointing") and not context.policy.checkpointing:
+            context.policy.turn_on_checkpointing()
         if _watched(state["identity"]) != _watched(self.identity):  # the other reward is watched from here on
             self.metrics = [_without_alarm(line) for line in self.metrics]
         elif watched:

@@ -16,20 +16,16 @@ import torch
 from accelerate import Accelerator
 
 from comfy_tdpo.interrupts import heeding
-from comfy_tdpo.memory import (
-    first_micro_batch,
-    fitting_micro_batch,
-    out_of_memory,
-    peak_memory,
-    reset_peak_memory,
-    smaller_micro_batch,
-)
+from comfy_tdpo.memory.budget import MemoryBudget, first_micro_batch
+from comfy_tdpo.memory.gauges import gauge_of
+from comfy_tdpo.memory.running_out import within_memory
 from comfy_tdpo.methods import TensorGroup, make_method
 from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
-from comfy_tdpo.optimizers import policy_optimizer, scheduled_lr, set_lr
+from comfy_tdpo.optimizers import bytes_of_moments, policy_optimizer, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
+from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
 from comfy_tdpo.rewards.taste import tastes_among
 from comfy_tdpo.rollout import Decoder, Trajectories
@@ -92,6 +88,7 @@ class Training:
         for model in (reward, *eval_rewards.values(), *guards.values()):
             model.check_prompts(self.prompts)
         self.stopped = False
+        self.gauge = gauge_of(policy.device)
         self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
         check_warmup(config, len(self.method.groups(1)))
@@ -192,26 +189,37 @@ class Training:
         return self.context.epoch >= self.config.epochs or (overoptimises and self.config.stop_on_overoptimisation)
 
     def _begin(self) -> None:
-        """Before the first epoch, find the micro-batch that fits, and draw samples with the untrained model."""
+        """Before the first epoch, find what fits into memory, and draw samples with the untrained model."""
         self._check_stop()
-        context = self.context
-        context.micro_batch = fitting_micro_batch(self._try_rows, context.micro_batch, context.samples_per_update)
+        self._settle()
         if self.accelerator.is_main_process:
             self.keeper.keep_grid(self._check_stop)
 
-    def _try_rows(self, rows: int) -> None:
-        """Run a training step with this many rows and discard its gradients."""
-        policy = self.policy
-        try:
-            latents = torch.zeros(rows, *policy.latent_shape, device=policy.device)
-            positions = torch.zeros(rows, dtype=torch.long, device=policy.device)
-            policy.step(latents, positions, policy.encode_prompts(self.prompts[:1]).expand(rows)).mean.sum().backward()
-        finally:
-            self.context.optimizer.zero_grad()
+    def _settle(self) -> None:
+        """Choose how many rows go through at once, and whether with gradient checkpointing."""
+        context, config = self.context, self.config
+        rewards = [context.reward, *context.eval_rewards.values(), *context.guards.values()]
+        longest = max(self.prompts, key=len)
+        rehearsal = Rehearsal(self.policy, longest, rewards, config.needs_gradient)
+        reserve = self._bytes_to_come(longest) if self.gauge.exact else 0
+        most = context.samples_per_update, context.micro_batch, context.decoder.batch
+        budget = MemoryBudget(self.gauge, *most, reserve)
+        choice, told = budget.settle(rehearsal)
+        context.micro_batch, context.decoder.batch = choice.micro_batch, choice.decode_batch
+        self._warn(told)
+
+    @torch.no_grad()
+    def _bytes_to_come(self, longest: str) -> int:
+        """What an epoch holds between its phases: the optimizer's moments, the trajectories, which are copied when they
+        are joined, and the encoded prompts, of which `longest` is one."""
+        steps = len(self.policy.process) + 1 if self.method.samples_first else 0
+        trajectories = self.context.samples * steps * self.policy.latent_size * 4
+        prompts = len({*self.prompts, ""}) * self.policy.encode_prompts([longest]).nbytes
+        return bytes_of_moments(self.policy.count, self.config.policy) + 2 * trajectories + prompts
 
     def _run_epoch(self) -> EpochMetrics:
         context, method, start = self.context, self.method, time.perf_counter()
-        reset_peak_memory(self.policy.device)
+        self.gauge.reset()
         if method.samples_first:
             self._sample()
         self._update()
@@ -240,16 +248,14 @@ class Training:
         """Sample N trajectories from the current policy, one micro-batch at a time, then the targets of the updates."""
         context, start = self.context, time.perf_counter()
         progress = context.progress
-        while (begin := progress.samples) < context.samples:
+
+        def sample() -> Trajectories:
             rows = range(begin, min(begin + context.micro_batch, context.samples))
             context.begin("sampling", begin, len(rows), context.samples)
-            try:
-                progress.parts.append(self.method.sample(*context.draws(rows)))
-                continue
-            except Exception as error:
-                if not out_of_memory(error):
-                    raise
-            context.micro_batch = smaller_micro_batch(context.micro_batch, context.samples_per_update)
+            return self.method.sample(*context.draws(rows))
+
+        while (begin := progress.samples) < context.samples:
+            progress.parts.append(within_memory(sample, context.shrink))
         progress.times["sample"] += time.perf_counter() - start
         if progress.targets is None:
             progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(context.epoch + 1))
@@ -295,7 +301,7 @@ class Training:
             updates = context.progress.updates
             metrics["policy/lr"] = self._lr(updates - 1, updates)  # of the last update
         metrics |= {f"time/{name}_s": seconds for name, seconds in context.progress.times.items()}
-        metrics["memory/peak_bytes"] = peak_memory(self.policy.device)
+        metrics["memory/peak_bytes"] = self.gauge.peak()
         return metrics
 
     def _keep_neurons(self, append: Callable[..., None], epoch: int, *groups: TensorGroup) -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..memory import out_of_memory, smaller_micro_batch
+from ..memory.running_out import smaller_micro_batch, within_memory
 from ..policy import DiffusionPolicy
 from ..randomness import Coordinates
 from ..rewards import RewardModel
@@ -144,7 +144,8 @@ class Context:
         """
         progress = self.progress
         before = dict(progress.sums), dict(progress.maxima)
-        while True:
+
+        def attempt() -> list[Result]:
             self.optimizer.zero_grad()
             results: list[Result] = []
             try:
@@ -154,16 +155,20 @@ class Context:
                     if begin:
                         self.tell(begin / rows)
                     results.append(accumulate(slice(begin, min(begin + size, rows))))
-                break
-            except BaseException as error:  # after a stop, too, the metrics must not hold half an update
+                return results
+            except BaseException:  # after a stop, too, the metrics must not hold half an update
                 progress.sums, progress.maxima = dict(before[0]), dict(before[1])
-                if not out_of_memory(error):
-                    raise
-            self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
+                raise
+
+        results = within_memory(attempt, self.shrink)
         self.step(self.optimizer, self.config.policy.max_grad_norm)
         if self.policy.average:
             self.policy.average.update()
         return results
+
+    def shrink(self) -> None:
+        """Lower the micro-batch; raises ValueError if it is 1."""
+        self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
 
     def rows_at_once(self, together: int = 1) -> int:
         """How many rows `update_policy` gives to `accumulate` at once."""

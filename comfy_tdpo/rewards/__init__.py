@@ -241,7 +241,7 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
     """`model`'s scores, float32 (B,), on the images' device. Raises RewardError, which names it, if it fails."""
     import torch
 
-    from ..memory import out_of_memory
+    from ..memory.running_out import out_of_memory
 
     if not torch.isfinite(images).all():
         raise RewardError(

@@ -136,7 +136,7 @@ class TrainConfig(MethodSettings):
         description="largest number of samples per forward pass, rounded down to a divisor of samples_per_update; none "
         "means as many as fit",
     )
-    decode_batch: Count = Field(default=16, description="images decoded and embedded at once")
+    decode_batch: Count = Field(default=16, description="largest number of images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
     guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1 turns it off")
     eval_guidance: Annotated[float | None, Unset] = Field(

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.interrupts import heeding
-from comfy_tdpo.memory import first_micro_batch, out_of_memory, smaller_micro_batch
+from comfy_tdpo.memory.budget import MemoryBudget, first_micro_batch
+from comfy_tdpo.memory.gauges import gauge_of
+from comfy_tdpo.memory.running_out import smaller_micro_batch, within_memory
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import Coordinates
+from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardModel, score_images
 from comfy_tdpo.rollout import Decoder, draw_images
 
@@ -59,6 +62,7 @@ class Painter:
         self.config, self.policy, self.check = config, policy, check
         self._decoder = Decoder(policy, config.decode_batch)
         self._batch = first_micro_batch(config.micro_batch, config.samples_per_update, policy.device)
+        self._settled = False
 
     def applied(self, cell: Cell) -> AbstractContextManager[None]:
         """Apply a cell's LoRA at its strength; inside the block, the policy is what the cell says."""
@@ -72,16 +76,16 @@ class Painter:
         self,
         prompts: Sequence[str],
         seeds: Sequence[Coordinates],
-        rewards: Iterable[RewardModel],
+        rewards: Sequence[RewardModel],
         tell: Callable[[float], None] = lambda drawn: None,
     ) -> tuple[Tensor, dict[str, list[float]]]:
         """Draw the first of `prompts`, as many as fit into memory: the images (b, 3, H, W), and their scores by reward.
 
-        After running out of memory there are none, and fewer are drawn the next time. `tell` is called between model
-        calls with the number of images drawn, of which one may be drawn in part.
+        `tell` is called between model calls with the number of images drawn, of which one may be drawn in part.
         """
-        batch = list(prompts[: self._batch])
-        try:
+
+        def draw() -> tuple[Tensor, dict[str, list[float]]]:
+            batch = list(prompts[: self._batch])
             with self.policy.guided_for_evaluation():
                 images = draw_images(
                     self._decoder,
@@ -94,11 +98,21 @@ class Painter:
             with heeding(self.check):
                 scores = {reward.name: score_images(reward, images, batch).tolist() for reward in rewards}
             return images, scores
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            self._batch = smaller_micro_batch(self._batch, self.config.samples_per_update)
-            return torch.empty(0, 3, 1, 1), {reward.name: [] for reward in rewards}
+
+        self._settle(max(prompts, key=len), rewards)
+        return within_memory(draw, self._shrink)
+
+    def _settle(self, prompt: str, rewards: Iterable[RewardModel]) -> None:
+        """Before the first images, choose how many are drawn at once."""
+        if self._settled:
+            return
+        gauge, most = gauge_of(self.policy.device), self.config.samples_per_update
+        budget = MemoryBudget(gauge, most, self._batch, self._decoder.batch)
+        choice, _ = budget.settle(Rehearsal(self.policy, prompt, rewards), training=False)
+        self._batch, self._decoder.batch, self._settled = choice.micro_batch, choice.decode_batch, True
+
+    def _shrink(self) -> None:
+        self._batch = smaller_micro_batch(self._batch, self.config.samples_per_update)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import shutil
 
+from comfy_tdpo.optimizers import bytes_of_moments
 from comfy_tdpo.policy import DiffusionPolicy
 
 from ..config import TrainConfig
@@ -41,7 +42,7 @@ def check_disk(run: RunPaths, config: TrainConfig, policy: DiffusionPolicy) -> s
 def bytes_of_checkpoint(config: TrainConfig, policy: DiffusionPolicy) -> int:
     """Its weights, their moments, their average, and a reference that was reset; all else is small."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in policy.parameters)
-    moments = 2 * policy.count * (1 if config.policy.optimizer == "adamw-8bit" else FLOAT32)
+    moments = bytes_of_moments(policy.count, config.policy)
     average = policy.count * FLOAT32 if config.policy.ema else 0
     kl = getattr(config, "kl", None)
     reference = weights if kl and (kl.reset_above is not None or kl.reset_every is not None) else 0
@@ -49,7 +50,8 @@ def bytes_of_checkpoint(config: TrainConfig, policy: DiffusionPolicy) -> int:
 
 
 def bytes_of_snapshot(policy: DiffusionPolicy) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in policy.trainable.base.values())
+    base = policy.trainable.base.values()
+    return sum(weight.numel() * weight.element_size() for weight in base) or policy.count * FLOAT32  # of a LoRA
 
 
 def most_snapshots(config: TrainConfig) -> int:

@@ -1,4 +1,4 @@
-"""Shows the steps of a run before it begins: `python -m comfy_tdpo.trainer plan [--SETTING VALUE ...]`."""
+"""Shows the steps of a run and what it takes: `python -m comfy_tdpo.trainer plan [--SETTING VALUE ...]`."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,13 @@ from torch import Tensor
 from comfy_tdpo.methods.sections import SteppedPolicySettings
 from comfy_tdpo.methods.window import window
 from comfy_tdpo.models import outline
+from comfy_tdpo.models.sizes import sizes_of
 from comfy_tdpo.process import Process, make_process
 from comfy_tdpo.resolution import latent_sides
 
 from ..assemble import model_source
 from ..config import TrainConfig
+from ..run.disk import most_snapshots
 
 SENSITIVE = 5.0  # most steps have 0.05 to 1.5
 
@@ -30,7 +32,27 @@ def plan(config: TrainConfig) -> str:
     head = f"{config.model} by {config.algorithm}: {config.steps} steps of {name}, guidance {config.guidance:g}"
     if config.embedded_guidance is not None:
         head += f", embedded guidance {config.embedded_guidance:g}"
-    return "\n".join([head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)])
+    lines = [head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)]
+    return "\n".join([*lines, "", *_costs(config, len(process))])
+
+
+def _costs(config: TrainConfig, steps: int) -> list[str]:
+    """What a run takes: reward queries and passes of the network, and where its sizes are known, memory and disk."""
+    samples = config.epochs * config.samples_per_epoch
+    halves = 1 if config.guidance == 1 else 2
+    lines = [
+        f"{samples * config.queries_per_sample} reward queries in {config.epochs} epochs",
+        f"{samples * steps * halves} rows go through the network to draw the samples"
+        + (", two for each step, because of guidance" if halves == 2 else ""),
+    ]
+    sizes = sizes_of(config.model)
+    if sizes is None:
+        return [*lines, "memory: counted only for the models of the presets, and for diffusers folders"]
+    from .fits import fits, footprint  # imports diffusers' networks
+
+    found = footprint(config, sizes)
+    disk = most_snapshots(config) * found.snapshot + (config.output.keep_checkpoints + 1) * found.checkpoint
+    return [*lines, f"disk: up to {disk / 1e9:.1f} GB, for snapshots and checkpoints", *fits(found, config)]
 
 
 def _table(process: Process, trained: Tensor | None) -> list[str]:

@@ -1,0 +1,182 @@
+"""MemoryBudget: how many rows fit where.
+
+The peak of each phase is measured with one row and with two, from below, and is taken to grow along that line. What
+autograd would keep of one row is counted before any of it is kept, so that the first backward pass does not run out of
+memory either.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .gauges import Gauge
+from .running_out import (
+    largest_divisor,
+    out_of_memory,
+    smaller_decode_batch,
+    smaller_micro_batch,
+    within_memory,
+)
+
+CPU_MICRO_BATCH = 16  # default on a CPU: larger is no faster, and running out of RAM raises no error to catch
+MARGIN = 0.1  # of the free memory: for gaps between the allocator's blocks, and kernels' work space, which has jumps
+GIB = 2**30
+
+
+def first_micro_batch(configured: int | None, samples_per_update: int, device: torch.device) -> int:
+    """The largest micro-batch allowed: as configured, otherwise CPU_MICRO_BATCH on a CPU or the whole update."""
+    limit = configured or (CPU_MICRO_BATCH if device.type == "cpu" else samples_per_update)
+    return largest_divisor(samples_per_update, limit)
+
+
+class Rehearsal(Protocol):
+    """The phases of an epoch, each with a given number of rows and without a result.
+
+    checkpointing: whether gradient checkpointing is on.
+    """
+
+    @property
+    def checkpointing(self) -> bool: ...
+
+    def sample(self, rows: int) -> None: ...
+
+    def train(self, rows: int) -> None: ...
+
+    def score(self, rows: int) -> None: ...
+
+    def decode(self, rows: int) -> None: ...
+
+    def kept(self) -> int:
+        """The bytes that autograd would keep of one row in training."""
+        ...
+
+    def turn_on_checkpointing(self) -> None: ...
+
+
+class Need(NamedTuple):
+    """The peak of a phase beyond what is held before it, in bytes: of the first row, and what each further row adds."""
+
+    first: int
+    more: int
+
+    def rows(self, room: int) -> int:
+        """How many rows fit into `room` bytes."""
+        return 0 if self.first > room else 1 + (room - self.first) // max(self.more, 1)
+
+    def told(self) -> str:
+        if self == NO_ROOM:
+            return "more than there is"
+        return _size(self.first) + (f" and each further one {_size(self.more)}" if self.more != self.first else "")
+
+
+NO_ROOM = Need(sys.maxsize, sys.maxsize)  # memory ran out with one row
+
+
+class Choice(NamedTuple):
+    """micro_batch: rows of each forward pass in sampling and training; decode_batch: images decoded at once."""
+
+    micro_batch: int
+    decode_batch: int
+    checkpointing: bool
+
+
+class MemoryBudget:
+    """Chooses how many rows go through at once.
+
+    Sampling and training get equally many, as the ratio of a fresh sample is 1 to the last bit only then.
+
+    Args:
+        gauge: of the device; samples_per_update: of which the micro-batch is a divisor.
+        micro_batch, decode_batch: the largest allowed.
+        reserve: bytes that the epoch will hold besides: the optimizer's moments, the trajectories.
+    """
+
+    def __init__(self, gauge: Gauge, samples_per_update: int, micro_batch: int, decode_batch: int, reserve: int = 0):
+        self.gauge, self.samples_per_update, self.reserve = gauge, samples_per_update, reserve
+        self.micro_batch, self.decode_batch = micro_batch, decode_batch
+
+    def settle(self, rehearsal: Rehearsal, training: bool = True) -> tuple[Choice, str]:
+        """What was chosen, and one line that says why; the line is empty where nothing can be measured.
+
+        Gradient checkpointing is turned on if one row does not fit without it. `training`: whether anything is trained.
+
+        Raises:
+            ValueError: there is no room for one row.
+        """
+        if not self.gauge.exact:
+            return self._tried(rehearsal, training), ""
+        free = self.gauge.free()
+        room = self.room(free)
+        sampling, scoring = self.need(rehearsal.sample, room), self.need(rehearsal.score, room)
+        decoding = self.need(rehearsal.decode, room)
+        needs, why = [sampling, scoring], ""
+        if training and NO_ROOM not in needs:
+            kept = 0 if rehearsal.checkpointing else sampling.first + rehearsal.kept()
+            needs.append(self.need(rehearsal.train, room) if kept <= room else Need(kept, kept))
+            if not needs[-1].rows(room) and not rehearsal.checkpointing:
+                why = f", with gradient checkpointing, without which one sample takes {needs[-1].told()}"
+                rehearsal.turn_on_checkpointing()
+                needs[-1] = self.need(rehearsal.train, room)
+        if NO_ROOM in needs:
+            smaller_micro_batch(1, self.samples_per_update)  # raises
+        if decoding == NO_ROOM:
+            smaller_decode_batch(1)  # raises
+        choice = self.choose(room, needs, decoding, rehearsal.checkpointing)
+        told = (
+            f"memory: {_size(free)} are free, {_size(self.reserve)} of them for optimizer and trajectories; "
+            f"{choice.micro_batch} of {self.samples_per_update} samples go through at once, of which one takes "
+            f"{needs[-1].told()}, and {choice.decode_batch} images are decoded at once, of which one takes "
+            f"{decoding.told()}{why}"
+        )
+        return choice, told
+
+    def room(self, free: int) -> int:
+        """How many of the `free` bytes a phase may take."""
+        return int(free * (1 - MARGIN)) - self.reserve
+
+    def choose(self, room: int, needs: list[Need], decoding: Need, checkpointing: bool) -> Choice:
+        """As many rows as fit into `room` in each phase, at least one; `needs`: of those that take micro-batches."""
+        rows = min(self.micro_batch, *(need.rows(room) for need in needs))
+        images = min(self.decode_batch, decoding.rows(room))
+        return Choice(largest_divisor(self.samples_per_update, max(rows, 1)), max(images, 1), checkpointing)
+
+    def need(self, work: Callable[[int], None], room: int = sys.maxsize) -> Need:
+        """Measure `work`, with two rows only if these fit into `room`."""
+        try:
+            work(1)  # what a device loads and chooses the first time is not counted
+            return need_of(self.gauge, work, room)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()
+        return NO_ROOM
+
+    def _tried(self, rehearsal: Rehearsal, training: bool) -> Choice:
+        """Where memory cannot be measured: the largest that does not run out of it in training."""
+
+        def shrink() -> None:
+            self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
+
+        if training:
+            within_memory(lambda: rehearsal.train(self.micro_batch), shrink)
+        return Choice(self.micro_batch, self.decode_batch, rehearsal.checkpointing)
+
+
+def need_of(gauge: Gauge, work: Callable[[int], None], room: int = sys.maxsize) -> Need:
+    """Measure `work` with one row, and with two if these fit into `room`."""
+    first = peak_of(gauge, work, 1)
+    return Need(first, max(peak_of(gauge, work, 2) - first, 1) if 2 * first <= room else first)
+
+
+def peak_of(gauge: Gauge, work: Callable[[int], None], rows: int) -> int:
+    """The peak of `work` with that many rows, beyond what is held before it."""
+    before = gauge.held()
+    gauge.reset()
+    work(rows)
+    return gauge.peak() - before
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,75 @@
+"""Recognising out-of-memory errors, and going on with fewer rows: the last resort, after MemoryBudget."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+Result = TypeVar("Result")
+
+_FURTHER_WORDS = (  # not recognised by accelerate
+    "error: out of memory",  # CUDA and HIP, outside torch's allocator
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, hipBLAS, cuSOLVER, cuDNN 8
+    "_ALLOCATION_FAILED",  # cuDNN 9, on the device or the host
+    "miopenStatusAllocFailed",
+    "DefaultCPUAllocator: not enough memory",  # Windows
+    "Invalid buffer size",  # MPS, for a single tensor
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` means out of memory, on any device and from any library."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError) or not all(isinstance(part, str) for part in error.args):
+        return False
+    return should_reduce_batch_size(error) or any(words in str(error) for words in _FURTHER_WORDS)
+
+
+def within_memory(work: Callable[[], Result], shrink: Callable[[], None]) -> Result:
+    """What `work` returns. Each time that it runs out of memory, `shrink` is called and `work` starts over.
+
+    `shrink` lowers the number of rows that `work` takes at once, and raises ValueError once that is 1.
+    """
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # here, where nothing refers to the tensors of `work` any more
+        shrink()
+
+
+def largest_divisor(samples_per_update: int, limit: int) -> int:
+    """A divisor, because sampling and training agree to the last bit only if every forward has equally many rows."""
+    return max(d for d in range(1, samples_per_update + 1) if samples_per_update % d == 0 and d <= limit)
+
+
+def smaller_micro_batch(micro_batch: int, samples_per_update: int) -> int:
+    """At most half of `micro_batch`, and still a divisor of the update, whose result does not change.
+
+    Raises:
+        ValueError: `micro_batch` is already 1.
+    """
+    if micro_batch == 1:
+        raise ValueError(
+            "got out of memory with one sample at a time; expected room for one: lower resolution, set "
+            "policy.gradient_checkpointing to true, set precision to bf16, or close other programs that use the device"
+        )
+    return largest_divisor(samples_per_update, micro_batch // 2)
+
+
+def smaller_decode_batch(decode_batch: int) -> int:
+    """Half of `decode_batch`.
+
+    Raises:
+        ValueError: `decode_batch` is already 1.
+    """
+    if decode_batch == 1:
+        raise ValueError(
+            "got out of memory decoding one image at a time; expected room for one: lower resolution, set precision to "
+            "bf16, or close other programs that use the device"
+        )
+    return decode_batch // 2

@@ -1,0 +1,148 @@
+"""Models of the published sizes without weights or tokenizers, from the configurations that come with the package.
+
+They are for counting memory: their prompts are encoded to zeros of the right shape.
+
+Shapes: B batch, L tokens, E text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, Qwen3Model, T5EncoderModel
+
+from ..process.flow_schedule import FlowSchedule
+from . import DiffusionModel
+from .conditioning import Conditioning, ListConditioning, TensorConditioning
+from .diffusers_folder import empty_network
+from .files import read_json
+from .flux import T5_TOKENS, Flux
+from .shipped import CONFIGS
+from .stable_diffusion import Autoencoder, StableDiffusion
+from .stable_diffusion_3 import T5_TOKENS as T5_TOKENS_OF_SD3
+from .stable_diffusion_3 import StableDiffusion3
+from .z_image import ZImage
+
+# hub ids of the presets -> folder of their configurations
+PUBLISHED = {
+    "CompVis/stable-diffusion-v1-4": "sd1",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
+    "stabilityai/sd-turbo": "sd2",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/sdxl-turbo": "sdxl",
+    "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux-schnell",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "Tongyi-MAI/Z-Image-Turbo": "z-image",
+}
+CLIP_TOKENS = 77  # read of a prompt
+QWEN_TOKENS = 96  # of a prompt of some 70 words with its template
+
+_TEXTS: dict[str, Any] = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+    "T5EncoderModel": T5EncoderModel,
+    "Qwen3ForCausalLM": Qwen3Model,
+}
+
+
+def _unet(folder: Path, unet: Any, encode: Any, decode: Any) -> DiffusionModel:
+    with unset_fake_temporarily():
+        scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
+    return StableDiffusion(unet, scheduler, encode, decode, folder.name)
+
+
+def _flow(cls: Any) -> Callable[..., DiffusionModel]:
+    return lambda folder, transformer, encode, decode: cls(transformer, FlowSchedule(), encode, decode, folder.name)
+
+
+def _states_of_unet(config: Any) -> Conditioning:
+    states = torch.zeros(1, CLIP_TOKENS, config.cross_attention_dim)
+    if config.addition_embed_type is None:
+        return TensorConditioning(states=states)
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return TensorConditioning(states=states, pooled=torch.zeros(1, pooled))
+
+
+def _states_of_sd3(config: Any) -> Conditioning:
+    states = torch.zeros(1, CLIP_TOKENS + T5_TOKENS_OF_SD3, config.joint_attention_dim)
+    return TensorConditioning(states=states, pooled=torch.zeros(1, config.pooled_projection_dim))
+
+
+def _states_of_flux(config: Any) -> Conditioning:
+    states = torch.zeros(1, T5_TOKENS[config.guidance_embeds], config.joint_attention_dim)
+    return TensorConditioning(states=states, pooled=torch.zeros(1, config.pooled_projection_dim))
+
+
+def _states_of_z_image(config: Any) -> Conditioning:
+    return ListConditioning([torch.zeros(QWEN_TOKENS, config.cap_feat_dim)])
+
+
+# class of the denoiser, in its configuration -> the class, the model that it is part of, the conditioning of a prompt
+_DENOISERS: dict[str, tuple[Any, Callable[..., DiffusionModel], Callable[[Any], Conditioning]]] = {
+    "UNet2DConditionModel": (UNet2DConditionModel, _unet, _states_of_unet),
+    "SD3Transformer2DModel": (SD3Transformer2DModel, _flow(StableDiffusion3), _states_of_sd3),
+    "FluxTransformer2DModel": (FluxTransformer2DModel, _flow(Flux), _states_of_flux),
+    "ZImageTransformer2DModel": (ZImageTransformer2DModel, _flow(ZImage), _states_of_z_image),
+}
+
+
+def sizes_of(model: str) -> Path | None:
+    """The configurations of `model`: those that come with the package, or those in its own folder; None otherwise."""
+    if model in PUBLISHED:
+        return CONFIGS / PUBLISHED[model]
+    folder = Path(model).expanduser()
+    configs = [folder / name / "config.json" for name in ("unet", "transformer")]
+    known = any(path.is_file() and read_json(path).get("_class_name") in _DENOISERS for path in configs)
+    return folder if known else None
+
+
+def model_without_weights(folder: Path, weights: torch.dtype, denoiser: torch.dtype) -> DiffusionModel:
+    """The model configured in `folder`, whose text encoders are left out, its `denoiser` and other `weights` in these
+    dtypes.
+
+    Call it under FakeTensorMode, where weights take no memory.
+    """
+    part = "unet" if (folder / "unet").is_dir() else "transformer"
+    config = UNet2DConditionModel.load_config(folder / part)
+    cls, made_of, states = _DENOISERS[config["_class_name"]]
+    network = _of_dtype(lambda: cls.from_config(config), denoiser)
+    vae = _of_dtype(lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")), weights)
+    conditioning = states(network.config)
+
+    def encode(prompts: list[str]) -> Conditioning:
+        return conditioning.expand(len(prompts))
+
+    return made_of(folder, network, encode, Autoencoder(vae.requires_grad_(False).eval()))
+
+
+def numbers_of_texts(folder: Path) -> int:
+    """How many numbers the weights of the text encoders are that are configured in `folder`."""
+    networks = [
+        empty_network(path.parent, _TEXTS[UNet2DConditionModel.load_config(path.parent)["architectures"][0]])
+        for path in sorted(folder.glob("text_encoder*/config.json"))
+    ]
+    return sum(weight.numel() for network in networks for weight in network.parameters())
+
+
+def _of_dtype(make: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,103 @@
+"""What fits into GPUs: what is counted without values is what real tensors take on the CPU."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from test_plan import sd3 as sd3
+from tiny_models import SHIPPED
+
+from comfy_tdpo.memory.budget import GIB, Need, need_of
+from comfy_tdpo.memory.counting import Held
+from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts, sizes_of
+from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.rehearsal import Rehearsal
+from comfy_tdpo.trainer.__main__ import main
+from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.terminal.fits import CONTEXT, Footprint, choice, footprint
+
+SETTINGS = {"steps": 3, "guidance": 3.0, "resolution": 32}
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """The folder of a model of Stable Diffusion 1.x's classes, with few layers."""
+    folder = tmp_path_factory.mktemp("sizes")
+    shutil.copytree(SHIPPED / "sd1", folder, dirs_exist_ok=True)
+    kinds = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    few = {"block_out_channels": [32], "layers_per_block": 1}
+    edit(folder / "unet" / "config.json", **few, **kinds, cross_attention_dim=32)
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    edit(folder / "vae" / "config.json", **few | {"block_out_channels": [32, 32]}, **kinds)
+    return folder
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_what_is_counted_is_what_the_cpu_allocates(sizes, train):
+    config = make_config("sd14-aesthetic", overrides=SETTINGS | {"precision": "fp32", "policy": {"train": train}})
+    found = footprint(config, sizes)
+    with Held() as held:
+        model = model_without_weights(sizes, torch.float32, torch.float32)
+        policy = DiffusionPolicy(model, settings=config.policy, **SETTINGS)
+        weights = sum(weight.nbytes for net in policy.model.networks.values() for weight in net.parameters())
+        rehearsal = Rehearsal(policy, "", [])
+        real = [need_of(held, work) for work in (rehearsal.sample, rehearsal.decode, rehearsal.train)]
+        rehearsal.turn_on_checkpointing()
+        real.append(need_of(held, rehearsal.train))
+    # besides weights there are buffers and the noise schedule, a few KB
+    assert found.weights == pytest.approx(weights, rel=0.02)
+    counted = [found.sampling, found.decoding, found.training[False], found.training[True]]
+    for count, truth in zip(counted, real, strict=True):
+        # oneDNN may copy a tensor into a layout of its own, which tensors without values do not
+        assert count.first == pytest.approx(truth.first, rel=0.05)
+        assert count.more == pytest.approx(truth.more, rel=0.05)
+
+
+def test_the_published_sizes_are_those_of_the_models():
+    assert numbers_of_texts(sizes_of("CompVis/stable-diffusion-v1-4")) == 123_060_480  # CLIP ViT-L/14's text model
+    assert sizes_of("someone/elses-model") is None
+
+
+def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_up():
+    config = make_config("sd14-aesthetic", overrides={"samples_per_epoch": 64, "samples_per_update": 64})
+    small = Need(1, 1)
+    found = Footprint(
+        weights=2 * GIB,
+        texts=0,
+        rewards=GIB,
+        reserve=GIB,
+        snapshot=0,
+        checkpoint=0,
+        sampling=small,
+        decoding=Need(GIB, GIB),
+        training={False: Need(4 * GIB, 2 * GIB), True: Need(2 * GIB, GIB // 2)},
+    )
+
+    def card(room: float) -> int:
+        """The GiB of a card that leaves that much room in GiB, rounded up."""
+        return -int(-((room + 1) / 0.9 + 3 + CONTEXT / GIB) // 1)
+
+    assert choice(found, config, card(4.0)) == "1 / 4"
+    assert choice(found, config, card(10.0)) == "4 / 10"
+    assert choice(found, config, card(2.0)) == "1* / 2"
+    assert choice(found, config, 4) == "no"
+
+
+def test_a_plan_tells_what_a_run_takes(sizes, capsys):
+    settings = ["--resolution", "32", "--steps", "3", "--samples-per-epoch", "8", "--samples-per-update", "4"]
+    assert main(["plan", "--preset", "sd14-aesthetic", "--model", str(sizes), *settings]) == 0
+    text = capsys.readouterr().out
+    assert "\n800 reward queries in 100 epochs\n" in text
+    assert "\n4800 rows go through the network to draw the samples, two for each step, because of guidance\n" in text
+    assert "memory, counted without a GPU, in GiB: weights 0." in text
+    assert "80 GiB: 4 / 16" in text and "6 GiB: 4 / 8" not in text
+
+
+def test_a_model_of_unknown_size_is_planned_without_its_memory(sd3, capsys):
+    assert main(["plan", "--model", str(sd3)]) == 0
+    assert "memory: counted only for the models of the presets" in capsys.readouterr().out

@@ -1,0 +1,133 @@
+"""What fits into the memory of common GPUs, counted without one.
+
+The model is made of tensors without values, and goes through the same rehearsal as before a training, so that what is
+chosen here is what MemoryBudget would choose on such a GPU. Rewards count as the size of their files, an upper bound,
+and their work as none, since a decoder needs more.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from comfy_tdpo.memory.budget import GIB, MemoryBudget, Need, need_of
+from comfy_tdpo.memory.counting import Held
+from comfy_tdpo.memory.without_values import counted
+from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts
+from comfy_tdpo.optimizers import bytes_of_moments
+from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.rehearsal import Rehearsal
+from comfy_tdpo.rewards import reward_class
+from comfy_tdpo.tastes.names import is_taste
+
+from ..assemble import DTYPES, policy_settings
+from ..config import TrainConfig, override
+from ..run.disk import bytes_of_checkpoint, bytes_of_snapshot
+
+CARDS = (6, 8, 12, 16, 24, 48, 80)  # GiB
+CONTEXT = GIB // 2  # of CUDA and its libraries; 0.3 to 0.6 GiB
+UNITS = {"GB": 10**9, "MB": 10**6}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a run needs, in bytes.
+
+    weights: of denoiser, adapter and decoder; texts, rewards: of their networks.
+    reserve: what an epoch holds besides; snapshot, checkpoint: a file of each, on the disk.
+    sampling, decoding: per row; training: without gradient checkpointing and with it.
+    """
+
+    weights: int
+    texts: int
+    rewards: int
+    reserve: int
+    snapshot: int
+    checkpoint: int
+    sampling: Need
+    decoding: Need
+    training: dict[bool, Need]
+
+    @property
+    def resident(self) -> int:
+        return self.weights + self.texts + self.rewards
+
+
+def footprint(config: TrainConfig, sizes: Path) -> Footprint:
+    """What a run of `config` needs, whose model is configured in the folder `sizes`."""
+    dtype = DTYPES[config.precision]
+    whole_in_float32 = config.policy.trains_all and config.policy.optimizer == "adamw"
+    config = override(config, {"policy": {"gradient_checkpointing": False}})
+    with counted() as held:
+        model = model_without_weights(sizes, dtype, torch.float32 if whole_in_float32 else dtype)
+        policy = DiffusionPolicy(model, **policy_settings(config, torch.device("cpu")))
+        weights = held.bytes - sum(weight.nbytes for weight in policy.trainable.base.values())  # on the CPU
+        rehearsal = Rehearsal(policy, "", [])
+        sampling, decoding = need_of(held, rehearsal.sample), need_of(held, rehearsal.decode)
+        training = {False: need_of(held, rehearsal.train)}
+        rehearsal.turn_on_checkpointing()
+        training[True] = need_of(held, rehearsal.train)
+        snapshot, checkpoint = bytes_of_snapshot(policy), bytes_of_checkpoint(config, policy)
+        moments = bytes_of_moments(policy.count, config.policy)
+        path = config.samples_per_epoch * (config.steps + 1) * policy.latent_size * 4
+    return Footprint(
+        weights=weights,
+        texts=numbers_of_texts(sizes) * dtype.itemsize,
+        rewards=bytes_of_rewards(config),
+        reserve=2 * path + moments,
+        snapshot=snapshot,
+        checkpoint=checkpoint,
+        sampling=sampling,
+        decoding=decoding,
+        training=training,
+    )
+
+
+def rows_allowed(config: TrainConfig) -> tuple[int, int, int]:
+    """Samples of an update, and the most samples and images at once."""
+    return config.samples_per_update, config.micro_batch or config.samples_per_update, config.decode_batch
+
+
+def bytes_of_rewards(config: TrainConfig) -> int:
+    """The size of the files of all rewards, each once, in the rewards' precision."""
+    names = dict.fromkeys([*config.trained_on, *config.measured, *config.guards, *config.further_rewards])
+    sources = {source for name in names if not is_taste(name) for source in reward_class(name).sources}
+    found = (re.fullmatch(r"([\d.]+) (GB|MB)", source.size) for source in sources)
+    return (
+        sum(int(float(size[1]) * UNITS[size[2]]) for size in found if size)
+        * DTYPES[config.reward_precision].itemsize
+        // 4
+    )
+
+
+def choice(found: Footprint, config: TrainConfig, card: int) -> str:
+    """What fits a GPU of `card` GiB: samples and images at once, with a * for gradient checkpointing, or "no"."""
+    budget = MemoryBudget(Held(), *rows_allowed(config), found.reserve)
+    room = budget.room(card * GIB - CONTEXT - found.resident)
+    for checkpointing in (True,) if config.policy.gradient_checkpointing else (False, True):
+        needs = [found.sampling, found.training[checkpointing]]
+        if all(need.rows(room) for need in (*needs, found.decoding)):
+            rows, images, _ = budget.choose(room, needs, found.decoding, checkpointing)
+            return f"{rows}{'*' * checkpointing} / {images}"
+    return "no"
+
+
+def described(found: Footprint) -> str:
+    """One line of what a run needs, in GiB."""
+    plain, recomputed = (found.training[on].first / GIB for on in (False, True))
+    return (
+        f"weights {found.weights / GIB:.1f}, text encoders {found.texts / GIB:.1f}, rewards at most "
+        f"{found.rewards / GIB:.1f}, optimizer and trajectories {found.reserve / GIB:.1f}; one sample in training "
+        f"{plain:.1f}, or {recomputed:.1f} with gradient checkpointing; one image decoded "
+        f"{found.decoding.first / GIB:.1f}"
+    )
+
+
+def fits(found: Footprint, config: TrainConfig) -> list[str]:
+    """Lines for the terminal: what a run of `config` needs, and what of it fits common GPUs."""
+    cells = ", ".join(f"{card} GiB: {choice(found, config, card)}" for card in CARDS)
+    return [
+        f"memory, counted without a GPU, in GiB: {described(found)}",
+        f"samples at once / images decoded at once, by GPU (* with gradient checkpointing): {cells}",
+    ]
