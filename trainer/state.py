@@ -61,7 +61,7 @@ class TrainState:
             groups["overoptimisation"], state["overoptimisation"] = watched, self.overoptimisation.plain()
         save_checkpoint(folder, self.name, groups, state | plain, keep)
 
-    def restore(self, folder: Path, prompts_of_epoch: Callable[[int], list[str]]) -> bool:
+    def restore(self, folder: Path) -> bool:
         """Restore the newest checkpoint in `folder`; False if there is none."""
         found = load_latest(folder)
         if found is None:
@@ -87,7 +87,7 @@ class TrainState:
             self.metrics = [_without_alarm(line) for line in self.metrics]
         elif watched:
             self.overoptimisation.load(watched, state["overoptimisation"])
-        context.progress = _progress_from(on_device, state["updates"], prompts_of_epoch(context.epoch + 1))
+        context.progress = _progress_from(on_device, state["updates"], context.own_prompts(context.epoch + 1))
         return True
 
 

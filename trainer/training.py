@@ -159,7 +159,7 @@ class Training:
 
     def _epochs(self) -> Iterator[EpochMetrics]:
         context = self.context
-        restored = self.state.restore(self.run.checkpoints, self._epoch_prompts)
+        restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
                 f"got {self.config.epochs} epochs for a run that has finished {context.epoch}; expected as many or more"
@@ -230,7 +230,7 @@ class Training:
     def _agree_to_stop(self) -> None:
         """Raise Stopped in all processes if any of them was asked to stop."""
         asked = torch.tensor([self.stop.is_set()], dtype=torch.int, device=self.accelerator.device)
-        if self.context.gather(asked).any():
+        if self.accelerator.gather(asked).any():
             raise Stopped
 
     # --- sampling and updates ---------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """What the trainer gives its method: the model, the rewards, the progress of the epoch, and helpers for updates.
 
-Shapes: N samples of an epoch in this process, M rows of one gradient update.
+Shapes: N samples of an epoch in this process, B of all P processes, M rows of one gradient update.
+
+With several processes, each draws the samples that it is to train on: an equal share of every update, whose samples are
+those of a single process. So any number of processes makes the same updates, and no sample is sent to another process.
 """
 
 from collections.abc import Callable
@@ -58,6 +61,8 @@ class Context:
     samples, samples_per_update: N and M, in this process.
     micro_batch: rows in each forward pass, reduced when memory runs out.
     prompts: for a given epoch, one prompt per sample of all processes; all_prompts: those it draws from.
+    order: for a given epoch, the order in which the updates take the samples of all processes, int64 (B,); set by a
+        method that does not take them as they come.
     check: called between forward passes; if it raises, everything is left as after the last complete update.
     watch: sees the progress, called with (phase, done, total); see `begin`.
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
@@ -79,12 +84,14 @@ class Context:
     check: Callable[[], None]
     record: Callable[[int, TensorGroup, TensorGroup], None]
     record_policy: Callable[[int, TensorGroup, TensorGroup], None]
+    order: Callable[[int], Tensor] | None = None
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)
     all_prompts: list[str] = field(default_factory=list)
     watch: Callable[[str, float, int], None] = lambda phase, done, total: None
     _piece: tuple[str, int, int, int] = ("", 0, 0, 0)
+    _shared_out: tuple[int, Tensor] | None = None
 
     # --- progress
 
@@ -102,24 +109,50 @@ class Context:
 
     def draws(self, rows: range) -> tuple[list[str], list[Coordinates]]:
         """Prompts and noise coordinates for the given rows, out of this process's N, in the current epoch."""
-        prompts, first = self.prompts(self.epoch + 1), self.accelerator.process_index * self.samples
-        return [prompts[first + row] for row in rows], [self.noise_of(row) for row in rows]
+        prompts = self.own_prompts(self.epoch + 1)
+        return [prompts[row] for row in rows], [self.noise_of(row) for row in rows]
+
+    def own_prompts(self, epoch: int) -> list[str]:
+        """The prompts of this process's N samples."""
+        prompts = self.prompts(epoch)
+        return [prompts[row] for row in self.rows(epoch).tolist()]
 
     def noise_of(self, row: int) -> Coordinates:
         """The coordinates of the noise of one row."""
-        place = self.accelerator.process_index * self.samples + row
-        return (self.config.seed, "noise", self.epoch + 1, place)
+        return (self.config.seed, "noise", self.epoch + 1, int(self.rows(self.epoch + 1)[row]))
 
     # --- several processes
 
+    def rows(self, epoch: int) -> Tensor:
+        """Which of an epoch's B samples are this process's, ascending, int64 (N,)."""
+        return self._rows_of_all(epoch)[self.accelerator.process_index]
+
+    def _rows_of_all(self, epoch: int) -> Tensor:
+        """The same of every process, (P, N)."""
+        if self._shared_out is None or self._shared_out[0] != epoch:
+            processes = self.accelerator.num_processes
+            order = self.order(epoch) if self.order else torch.arange(processes * self.samples)
+            shares = order.view(-1, processes, self.samples_per_update).transpose(0, 1)
+            self._shared_out = epoch, shares.reshape(processes, -1).sort(dim=1).values
+        return self._shared_out[1]
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's share of what belongs to an update, (P m, ...) -> (m, ...)."""
+        return rows.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def local(self, rows: Tensor, epoch: int) -> Tensor:
+        """The places of samples, int64 and all of this process, among its own."""
+        return torch.searchsorted(self.rows(epoch), rows)
+
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, in the order of their ranks."""
-        return self.accelerator.gather(tensor)
+        """The samples of all processes, (B, ...), in the order in which one process draws them, from its own N."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return self.accelerator.gather(tensor)[self._rows_of_all(self.epoch + 1).flatten().argsort()]
 
     def own(self, tensor: Tensor) -> Tensor:
-        """This process's N rows of a tensor that holds the rows of all processes."""
-        begin = self.accelerator.process_index * self.samples
-        return tensor[begin : begin + self.samples]
+        """This process's N samples out of those of all processes."""
+        return tensor[self.rows(self.epoch + 1)]
 
     # --- metrics of updates
 

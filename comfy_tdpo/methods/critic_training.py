@@ -154,9 +154,10 @@ class CriticTraining:
         if self.config.history:
             return
         self.optimizer.zero_grad()
-        place = (self.context.epoch + 1, self.context.progress.updates, self.context.accelerator.process_index)
+        place, accelerator = (self.context.epoch + 1, self.context.progress.updates, 0), self.context.accelerator
         draw = generator_at(self.context.config.seed, "dropout", *place)
-        residuals = self.network(self._inputs_at(batch, rows, steps), dropout=draw)
+        own = accelerator.process_index, accelerator.num_processes
+        residuals = self.network(self._inputs_at(batch, rows, steps), draw, *own)
         old, returns = targets["residuals"][rows, steps], targets["returns"][rows, steps]
         loss = objectives.critic_loss(residuals, old, returns, self.config.clip_range or torch.inf).mean()
         loss.backward()
