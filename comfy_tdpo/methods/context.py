@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..memory import out_of_memory, smaller_micro_batch
 from ..policy import DiffusionPolicy
+from ..processes import Processes
 from ..randomness import Coordinates
 from ..rewards import RewardModel
 from ..rollout import Decoder, Trajectories
@@ -57,6 +57,7 @@ class Context:
     config: all settings, including the method's own.
     policy: the model in training; optimizer: that of its parameters.
     decoder: decodes latents to images, a few at a time.
+    processes: this one and the others.
     reward, eval_rewards, guards: the training reward, the held-out rewards and the guards.
     samples, samples_per_update: N and M, in this process.
     micro_batch: rows in each forward pass, reduced when memory runs out.
@@ -76,7 +77,7 @@ class Context:
     decoder: Decoder
     reward: RewardModel
     eval_rewards: dict[str, RewardModel]
-    accelerator: Accelerator
+    processes: Processes
     samples: int
     samples_per_update: int
     micro_batch: int
@@ -125,12 +126,12 @@ class Context:
 
     def rows(self, epoch: int) -> Tensor:
         """Which of an epoch's B samples are this process's, ascending, int64 (N,)."""
-        return self._rows_of_all(epoch)[self.accelerator.process_index]
+        return self._rows_of_all(epoch)[self.processes.rank]
 
     def _rows_of_all(self, epoch: int) -> Tensor:
         """The same of every process, (P, N)."""
         if self._shared_out is None or self._shared_out[0] != epoch:
-            processes = self.accelerator.num_processes
+            processes = self.processes.count
             order = self.order(epoch) if self.order else torch.arange(processes * self.samples)
             shares = order.view(-1, processes, self.samples_per_update).transpose(0, 1)
             self._shared_out = epoch, shares.reshape(processes, -1).sort(dim=1).values
@@ -138,7 +139,7 @@ class Context:
 
     def share(self, rows: Tensor) -> Tensor:
         """This process's share of what belongs to an update, (P m, ...) -> (m, ...)."""
-        return rows.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        return rows.chunk(self.processes.count)[self.processes.rank]
 
     def local(self, rows: Tensor, epoch: int) -> Tensor:
         """The places of samples, int64 and all of this process, among its own."""
@@ -146,9 +147,9 @@ class Context:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The samples of all processes, (B, ...), in the order in which one process draws them, from its own N."""
-        if self.accelerator.num_processes == 1:
+        if self.processes.count == 1:
             return tensor
-        return self.accelerator.gather(tensor)[self._rows_of_all(self.epoch + 1).flatten().argsort()]
+        return self.processes.gather(tensor)[self._rows_of_all(self.epoch + 1).flatten().argsort()]
 
     def own(self, tensor: Tensor) -> Tensor:
         """This process's N samples out of those of all processes."""
@@ -205,8 +206,6 @@ class Context:
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Apply the gradients, averaged over processes and clipped to the given norm."""
         parameters = optimizer.param_groups[0]["params"]
-        if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.processes.average([parameter.grad for parameter in parameters])
         torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()

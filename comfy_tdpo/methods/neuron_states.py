@@ -86,7 +86,7 @@ class NeuronStates:
         return metrics
 
     def _scores(self, recorder: neurons.ActivationRecorder) -> TensorGroup:
-        return recorder.scores(total=lambda own: self.context.accelerator.reduce(own, "sum"))
+        return recorder.scores(total=self.context.processes.add_up)
 
     def _measure(self, group: str, scores: TensorGroup, threshold: float) -> Metrics:
         """The percentage of dormant neurons, and their overlap with those of the previous epoch."""

@@ -93,6 +93,7 @@ class PolicyGradient:
         kl, rewards = gather(batch.kl), gather(batch.rewards)
         guards = {name: gather(scores) for name, scores in batch.guard_rewards.items()}
         self.rewards.start(prompts, guards)  # may be stopped, so that nothing may have changed before it
+        self.context.processes.meet()
         self.kl.begin(kl, rewards, guards)
         normalised = self.rewards.of_images(prompts, rewards, guards)
         returns = self.kl.returns(normalised, kl, self.config.gamma)

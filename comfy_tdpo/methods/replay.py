@@ -40,7 +40,7 @@ class Replay:
         self.samples: TensorGroup = {}
         self.prompts: list[str] = []
         self.replayed = round(self.config.policy.replay_share * self.config.samples_per_update)
-        processes = context.accelerator.num_processes
+        processes = context.processes.count
         if self.config.policy.replay and self.replayed % processes:
             raise ValueError(
                 f"got policy.replay_share {self.config.policy.replay_share:g}, {self.replayed} replayed samples in an "
