@@ -22,6 +22,8 @@ PERIOD = 1.0  # seconds between two looks
 GONE = "gone"  # the sign of a process that has left in order
 PATIENCE = 30.0  # seconds without a sign of life after which a process counts as gone
 
+_OF_THE_STORE = "the first process, or the launcher,"
+
 _trainings = count()  # so that the signs of one training are not taken for those of the next
 
 
@@ -35,31 +37,33 @@ class Lookout:
     def __init__(self, processes: Processes, stop: threading.Event, advice: Callable[[], str]):
         self.processes, self.stop, self.advice = processes, stop, advice
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="lookout", daemon=True)
+        self._looked = time.monotonic()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._guard)]
 
     def __enter__(self) -> Self:
         if self.processes.count > 1:
             store = dist.distributed_c10d._get_default_store().clone()  # a connection for this thread alone
             self._store = dist.PrefixStore(f"comfy_tdpo/{next(_trainings)}", store)
-            self._thread.start()
+            self._looked = time.monotonic()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.processes.count > 1:
             self._end.set()
-            self._thread.join()
+            self._threads[0].join(PATIENCE)
 
     def _watch(self) -> None:
         seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of each other process, and since when
-        looked = time.monotonic()
         try:
             for number in count():
                 self._store.set(str(self.processes.rank), str(number))
                 self._pass_on()
                 now = time.monotonic()
-                if now - looked > PATIENCE / 2:  # this process was frozen itself, perhaps with all the others
+                if now - self._looked > PATIENCE / 2:  # this process was frozen itself, perhaps with all the others
                     seen.clear()
-                looked = now
+                self._looked = now
                 for rank in range(self.processes.count):
                     self._look_at(rank, seen, now)
                 if self._end.wait(PERIOD):
@@ -67,7 +71,18 @@ class Lookout:
                     return
         except RuntimeError:  # the store's, whose process is gone
             if not self._end.is_set():
-                self._give_up("the process that launched this one, or the first process, is gone")
+                self._give_up(f"{_OF_THE_STORE} is gone")
+
+    def _guard(self) -> None:
+        """End this process if the store does not answer, as when the process that has it is frozen."""
+        woke = time.monotonic()
+        while not self._end.wait(PERIOD):
+            now = time.monotonic()
+            if now - woke > PATIENCE / 2:
+                self._looked = now
+            woke = now
+            if now - self._looked > PATIENCE:
+                self._give_up(f"{_OF_THE_STORE} has shown no sign of life for {PATIENCE:.0f} s")
 
     def _pass_on(self) -> None:
         if self.stop.is_set():

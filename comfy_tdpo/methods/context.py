@@ -188,6 +188,7 @@ class Context:
                     if begin:
                         self.tell(begin / rows)
                     results.append(accumulate(slice(begin, min(begin + size, rows))))
+                self.processes.meet()  # where another one was stopped, this one has not done the update either
                 break
             except BaseException as error:  # after a stop, too, the metrics must not hold half an update
                 progress.sums, progress.maxima = dict(before[0]), dict(before[1])
