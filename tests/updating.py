@@ -84,8 +84,9 @@ def epochs(folder: Path, name: str) -> dict[str, Tensor]:
     """The weights of policy and critic, the averaged ones, and every epoch's metrics."""
     accelerator = Accelerator(cpu=True)
     folder.mkdir(exist_ok=True)
-    (folder / "prompts.txt").write_text("a red circle\na green star\na blue square\n")
-    settings = RUNS[name] | {"prompts": str(folder / "prompts.txt")}
+    prompts = folder / f"prompts-{accelerator.process_index}.txt"
+    prompts.write_text("a red circle\na green star\na blue square\n")
+    settings = RUNS[name] | {"prompts": str(prompts)}
     run = new_run(folder / f"{name}-{accelerator.process_index}", **settings)
     policy = DiffusionPolicy(
         TintModel(),
