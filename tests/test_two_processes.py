@@ -13,6 +13,7 @@ import torch
 import updating
 from safetensors.torch import load_file
 
+from comfy_tdpo.trainer.assemble import SHARDED, _check_not_sharded
 from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.run.checkpoint import load_latest
 
@@ -64,6 +65,12 @@ def test_a_few_epochs_are_those_of_one_process(place, tmp_path, name):
         torch.testing.assert_close(
             several[0][key], value, rtol=3e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_a_model_that_accelerate_would_shard_is_refused(kind):
+    with pytest.raises(ValueError, match=f"got accelerate set to {kind.value}; expected processes that hold the whole"):
+        _check_not_sharded(kind)
 
 
 # --- how they end
