@@ -36,6 +36,7 @@ from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.optimizers import adamw
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.processes import Processes
 from comfy_tdpo.rewards import aesthetic, hpsv2
 from comfy_tdpo.rewards.clip import ClipImages
 from comfy_tdpo.rewards.head import LinearHead
@@ -175,7 +176,7 @@ def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
         decoder=Decoder(policy, config.decode_batch),
         reward=reward,
         eval_rewards={},
-        accelerator=Accelerator(cpu=True),
+        processes=Processes(Accelerator(cpu=True)),
         samples=1,
         samples_per_update=1,
         micro_batch=1,

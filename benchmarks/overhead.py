@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def miniature() -> StableDiffusion:
 
 
 def training(folder: Path, variant: str, epochs: int) -> Training:
-    overrides = {
+    overrides: dict[str, Any] = {
         "epochs": epochs,
         "samples_per_epoch": SAMPLES,
         "samples_per_update": SAMPLES,

@@ -111,5 +111,5 @@ def test_a_run_that_watches_a_reward_resumes_there(tmp_path, make_policy):
     training = toy_training(run, make_policy, held_out=held_out)
     training.policy.device = DEVICE
     with Device(), torch.no_grad():
-        assert training.state.restore(run.checkpoints, training._epoch_prompts)
+        assert training.state.restore(run.checkpoints)
     assert len(training.overoptimisation.tensors()["scores"]) == 1

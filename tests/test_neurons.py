@@ -218,22 +218,24 @@ def test_hooks_are_gone_however_the_block_ends():
 
 
 def test_the_mean_of_several_processes_is_taken_before_scores_are_relative(generator):
-    """Two processes of unlike data: the scores are those of all rows together, not the mean of two scores."""
-    critic, x = make_critic(), torch.randn(2, 30, EMBED_DIM, generator=generator)
-    x[1] *= 10
+    """Processes with unlike data, and one without any: the scores are those of all rows together."""
+    critic, x = make_critic(), torch.randn(60, EMBED_DIM, generator=generator)
+    x[20:] *= 10
     parts = []
-    for rows in x:
+    for rows in (x[:20], x[20:], x):
         with ActivationRecorder(critic_layers(critic)) as recorder:
             critic(rows)
         parts.append(recorder)
     with ActivationRecorder(critic_layers(critic)) as whole:
-        critic(x.flatten(0, 1))
-    means: list[torch.Tensor] = []
-    parts[1].scores(reduce=lambda mean: means.append(mean) or mean)
-    others = iter(means)
-    got = parts[0].scores(reduce=lambda mean: (mean + next(others)) / 2)
+        critic(x)
+    parts[2].forget()
+    others: list[list[torch.Tensor]] = [[], []]
+    for part, sums in zip(parts[1:], others, strict=True):
+        part.scores(total=lambda own, sums=sums: sums.append(own) or own)
+    more = zip(*others, strict=True)
+    got = parts[0].scores(total=lambda own: own + sum(next(more)))
     for name, score in whole.scores().items():
-        torch.testing.assert_close(got[name], score, rtol=1e-5, atol=1e-6)  # float32 sums of 30 and 60 rows
+        torch.testing.assert_close(got[name], score, rtol=1e-5, atol=1e-6)  # float32 sums of 20, 40 and 60 rows
 
 
 # --- the data they are scored on

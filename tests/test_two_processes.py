@@ -1,6 +1,8 @@
-"""Two processes train as one: real ones, joined by gloo on the CPU."""
+"""Two processes train as one: real ones, joined by gloo on the CPU. PROCESSES=4 makes it four."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,19 @@ import torch
 import updating
 from safetensors.torch import load_file
 
+from comfy_tdpo.trainer.assemble import SHARDED, _check_not_sharded
+from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.run.checkpoint import load_latest
+
 TESTS = Path(__file__).parent
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PROCESSES = int(os.environ.get("PROCESSES", "2"))
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
 PLACES = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """What updating.py keeps in two processes."""
+    """What updating.py keeps in several processes."""
     folder = tmp_path_factory.mktemp("two")
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": PLACES}
     command = [sys.executable, *LAUNCH, TESTS / "updating.py", folder]
@@ -34,14 +41,14 @@ def place(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", updating.ALGORITHMS)
 def test_the_gradients_of_an_update_are_those_of_one_process(place, tmp_path, algorithm):
-    """Of the same eight pairs of samples and steps, four in each process."""
+    """Of the same eight pairs of samples and steps, as many in each process."""
     one = updating.gradients(tmp_path / "one", algorithm)
-    two = [load_file(place / f"{algorithm}-{rank}.safetensors") for rank in (0, 1)]
-    assert all(torch.equal(two[0][name], two[1][name]) for name in one), "the processes stay the same"
+    several = [load_file(place / f"{algorithm}-{rank}.safetensors") for rank in range(PROCESSES)]
+    assert all(torch.equal(other[name], several[0][name]) for other in several for name in one), "they stay the same"
     assert min(gradient.abs().max() for gradient in one.values()) > 1e-6
     for name, gradient in one.items():
         # sums of eight terms in another order, in float32
-        torch.testing.assert_close(two[0][name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
+        torch.testing.assert_close(several[0][name], gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
 
 
 @pytest.mark.slow
@@ -49,10 +56,66 @@ def test_the_gradients_of_an_update_are_those_of_one_process(place, tmp_path, al
 def test_a_few_epochs_are_those_of_one_process(place, tmp_path, name):
     """With guards, their levels, groups, the KL's controller, the critic's history and what the alarm sees."""
     one = updating.epochs(tmp_path / "one", name)
-    two = [load_file(place / f"{name}-{rank}.safetensors") for rank in (0, 1)]
-    assert one.keys() == two[0].keys() == two[1].keys()
+    several = [load_file(place / f"{name}-{rank}.safetensors") for rank in range(PROCESSES)]
+    assert all(other.keys() == one.keys() for other in several)
     assert "epoch 3, overoptimisation/fall" in one, "the alarm has something to say"
     for key, value in one.items():
-        assert torch.equal(two[0][key], two[1][key]), f"{key}: the processes stay the same"
+        assert all(torch.equal(other[key], several[0][key]) for other in several), f"{key}: the processes stay the same"
         # float32 sums in another order, through nine updates: measured up to 2e-8 of a weight, 1e-4 of a metric
-        torch.testing.assert_close(two[0][key], value, rtol=3e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            several[0][key], value, rtol=3e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_a_model_that_accelerate_would_shard_is_refused(kind):
+    with pytest.raises(ValueError, match=f"got accelerate set to {kind.value}; expected processes that hold the whole"):
+        _check_not_sharded(kind)
+
+
+# --- how they end
+
+
+@pytest.fixture
+def launch(start):
+    """Starts ending.py in two processes without a launcher that looks after them."""
+
+    def launch(folder: Path, mode: str) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": PLACES}
+        env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [sys.executable, TESTS / "ending.py", folder, mode]
+        return [start(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, **out) for rank in ("0", "1")]
+
+    return launch
+
+
+@pytest.mark.slow
+def test_one_that_stops_or_fails_takes_the_other_along_and_all_is_saved(tmp_path, launch):
+    for process in launch(tmp_path, "stop"):
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has neither signal")
+@pytest.mark.parametrize(
+    ("mode", "sentence"),
+    [
+        ("killed", "the connection to another process is lost"),
+        ("frozen", "process 1 has shown no sign of life for 4 s"),
+    ],
+)
+def test_one_that_is_gone_takes_the_other_along(mode, sentence, tmp_path, launch):
+    first, last = launch(tmp_path, mode)
+    out, _ = first.communicate(timeout=150)
+    assert first.returncode == 1 and sentence in out, out
+    run = RunFolder.open(tmp_path / "run")
+    _, state = load_latest(run.checkpoints)  # raises an error if it is damaged
+    assert state["epoch"] == len(run.metrics()) > 0
+    if mode == "frozen":
+        last.send_signal(signal.SIGCONT)
+        assert last.wait(30) == 1

@@ -41,6 +41,15 @@ RUNS = {
         "kl": {"coefficient": 0.03, "target": 1.0, "controller": "proportional-integral", "gate": True},
         "critic": {"gae_lambda": 0.7, "eps": 1e-3},
     },
+    "replay and resets": COMMON
+    | {
+        "algorithm": "tdpo-r",
+        "samples_per_epoch": 16,
+        "policy": COMMON["policy"] | {"replay": 1, "replay_share": 0.5, "timestep_order": "shuffled"},
+        "neurons": {"every": 2, "reset": "active", "policy_reset": "active"},
+        "critic": {"eps": 1e-3},
+    },
+    "pairs": COMMON | {"algorithm": "sdpo", "samples_per_prompt": 2, "guards": []},
 }
 
 
@@ -57,7 +66,6 @@ def gradients(folder: Path, algorithm: str) -> dict[str, Tensor]:
     training = Training(run.config, policy, Brightness(), {}, run, accelerator)
     optimizers = {"policy": training.context.optimizer}
     if getattr(training.method, "critic", None) is not None:
-        training.method.critic.network.dropout = (0.0,) * 4  # its masks are drawn for a process's own rows
         optimizers["critic"] = training.method.critic.optimizer
     for name, optimizer in optimizers.items():
         parameters = optimizer.param_groups[0]["params"]
@@ -76,8 +84,9 @@ def epochs(folder: Path, name: str) -> dict[str, Tensor]:
     """The weights of policy and critic, the averaged ones, and every epoch's metrics."""
     accelerator = Accelerator(cpu=True)
     folder.mkdir(exist_ok=True)
-    (folder / "prompts.txt").write_text("a red circle\na green star\na blue square\n")
-    settings = RUNS[name] | {"prompts": str(folder / "prompts.txt")}
+    prompts = folder / f"prompts-{accelerator.process_index}.txt"
+    prompts.write_text("a red circle\na green star\na blue square\n")
+    settings = RUNS[name] | {"prompts": str(prompts)}
     run = new_run(folder / f"{name}-{accelerator.process_index}", **settings)
     policy = DiffusionPolicy(
         TintModel(),
@@ -89,12 +98,10 @@ def epochs(folder: Path, name: str) -> dict[str, Tensor]:
     )
     held_out, guards = {"shapes-judge": Contrast()}, {"contrast": Contrast()}
     training = Training(run.config, policy, Brightness(), held_out, run, accelerator, guards=guards)
-    critic = training.method.critic
-    if not critic.config.history:
-        critic.network.dropout = (0.0,) * 4  # its masks are drawn for a process's own rows
     metrics = timeless([training._run_epoch() for _ in range(EPOCHS)])
     found = {f"policy.{i}": parameter.detach().clone() for i, parameter in enumerate(policy.parameters)}
-    found |= {f"critic.{name}": weight.clone() for name, weight in critic.network.state_dict().items()}
+    if critic := getattr(training.method, "critic", None):
+        found |= {f"critic.{name}": weight.clone() for name, weight in critic.network.state_dict().items()}
     found |= {f"average.{name}": weight for name, weight in policy.average.weights.items()}
     return found | {
         f"epoch {line['epoch']}, {key}": torch.tensor(float(value)) for line in metrics for key, value in line.items()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .training import Training
 
 LONGEST = 900  # characters of an error message, which may quote long input
+SEVERAL_PROCESSES = int(os.environ.get("WORLD_SIZE", "1")) > 1
 IS_MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # set by multi-process launchers
 
 
@@ -139,7 +140,10 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
     with _stopping_on_signals(stop):
         if IS_MAIN_PROCESS:
             say(f"run {run.path}: loading", sys.stderr)
+        from comfy_tdpo.processes import Parted
+
         from .assemble import assemble  # takes seconds to import, so after the first message
+        from .lookout import Lookout
         from .terminal.console import Console
 
         try:
@@ -147,17 +151,20 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
                 training = assemble(config, run, stop, console.watch)
                 if stop.is_set():
                     return _complain("stopped while loading; nothing was changed", STOPPED)
+                lookout = Lookout(training.processes, stop, lambda: _what_is_left(run))
                 if not training.accelerator.is_main_process:
-                    deque(training.epochs(), maxlen=0)  # only the main process reports them
+                    with lookout:
+                        deque(training.epochs(), maxlen=0)  # only the main process reports them
                     return STOPPED if training.stopped else FINISHED
                 console.begin(training.policy.device)
                 if new:
                     run.create(config)  # only once everything has been loaded
-                for metrics in training.epochs():
-                    console.epoch(metrics)
+                with lookout:
+                    for metrics in training.epochs():
+                        console.epoch(metrics)
             status = _conclude(run, training.stopped)
             return _recommend(training) if status == FINISHED and config.output.recommend else status
-        except (OSError, RewardError) as error:
+        except (OSError, RewardError, Parted) as error:
             raise TrainingError(f"{error}; {_what_is_left(run)}") from error
 
 
@@ -199,6 +206,8 @@ def _is_lost(path: str) -> bool:
 
 
 def _what_is_left(run: RunFolder) -> str:
+    if not IS_MAIN_PROCESS:  # it may not know the folder
+        return "everything saved so far is intact"
     if (run.path / CONFIG).exists():
         return f"everything saved so far is intact: fix the cause, then resume with: {_resume_command(run)}"
     return "nothing has been saved yet: fix the cause, then start again"
@@ -248,9 +257,19 @@ def _recommend(training: "Training") -> int:
 
 @contextmanager
 def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Inside the block, SIGINT or SIGTERM asks the training to stop; a second one ends the program at once."""
+    """Inside the block, SIGINT or SIGTERM asks the training to stop; a second one ends the program at once.
+
+    It does not end one of several processes: on Ctrl-C each hears SIGINT from the terminal and again from its launcher,
+    which ends them itself if they take too long.
+    """
 
     def handle(signum: int, _frame: Any) -> None:
+        if SEVERAL_PROCESSES:
+            if IS_MAIN_PROCESS and not stop.is_set():
+                with suppress(OSError):
+                    os.write(2, b"\nStopping as soon as possible, then saving.\n")
+            stop.set()
+            return
         if stop.is_set():
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
@@ -271,7 +290,7 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 
 def _exit(status: int) -> None:
     """End the program. One of several processes ends without C++'s destructors: gloo's threads may abort in them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if SEVERAL_PROCESSES:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

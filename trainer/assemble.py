@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
 
 from comfy_tdpo.models import load_model
 from comfy_tdpo.policy import DiffusionPolicy
@@ -23,6 +24,7 @@ from .run.tastes import weights_of
 from .state import Watch
 from .training import Training
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,6 +48,7 @@ def assemble(
     # accelerate's mixed precision is process-wide, so each policy sets its own.
     accelerator = Accelerator(cpu=cpu, log_with=check_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
+    _check_not_sharded(accelerator.distributed_type)
     how = (accelerator.device, config.reward_precision, weights_of(run, config))
     if config.output.recommend:
         held_out_reward(config)  # rather now than after the training
@@ -65,6 +68,15 @@ def _check_processes(found: int) -> None:
         raise ValueError(
             f"got {launched} processes, of which accelerate connects {found}; expected one process, or a GPU for each: "
             "set ACCELERATE_USE_CPU=true to train with several processes without GPUs"
+        )
+
+
+def _check_not_sharded(kind: DistributedType) -> None:
+    """Raise ValueError where accelerate is to shard the model, which nothing here is prepared for."""
+    if kind in SHARDED:
+        raise ValueError(
+            f"got accelerate set to {kind.value}; expected processes that hold the whole model each: turn it off with "
+            "accelerate config, or start with torchrun (see docs/many-gpus.md)"
         )
 
 

@@ -38,7 +38,7 @@ def update_metrics(context: Context) -> EpochMetrics:
     found = progress.sums | progress.maxima
     if not found:
         return {}
-    values = context.gather(torch.stack(list(found.values()))[None])  # one row per process
+    values = context.processes.gather(torch.stack(list(found.values()))[None])  # one row per process
     means, maxima = values.mean(0).tolist(), values.amax(0).tolist()
     return {
         name: largest if name in progress.maxima else mean / progress.updates

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from comfy_tdpo import __version__
 from comfy_tdpo.atomic_files import write_atomically
@@ -17,7 +18,7 @@ from .config import TrainConfig, leaf_fields
 from .overoptimisation import Overoptimisation
 from .plots.image_grid import save_image_grid
 from .run import EpochMetrics, RunFolder, TrainingError
-from .run.checkpoint import remove_partial
+from .run.checkpoint import Tensors, remove_partial
 from .run.tastes import keep_tastes
 from .state import TrainState
 
@@ -27,7 +28,7 @@ class Keeper:
     """Writes to the run's folder and to trackers; used only in the main process of a training.
 
     Args:
-        config, decoder, state: the training's; run: its folder.
+        config, decoder, state, accelerator: the training's; run: its folder.
         reward: the name of the training reward; tastes: those among the rewards, by name.
         grid_prompts: the prompts of a sample grid's images.
     """
@@ -39,6 +40,7 @@ class Keeper:
     reward: str
     tastes: dict[str, Taste]
     grid_prompts: list[str]
+    accelerator: Accelerator
 
     @property
     def context(self) -> Context:
@@ -51,13 +53,12 @@ class Keeper:
     def open_trackers(self) -> None:
         if self.config.output.trackers:
             settings = {name: _setting(self.config, name) for name, _ in leaf_fields(self.config.algorithm)}
-            self.context.accelerator.init_trackers("comfy_tdpo", config=settings)
+            self.accelerator.init_trackers("comfy_tdpo", config=settings)
 
     def end(self) -> None:
         """Close trackers, and the connection between processes: one that exits with it open may abort."""
-        accelerator = self.context.accelerator
-        if self.config.output.trackers or accelerator.num_processes > 1:
-            accelerator.end_training()
+        if self.config.output.trackers or self.context.processes.count > 1:
+            self.accelerator.end_training()
 
     def keep_epoch(self, metrics: EpochMetrics, last: bool) -> None:
         """Save a finished epoch, which may be the `last`; the checkpoint comes after everything that it vouches for."""
@@ -65,7 +66,7 @@ class Keeper:
         epoch, config = self.context.epoch, self.config.output
         self.state.metrics.append(metrics)
         self.run.append_metrics(metrics)
-        self.context.accelerator.log(metrics, step=epoch)
+        self.accelerator.log(metrics, step=epoch)
         if last or epoch % config.samples_every == 0:
             self.keep_grid()
             self._keep_lora(self.run.lora(epoch))
@@ -97,12 +98,13 @@ class Keeper:
         if restored:
             self._keep_lora(self.run.latest_lora)
 
-    def keep_state(self) -> None:
+    def keep_state(self, unfinished: Tensors) -> None:
+        """Save the state of a run that was stopped."""
         self._check_finite()
-        self._keep_checked_state()
+        self._keep_checked_state(unfinished)
 
-    def _keep_checked_state(self) -> None:
-        self.state.save(self.run.checkpoints, self.config.output.keep_checkpoints)
+    def _keep_checked_state(self, unfinished: Tensors | None = None) -> None:
+        self.state.save(self.run.checkpoints, self.config.output.keep_checkpoints, unfinished or {})
         self._keep_lora(self.run.latest_lora)  # last: its presence proves that there was a checkpoint
 
     def keep_grid(self, check: Callable[[], None] = lambda: None) -> None:

@@ -1,10 +1,12 @@
 """Everything that changes while a run trains, and how it is saved and restored exactly."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from comfy_tdpo.methods import Method, TensorGroup
@@ -14,9 +16,11 @@ from comfy_tdpo.rollout import Trajectories
 
 from .overoptimisation import Overoptimisation
 from .run import EpochMetrics
-from .run.checkpoint import load_latest, save_checkpoint
+from .run.checkpoint import Tensors, load_latest, save_checkpoint
 from .run.identity import check_same
 from .run.paths import epoch_name
+
+logger = logging.getLogger(__name__)
 
 Watch = Callable[[str, float, int], None]  # (phase, done, total); within a micro-batch, `done` has a fraction
 
@@ -33,14 +37,34 @@ class TrainState:
         self.overoptimisation = overoptimisation
         self.metrics: list[EpochMetrics] = []  # of the epochs so far
 
-    @property
-    def name(self) -> str:
-        """The name of a checkpoint of this state: the run's progress, as a name that sorts."""
-        name, progress = epoch_name(self.context.epoch), self.context.progress
-        return name + f"-samples-{progress.samples:06d}-updates-{progress.updates:06d}" if progress.parts else name
+    def unfinished(self) -> Tensors:
+        """What there is of an epoch that was stopped, as named groups of all processes, which call this together.
 
-    def save(self, folder: Path, keep: int) -> None:
-        """Write this state as a checkpoint in `folder`."""
+        Empty if there is nothing yet in one of them. Only the first process gets what the others have.
+        """
+        context, processes = self.context, self.context.processes
+        if not processes.least(len(context.progress.parts)):
+            return {}
+        groups = _tensors_of_progress(context.progress)
+        if processes.count > 1:
+            groups["samples"]["rows"] = context.rows(context.epoch + 1)[: context.progress.samples]
+            for kind in ("sums", "maxima"):  # of a process each
+                groups[kind] = {name: value[None] for name, value in groups[kind].items()}
+        return {
+            group: {name: processes.collect(tensor) for name, tensor in content.items()}
+            for group, content in groups.items()
+        }
+
+    def _name(self, unfinished: Tensors) -> str:
+        """The name of a checkpoint of this state: the run's progress, as a name that sorts."""
+        name = epoch_name(self.context.epoch)
+        if not unfinished:
+            return name
+        samples = len(unfinished["samples"]["rewards"])
+        return f"{name}-samples-{samples:06d}-updates-{self.context.progress.updates:06d}"
+
+    def save(self, folder: Path, keep: int, unfinished: Tensors) -> None:
+        """Write this state as a checkpoint in `folder`, with what there is of an `unfinished` epoch."""
         context, trainable = self.context, self.context.policy.trainable
         of_method, plain = self.method.state()
         tensors = {
@@ -52,18 +76,19 @@ class TrainState:
         state = {
             "epoch": context.epoch,
             "updates": context.progress.updates,
+            "processes": context.processes.count,
             "micro_batch": context.micro_batch,
             "decode_batch": context.decoder.batch,
             "gradient_checkpointing": context.policy.checkpointing,
             "metrics": self.metrics,
             "identity": self.identity,
         }
-        groups = tensors | of_method | _tensors_of_progress(context.progress)
+        groups = tensors | of_method | unfinished
         if watched := self.overoptimisation.tensors():
             groups["overoptimisation"], state["overoptimisation"] = watched, self.overoptimisation.plain()
-        save_checkpoint(folder, self.name, groups, state | plain, keep)
+        save_checkpoint(folder, self._name(unfinished), groups, state | plain, keep)
 
-    def restore(self, folder: Path, prompts_of_epoch: Callable[[int], list[str]]) -> bool:
+    def restore(self, folder: Path) -> bool:
         """Restore the newest checkpoint in `folder`; False if there is none."""
         found = load_latest(folder)
         if found is None:
@@ -71,12 +96,6 @@ class TrainState:
         tensors, state = found
         context, trainable = self.context, self.context.policy.trainable
         check_same(self.identity, state["identity"], context.policy)
-        processes = context.accelerator.num_processes
-        if processes > 1 and "samples" in tensors:
-            raise ValueError(
-                f"got {processes} processes for a run that one process stopped in the middle of an epoch; expected one "
-                f"process until that epoch ends, or delete its newest checkpoint in {str(folder)!r} to go back"
-            )
         trainable.load(tensors.pop("policy"))
         load_optimizer_tensors(context.optimizer, trainable.parameters, tensors.pop("policy_optimizer"))
         if average := context.policy.average:
@@ -92,8 +111,42 @@ class TrainState:
             self.metrics = [_without_alarm(line) for line in self.metrics]
         elif watched:
             self.overoptimisation.load(watched, state["overoptimisation"])
-        context.progress = _progress_from(on_device, state["updates"], prompts_of_epoch(context.epoch + 1))
+        if "samples" in on_device:
+            context.progress = self._progress_from(on_device, state["updates"], state.get("processes", 1))
         return True
+
+    def _progress_from(self, groups: Tensors, updates: int, before: int) -> Progress:
+        """The inverse of `unfinished`, where `before` processes have saved it."""
+        context, epoch, samples = self.context, self.context.epoch + 1, dict(groups["samples"])
+        count, rank = context.processes.count, context.processes.rank
+        rows = samples.pop("rows", torch.arange(len(samples["rewards"]))).cpu()
+        if count != before and "targets" not in groups and not updates:
+            if not rank:
+                logger.warning(
+                    "this run was stopped by %d processes while it sampled, and goes on with %d: epoch %d begins again",
+                    *(before, count, epoch),
+                )
+            return Progress()
+        places = rows.argsort()  # in the order of samples
+        own = places[torch.isin(rows[places], context.rows(epoch))]
+
+        def share(group: str) -> TensorGroup:
+            return {name: tensor[own] for name, tensor in groups.get(group, {}).items()}  # older versions lack some
+
+        def reduced(group: str, mean: Callable[[Tensor], Tensor]) -> TensorGroup:
+            if before == 1:
+                return groups[group]
+            return {name: values[rank] if count == before else mean(values) for name, values in groups[group].items()}
+
+        part = Trajectories(
+            prompts=context.own_prompts(epoch)[: len(own)],
+            eval_rewards=share("eval_rewards"),
+            guard_rewards=share("guard_rewards"),
+            part_rewards=share("part_rewards"),
+            **{name: tensor[own] for name, tensor in samples.items()},
+        )
+        sums, maxima = reduced("sums", lambda values: values.mean(0)), reduced("maxima", lambda values: values.amax(0))
+        return Progress([part], share("targets") if "targets" in groups else None, updates, sums, maxima)
 
 
 def _watched(identity: dict[str, Any]) -> Any:
@@ -106,30 +159,13 @@ def _without_alarm(metrics: EpochMetrics) -> EpochMetrics:
 
 
 def _tensors_of_progress(progress: Progress) -> dict[str, TensorGroup]:
-    """The unfinished epoch as named groups; empty if nothing has been sampled yet."""
-    if not progress.parts:
-        return {}
+    """The unfinished epoch as named groups, once something has been sampled."""
     batch = Trajectories.concatenate(progress.parts)
     samples = {f.name: value for f in fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
     groups = {"samples": samples, "eval_rewards": batch.eval_rewards, "guard_rewards": batch.guard_rewards}
     groups["part_rewards"] = batch.part_rewards
     groups |= {"sums": progress.sums, "maxima": progress.maxima}
     return groups if progress.targets is None else groups | {"targets": progress.targets}
-
-
-def _progress_from(groups: dict[str, TensorGroup], updates: int, prompts: list[str]) -> Progress:
-    """The inverse of `_tensors_of_progress`; `prompts` are those of the epoch."""
-    if "samples" not in groups:
-        return Progress()
-    samples = groups["samples"]
-    part = Trajectories(
-        prompts=prompts[: len(samples["rewards"])],
-        eval_rewards=groups["eval_rewards"],
-        guard_rewards=groups.get("guard_rewards", {}),  # older versions have none, nor parts
-        part_rewards=groups.get("part_rewards", {}),
-        **samples,
-    )
-    return Progress([part], groups.get("targets"), updates, groups["sums"], groups["maxima"])
 
 
 def _to(device: Any, group: TensorGroup) -> TensorGroup:

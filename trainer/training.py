@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
 from comfy_tdpo.optimizers import bytes_of_moments, policy_optimizer, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
+from comfy_tdpo.processes import FAILS, STOPS, Parted, Processes
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The stop event was set; raised between micro-batches or, with several processes, between epochs."""
+    """The stop event was set; raised between micro-batches."""
 
 
 def check_warmup(config: TrainConfig, updates: int) -> None:
@@ -89,6 +90,7 @@ class Training:
             model.check_prompts(self.prompts)
         self.stopped = False
         self.gauge = gauge_of(policy.device)
+        self.processes = Processes(accelerator)
         self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
         check_warmup(config, len(self.method.groups(1)))
@@ -102,7 +104,9 @@ class Training:
         self._warn(unguarded(config))
         self._warn(told_of_changes(run, config))
         self._warn(check_disk(run, config, policy))
-        self.keeper = Keeper(config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts)
+        self.keeper = Keeper(
+            config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts, accelerator
+        )
 
     def _warn(self, text: str | None) -> None:
         if self.accelerator.is_main_process and text:
@@ -121,7 +125,7 @@ class Training:
             reward=reward,
             eval_rewards=eval_rewards,
             guards=guards,
-            accelerator=self.accelerator,
+            processes=self.processes,
             samples=samples,
             samples_per_update=samples_per_update,
             micro_batch=first_micro_batch(config.micro_batch, samples_per_update, policy.device),
@@ -134,7 +138,7 @@ class Training:
         )
 
     def _own_share(self, samples: int) -> int:
-        processes = self.accelerator.num_processes
+        processes = self.processes.count
         if samples % processes:
             raise ValueError(f"got {samples} samples for {processes} processes; expected a multiple of {processes}")
         return samples // processes
@@ -148,15 +152,22 @@ class Training:
 
         Raises:
             ValueError: the run cannot start: its checkpoint is damaged, or memory does not suffice for one sample.
-            TrainingError: the run cannot continue; the last checkpoint is intact.
+            TrainingError, Parted: the run cannot continue; the last checkpoint is intact.
             RewardError: a reward failed; everything before that is saved.
         """
         with self.run.lock() if self.accelerator.is_main_process else nullcontext():
-            yield from self._epochs()
+            try:
+                yield from self._epochs()
+            except BaseException:  # the others must not wait for this process
+                with suppress(Parted):
+                    self.processes.part(FAILS)
+                raise
+            finally:
+                self.keeper.end()
 
     def _epochs(self) -> Iterator[EpochMetrics]:
         context = self.context
-        restored = self.state.restore(self.run.checkpoints, self._epoch_prompts)
+        restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
                 f"got {self.config.epochs} epochs for a run that has finished {context.epoch}; expected as many or more"
@@ -168,19 +179,21 @@ class Training:
             if context.epoch == 0 and not context.progress.parts:
                 self._begin()
             while not self._is_over:
-                self._agree_to_stop()
+                self._check_stop()
+                self.processes.meet()
                 with heeding(self._check_stop):
                     metrics = self._run_epoch()
                 yield metrics
         except RewardError:
-            if self.accelerator.num_processes == 1:  # several are each at a place of their own
+            if self.processes.count == 1:  # several are each at a place of their own
                 self._save_unfinished()
             raise
-        except Stopped:
+        except (Stopped, Parted) as end:
+            if isinstance(end, Parted) and end.why != STOPS:
+                raise
+            self.processes.part(STOPS)
             self.stopped = True
             self._save_unfinished()
-        finally:
-            self.keeper.end()
 
     @property
     def _is_over(self) -> bool:
@@ -231,14 +244,8 @@ class Training:
         return metrics
 
     def _check_stop(self) -> None:
-        """Raise Stopped on request; not with several processes, which wait for one another in mid-epoch."""
-        if self.stop.is_set() and self.accelerator.num_processes == 1:
-            raise Stopped
-
-    def _agree_to_stop(self) -> None:
-        """Raise Stopped in all processes if any of them was asked to stop."""
-        asked = torch.tensor([self.stop.is_set()], dtype=torch.int, device=self.accelerator.device)
-        if self.context.gather(asked).any():
+        """Raise Stopped on request. The other processes hear of it as soon as they would send something."""
+        if self.stop.is_set():
             raise Stopped
 
     # --- sampling and updates ---------------------------------------------------------------------------------------
@@ -318,5 +325,7 @@ class Training:
 
     def _save_unfinished(self) -> None:
         """After a stop or a reward's failure, save what there is, including an unfinished epoch."""
-        if self.accelerator.is_main_process and (self.context.epoch or self.context.progress.parts):
-            self.keeper.keep_state()
+        unfinished = self.state.unfinished()
+        if self.accelerator.is_main_process and (self.context.epoch or unfinished):
+            self.keeper.keep_state(unfinished)
+        self.processes.wait()  # a launcher may end all processes as soon as one has ended

@@ -1,6 +1,9 @@
 """What the trainer gives its method: the model, the rewards, the progress of the epoch, and helpers for updates.
 
-Shapes: N samples of an epoch in this process, M rows of one gradient update.
+Shapes: N samples of an epoch in this process, B of all P processes, M rows of one gradient update.
+
+With several processes, each draws the samples that it is to train on: an equal share of every update, whose samples are
+those of a single process. So any number of processes makes the same updates, and no sample is sent to another process.
 """
 
 from collections.abc import Callable
@@ -8,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from ..memory.running_out import smaller_micro_batch, within_memory
 from ..policy import DiffusionPolicy
+from ..processes import Processes
 from ..randomness import Coordinates
 from ..rewards import RewardModel
 from ..rollout import Decoder, Trajectories
@@ -54,10 +57,13 @@ class Context:
     config: all settings, including the method's own.
     policy: the model in training; optimizer: that of its parameters.
     decoder: decodes latents to images, a few at a time.
+    processes: this one and the others.
     reward, eval_rewards, guards: the training reward, the held-out rewards and the guards.
     samples, samples_per_update: N and M, in this process.
     micro_batch: rows in each forward pass, reduced when memory runs out.
     prompts: for a given epoch, one prompt per sample of all processes; all_prompts: those it draws from.
+    order: for a given epoch, the order in which the updates take the samples of all processes, int64 (B,); set by a
+        method that does not take them as they come.
     check: called between forward passes; if it raises, everything is left as after the last complete update.
     watch: sees the progress, called with (phase, done, total); see `begin`.
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
@@ -71,7 +77,7 @@ class Context:
     decoder: Decoder
     reward: RewardModel
     eval_rewards: dict[str, RewardModel]
-    accelerator: Accelerator
+    processes: Processes
     samples: int
     samples_per_update: int
     micro_batch: int
@@ -79,12 +85,14 @@ class Context:
     check: Callable[[], None]
     record: Callable[[int, TensorGroup, TensorGroup], None]
     record_policy: Callable[[int, TensorGroup, TensorGroup], None]
+    order: Callable[[int], Tensor] | None = None
     epoch: int = 0
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)
     all_prompts: list[str] = field(default_factory=list)
     watch: Callable[[str, float, int], None] = lambda phase, done, total: None
     _piece: tuple[str, int, int, int] = ("", 0, 0, 0)
+    _shared_out: tuple[int, Tensor] | None = None
 
     # --- progress
 
@@ -102,24 +110,50 @@ class Context:
 
     def draws(self, rows: range) -> tuple[list[str], list[Coordinates]]:
         """Prompts and noise coordinates for the given rows, out of this process's N, in the current epoch."""
-        prompts, first = self.prompts(self.epoch + 1), self.accelerator.process_index * self.samples
-        return [prompts[first + row] for row in rows], [self.noise_of(row) for row in rows]
+        prompts = self.own_prompts(self.epoch + 1)
+        return [prompts[row] for row in rows], [self.noise_of(row) for row in rows]
+
+    def own_prompts(self, epoch: int) -> list[str]:
+        """The prompts of this process's N samples."""
+        prompts = self.prompts(epoch)
+        return [prompts[row] for row in self.rows(epoch).tolist()]
 
     def noise_of(self, row: int) -> Coordinates:
         """The coordinates of the noise of one row."""
-        place = self.accelerator.process_index * self.samples + row
-        return (self.config.seed, "noise", self.epoch + 1, place)
+        return (self.config.seed, "noise", self.epoch + 1, int(self.rows(self.epoch + 1)[row]))
 
     # --- several processes
 
+    def rows(self, epoch: int) -> Tensor:
+        """Which of an epoch's B samples are this process's, ascending, int64 (N,)."""
+        return self._rows_of_all(epoch)[self.processes.rank]
+
+    def _rows_of_all(self, epoch: int) -> Tensor:
+        """The same of every process, (P, N)."""
+        if self._shared_out is None or self._shared_out[0] != epoch:
+            processes = self.processes.count
+            order = self.order(epoch) if self.order else torch.arange(processes * self.samples)
+            shares = order.view(-1, processes, self.samples_per_update).transpose(0, 1)
+            self._shared_out = epoch, shares.reshape(processes, -1).sort(dim=1).values
+        return self._shared_out[1]
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's share of what belongs to an update, (P m, ...) -> (m, ...)."""
+        return rows.chunk(self.processes.count)[self.processes.rank]
+
+    def local(self, rows: Tensor, epoch: int) -> Tensor:
+        """The places of samples, int64 and all of this process, among its own."""
+        return torch.searchsorted(self.rows(epoch), rows)
+
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, in the order of their ranks."""
-        return self.accelerator.gather(tensor)
+        """The samples of all processes, (B, ...), in the order in which one process draws them, from its own N."""
+        if self.processes.count == 1:
+            return tensor
+        return self.processes.gather(tensor)[self._rows_of_all(self.epoch + 1).flatten().argsort()]
 
     def own(self, tensor: Tensor) -> Tensor:
-        """This process's N rows of a tensor that holds the rows of all processes."""
-        begin = self.accelerator.process_index * self.samples
-        return tensor[begin : begin + self.samples]
+        """This process's N samples out of those of all processes."""
+        return tensor[self.rows(self.epoch + 1)]
 
     # --- metrics of updates
 
@@ -155,6 +189,7 @@ class Context:
                     if begin:
                         self.tell(begin / rows)
                     results.append(accumulate(slice(begin, min(begin + size, rows))))
+                self.processes.meet()  # where another one was stopped, this one has not done the update either
                 return results
             except BaseException:  # after a stop, too, the metrics must not hold half an update
                 progress.sums, progress.maxima = dict(before[0]), dict(before[1])
@@ -177,8 +212,6 @@ class Context:
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Apply the gradients, averaged over processes and clipped to the given norm."""
         parameters = optimizer.param_groups[0]["params"]
-        if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.processes.average([parameter.grad for parameter in parameters])
         torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()

@@ -99,21 +99,25 @@ class TemporalCritic(nn.Module):
             self.mean.copy_(inputs.mean(0))
             self.std.copy_(inputs.std(0, correction=0).clamp(min=1e-3))
 
-    def forward(self, inputs: Tensor, dropout: torch.Generator | None = None) -> Tensor:
-        """`dropout` is a CPU generator that draws the dropout masks; None turns dropout off."""
+    def forward(self, inputs: Tensor, dropout: torch.Generator | None = None, part: int = 0, parts: int = 1) -> Tensor:
+        """`dropout` is a CPU generator that draws the dropout masks; None turns dropout off.
+
+        If the inputs are the `part` of that number, from 0, of `parts` equally long ones, the masks are those that all
+        of these together would get.
+        """
         x = ((inputs - self.mean) / self.std).clamp(-10, 10) if self.standardised else inputs
         if self.gate is not None:
             x, step = x.tensor_split([-len(self.gate)], dim=-1)
         for layer, share in zip(self.layers[:-1], self.dropout, strict=True):
             x = ACTIVATIONS[self.activation](layer(x))
             if dropout is not None and share:
-                x = _drop(x, share, dropout)
+                x = _drop(x, share, dropout, part, parts)
         if self.gate is not None:
             x = x * (step @ self.gate)
         return self.layers[-1](x)[..., 0]
 
 
-def _drop(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def _drop(x: Tensor, share: float, generator: torch.Generator, part: int, parts: int) -> Tensor:
     """Inverted dropout; the mask is drawn on the CPU, so that it is the same on every device."""
-    kept = torch.rand(x.shape, generator=generator) >= share
+    kept = torch.rand((parts * len(x), *x.shape[1:]), generator=generator).chunk(parts)[part] >= share
     return x * kept.to(x.device, non_blocking=True) / (1 - share)

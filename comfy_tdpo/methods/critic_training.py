@@ -154,9 +154,9 @@ class CriticTraining:
         if self.config.history:
             return
         self.optimizer.zero_grad()
-        place = (self.context.epoch + 1, self.context.progress.updates, self.context.accelerator.process_index)
+        place, processes = (self.context.epoch + 1, self.context.progress.updates, 0), self.context.processes
         draw = generator_at(self.context.config.seed, "dropout", *place)
-        residuals = self.network(self._inputs_at(batch, rows, steps), dropout=draw)
+        residuals = self.network(self._inputs_at(batch, rows, steps), draw, processes.rank, processes.count)
         old, returns = targets["residuals"][rows, steps], targets["returns"][rows, steps]
         loss = objectives.critic_loss(residuals, old, returns, self.config.clip_range or torch.inf).mean()
         loss.backward()
@@ -195,7 +195,7 @@ class CriticTraining:
         """The rows of all processes; rows without numbers are not sent, as NCCL cannot gather them."""
         if rows.numel():
             return self.context.gather(rows)
-        return rows.new_zeros(len(rows) * self.context.accelerator.num_processes, *rows.shape[1:])
+        return rows.new_zeros(len(rows) * self.context.processes.count, *rows.shape[1:])
 
     def _of(self, epoch: TensorGroup) -> Tensor:
         return self._inputs(epoch["image_embeds"], epoch["summaries"])

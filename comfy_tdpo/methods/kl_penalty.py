@@ -65,6 +65,7 @@ class KLPenalty:
         context.begin("measuring the KL", 0, len(batch), len(batch))
         with self.policy.reference():
             found = [self._measured(batch, rows) for rows in parts]
+        context.processes.meet()
         batch.kl, batch.reference_means = (torch.cat(tensors) for tensors in zip(*found, strict=True))
 
     def _measured(self, batch: Trajectories, rows: range) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The neurons of the critic and the policy, epoch by epoch: how many are dormant, how many stay dormant, and resets.
 
-arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples, T denoising steps, D width of the critic's input, H
-neurons of a layer.
+arXiv 2402.08552, Section 4.3 and Eq. 11-12. Shapes: N samples in this process, B in all of them, T denoising steps, D
+width of the critic's input, H neurons of a layer.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from . import Metrics, TensorGroup, neurons
 from .context import Context
 from .critic_training import CriticTraining
 
-BATCHES = 4  # in which the authors draw an epoch's samples, 4 times 8 in each process
+BATCHES = 4  # in which the authors draw an epoch's samples
 
 
 class NeuronStates:
@@ -31,7 +31,8 @@ class NeuronStates:
     def of_critic(self, inputs: Tensor, last: tuple[Tensor, Tensor]) -> Metrics:
         """Measure and reset the critic's neurons, on the epoch's inputs, (N, T, D).
 
-        last: the rows in the order of the epoch's updates, and the step on which each was last trained, int64 (N,).
+        last: the samples of all processes in the order of the epoch's updates, and the step on which each was last
+            trained, int64 (B,).
         """
         assert self.critic is not None, "there are embeddings only if there is a critic"
         layers = neurons.critic_layers(self.critic.network)
@@ -47,12 +48,13 @@ class NeuronStates:
         """The inputs, (M, D), on which the critic's neurons are scored.
 
         "batch" is the authors' choice: the first of an epoch's four sampling batches, after its samples and the steps
-        of each were shuffled for the updates, at the last position. That is a quarter of each process's samples; if
-        steps are shuffled, each sample has a step of its own. The micro-batch, which depends on memory, plays no part.
+        of each were shuffled for the updates, at the last position. That is a quarter of the samples; if steps are
+        shuffled, each sample has a step of its own. The micro-batch, which depends on memory, plays no part.
         """
         if self.config.data == "batch":
-            size = max(1, len(rows) // BATCHES)
-            return inputs[rows[:size], steps[:size]]
+            size, epoch = max(1, len(rows) // BATCHES), self.context.epoch + 1
+            mine = torch.isin(rows[:size], self.context.rows(epoch))
+            return inputs[self.context.local(rows[:size][mine], epoch), steps[:size][mine]]
         return (inputs[:, :1] if self.config.data == "first-step" else inputs).flatten(0, 1)
 
     def of_policy(self, batch: Trajectories) -> Metrics:
@@ -61,7 +63,10 @@ class NeuronStates:
         The micro-batch only decides how many of these rows are in one forward pass.
         """
         policy, size = self.context.policy, self.context.micro_batch
-        layers, count = neurons.policy_layers(policy.trainable), max(1, len(batch) // BATCHES)
+        layers, samples = neurons.policy_layers(policy.trainable), self.context.config.samples_per_epoch
+        first = self.context.rows(self.context.epoch + 1) < max(1, samples // BATCHES)
+        mine = int(first.sum())  # own samples are in order
+        count = max(1, mine)  # the layers' sizes are seen in a forward pass
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
             for begin in range(0, count, size):
                 rows = slice(begin, min(begin + size, count))
@@ -69,6 +74,8 @@ class NeuronStates:
                 for k in range(len(policy.process)):
                     positions = torch.full((len(latents),), k, device=policy.device)
                     policy.step(latents[:, k], positions, conditioning)
+        if not mine:
+            recorder.forget()
         metrics = self._measure("policy_neurons", self._scores(recorder), self.config.policy_threshold)
         masks = self._to_reset("policy_neurons", self.config.policy_reset)
         self.context.record_policy(self.context.epoch + 1, self.active["policy_neurons"], masks)
@@ -79,7 +86,7 @@ class NeuronStates:
         return metrics
 
     def _scores(self, recorder: neurons.ActivationRecorder) -> TensorGroup:
-        return recorder.scores(reduce=lambda mean: self.context.accelerator.reduce(mean, "mean"))
+        return recorder.scores(total=self.context.processes.add_up)
 
     def _measure(self, group: str, scores: TensorGroup, threshold: float) -> Metrics:
         """The percentage of dormant neurons, and their overlap with those of the previous epoch."""

@@ -157,13 +157,22 @@ class ActivationRecorder:
         self._sums[name] = self._sums.get(name, 0) + activation.sum(0)
         self._counts[name] += len(activation)
 
-    def scores(self, reduce: Callable[[Tensor], Tensor] = lambda mean: mean) -> dict[str, Tensor]:
+    def forget(self) -> None:
+        """Set all sums back to zero, as of a process that has none of the data."""
+        self._sums = {name: torch.zeros_like(total) for name, total in self._sums.items()}
+        self._counts = dict.fromkeys(self._counts, 0)
+
+    def scores(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, Tensor]:
         """Eq. 11: each neuron's mean |activation| divided by its layer's mean, (H,) per layer.
 
-        `reduce` averages a layer's means, (H,), over all processes.
+        `total` adds up a layer's sums and their count, (H + 1,), over all processes.
         """
-        means = {name: reduce(total / self._counts[name]) for name, total in self._sums.items()}
-        return {name: mean / (mean.mean() + 1e-9) for name, mean in means.items()}
+        scores = {}
+        for name, own in self._sums.items():
+            sums, count = total(torch.cat([own, own.new_tensor([self._counts[name]])])).tensor_split([-1])
+            mean = sums / count
+            scores[name] = mean / (mean.mean() + 1e-9)
+        return scores
 
 
 def active_masks(scores: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class PolicyGradient:
 
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config, context.policy
+        context.order = lambda epoch: self._order(epoch)[0]
         config = self.config
         window(config.policy, self.policy.process.stochastic)  # raises ValueError if there is nothing to train
         self.critic = CriticTraining(context) if config.critic.enabled else None
@@ -92,6 +93,7 @@ class PolicyGradient:
         kl, rewards = gather(batch.kl), gather(batch.rewards)
         guards = {name: gather(scores) for name, scores in batch.guard_rewards.items()}
         self.rewards.start(prompts, guards)  # may be stopped, so that nothing may have changed before it
+        self.context.processes.meet()
         self.kl.begin(kl, rewards, guards)
         normalised = self.rewards.of_images(prompts, rewards, guards)
         returns = self.kl.returns(normalised, kl, self.config.gamma)
@@ -128,17 +130,17 @@ class PolicyGradient:
     def groups(self, epoch: int) -> list[Pairs]:
         """The epoch's gradient updates, kept on the CPU so that looking up prompts does not wait for the GPU."""
         rows, steps = self._order(epoch)
-        parts = rows.split(self.context.samples_per_update)
+        parts = rows.split(self.config.samples_per_update)
         width = steps.shape[1] if self.config.updates == "trajectory" else 1
         new = [(part, columns[part]) for columns in steps.split(width, dim=1) for part in parts]
-        extended = (self.replay.extend(*samples, epoch, update) for update, samples in enumerate(new))
-        return [(part.repeat_interleave(steps.shape[1]), steps.flatten()) for part, steps in extended]
+        own = (self.replay.extend(*samples, epoch, update) for update, samples in enumerate(new))
+        return [(part.repeat_interleave(steps.shape[1]), steps.flatten()) for part, steps in own]
 
     def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The order of the epoch's updates: of the samples, int64 (N,), and of the K trained steps of each,
-        (N, K)."""
-        generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
-        return update_order(self.config.policy, self._trained(epoch), self.context.samples, generator)
+        """The order of the epoch's updates in all processes: of the samples, int64 (B,), and of the K trained steps of
+        each, (B, K)."""
+        generator = generator_at(self.config.seed, "order", epoch, 0)
+        return update_order(self.config.policy, self._trained(epoch), self.config.samples_per_epoch, generator)
 
     def _trained(self, epoch: int) -> Tensor:
         """Which steps the epoch trains, bool (T,)."""

@@ -39,17 +39,29 @@ class Replay:
         self.context, self.config = context, context.config
         self.samples: TensorGroup = {}
         self.prompts: list[str] = []
+        self.replayed = round(self.config.policy.replay_share * self.config.samples_per_update)
+        processes = context.processes.count
+        if self.config.policy.replay and self.replayed % processes:
+            raise ValueError(
+                f"got policy.replay_share {self.config.policy.replay_share:g}, {self.replayed} replayed samples in an "
+                f"update, for {processes} processes; expected a multiple of {processes}: change policy.replay_share or "
+                "samples_per_update"
+            )
 
     def extend(self, rows: Tensor, steps: Tensor, epoch: int, update: int) -> tuple[Tensor, Tensor]:
-        """The rows of an update and the steps of each, (M,) and (M, K), followed by those of samples drawn from the
-        buffer. These take the steps of the first new ones, because the order of steps may matter."""
+        """This process's share of an update, rows (M,) and the steps of each (M, K), followed by samples drawn from the
+        buffer. These take the steps of the first new ones, because the order of steps may matter.
+
+        rows, steps: those of the update in all processes.
+        """
+        share = self.context.share
+        own_rows, own_steps = self.context.local(share(rows), epoch), share(steps)
         available = min(self.config.policy.replay, epoch - 1) * self.config.samples_per_epoch
         if not available:
-            return rows, steps
-        count = round(self.config.policy.replay_share * len(rows))
-        draw = generator_at(self.config.seed, "replay", epoch, update, self.context.accelerator.process_index)
-        kept = self.context.samples + torch.randint(available, (count,), generator=draw)
-        return torch.cat([rows, kept]), torch.cat([steps, steps[:count]])
+            return own_rows, own_steps
+        draw = generator_at(self.config.seed, "replay", epoch, update, 0)
+        kept = self.context.samples + torch.randint(available, (self.replayed,), generator=draw)
+        return torch.cat([own_rows, share(kept)]), torch.cat([own_steps, share(steps[: self.replayed])])
 
     def pick(self, name: str, new: Tensor, rows: Tensor, steps: Tensor) -> Tensor:
         """The values of `rows` at `steps`, (M,) each: of new samples, which come first, from `new`, (N, T, ...), and of

@@ -91,6 +91,7 @@ class SDPO:
         self.context, self.config, self.policy = context, context.config, context.policy
         window(self.config.policy, self.policy.process.stochastic)  # raises ValueError if there is nothing to train
         self.config.check_updates(context.samples_per_update)  # of this process
+        context.order = lambda epoch: _rows_of(self._order(epoch)[0])
         settings = self.config.moments
         self.moments = [RewardMoments(settings.buffer_size, settings.min_count) for _ in self.policy.process.times]
 
@@ -131,10 +132,15 @@ class SDPO:
 
     def groups(self, epoch: int) -> list[Pairs]:
         """The epoch's gradient updates, one step of each pair at a time."""
-        generator = generator_at(self.config.seed, "order", epoch, self.context.accelerator.process_index)
-        order, steps = update_order(self.config.policy, self._trained(epoch), self.context.samples // 2, generator)
-        parts = order.split(self.context.samples_per_update // 2)
-        return [(part, steps[part, j]) for j in range(steps.shape[1]) for part in parts]
+        order, steps = self._order(epoch)
+        parts = [self.context.share(part) for part in order.split(self.config.samples_per_update // PAIR)]
+        local = [self.context.local(PAIR * part, epoch) // PAIR for part in parts]
+        return [(own, steps[part, j]) for j in range(steps.shape[1]) for part, own in zip(parts, local, strict=True)]
+
+    def _order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The order of the epoch's updates in all processes: of the pairs, int64, and of the trained steps of each."""
+        generator = generator_at(self.config.seed, "order", epoch, 0)
+        return update_order(self.config.policy, self._trained(epoch), self.config.samples_per_epoch // PAIR, generator)
 
     def _trained(self, epoch: int) -> Tensor:
         """Which steps the epoch trains, bool (T,)."""
@@ -146,7 +152,7 @@ class SDPO:
         progress = self.context.progress
         batch, targets = progress.batch(), progress.targets
         assert targets is not None, "targets are computed before the updates"
-        rows, steps = torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten(), steps.repeat_interleave(2)
+        rows, steps = _rows_of(pairs), steps.repeat_interleave(PAIR)
         if progress.updates == 0:
             measure_drift(self.context, self._trained(self.context.epoch + 1), partial(self._log_ratio, batch), PAIR)
 
@@ -192,6 +198,10 @@ class SDPO:
     def load_state(self, tensors: dict[str, TensorGroup], plain: dict[str, Any]) -> None:
         for moments, state in zip(self.moments, plain["step_moments"], strict=True):
             moments.load_state_dict(state)
+
+
+def _rows_of(pairs: Tensor) -> Tensor:
+    return torch.stack([PAIR * pairs, PAIR * pairs + 1], dim=1).flatten()
 
 
 def _first_of_pair(seed: Coordinates) -> Coordinates:
