@@ -37,7 +37,7 @@ from comfy_tdpo.trainer.training import Training
 SIDE, SAMPLES, STEPS = 128, 16, 10
 SMALL = 32  # pixels, of the images that the critic may read instead
 EPOCHS = 5
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "tdpo-r": {"algorithm": "tdpo-r"},
     f"tdpo-r, critic at {SMALL} px": {"algorithm": "tdpo-r", "critic": {"image_size": SMALL}},
     "ddpo-100": {"algorithm": "ddpo-100"},

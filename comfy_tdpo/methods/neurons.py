@@ -169,7 +169,7 @@ class ActivationRecorder:
         """
         scores = {}
         for name, own in self._sums.items():
-            sums, count = total(torch.cat([own, own.new_tensor([self._counts[name]])])).tensor_split([-1])
+            sums, count = total(F.pad(own, (0, 1), value=self._counts[name])).tensor_split([-1])
             mean = sums / count
             scores[name] = mean / (mean.mean() + 1e-9)
         return scores
