@@ -84,7 +84,7 @@ def test_a_plan_names_trained_steps_that_drown_the_others(capsys):
 
 
 def test_a_plan_of_a_method_that_needs_no_noise(sd3):
-    text = plan(make_config(overrides={"model": str(sd3), "algorithm": "draft"}))
+    text = "\n".join(plan(make_config(overrides={"model": str(sd3), "algorithm": "draft"})))
     assert "trained" not in text.split("\n\n")[1] and "draft back-propagates the reward and needs no noise." in text
 
 
@@ -98,7 +98,7 @@ def test_a_plan_of_a_single_file_reads_its_header(tmp_path):
     }
     save_file(weights, tmp_path / "sd.safetensors")
     config = make_config(overrides={"model": str(tmp_path / "sd.safetensors"), "algorithm": "tdpo-r"})
-    assert [row[1] for row in rows(plan(config))] == [f"{1 + 50 * k:.1f}" for k in range(19, -1, -1)]
+    assert [row[1] for row in rows("\n".join(plan(config)))] == [f"{1 + 50 * k:.1f}" for k in range(19, -1, -1)]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,8 @@ def _print_config(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from .terminal.plan import plan  # imports torch
 
-    say(plan(_config(args)))
+    for part in plan(_config(args)):
+        say(part)
     return FINISHED
 
 

@@ -1,5 +1,7 @@
 """Shows the steps of a run and what it takes: `python -m comfy_tdpo.trainer plan [--SETTING VALUE ...]`."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ from ..run.disk import most_snapshots
 SENSITIVE = 5.0  # most steps have 0.05 to 1.5
 
 
-def plan(config: TrainConfig) -> str:
-    """The denoising steps of a run of `config`, from the model's configuration alone.
+def plan(config: TrainConfig) -> Iterator[str]:
+    """The denoising steps of a run of `config`, from the model's configuration alone, then what the run takes, which
+    may need minutes to count.
 
     Raises:
         ValueError: the model's configuration cannot be read, or the run could not start.
@@ -33,7 +36,8 @@ def plan(config: TrainConfig) -> str:
     if config.embedded_guidance is not None:
         head += f", embedded guidance {config.embedded_guidance:g}"
     lines = [head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)]
-    return "\n".join([*lines, "", *_costs(config, len(process))])
+    yield "\n".join(lines)
+    yield "\n".join(["", *_costs(config, len(process))])
 
 
 def _costs(config: TrainConfig, steps: int) -> list[str]:
