@@ -41,6 +41,7 @@ from comfy_tdpo.rewards import aesthetic, hpsv2
 from comfy_tdpo.rewards.clip import ClipImages
 from comfy_tdpo.rewards.head import LinearHead
 from comfy_tdpo.rollout import Decoder
+from comfy_tdpo.trainer.assemble import DTYPES
 from comfy_tdpo.trainer.config import TrainConfig, make_config
 
 HERE = Path(__file__).parent
@@ -164,7 +165,7 @@ def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
         guidance=config.guidance,
         resolution=config.resolution,
         settings=config.policy,
-        autocast=None if config.precision == "fp32" else torch.bfloat16,
+        autocast=None if config.precision == "fp32" else DTYPES[config.precision],
     )
     (name,) = config.rewards
     with dtype_of(config.reward_precision):

@@ -25,11 +25,11 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from direct_memory import in_float32
 from pairs import REMEDY, Line, machine, results, row, when_and_where
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from comfy_tdpo.memory.without_values import in_float32
 from comfy_tdpo.methods.objectives import policy_loss
 from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.models.shipped import CONFIGS
@@ -55,12 +55,12 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "fp16 weights alone": (torch.float16, None),
 }
 CONCLUSION = (
-    "So float32 is the default; the presets of real models use bf16 to save memory. In bf16, rounding moves a "
-    "log-ratio by more than an update does, and out of the clip range nearly always; in fp16, which is no setting"
-    " yet, rarely. The mean error is -r^2 / 2, so larger latents do not help bf16. Half precision without "
-    "autocast is less exact than with it, and is not offered. These numbers cannot say how a trained network "
-    "rounds, how CUDA's kernels do, and how well a run learns from such ratios: a good sample that rounding makes"
-    " look less likely keeps its gradient."
+    "So float32 is the default, and the presets of Stable Diffusion 1.x and XL use fp16, as the paper's runs did. "
+    "In bf16, rounding moves a log-ratio by more than an update does, and out of the clip range nearly always; in "
+    "fp16, rarely. Models of flow matching overflow in fp16 and stay in bf16. The mean error is -r^2 / 2, so "
+    "larger latents do not help bf16. Half precision without autocast is less exact than with it, and is not "
+    "offered. These numbers cannot say how a trained network rounds, how CUDA's kernels do, and how well a run "
+    "learns from such ratios: a good sample that rounding makes look less likely keeps its gradient."
 )
 Means = dict[int, Tensor]  # updates -> (S, C, H, W), of each state's step
 

@@ -93,6 +93,8 @@ VARIANTS = {
         "samples_per_epoch": 4,
         "epochs": 2,
     },
+    "tdpo-r in fp16": {"precision": "fp16", "policy": {"ema": 0.5}, "epochs": 2},
+    "draft in fp16": {"algorithm": "draft", "precision": "fp16", "epochs": 2},
     "all weights in bf16, by back-propagation": {
         "algorithm": "draft",
         "policy": {"train": "full", "optimizer": "adamw-8bit"},

@@ -80,6 +80,7 @@ class TrainState:
             "micro_batch": context.micro_batch,
             "decode_batch": context.decoder.batch,
             "gradient_checkpointing": context.policy.checkpointing,
+            "scaler": context.scaler.state_dict(),
             "metrics": self.metrics,
             "identity": self.identity,
         }
@@ -107,6 +108,8 @@ class TrainState:
         context.decoder.batch = state.get("decode_batch", context.decoder.batch)  # older versions have neither
         if state.get("gradient_checkpointing") and not context.policy.checkpointing:
             context.policy.turn_on_checkpointing()
+        if context.scaler.is_enabled():
+            context.scaler.load_state_dict(state["scaler"])
         if _watched(state["identity"]) != _watched(self.identity):  # the other reward is watched from here on
             self.metrics = [_without_alarm(line) for line in self.metrics]
         elif watched:

@@ -135,6 +135,7 @@ class Training:
             record=partial(self._keep_neurons, append_neurons),
             record_policy=partial(self._keep_neurons, append_policy_neurons),
             watch=self.watch,
+            scaler=torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16"),
         )
 
     def _own_share(self, samples: int) -> int:

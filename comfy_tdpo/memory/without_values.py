@@ -86,7 +86,7 @@ def applied(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
 def dtype_of(precision: str) -> Iterator[None]:
     """Inside the block, new weights have this precision."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    torch.set_default_dtype({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
     try:
         yield
     finally:

@@ -8,10 +8,11 @@ those of a single process. So any number of processes makes the same updates, an
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory.running_out import smaller_micro_batch, within_memory
 from ..policy import DiffusionPolicy
@@ -69,6 +70,7 @@ class Context:
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
     record_policy: the same of the policy's, called with (epoch, masks of the active neurons, masks of the reset ones).
     epoch: number of finished epochs.
+    scaler: of the policy's loss, whose gradients would be lost in fp16 without; the critic's arithmetic is fp32.
     """
 
     config: Any
@@ -91,6 +93,7 @@ class Context:
     guards: dict[str, RewardModel] = field(default_factory=dict)
     all_prompts: list[str] = field(default_factory=list)
     watch: Callable[[str, float, int], None] = lambda phase, done, total: None
+    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
     _piece: tuple[str, int, int, int] = ("", 0, 0, 0)
     _shared_out: tuple[int, Tensor] | None = None
 
@@ -196,10 +199,27 @@ class Context:
                 raise
 
         results = within_memory(attempt, self.shrink)
-        self.step(self.optimizer, self.config.policy.max_grad_norm)
-        if self.policy.average:
+        skipped = self._step_policy()
+        if self.policy.average and not skipped:
             self.policy.average.update()
         return results
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the policy's loss; inside `accumulate`."""
+        self.scaler.scale(loss).backward()
+
+    def _step_policy(self) -> bool:
+        """Apply the policy's gradients; returns whether the update was skipped, since they were infinite in fp16."""
+        self._average_gradients(self.optimizer)
+        scaler, before = self.scaler, self.scaler.get_scale()
+        scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.config.policy.max_grad_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        skipped = scaler.get_scale() < before
+        if scaler.is_enabled():
+            self.add("policy/skipped_fraction", torch.tensor(float(skipped), device=self.policy.device))
+        return skipped
 
     def shrink(self) -> None:
         """Lower the micro-batch; raises ValueError if it is 1."""
@@ -211,7 +231,11 @@ class Context:
 
     def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         """Apply the gradients, averaged over processes and clipped to the given norm."""
+        torch.nn.utils.clip_grad_norm_(self._average_gradients(optimizer), max_grad_norm)
+        optimizer.step()
+
+    def _average_gradients(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        """Average the gradients over processes; returns their parameters."""
         parameters = optimizer.param_groups[0]["params"]
         self.processes.average([parameter.grad for parameter in parameters])
-        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        optimizer.step()
+        return parameters

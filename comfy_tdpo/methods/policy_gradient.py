@@ -187,7 +187,7 @@ class PolicyGradient:
             penalties = weights * self.kl.now(step, inputs, known)
             context.add("kl/loss", penalties.sum() / total)
             loss = loss + penalties.sum() / total
-        loss.backward()
+        context.backward(loss)
         log_ratio, here = log_ratio.detach(), self.replay.new(rows)
         groups = {"policy": (slice(here), new), "replay": (slice(here, None), total - new)}
         for name, (part, count) in groups.items():

@@ -169,7 +169,7 @@ class SDPO:
         ratios, aims = log_ratio.view(-1, 2), advantages[rows, steps].view(-1, 2)
         clip_range = scaled_clip_range(self.config.policy.clip_range, self.policy.latent_size)
         loss = pair_loss(ratios, aims, weights, clip_range).sum() / (total // 2)
-        loss.backward()
+        context.backward(loss)
         log_ratio = log_ratio.detach()
         outside = objectives.outside(objectives.ratio_of(log_ratio), clip_range)
         context.add("policy/loss", loss)

@@ -125,7 +125,10 @@ class StableDiffusion:
         for network in (components.vae, components.text_encoder, components.text_encoder_2):
             if network is not None:
                 network.requires_grad_(False).eval()
-        return cls(components.unet, components.scheduler, encode, Autoencoder(components.vae), components.source)
+        vae = components.vae
+        if components.text_encoder_2 is not None and vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.float()  # the published autoencoder of XL overflows in float16
+        return cls(components.unet, components.scheduler, encode, Autoencoder(vae), components.source)
 
     def denoise(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         assert isinstance(conditioning, TensorConditioning)

@@ -87,8 +87,10 @@ class TrainConfig(MethodSettings):
     prediction_type: Annotated[Literal["epsilon", "v_prediction", "sample"] | None, Unset] = Field(
         default=None, description="what the model predicts, if its own configuration does not say"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="precision of the base model, and of the arithmetic; a LoRA is always fp32"
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32",
+        description="precision of the base model, and of the arithmetic; a LoRA is always fp32. fp16 is for Stable "
+        "Diffusion 1.x, 2.x and XL, which it rounds less than bf16 does; other models may overflow in it",
     )
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"

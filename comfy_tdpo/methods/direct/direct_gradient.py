@@ -89,7 +89,7 @@ class DirectGradient:
         def read(images: Tensor, rows: slice) -> Tensor:
             rewards = self._rewards(images, prompts[rows])
             losses = self.config.loss_weight * self.loss(rewards)
-            (losses.sum() / total).backward()
+            self.context.backward(losses.sum() / total)
             with torch.no_grad():
                 images, rewards = images.detach(), rewards.detach()
                 saturated = ((images <= 0) | (images >= 1)).float().mean(dim=(1, 2, 3))
