@@ -28,11 +28,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel
 
 from comfy_tdpo.memory.counting import Held
-from comfy_tdpo.memory.without_values import counted, dtype_of
+from comfy_tdpo.memory.without_values import counted
 from comfy_tdpo.methods.context import Context
 from comfy_tdpo.methods.direct.direct_gradient import DirectGradient
 from comfy_tdpo.models.components import Components
 from comfy_tdpo.models.shipped import CONFIGS, clip_tokenizer
+from comfy_tdpo.models.sizes import weights_of_dtype
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.optimizers import adamw
 from comfy_tdpo.policy import DiffusionPolicy
@@ -154,7 +155,7 @@ def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
     """What draws and updates as `config` says, with a model whose configuration is in the folder `sizes`."""
     with unset_fake_temporarily():
         scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(sizes / "scheduler"))
-    with dtype_of(config.precision):
+    with weights_of_dtype(DTYPES[config.precision]):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(sizes / "unet"))
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(sizes / "vae"))
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(sizes / "text_encoder"))
@@ -168,7 +169,7 @@ def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
         autocast=None if config.precision == "fp32" else DTYPES[config.precision],
     )
     (name,) = config.rewards
-    with dtype_of(config.reward_precision):
+    with weights_of_dtype(DTYPES[config.reward_precision]):
         reward = REWARDS[name](torch.get_default_dtype())
     context = Context(
         config=config,
@@ -190,7 +191,7 @@ def make_method(config: TrainConfig, sizes: Path) -> DirectGradient:
 
 
 def make_aesthetic(dtype: torch.dtype) -> aesthetic.Aesthetic:
-    with dtype_of("fp32"):
+    with weights_of_dtype(torch.float32):
         head = LinearHead(aesthetic.ARCHITECTURE.projection_dim)
     encoder = ClipImages(CLIPModel(aesthetic.ARCHITECTURE))
     size = aesthetic.ARCHITECTURE.vision_config.image_size

@@ -113,11 +113,10 @@ def bare_sampling(training: Training) -> None:
     policy, config = training.policy, training.config
     latents = torch.randn(SAMPLES, *policy.latent_shape)
     both, conditioning = latents.repeat(2, 1, 1, 1), policy.encode_prompts(["a red circle"]).expand(2 * SAMPLES)
-    read = config.critic.enabled if hasattr(config, "critic") else False
     with torch.no_grad():
         for _ in range(STEPS):
             policy.model.denoise(both, torch.full((2 * SAMPLES,), 500), conditioning)
-        for size in (None, *[config.critic.image_size] * (STEPS if read else 0)):
+        for size in (None, *[config.critic.image_size] * (STEPS if config.critic.enabled else 0)):
             training.context.reward.embed(policy.decode(latents, size))
 
 

@@ -80,14 +80,3 @@ def applied(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool
     for name, buffer in module._buffers.items():
         module._buffers[name] = None if buffer is None else change(buffer)
     return module
-
-
-@contextmanager
-def dtype_of(precision: str) -> Iterator[None]:
-    """Inside the block, new weights have this precision."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision])
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -8,11 +8,10 @@ those of a single process. So any number of processes makes the same updates, an
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..memory.running_out import smaller_micro_batch, within_memory
 from ..policy import DiffusionPolicy
@@ -23,6 +22,8 @@ from ..rollout import Decoder, Trajectories
 from . import TensorGroup
 
 Result = TypeVar("Result")
+
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # leaves everything as it is
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Context:
     guards: dict[str, RewardModel] = field(default_factory=dict)
     all_prompts: list[str] = field(default_factory=list)
     watch: Callable[[str, float, int], None] = lambda phase, done, total: None
-    scaler: torch.amp.GradScaler = field(default_factory=partial(torch.amp.GradScaler, "cpu", enabled=False))
+    scaler: torch.amp.GradScaler = UNSCALED
     _piece: tuple[str, int, int, int] = ("", 0, 0, 0)
     _shared_out: tuple[int, Tensor] | None = None
 
@@ -199,7 +200,9 @@ class Context:
                 raise
 
         results = within_memory(attempt, self.shrink)
-        skipped = self._step_policy()
+        skipped = self.step(self.optimizer, self.config.policy.max_grad_norm, self.scaler)
+        if self.scaler.is_enabled():
+            self.add("policy/skipped_fraction", torch.tensor(float(skipped), device=self.policy.device))
         if self.policy.average and not skipped:
             self.policy.average.update()
         return results
@@ -207,19 +210,6 @@ class Context:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of the policy's loss; inside `accumulate`."""
         self.scaler.scale(loss).backward()
-
-    def _step_policy(self) -> bool:
-        """Apply the policy's gradients; returns whether the update was skipped, since they were infinite in fp16."""
-        self._average_gradients(self.optimizer)
-        scaler, before = self.scaler, self.scaler.get_scale()
-        scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters, self.config.policy.max_grad_norm)
-        scaler.step(self.optimizer)
-        scaler.update()
-        skipped = scaler.get_scale() < before
-        if scaler.is_enabled():
-            self.add("policy/skipped_fraction", torch.tensor(float(skipped), device=self.policy.device))
-        return skipped
 
     def shrink(self) -> None:
         """Lower the micro-batch; raises ValueError if it is 1."""
@@ -229,13 +219,17 @@ class Context:
         """How many rows `update_policy` gives to `accumulate` at once."""
         return max(self.micro_batch // together, 1) * together
 
-    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-        """Apply the gradients, averaged over processes and clipped to the given norm."""
-        torch.nn.utils.clip_grad_norm_(self._average_gradients(optimizer), max_grad_norm)
-        optimizer.step()
+    def step(
+        self, optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: torch.amp.GradScaler = UNSCALED
+    ) -> bool:
+        """Apply the gradients, averaged over processes and clipped to the given norm.
 
-    def _average_gradients(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-        """Average the gradients over processes; returns their parameters."""
-        parameters = optimizer.param_groups[0]["params"]
+        Returns whether they were left out instead, since they were infinite at the scale of `scaler`.
+        """
+        parameters, scale = optimizer.param_groups[0]["params"], scaler.get_scale()
         self.processes.average([parameter.grad for parameter in parameters])
-        return parameters
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale() < scale

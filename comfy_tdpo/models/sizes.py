@@ -7,7 +7,8 @@ Shapes: B batch, L tokens, E text width, P pooled width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, Qwen3Model, T5EncoderModel
 
@@ -120,8 +120,10 @@ def model_without_weights(folder: Path, weights: torch.dtype, denoiser: torch.dt
     part = "unet" if (folder / "unet").is_dir() else "transformer"
     config = UNet2DConditionModel.load_config(folder / part)
     cls, made_of, states = _DENOISERS[config["_class_name"]]
-    network = _of_dtype(lambda: cls.from_config(config), denoiser)
-    vae = _of_dtype(lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")), weights)
+    with weights_of_dtype(denoiser):
+        network = cls.from_config(config)
+    with weights_of_dtype(weights):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
     conditioning = states(network.config)
 
     def encode(prompts: list[str]) -> Conditioning:
@@ -139,10 +141,12 @@ def numbers_of_texts(folder: Path) -> int:
     return sum(weight.numel() for network in networks for weight in network.parameters())
 
 
-def _of_dtype(make: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
+@contextmanager
+def weights_of_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block, new weights have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return make()
+        yield
     finally:
         torch.set_default_dtype(before)

@@ -22,7 +22,7 @@ def check_disk(run: RunPaths, config: TrainConfig, policy: DiffusionPolicy) -> s
         return ""
     checkpoint, snapshot = bytes_of_checkpoint(config, policy), bytes_of_snapshot(policy)
     kept, snapshots = config.output.keep_checkpoints, most_snapshots(config)
-    needed = (kept + 1) * checkpoint + snapshots * snapshot
+    needed = bytes_of_run(config, checkpoint, snapshot)
     left = max(needed - _used(run), 0)
     folder = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
@@ -37,6 +37,11 @@ def check_disk(run: RunPaths, config: TrainConfig, policy: DiffusionPolicy) -> s
             "output.samples_every, or choose another disk"
         )
     return f"all weights are trained: the run needs {_size(needed)} of disk, for {parts}; {_size(free)} are free"
+
+
+def bytes_of_run(config: TrainConfig, checkpoint: int, snapshot: int) -> int:
+    """The most bytes of a run whose checkpoints and snapshots have so many; one checkpoint more while it is written."""
+    return (config.output.keep_checkpoints + 1) * checkpoint + most_snapshots(config) * snapshot
 
 
 def bytes_of_checkpoint(config: TrainConfig, policy: DiffusionPolicy) -> int:

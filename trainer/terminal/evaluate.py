@@ -6,8 +6,6 @@ from pathlib import Path
 
 from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import reward_names
-from comfy_tdpo.rewards.function import allow_functions
-from comfy_tdpo.rewards.remote import allow_addresses
 
 from ..config.parsing import named_values, split_names
 from ..evaluation.asked import IMAGES, LAST, SEED, Options, PromptSet, ask, usual_folder
@@ -23,8 +21,6 @@ from .tastes import Paths
 
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
-    allow_functions()  # on the command line, users may name their own functions,
-    allow_addresses()  # and the addresses of theirs
     args = _parser().parse_args(argv)
     return status_of(lambda: _evaluate(args), "what was scored is saved: run the same command again to go on")
 

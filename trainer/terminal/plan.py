@@ -14,7 +14,7 @@ from comfy_tdpo.resolution import latent_sides
 
 from ..assemble import model_source
 from ..config import TrainConfig
-from ..run.disk import most_snapshots
+from ..run.disk import bytes_of_run
 
 SENSITIVE = 5.0  # most steps have 0.05 to 1.5
 
@@ -55,7 +55,7 @@ def _costs(config: TrainConfig, steps: int) -> list[str]:
     from .fits import fits, footprint  # imports diffusers' networks
 
     found = footprint(config, sizes)
-    disk = most_snapshots(config) * found.snapshot + (config.output.keep_checkpoints + 1) * found.checkpoint
+    disk = bytes_of_run(config, found.checkpoint, found.snapshot)
     return [*lines, f"disk: up to {disk / 1e9:.1f} GB, for snapshots and checkpoints", *fits(found, config)]
 
 

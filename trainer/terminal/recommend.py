@@ -7,8 +7,6 @@ import textwrap
 from collections.abc import Sequence
 
 from comfy_tdpo.rewards import reward_names
-from comfy_tdpo.rewards.function import allow_functions
-from comfy_tdpo.rewards.remote import allow_addresses
 
 from ..metrics import columns_of, padded, readable, shortened
 from ..recommend.choice import CONFIDENCE, Outcome, Recommendation
@@ -30,8 +28,6 @@ RULE = (
 
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
-    allow_functions()  # on the command line, users may name their own functions,
-    allow_addresses()  # and the addresses of theirs
     args = _parser().parse_args(argv)
     return status_of(lambda: _recommend(args), "what was scored is saved: run the same command again to go on")
 

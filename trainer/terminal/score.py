@@ -25,8 +25,6 @@ from comfy_tdpo.rewards import (
     reward_names,
     score_images,
 )
-from comfy_tdpo.rewards.function import allow_functions
-from comfy_tdpo.rewards.remote import allow_addresses
 
 from ..config.parsing import named_values
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
@@ -38,8 +36,6 @@ _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand and return its exit status: 0 done, 1 a reward failed, 2 wrong input, 130 stopped."""
-    allow_functions()  # on the command line, users may name their own functions,
-    allow_addresses()  # and the addresses of theirs
     args = _parser().parse_args(argv)
     try:
         with keyboard_interrupts():

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 
 from comfy_tdpo.rewards import PRECISIONS, load_reward, reward_names
-from comfy_tdpo.rewards.function import allow_functions
-from comfy_tdpo.rewards.remote import allow_addresses
 from comfy_tdpo.rewards.remote.protocol import PORT
 
 from ..config.parsing import named_values
@@ -19,8 +17,6 @@ HOST = "127.0.0.1"
 
 def main(argv: Sequence[str]) -> int:
     """Run the subcommand until Ctrl-C and return its exit status: 130 then, 1 it failed, 2 wrong input."""
-    allow_functions()  # on the command line, users may name their own functions,
-    allow_addresses()  # and the addresses of theirs
     args = _parser().parse_args(argv)
     return status_of(lambda: _serve(args), "trainings that ask this reward wait a while for it to come back")
 
