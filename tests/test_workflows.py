@@ -198,7 +198,7 @@ def server(tmp_path_factory):
     server.end()
 
 
-SMALL = {"epochs": 2, "samples_per_epoch": 8, "steps": 3, "batch_size": 4, "reset_every": 1, "count": 1}
+SMALL = {"epochs": 2, "samples_per_epoch": 8, "steps": 3, "batch_size": 4, "reset_every": 1, "count": 1, "images": 1}
 OUTPUTS = ("PreviewImage", "PreviewAny", "TDPOTrain", "TDPOTaste", "TDPOEvaluate")
 
 
