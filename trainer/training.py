@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from comfy_tdpo import arithmetic
 from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.memory.budget import MemoryBudget, first_micro_batch
 from comfy_tdpo.memory.gauges import gauge_of
@@ -108,6 +109,11 @@ class Training:
             config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts, accelerator
         )
 
+    @property
+    def arithmetic(self) -> str:
+        """How the device computes, in a few words; empty if there is nothing to choose."""
+        return arithmetic.described(self.config.deterministic, self.policy.device)
+
     def _warn(self, text: str | None) -> None:
         if self.accelerator.is_main_process and text:
             logger.warning("%s", text)
@@ -156,7 +162,8 @@ class Training:
             TrainingError, Parted: the run cannot continue; the last checkpoint is intact.
             RewardError: a reward failed; everything before that is saved.
         """
-        with self.run.lock() if self.accelerator.is_main_process else nullcontext():
+        lock = self.run.lock() if self.accelerator.is_main_process else nullcontext()
+        with lock, arithmetic.switched(self.config.deterministic):
             try:
                 yield from self._epochs()
             except BaseException:  # the others must not wait for this process
@@ -168,6 +175,8 @@ class Training:
 
     def _epochs(self) -> Iterator[EpochMetrics]:
         context = self.context
+        if self.arithmetic:
+            logger.info("%s on %s: %s", self.run.path.name, self.policy.device, self.arithmetic)
         restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
