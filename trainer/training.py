@@ -30,7 +30,7 @@ from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
 from comfy_tdpo.rewards.taste import tastes_among
-from comfy_tdpo.rollout import Decoder, Trajectories
+from comfy_tdpo.rollout import Decoder, Drawn, Trajectories
 
 from .alarm import SINCE, told, unguarded
 from .config import TrainConfig
@@ -262,17 +262,46 @@ class Training:
 
     @torch.no_grad()
     def _sample(self) -> None:
-        """Sample N trajectories from the current policy, one micro-batch at a time, then the targets of the updates."""
+        """Sample N trajectories from the current policy, one micro-batch at a time, then the targets of the updates.
+
+        While another program scores a micro-batch, the next one is drawn.
+        """
         context, start = self.context, time.perf_counter()
         progress = context.progress
 
-        def sample() -> Trajectories:
+        waiting: list[Drawn] = []  # at most one, whose rewards are computed elsewhere meanwhile
+
+        def draw() -> Drawn:
             rows = range(begin, min(begin + context.micro_batch, context.samples))
             context.begin("sampling", begin, len(rows), context.samples)
-            return self.method.sample(*context.draws(rows))
+            drawn = self.method.draw(*context.draws(rows))
+            if drawn.is_scored:
+                drawn.trajectories()  # here, where memory may run out
+            return drawn
 
-        while (begin := progress.samples) < context.samples:
-            progress.parts.append(within_memory(sample, context.shrink))
+        def keep() -> None:
+            progress.parts.append(waiting[0].trajectories())
+            del waiting[0]
+
+        try:
+            while (begin := progress.samples + sum(map(len, waiting))) < context.samples:
+                drawn = within_memory(draw, context.shrink)
+                if waiting:
+                    keep()
+                waiting.append(drawn)
+                drawn.ask()
+                if drawn.is_scored:
+                    keep()
+            if waiting:
+                keep()
+        except BaseException:
+            if waiting and waiting[0].is_scored:
+                with suppress(Exception):  # another one than that which is raised
+                    keep()
+            raise
+        finally:
+            for drawn in waiting:
+                drawn.give_up()
         progress.times["sample"] += time.perf_counter() - start
         if progress.targets is None:
             progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(context.epoch + 1))
