@@ -4,7 +4,12 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from threading import Event, Thread
+from typing import Any, Generic, TypeVar
+
+Result = TypeVar("Result")
+
+TICK = 0.1  # seconds between two looks whether to stop
 
 _check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
 
@@ -40,6 +45,46 @@ def heeding(check: Callable[[], None]) -> Iterator[None]:
 def heed() -> None:
     """Called by what waits: raises what the `check` of the block around it raises."""
     _check.get()()
+
+
+class Meanwhile(Generic[Result]):
+    """What `work` returns, computed on a thread of its own, which heeds the stops of the block that begins it."""
+
+    def __init__(self, work: Callable[[], Result]):
+        self._work, self._stops = work, _check.get()
+        self._given_up, self._done = Event(), Event()
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+        Thread(target=self._run, name="tdpo-meanwhile", daemon=True).start()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def result(self) -> Result:
+        """What `work` returned, or an exception that it raised. Heeds stops while it waits."""
+        while not self._done.wait(TICK):
+            heed()
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]  # it has been set
+
+    def give_up(self) -> None:
+        """End the thread as soon as it heeds; nobody waits for the result any more."""
+        self._given_up.set()
+
+    def _run(self) -> None:
+        try:
+            with heeding(self._check):
+                self._result = self._work()
+        except BaseException as error:  # it is raised where the result is asked for
+            self._error = error
+        self._done.set()
+
+    def _check(self) -> None:
+        if self._given_up.is_set():
+            raise InterruptedError("nobody waits for it any more")
+        self._stops()
 
 
 @contextmanager

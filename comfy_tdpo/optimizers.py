@@ -10,15 +10,25 @@ from .settings import OptimizerSettings, PolicySettings
 
 
 def adamw(parameters: list[nn.Parameter], settings: OptimizerSettings, one_by_one: bool = False) -> torch.optim.AdamW:
-    """AdamW; with `one_by_one`, it never needs memory for more than one parameter at a time."""
+    """AdamW; with `one_by_one`, it never needs memory for more than one parameter at a time.
+
+    On CUDA it is torch's fused one, a single kernel for all parameters that needs no memory of its own. On the CPU that
+    would round otherwise than the loop, and so change the results of fixed seeds.
+    """
+    fused = on_cuda(parameters)
     return torch.optim.AdamW(
         parameters,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        foreach=False if one_by_one else None,
+        foreach=False if one_by_one and not fused else None,
+        fused=fused or None,
     )
+
+
+def on_cuda(parameters: list[nn.Parameter]) -> bool:
+    return all(parameter.is_cuda for parameter in parameters)
 
 
 def policy_optimizer(parameters: list[nn.Parameter], settings: PolicySettings, seed: int) -> torch.optim.Optimizer:
@@ -64,7 +74,8 @@ def load_optimizer_tensors(
 
     The optimizer's own `load_state_dict` would give every moment the dtype of its parameter.
     """
+    counts_there = optimizer.defaults.get("fused")  # otherwise AdamW counts its steps on the CPU
     for key, value in tensors.items():
         name, _, moment = key.rpartition(":")
-        where = "cpu" if moment == "step" else parameters[name].device  # AdamW counts on the CPU
+        where = parameters[name].device if moment != "step" or counts_there else "cpu"
         optimizer.state[parameters[name]][moment] = value.to(where)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .ema import MovingAverage
 from .models import DiffusionModel, set_embedded_guidance
+from .models.adapt import lay_out
 from .models.conditioning import Conditioning
 from .process import Step, make_process
 from .process.gaussian import guide
@@ -65,6 +66,7 @@ class DiffusionPolicy:
         self.model.to(self.device)
         settings = settings or PolicySettings()
         self.trainable = model.adapt(settings, seed)
+        lay_out(model.networks.values())
         self.checkpointing = settings.gradient_checkpointing
         self.kl_reference = Reference(self.trainable)
         self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .interrupts import Meanwhile
 from .memory.running_out import smaller_decode_batch, within_memory
 from .policy import DiffusionPolicy
 from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
-from .rewards import RewardModel, score_images, score_with_parts
+from .rewards import RewardModel, score_images, score_with_parts, scored_elsewhere, terms_of
 
 
 @dataclass
@@ -169,6 +170,12 @@ class Sampler:
     ) -> Trajectories:
         """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`; the initial noise from
         those in `starts`, if they are given."""
+        return self.draw(prompts, seeds, starts).trajectories()
+
+    def draw(
+        self, prompts: list[str], seeds: Sequence[Coordinates], starts: Sequence[Coordinates] | None = None
+    ) -> "Drawn":
+        """The same, before the rewards that other programs compute have been asked."""
         policy, decoder = self.decoder.policy, self.decoder
         noise = draw_noise(policy, seeds)
         if starts is not None:
@@ -179,22 +186,24 @@ class Sampler:
         path = denoise(policy, prompts, noise, self.kl, calls)
         images = decoder(path.latents[:, -1], check=calls)
         read = path.clean if self.embed_clean else path.latents[:, :-1]
-        embeds, scores = self._read_steps(read[:, : self.embed_steps], prompts, calls)
-        rewards, parts = score_with_parts(self.reward, images, prompts)
-        return Trajectories(
-            prompts=prompts,
-            latents=path.latents,
-            log_probs=path.log_probs,
-            kl=path.kl,
-            rewards=rewards,
+        embeds, step_scores = self._read_steps(read[:, : self.embed_steps], prompts, calls)
+        return Drawn(
+            self,
+            prompts,
+            images,
+            path,
+            scores={id(term): score_images(term, images, prompts) for term in self.terms(elsewhere=False)},
             image_embeds=embeds,
-            step_scores=scores,
-            dense_rewards=self.dense(path.clean, prompts, rewards) if self.dense else None,
+            step_scores=step_scores,
             final_embeds=None if self.reward.embed_dim is None else self.reward.embed(images).float(),
-            eval_rewards={name: score_images(model, images, prompts) for name, model in self.eval_rewards.items()},
-            guard_rewards={name: score_images(model, images, prompts) for name, model in self.guards.items()},
-            part_rewards=parts,
         )
+
+    def terms(self, elsewhere: bool) -> list[RewardModel]:
+        """The rewards to score images by, without sums, in the order in which they are asked: those that other programs
+        compute, or the others."""
+        models = [self.reward, *self.eval_rewards.values(), *self.guards.values()]
+        distinct = {id(term): term for model in models for term in terms_of(model)}
+        return [term for term in distinct.values() if scored_elsewhere(term) == elsewhere]
 
     def _read_steps(self, latents: Tensor, prompts: list[str], calls: Calls) -> tuple[Tensor | None, Tensor | None]:
         """Unit embeddings (B, K, D) and scores (B, K, S) of the decoded latents, (B, K, C, H, W)."""
@@ -212,6 +221,82 @@ class Sampler:
         if not count:
             return found, None
         return found[..., :-count].contiguous(), found[..., -count:].contiguous()
+
+
+@dataclass
+class Drawn:
+    """B trajectories that a Sampler has drawn; what other programs score of them may be missing still.
+
+    images (B, 3, H, W); scores: of the rewards that are computed here, (B,) by id.
+    image_embeds, step_scores, final_embeds: as in Trajectories.
+    """
+
+    sampler: Sampler
+    prompts: list[str]
+    images: Tensor
+    path: "Path"
+    scores: dict[int, Tensor]
+    image_embeds: Tensor | None
+    step_scores: Tensor | None
+    final_embeds: Tensor | None
+    _asked: Meanwhile[dict[int, Tensor]] | None = None
+    _whole: Trajectories | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether nothing has to be waited for."""
+        return not self.sampler.terms(elsewhere=True) or (self._asked is not None and self._asked.done)
+
+    def ask(self) -> None:
+        """Begin to ask the other programs, one after the other, on a thread of its own."""
+        if not self.is_scored:
+            self._asked = Meanwhile(self._answers)
+
+    def give_up(self) -> None:
+        if self._asked is not None:
+            self._asked.give_up()
+
+    @torch.no_grad()  # which a thread does not inherit
+    def _answers(self) -> dict[int, Tensor]:
+        return {id(term): score_images(term, self.images, self.prompts) for term in self.sampler.terms(elsewhere=True)}
+
+    def trajectories(self) -> Trajectories:
+        """The trajectories, all scored; waits for the other programs, and asks them if that has not been done.
+
+        Raises:
+            RewardError: one of them failed.
+        """
+        if self._whole is None:
+            self._whole = self._joined(self.scores | (self._asked.result() if self._asked else self._answers()))
+        return self._whole
+
+    def _joined(self, scores: dict[int, Tensor]) -> Trajectories:
+        sampler, prompts, images = self.sampler, self.prompts, self.images
+
+        def known(model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
+            return scores[id(model)]
+
+        def scored(models: dict[str, RewardModel]) -> dict[str, Tensor]:
+            return {name: score_with_parts(model, images, prompts, known)[0] for name, model in models.items()}
+
+        rewards, parts = score_with_parts(sampler.reward, images, prompts, known)
+        return Trajectories(
+            prompts=prompts,
+            latents=self.path.latents,
+            log_probs=self.path.log_probs,
+            kl=self.path.kl,
+            rewards=rewards,
+            image_embeds=self.image_embeds,
+            step_scores=self.step_scores,
+            dense_rewards=sampler.dense(self.path.clean, prompts, rewards) if sampler.dense else None,
+            final_embeds=self.final_embeds,
+            eval_rewards=scored(sampler.eval_rewards),
+            guard_rewards=scored(sampler.guards),
+            part_rewards=parts,
+        )
 
 
 def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:

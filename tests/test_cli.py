@@ -158,6 +158,16 @@ def test_a_preset_does_not_watch_what_is_trained_on(capsys):
     assert 'eval_rewards = [\n    "shapes-gold",\n]' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_idle_threads_spin_briefly_unless_the_user_says_how_long(own, monkeypatch, capsys):
+    """Before torch is loaded, as the next test checks: its OpenMP reads this once."""
+    named = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in named} | own)
+    assert main(["--print-config"]) == 0
+    expected = own or {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    assert {name: os.environ[name] for name in named if name in os.environ} == expected
+
+
 def test_the_help_needs_no_torch():
     code = "import sys, comfy_tdpo.trainer.__main__ as m; m.parse([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

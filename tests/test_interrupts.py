@@ -1,13 +1,15 @@
 """Ctrl-C is told as such even where compiled code has replaced the exception that Python raises for it."""
 
 import signal
+import threading
+import time
 from contextlib import suppress
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfy_tdpo.interrupts import keyboard_interrupts
+from comfy_tdpo.interrupts import Meanwhile, heed, heeding, keyboard_interrupts
 from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.terminal import evaluate, recommend, score, taste
 
@@ -73,3 +75,46 @@ def test_a_subcommand_ends_as_stopped(module, function, command, monkeypatch, ca
     monkeypatch.setattr(module, function, read)
     assert main(command) == 130
     assert capsys.readouterr().err.startswith("comfy_tdpo: stopped")
+
+
+# --- on a thread of its own
+
+
+def endless(ended: threading.Event) -> None:
+    try:
+        while True:
+            heed()
+            time.sleep(0.01)
+    finally:
+        ended.set()
+
+
+def test_what_is_done_meanwhile_is_given_or_raised_where_it_is_asked_for():
+    assert Meanwhile(lambda: 3).result() == 3
+    failing = Meanwhile(lambda: 1 // 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            failing.result()
+    assert failing.done
+
+
+def test_it_ends_with_the_block_that_is_stopped_and_when_it_is_given_up():
+    class Stopped(Exception):
+        pass
+
+    stop, ended = threading.Event(), [threading.Event(), threading.Event()]
+
+    def check() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    with heeding(check):
+        given_up = Meanwhile(lambda: endless(ended[0]))
+        given_up.give_up()
+        assert ended[0].wait(10)
+        going_on = Meanwhile(lambda: endless(ended[1]))
+        assert not going_on.done
+    with pytest.raises(Stopped), heeding(check):
+        stop.set()
+        going_on.result()
+    assert ended[1].wait(10), "it heeds the block that began it, although that has ended"

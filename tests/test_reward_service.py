@@ -117,6 +117,12 @@ def scores(handler: BaseHTTPRequestHandler, body: bytes) -> None:
     says(answer(body, [float(i) for i in range(len(unpacked(body)[0]))]))(handler, body)
 
 
+def right(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+    """What `serve --reward shapes-aesthetic` answers."""
+    found = score_images(load_reward("shapes-aesthetic", CPU), *unpacked(body))
+    says(answer(body, found.tolist()))(handler, body)
+
+
 def made_of(change: Callable[[dict], object]) -> Fault:
     """The right answer, changed."""
 
@@ -277,16 +283,17 @@ def test_a_run_that_lost_its_service_resumes_to_the_same_result(tmp_path):
         port = int(url.rpartition(":")[2])
         epochs = training.epochs()
         next(epochs)
-        sample, batches = training.method.sample, []
+        draw, batches = training.method.draw, []
 
         def lose(*args):
             if len(batches) == 2:
+                batches[1].trajectories()  # it has been asked, and is answered
                 monkey.setattr(training.context.reward, "name", "http://127.0.0.1:9")  # nobody is there
-            batches.append(1)
-            return sample(*args)
+            batches.append(draw(*args))
+            return batches[-1]
 
         with pytest.MonkeyPatch.context() as monkey:
-            monkey.setattr(training.method, "sample", lose)
+            monkey.setattr(training.method, "draw", lose)
             with pytest.raises(RewardError, match="gave no valid answer in 3 attempts .*ConnectionRefusedError"):
                 next(epochs)
     run = RunFolder.open(tmp_path / "run")
@@ -304,11 +311,6 @@ def test_a_stop_is_heeded_while_it_waits(tmp_path, monkeypatch):
     whole = trained(tmp_path / "whole", "shapes-aesthetic")
     list(whole.epochs())
     run = new_run(tmp_path / "run", **TRAINING)
-    real = load_reward("shapes-aesthetic", CPU)
-
-    def right(handler: BaseHTTPRequestHandler, body: bytes) -> None:
-        says(answer(body, score_images(real, *unpacked(body)).tolist()))(handler, body)
-
     # the grey image that is sent first, then micro-batches
     for faults in ([right, right, stalls], [right, right, says(b"", 500)]):
         with Faulty(*faults) as server:
@@ -322,9 +324,33 @@ def test_a_stop_is_heeded_while_it_waits(tmp_path, monkeypatch):
             status = job.wait(20)
             assert status.state == "stopped" and time.monotonic() - began < 10
         assert any(run.checkpoints.iterdir())
-    again = fast_training(run, real)
+    again = fast_training(run, load_reward("shapes-aesthetic", CPU))
     list(again.epochs())
     assert same(lora_of(again), lora_of(whole))
+
+
+def test_the_next_images_are_drawn_while_it_scores(tmp_path, monkeypatch):
+    """The service keeps its first answer back until they are; the results are those of the reward in one process."""
+    monkeypatch.setattr(asking, "PATIENCE", Patience())
+    whole = trained(tmp_path / "whole", "shapes-aesthetic", epochs=1)
+    list(whole.epochs())
+    begun, waited = threading.Event(), []
+
+    def late(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        waited.append(begun.wait(20))
+        right(handler, body)
+
+    def watch(phase: str, done: float, total: int) -> None:
+        if phase == "sampling" and done > 2:  # a call of the model for the second micro-batch has ended
+            begun.set()
+
+    with Faulty(right, late, *[right] * 9) as server:
+        run = new_run(tmp_path / "run", rewards={server.url: 1.0}, **TRAINING | {"epochs": 1})
+        training = fast_training(run, load_reward(server.url, CPU), watch=watch)
+        list(training.epochs())
+        assert waited == [True]
+        assert values(run, server.url) == values(whole.run, "shapes-aesthetic")
+    assert same(lora_of(training), lora_of(whole))
 
 
 def test_what_a_check_raises_leaves_a_sum_as_it_was_raised():

@@ -31,6 +31,7 @@ from comfy_tdpo.rewards import (
     score_images,
     score_with_parts,
 )
+from comfy_tdpo.rewards.agreement import Agreement
 from comfy_tdpo.rewards.function import allow_functions
 from comfy_tdpo.rewards.shared import shared_while_used
 from comfy_tdpo.trainer.__main__ import main
@@ -41,6 +42,28 @@ from comfy_tdpo.trainer.training import Training
 
 IMAGES = torch.rand(3, 3, 48, 64, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a red circle", "two squares", "a star"]
+
+
+class Recorded(Agreement):
+    """Three numbers of an image, and of a prompt's letters; keeps which prompts it was asked to encode."""
+
+    def __init__(self):
+        self.asked: list[list[str]] = []
+
+    def encode_images(self, images):
+        return images.mean(dim=(2, 3))
+
+    def encode_prompts(self, prompts, device):
+        self.asked.append(prompts)
+        return torch.tensor([[len(prompt), prompt.count("a"), 1.0] for prompt in prompts], device=device)
+
+
+def test_equal_prompts_are_encoded_once_for_their_images():
+    reward, prompts = Recorded(), [PROMPTS[i] for i in (1, 0, 1)]
+    scores = reward.score(IMAGES, prompts)
+    assert reward.asked == [[PROMPTS[1], PROMPTS[0]]]
+    for i, prompt in enumerate(prompts):
+        assert scores[i].item() == pytest.approx(reward.score(IMAGES[i : i + 1], [prompt]).item(), rel=1e-6)  # float32
 
 
 # --- the registry

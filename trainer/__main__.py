@@ -157,7 +157,7 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
                     with lookout:
                         deque(training.epochs(), maxlen=0)  # only the main process reports them
                     return STOPPED if training.stopped else FINISHED
-                console.begin(training.policy.device)
+                console.begin(training.policy.device, training.arithmetic)
                 if new:
                     run.create(config)  # only once everything has been loaded
                 with lookout:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 
+from comfy_tdpo import arithmetic
 from comfy_tdpo.models import load_model
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import load_reward, load_rewards
@@ -45,10 +46,12 @@ def assemble(
     Raises:
         ValueError: something it names cannot be loaded; nothing has been trained or written.
     """
+    arithmetic.prepare(config.deterministic)  # before the first look at a GPU
     # accelerate's mixed precision is process-wide, so each policy sets its own.
     accelerator = Accelerator(cpu=cpu, log_with=check_trackers(config.output.trackers), project_dir=str(run.path))
     _check_processes(accelerator.num_processes)
     _check_not_sharded(accelerator.distributed_type)
+    arithmetic.check(config.deterministic, accelerator.device)
     how = (accelerator.device, config.reward_precision, weights_of(run, config))
     if config.output.recommend:
         held_out_reward(config)  # rather now than after the training

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from comfy_tdpo import arithmetic
 from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.memory.budget import MemoryBudget, first_micro_batch
 from comfy_tdpo.memory.gauges import gauge_of
@@ -29,7 +30,7 @@ from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
 from comfy_tdpo.rewards.taste import tastes_among
-from comfy_tdpo.rollout import Decoder, Trajectories
+from comfy_tdpo.rollout import Decoder, Drawn, Trajectories
 
 from .alarm import SINCE, told, unguarded
 from .config import TrainConfig
@@ -108,6 +109,11 @@ class Training:
             config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts, accelerator
         )
 
+    @property
+    def arithmetic(self) -> str:
+        """How the device computes, in a few words; empty if there is nothing to choose."""
+        return arithmetic.described(self.config.deterministic, self.policy.device)
+
     def _warn(self, text: str | None) -> None:
         if self.accelerator.is_main_process and text:
             logger.warning("%s", text)
@@ -156,7 +162,8 @@ class Training:
             TrainingError, Parted: the run cannot continue; the last checkpoint is intact.
             RewardError: a reward failed; everything before that is saved.
         """
-        with self.run.lock() if self.accelerator.is_main_process else nullcontext():
+        lock = self.run.lock() if self.accelerator.is_main_process else nullcontext()
+        with lock, arithmetic.switched(self.config.deterministic):
             try:
                 yield from self._epochs()
             except BaseException:  # the others must not wait for this process
@@ -168,6 +175,8 @@ class Training:
 
     def _epochs(self) -> Iterator[EpochMetrics]:
         context = self.context
+        if self.arithmetic:
+            logger.info("%s on %s: %s", self.run.path.name, self.policy.device, self.arithmetic)
         restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
@@ -253,17 +262,46 @@ class Training:
 
     @torch.no_grad()
     def _sample(self) -> None:
-        """Sample N trajectories from the current policy, one micro-batch at a time, then the targets of the updates."""
+        """Sample N trajectories from the current policy, one micro-batch at a time, then the targets of the updates.
+
+        While another program scores a micro-batch, the next one is drawn.
+        """
         context, start = self.context, time.perf_counter()
         progress = context.progress
 
-        def sample() -> Trajectories:
+        waiting: list[Drawn] = []  # at most one, whose rewards are computed elsewhere meanwhile
+
+        def draw() -> Drawn:
             rows = range(begin, min(begin + context.micro_batch, context.samples))
             context.begin("sampling", begin, len(rows), context.samples)
-            return self.method.sample(*context.draws(rows))
+            drawn = self.method.draw(*context.draws(rows))
+            if drawn.is_scored:
+                drawn.trajectories()  # here, where memory may run out
+            return drawn
 
-        while (begin := progress.samples) < context.samples:
-            progress.parts.append(within_memory(sample, context.shrink))
+        def keep() -> None:
+            progress.parts.append(waiting[0].trajectories())
+            del waiting[0]
+
+        try:
+            while (begin := progress.samples + sum(map(len, waiting))) < context.samples:
+                drawn = within_memory(draw, context.shrink)
+                if waiting:
+                    keep()
+                waiting.append(drawn)
+                drawn.ask()
+                if drawn.is_scored:
+                    keep()
+            if waiting:
+                keep()
+        except BaseException:
+            if waiting and waiting[0].is_scored:
+                with suppress(Exception):  # another one than that which is raised
+                    keep()
+            raise
+        finally:
+            for drawn in waiting:
+                drawn.give_up()
         progress.times["sample"] += time.perf_counter() - start
         if progress.targets is None:
             progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(context.epoch + 1))

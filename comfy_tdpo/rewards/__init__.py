@@ -6,7 +6,7 @@ a reward is loaded, so that names can be checked quickly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -34,6 +34,8 @@ class RewardModel(Protocol):
 
     name: its name in the registry; embed_dim: the width D of `embed`, or None if it has no encoder for a critic;
     differentiable: whether gradients flow through `score` to the images.
+    A reward may also have `elsewhere`, which says that another program computes its scores. It is asked on a thread of
+    its own while the next images are drawn, see `scored_elsewhere`.
     """
 
     name: str
@@ -84,6 +86,8 @@ WITHOUT_ENCODER = {"colourfulness", "imagereward", "jpeg-compressibility", "jpeg
 
 # What evaluates runs must have no part in restraining them, nor in choosing what they keep.
 ONLY_EVALUATE = ("shapes-gold", "shapes-judge")
+
+Score = Callable[["RewardModel", "Tensor", list[str]], "Tensor"]  # like `score_images`
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name for each
 
@@ -182,9 +186,9 @@ class WeightedSum:
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.total(self.score_parts(images, prompts))
 
-    def score_parts(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """The scores R_i of each reward, by name, in its own units."""
-        return {model.name: score_images(model, images, prompts) for model, _, _ in self.parts}
+    def score_parts(self, images: Tensor, prompts: list[str], score: Score | None = None) -> dict[str, Tensor]:
+        """The scores R_i of each reward, by name, in its own units; by `score` instead of `score_images`, if given."""
+        return {model.name: (score or score_images)(model, images, prompts) for model, _, _ in self.parts}
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         return sum(weight / scale * scores[model.name] for model, weight, scale in self.parts)
@@ -229,12 +233,28 @@ def load_rewards(
     return model if not others and weight == scale == 1 else WeightedSum(parts)
 
 
-def score_with_parts(model: RewardModel, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """What `score_images` returns, and the scores of each reward that `model` sums; none unless it sums several."""
-    if not isinstance(model, WeightedSum) or len(model.parts) == 1:
-        return score_images(model, images, prompts), {}
-    scores = model.score_parts(images, prompts)
-    return checked(model.name, model.total(scores), images), scores
+def terms_of(model: RewardModel) -> list[RewardModel]:
+    """The rewards that `model` sums; itself if it is no sum."""
+    return [term for term, _, _ in model.parts] if isinstance(model, WeightedSum) else [model]
+
+
+def scored_elsewhere(model: RewardModel) -> bool:
+    """Whether another program computes the scores of `model`, which is no sum."""
+    return bool(getattr(model, "elsewhere", False))
+
+
+def score_with_parts(
+    model: RewardModel, images: Tensor, prompts: list[str], score: Score | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `score_images` returns, and the scores of each reward that `model` sums; none unless it sums several.
+
+    score: gives the scores of each reward that is no sum, instead of `score_images`.
+    """
+    score = score or score_images
+    if not isinstance(model, WeightedSum):
+        return score(model, images, prompts), {}
+    scores = model.score_parts(images, prompts, score)
+    return checked(model.name, model.total(scores), images), scores if len(scores) > 1 else {}
 
 
 def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:

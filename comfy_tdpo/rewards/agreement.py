@@ -25,8 +25,10 @@ class Agreement:
         return F.normalize(self.encode_images(images), dim=-1)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        text = F.normalize(self.encode_prompts(prompts, images.device), dim=-1)
-        return self.in_upstreams_units((self.embed(images) * text).sum(-1))
+        distinct = list(dict.fromkeys(prompts))  # the images of a group have one prompt
+        text = F.normalize(self.encode_prompts(distinct, images.device), dim=-1)
+        rows = [distinct.index(prompt) for prompt in prompts]
+        return self.in_upstreams_units((self.embed(images) * text[rows]).sum(-1))
 
     def check_prompts(self, prompts: list[str]) -> None:
         """Every prompt can be scored."""

@@ -84,6 +84,7 @@ class UserFunction:
 
     def __init__(self, name: str, options: Options):
         self.name, self.differentiable = name, says_gradient(name)
+        self.elsewhere = bool(getattr(_imported(name), "elsewhere", False))
         self.call = Call(name, _imported(name), options.device)
 
     def embed(self, images: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ class TrainConfig(MethodSettings):
         description="precision of the base model, and of the arithmetic; a LoRA is always fp32. fp16 is for Stable "
         "Diffusion 1.x, 2.x and XL, which it rounds less than bf16 does; other models may overflow in it",
     )
+    deterministic: Annotated[bool, MAY_CHANGE] = Field(
+        default=False,
+        description="repeat a run to the last bit on a GPU too, with the same GPU, software and micro_batch, at some "
+        "cost in speed; on the CPU, runs repeat without it",
+    )
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"
     )

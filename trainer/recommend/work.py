@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from comfy_tdpo import __version__
+from comfy_tdpo import __version__, arithmetic
 from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
 
@@ -176,5 +176,6 @@ def after_training(
         if training.stop.is_set():
             raise Stopped
 
-    options = Options(images=training.config.output.recommend_images)
-    return recommend(training.run, options, training.policy.device, training.policy, check, watch, tell)
+    options, config = Options(images=training.config.output.recommend_images), training.config
+    with arithmetic.switched(config.deterministic):
+        return recommend(training.run, options, training.policy.device, training.policy, check, watch, tell)

@@ -68,11 +68,12 @@ class Console:
         bar_format = "{n_fmt}/{total_fmt} {desc}" if narrow else "epochs {n_fmt}/{total_fmt} |{bar:8}| {desc}"
         return columns, bar_format
 
-    def begin(self, device: object) -> None:
-        """Report that the run has loaded and starts."""
-        config = self.config
+    def begin(self, device: object, arithmetic: str = "") -> None:
+        """Report that the run has loaded and starts; `arithmetic` describes the device's, if there is a choice."""
+        config, how = self.config, f" ({arithmetic})" if arithmetic else ""
         self._print(
-            f"training {config.model} with {config.algorithm} on {device}, {config.samples_per_epoch} samples per epoch"
+            f"training {config.model} with {config.algorithm} on {device}{how}, {config.samples_per_epoch} samples per "
+            "epoch"
         )
 
     def watch(self, phase: str, done: float, total: int) -> None:

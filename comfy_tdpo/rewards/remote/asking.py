@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
-from ...interrupts import heed
+from ...interrupts import TICK, heed
 from ..answers import RewardError
 from .protocol import json_object
 
@@ -29,7 +29,6 @@ Answer = TypeVar("Answer")
 AT_ONCE = 8  # requests in flight
 LARGEST_ANSWER = 2**20  # bytes
 CONNECT = 10.0  # seconds to reach the server
-TICK = 0.1  # seconds between two looks whether to stop
 SAID = 300  # characters quoted of what a server says
 BUSY = (408, 425, 429)  # the statuses 4xx that ask to come again later
 

@@ -16,6 +16,7 @@ class Client:
     sources = ()
     embed_dim = None
     differentiable = False
+    elsewhere = True
     remedy = ""
 
     def __init__(self, name: str, options: Options):
