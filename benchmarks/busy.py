@@ -48,9 +48,9 @@ def main() -> int:
     print(f"\n| threads spin | quiet | {args.taken} taken | times as long |\n|---|---|---|---|")
     times = {}
     for name in SPINNING:
-        quiet, busy = (statistics.median(found[name, busy]) for busy in (False, True))
-        times[name] = busy / quiet
-        print(f"| {name} | {quiet:.1f} s | {busy:.1f} s | {times[name]:.2f} |")
+        quiet, beside = (statistics.median(found[name, busy]) for busy in (False, True))
+        times[name] = beside / quiet
+        print(f"| {name} | {quiet:.1f} s | {beside:.1f} s | {times[name]:.2f} |")
     return 1 if args.taken == 1 and times["the command line's choice"] > LIMIT else 0
 
 

@@ -74,7 +74,8 @@ def draw(policy: DiffusionPolicy, prompts: list[str], size: int = 45) -> tuple[T
     for begin in tqdm(range(0, len(prompts), size)):
         asked = prompts[begin : begin + size]
         with torch.no_grad():
-            batch = sampler.sample(asked, [("gradient signal", begin + i) for i in range(len(asked))])
+            seeds = [("gradient signal", begin + i) for i in range(len(asked))]
+            batch = sampler.sample(asked, seeds).trajectories()
         batches.append(batch)
         sketches += [scores(policy, batch, row, sketch) for row in range(len(asked))]
     return Trajectories.concatenate(batches), torch.stack(sketches)

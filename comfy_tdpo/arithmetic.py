@@ -29,8 +29,7 @@ def check(deterministic: bool, device: torch.device) -> None:
     if deterministic and device.type == "cuda" and torch.version.cuda and found not in REPEATABLE:
         raise ValueError(
             f"got deterministic true, with {WORKSPACE} {found or 'not set'} when CUDA started; expected "
-            f"{REPEATABLE[0]}: start ComfyUI with --deterministic, another program with that variable set, or set "
-            "deterministic to false"
+            f"{REPEATABLE[0]}: start the program with {WORKSPACE}={REPEATABLE[0]}, or set deterministic to false"
         )
 
 

@@ -167,15 +167,9 @@ class Sampler:
 
     def sample(
         self, prompts: list[str], seeds: Sequence[Coordinates], starts: Sequence[Coordinates] | None = None
-    ) -> Trajectories:
+    ) -> "Sampled":
         """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`; the initial noise from
-        those in `starts`, if they are given."""
-        return self.draw(prompts, seeds, starts).trajectories()
-
-    def draw(
-        self, prompts: list[str], seeds: Sequence[Coordinates], starts: Sequence[Coordinates] | None = None
-    ) -> "Drawn":
-        """The same, before the rewards that other programs compute have been asked."""
+        those in `starts`, if they are given. The rewards that other programs compute have not been asked yet."""
         policy, decoder = self.decoder.policy, self.decoder
         noise = draw_noise(policy, seeds)
         if starts is not None:
@@ -187,7 +181,7 @@ class Sampler:
         images = decoder(path.latents[:, -1], check=calls)
         read = path.clean if self.embed_clean else path.latents[:, :-1]
         embeds, step_scores = self._read_steps(read[:, : self.embed_steps], prompts, calls)
-        return Drawn(
+        return Sampled(
             self,
             prompts,
             images,
@@ -224,8 +218,8 @@ class Sampler:
 
 
 @dataclass
-class Drawn:
-    """B trajectories that a Sampler has drawn; what other programs score of them may be missing still.
+class Sampled:
+    """B trajectories of a Sampler; what other programs score of them may be missing still.
 
     images (B, 3, H, W); scores: of the rewards that are computed here, (B,) by id.
     image_embeds, step_scores, final_embeds: as in Trajectories.

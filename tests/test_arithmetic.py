@@ -7,6 +7,7 @@ import torch
 from toy import lora_of, new_run, same, timeless, toy_training
 
 from comfy_tdpo import arithmetic
+from comfy_tdpo.nodes.runs.wording import in_words_of_nodes
 
 BACKENDS = torch.backends
 LEGACY = {"matmul": BACKENDS.cuda.matmul, "cudnn": BACKENDS.cudnn}
@@ -105,8 +106,10 @@ def test_cublas_is_told_before_cuda_starts(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")  # tests may run with a torch for the CPU alone
     arithmetic.check(False, cuda)
     arithmetic.check(True, torch.device("cpu"))
-    with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG not set .* start ComfyUI with --deterministic"):
+    with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG not set .* expected :4096:8: start the") as caught:
         arithmetic.check(True, cuda)
+    advice = "start ComfyUI with its option 'deterministic', or set deterministic (in settings) to false"
+    assert in_words_of_nodes(str(caught.value)).endswith(advice)
     arithmetic.prepare(False)
     assert arithmetic.WORKSPACE not in arithmetic.os.environ
     arithmetic.prepare(True)

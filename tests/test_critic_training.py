@@ -25,7 +25,8 @@ PROMPTS, SEEDS = ["a red circle", "a blue star"], [("test", 0), ("test", 1)]
 def test_it_reads_the_image_of_the_predicted_clean_latent(make_policy):
     policy, reward = make_policy(steps=3), Brightness()
     with torch.no_grad():
-        batch = Sampler(Decoder(policy, 4), reward, {}, reward.embed, embed_clean=True).sample(PROMPTS, SEEDS)
+        sampler = Sampler(Decoder(policy, 4), reward, {}, reward.embed, embed_clean=True)
+        batch = sampler.sample(PROMPTS, SEEDS).trajectories()
         for k in range(3):
             latents, position = batch.latents[:, k], torch.full((2,), k)
             clean = policy.step(latents, position, policy.encode_prompts(PROMPTS)).clean
@@ -39,7 +40,7 @@ def test_it_reads_the_image_of_the_predicted_clean_latent(make_policy):
 def test_the_final_images_are_embedded_by_the_reward(make_policy):
     policy, reward = make_policy(steps=3), Brightness()
     with torch.no_grad():
-        batch = Sampler(Decoder(policy, 4), reward, {}).sample(PROMPTS, SEEDS)
+        batch = Sampler(Decoder(policy, 4), reward, {}).sample(PROMPTS, SEEDS).trajectories()
         expected = reward.embed(policy.decode(batch.latents[:, -1]))
     torch.testing.assert_close(batch.final_embeds, expected)
 

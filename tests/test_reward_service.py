@@ -283,17 +283,17 @@ def test_a_run_that_lost_its_service_resumes_to_the_same_result(tmp_path):
         port = int(url.rpartition(":")[2])
         epochs = training.epochs()
         next(epochs)
-        draw, batches = training.method.draw, []
+        sample, batches = training.method.sample, []
 
         def lose(*args):
             if len(batches) == 2:
                 batches[1].trajectories()  # it has been asked, and is answered
                 monkey.setattr(training.context.reward, "name", "http://127.0.0.1:9")  # nobody is there
-            batches.append(draw(*args))
+            batches.append(sample(*args))
             return batches[-1]
 
         with pytest.MonkeyPatch.context() as monkey:
-            monkey.setattr(training.method, "draw", lose)
+            monkey.setattr(training.method, "sample", lose)
             with pytest.raises(RewardError, match="gave no valid answer in 3 attempts .*ConnectionRefusedError"):
                 next(epochs)
     run = RunFolder.open(tmp_path / "run")

@@ -33,7 +33,7 @@ def test_the_training_reward_and_the_guards_score_each_predicted_clean_image(mak
     step_rewards = [reward, *guards.values()]
     sampler = Sampler(Decoder(policy, batch), reward, {}, reward.embed, embed_clean=True, step_rewards=step_rewards)
     with torch.no_grad():
-        found = sampler.sample(PROMPTS, SEEDS)
+        found = sampler.sample(PROMPTS, SEEDS).trajectories()
         assert found.step_scores.shape == (3, 3, 3) and found.image_embeds.shape == (3, 3, 48)
         for k in range(3):
             step = policy.step(found.latents[:, k], torch.full((3,), k), policy.encode_prompts(PROMPTS))

@@ -92,8 +92,8 @@ def test_the_metrics_have_spread_and_diversity(warned):
 def test_diversity_is_that_of_the_epochs_samples(tmp_path, make_policy):
     run = new(tmp_path / "run", epochs=1)
     training, seen = start(run, make_policy), []
-    draw = training.method.draw
-    training.method.draw = lambda *args: seen.append(draw(*args)) or seen[-1]
+    sample = training.method.sample
+    training.method.sample = lambda *args: seen.append(sample(*args)) or seen[-1]
     (line,) = training.epochs()
     embeds, prompts = torch.cat([part.final_embeds for part in seen]), [p for part in seen for p in part.prompts]
     assert len(prompts) == 8 and line.get("diversity") == diversity(embeds, prompts)

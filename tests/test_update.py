@@ -214,9 +214,9 @@ def test_the_adapters_are_back_and_trained_however_the_reference_ends(make_polic
 def test_the_penalty_is_the_distance_from_the_base_model(make_policy):
     prompts, seeds = ["a red circle", "two blue squares"], [(1, "noise"), (2, "noise")]
     settings = {"reward": Brightness(), "eval_rewards": {}, "kl": "exact"}
-    assert torch.equal(Sampler(Decoder(make_policy(), 4), **settings).sample(prompts, seeds).kl, torch.zeros(2, 4))
+    assert torch.equal(Sampler(Decoder(make_policy(), 4), **settings).sample(prompts, seeds).path.kl, torch.zeros(2, 4))
     policy, base = make_policy(trained=True), make_policy()
-    trajectories = Sampler(Decoder(policy, 4), **settings).sample(prompts, seeds)
+    trajectories = Sampler(Decoder(policy, 4), **settings).sample(prompts, seeds).trajectories()
     with torch.no_grad():
         for k, sigma in enumerate(policy.process.sigma):
             embeds, positions = policy.encode_prompts(prompts), torch.full((2,), k)

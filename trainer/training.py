@@ -30,7 +30,7 @@ from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
 from comfy_tdpo.rewards.taste import tastes_among
-from comfy_tdpo.rollout import Decoder, Drawn, Trajectories
+from comfy_tdpo.rollout import Decoder, Sampled, Trajectories
 
 from .alarm import SINCE, told, unguarded
 from .config import TrainConfig
@@ -262,22 +262,25 @@ class Training:
 
     @torch.no_grad()
     def _sample(self) -> None:
-        """Sample N trajectories from the current policy, one micro-batch at a time, then the targets of the updates.
+        """Sample N trajectories from the current policy, then the targets of the updates."""
+        progress, start = self.context.progress, time.perf_counter()
+        self._sample_all()
+        progress.times["sample"] += time.perf_counter() - start
+        if progress.targets is None:
+            progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(self.context.epoch + 1))
 
-        While another program scores a micro-batch, the next one is drawn.
-        """
-        context, start = self.context, time.perf_counter()
-        progress = context.progress
+    def _sample_all(self) -> None:
+        """One micro-batch after the other; while another program scores one, the next one is drawn."""
+        context, progress = self.context, self.context.progress
+        waiting: list[Sampled] = []  # at most one
 
-        waiting: list[Drawn] = []  # at most one, whose rewards are computed elsewhere meanwhile
-
-        def draw() -> Drawn:
+        def sample() -> Sampled:
             rows = range(begin, min(begin + context.micro_batch, context.samples))
             context.begin("sampling", begin, len(rows), context.samples)
-            drawn = self.method.draw(*context.draws(rows))
-            if drawn.is_scored:
-                drawn.trajectories()  # here, where memory may run out
-            return drawn
+            sampled = self.method.sample(*context.draws(rows))
+            if sampled.is_scored:
+                sampled.trajectories()  # here, where memory may run out
+            return sampled
 
         def keep() -> None:
             progress.parts.append(waiting[0].trajectories())
@@ -285,26 +288,23 @@ class Training:
 
         try:
             while (begin := progress.samples + sum(map(len, waiting))) < context.samples:
-                drawn = within_memory(draw, context.shrink)
+                sampled = within_memory(sample, context.shrink)
                 if waiting:
                     keep()
-                waiting.append(drawn)
-                drawn.ask()
-                if drawn.is_scored:
+                waiting.append(sampled)
+                sampled.ask()
+                if sampled.is_scored:
                     keep()
             if waiting:
                 keep()
         except BaseException:
             if waiting and waiting[0].is_scored:
-                with suppress(Exception):  # another one than that which is raised
+                with suppress(RewardError, Stopped):  # others than the one that is raised
                     keep()
             raise
         finally:
-            for drawn in waiting:
-                drawn.give_up()
-        progress.times["sample"] += time.perf_counter() - start
-        if progress.targets is None:
-            progress.targets = self.method.targets(progress.batch(), self._epoch_prompts(context.epoch + 1))
+            for sampled in waiting:
+                sampled.give_up()
 
     def _epoch_prompts(self, epoch: int) -> list[str]:
         """The prompt of each sample of the epoch, across all processes, in groups of samples_per_prompt."""

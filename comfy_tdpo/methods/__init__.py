@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..randomness import Coordinates
-    from ..rollout import Drawn, Trajectories
+    from ..rollout import Sampled, Trajectories
     from ..settings import MethodSettings
     from .context import Context
 
@@ -26,12 +26,12 @@ Metrics = dict[str, float]
 class Method(Protocol):
     """The implementation of an algorithm, constructed with the run's Context.
 
-    In each epoch the trainer calls, in this order: `draw` for every micro-batch and `targets` once, which fill
+    In each epoch the trainer calls, in this order: `sample` for every micro-batch and `targets` once, which fill
     `context.progress`; `update` for each of `groups`; `metrics`; `finish`. All but `update` are called with gradients
     disabled. A run may be saved and resumed after any of these calls, so everything that must survive them is in
     `context.progress`, in the trained part of the model, or in `state`.
 
-    samples_first: False for a method whose updates draw their own samples, with gradients. In that case `draw` and
+    samples_first: False for a method whose updates draw their own samples, with gradients. In that case `sample` and
     `targets` are not called, each update appends the trajectories it has drawn to `context.progress.parts`, and the
     method calls `context.begin`.
     """
@@ -40,7 +40,7 @@ class Method(Protocol):
 
     def __init__(self, context: Context): ...
 
-    def draw(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Drawn:
+    def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Sampled:
         """One trajectory per prompt, with random numbers drawn from its coordinates in `seeds`. The trainer has the
         rewards that other programs compute asked while it draws the next ones."""
         ...

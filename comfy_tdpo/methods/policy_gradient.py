@@ -23,7 +23,7 @@ from ..models.conditioning import Conditioning
 from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
-from ..rollout import Drawn, Sampler, Trajectories, draw_noise
+from ..rollout import Sampled, Sampler, Trajectories, draw_noise
 from . import Metrics, TensorGroup, advantages, groups, objectives
 from .context import Context
 from .critic_training import CriticTraining
@@ -64,7 +64,7 @@ class PolicyGradient:
 
     # --- samples and their targets
 
-    def draw(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Drawn:
+    def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Sampled:
         context, config = self.context, self.config
         sampler = Sampler(
             context.decoder,
@@ -80,7 +80,7 @@ class PolicyGradient:
             tell=context.tell,
             guards=context.guards,
         )
-        return sampler.draw(prompts, seeds)
+        return sampler.sample(prompts, seeds)
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
         """Eq. 5-7: temporal_rewards, returns and, with a critic, residuals; kl_weight with the KL in the loss; (N, T)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..process.gaussian import log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
 from ..rewards import score_images
-from ..rollout import Drawn, Sampler, Trajectories
+from ..rollout import Sampled, Sampler, Trajectories
 from . import Metrics, TensorGroup, advantages, objectives
 from .advantages import RewardMoments
 from .context import Context
@@ -97,12 +97,12 @@ class SDPO:
 
     # --- samples and their targets
 
-    def draw(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Drawn:
+    def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Sampled:
         context = self.context
         sampler = Sampler(
             context.decoder, context.reward, context.eval_rewards, dense=self._dense_rewards, check=context.check
         )
-        return sampler.draw(prompts, seeds, [_first_of_pair(seed) for seed in seeds])
+        return sampler.sample(prompts, seeds, [_first_of_pair(seed) for seed in seeds])
 
     def _dense_rewards(self, clean: Tensor, prompts: list[str], rewards: Tensor) -> Tensor:
         """(B, T), from the clean latents, (B, T, C, H, W), and the rewards of the final images, (B,)."""

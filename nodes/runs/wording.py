@@ -77,6 +77,7 @@ ADVICE = [
         "expected a model that predicts v: connect the MODEL through ComfyUI's ModelSamplingDiscrete, with "
         "v_prediction if the model was trained that way and without zsnr otherwise",
     ),
+    (r"\bstart the program with CUBLAS_WORKSPACE_CONFIG=\S+?(?=,)", "start ComfyUI with its option 'deterministic'"),
     (r"\bstart a new run\b(?! \(set resume)", "start a new run (set resume to 'new')"),
 ]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...randomness import Coordinates
 from ...rewards import RewardError, score_images
 from ...rewards.gradients import check_has_gradient
-from ...rollout import Drawn, Trajectories, draw_noise
+from ...rollout import Sampled, Trajectories, draw_noise
 from .. import Metrics, TensorGroup
 from ..context import Context
 from .drawing import Drawn, TakeStep, draw
@@ -177,7 +177,7 @@ class DirectGradient:
 
     # --- the rest of a Method; nothing is left over from one update to the next
 
-    def draw(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Drawn:
+    def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Sampled:
         raise NotImplementedError("samples_first is False")
 
     def targets(self, batch: Trajectories, prompts: list[str]) -> TensorGroup:
