@@ -7,6 +7,8 @@ Shapes: B batch, C H W latent.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,19 @@ from .ema import MovingAverage
 from .models import DiffusionModel, set_embedded_guidance
 from .models.adapt import lay_out
 from .models.conditioning import Conditioning
-from .process import Step, make_process
+from .process import Process, Step, make_process
 from .process.gaussian import guide
 from .reference import Reference
 from .resolution import latent_sides
 from .settings import PolicySettings
+
+
+class Drawing(NamedTuple):
+    """How images are drawn: by which process, as latents of which shape (C, H, W), at which scale of guidance."""
+
+    process: Process
+    latent_shape: tuple[int, int, int]
+    guidance: float
 
 
 class DiffusionPolicy:
@@ -32,9 +42,9 @@ class DiffusionPolicy:
         model: modified in place: moved to `device`, and made to train what `settings` say.
         steps: denoising steps T.
         guidance: classifier-free guidance scale; 1 turns guidance off.
-        eval_guidance: the same for evaluation, or None for `guidance`.
         embedded_guidance: what a model distilled from guidance is conditioned on, or None for the model's own.
         resolution: of the images in pixels: the side of a square, or WIDTHxHEIGHT.
+        eval_steps, eval_guidance, eval_resolution: the same for evaluation; None: as in training.
         process: a key of PROCESSES, or None for the model's own.
         settings, seed: of what is trained, see `DiffusionModel.adapt`; `settings.ema` is the rate of `average`.
         autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
@@ -46,9 +56,11 @@ class DiffusionPolicy:
         *,
         steps: int,
         guidance: float,
-        eval_guidance: float | None = None,
         embedded_guidance: float | None = None,
         resolution: int | str,
+        eval_steps: int | None = None,
+        eval_guidance: float | None = None,
+        eval_resolution: int | str | None = None,
         settings: PolicySettings | None = None,
         seed: int = 42,
         process: str | None = None,
@@ -56,13 +68,17 @@ class DiffusionPolicy:
         autocast: torch.dtype | None = None,
     ):
         self.device, self.autocast = torch.device(device), autocast
-        self.guidance, self.eval_guidance = guidance, guidance if eval_guidance is None else eval_guidance
         self.model = model
         if embedded_guidance is not None:
             set_embedded_guidance(model, embedded_guidance)
-        size = latent_sides(resolution, model.decode.factor, model.patch)
-        self.latent_shape: tuple[int, int, int] = (model.channels, *size)
-        self.process = make_process(process or model.process, model.scheduler, steps, self.device, size)
+        self._process = process or model.process
+        self._training = self._drawing(steps, guidance, resolution, "resolution")
+        self._evaluation = self._drawing(
+            steps if eval_steps is None else eval_steps,
+            guidance if eval_guidance is None else eval_guidance,
+            *((resolution, "resolution") if eval_resolution is None else (eval_resolution, "eval_resolution")),
+        )
+        self._now = self._training
         self.model.to(self.device)
         settings = settings or PolicySettings()
         self.trainable = model.adapt(settings, seed)
@@ -71,6 +87,24 @@ class DiffusionPolicy:
         self.kl_reference = Reference(self.trainable)
         self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None
         self._encoded: dict[str, Conditioning] = {}
+
+    def _drawing(self, steps: int, guidance: float, resolution: int | str, setting: str) -> Drawing:
+        model = self.model
+        size = latent_sides(resolution, model.decode.factor, model.patch, setting)
+        process = make_process(self._process, model.scheduler, steps, self.device, size)
+        return Drawing(process, (model.channels, *size), guidance)
+
+    @property
+    def process(self) -> Process:
+        return self._now.process
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self._now.latent_shape
+
+    @property
+    def guidance(self) -> float:
+        return self._now.guidance
 
     @property
     def latent_size(self) -> int:
@@ -137,20 +171,26 @@ class DiffusionPolicy:
         return self.average.swapped_in() if self.average else nullcontext()
 
     @contextmanager
-    def guided_for_evaluation(self) -> Iterator[None]:
-        """Inside the block, the policy uses `eval_guidance`."""
-        training = self.guidance
+    def drawing_for_evaluation(self) -> Iterator[None]:
+        """Inside the block, steps, guidance and latents are those of evaluation."""
+        before = self._now
         try:
-            self.guidance = self.eval_guidance
+            self._now = self._evaluation
             yield
         finally:
-            self.guidance = training
+            self._now = before
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside the block, the policy draws as it is meant to be used: with averaged weights and `eval_guidance`."""
-        with self.averaged(), self.guided_for_evaluation():
+        """Inside the block, the policy draws as it is meant to be used: with averaged weights, as in evaluation."""
+        with self.averaged(), self.drawing_for_evaluation():
             yield
+
+    @property
+    def size_of_evaluation(self) -> float:
+        """How many times as large as in training a latent is in evaluation."""
+        (_, *training), (_, *evaluation) = self._training.latent_shape, self._evaluation.latent_shape
+        return prod(evaluation) / prod(training)
 
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.
