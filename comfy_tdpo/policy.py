@@ -5,7 +5,7 @@ Nothing here enables or disables gradients; callers decide.
 Shapes: B batch, C H W latent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from typing import NamedTuple
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ema import MovingAverage
-from .models import DiffusionModel, set_embedded_guidance
+from .memory.running_out import out_of_memory
+from .models import DiffusionModel, is_text_encoder, set_embedded_guidance
 from .models.adapt import lay_out
 from .models.conditioning import Conditioning
 from .process import Process, Step, make_process
@@ -138,10 +139,53 @@ class DiffusionPolicy:
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """The conditioning of B prompts; each distinct prompt is encoded once and then cached."""
-        for prompt in set(prompts) - self._encoded.keys():
-            self._encoded[prompt] = self.model.encode([prompt])
+        self._encode(prompts)
         first = self._encoded[prompts[0]]
         return type(first).cat([self._encoded[prompt] for prompt in prompts])
+
+    def encode_ahead(self, prompts: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
+        """Encode all prompts that will be asked for, so that the text encoders come to the device only once.
+
+        On the CPU, where they always are, prompts are encoded when they are asked for.
+
+        check: called before each prompt; may raise to stop.
+
+        Raises:
+            ValueError: there is no room for the text encoders beside the denoiser.
+        """
+        if self.device.type == "cpu":
+            return
+        guided = any(drawing.guidance != 1 for drawing in (self._training, self._evaluation))
+        try:
+            self._encode([*prompts, ""] if guided else prompts, check)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise ValueError(
+                "got out of memory encoding prompts; expected room for the text encoders beside the denoiser: set "
+                "precision to fp16 or bf16, or close other programs that use the device"
+            ) from error
+
+    def _encode(self, prompts: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
+        new = sorted(set(prompts) - self._encoded.keys())
+        if not new:
+            return
+        with self._text_encoders_here():
+            for prompt in new:
+                check()
+                self._encoded[prompt] = self.model.encode([prompt])
+
+    @contextmanager
+    def _text_encoders_here(self) -> Iterator[None]:
+        """Inside the block, the text encoders are on the device; otherwise, they are on the CPU."""
+        networks = [network for name, network in self.model.networks.items() if is_text_encoder(name)]
+        try:
+            for network in networks:
+                network.to(self.device)
+            yield
+        finally:
+            for network in networks:
+                network.to("cpu")
 
     def step(self, latents: Tensor, positions: Tensor, conditioning: Conditioning) -> Step:
         """The step from latents x_k, (B, C, H, W), at positions k, int64 (B,), for B prompts."""

@@ -98,6 +98,7 @@ class Painter:
                 scores = {reward.name: score_images(reward, images, batch).tolist() for reward in rewards}
             return images, scores
 
+        self.policy.encode_ahead(prompts, self.check)
         with self.policy.drawing_for_evaluation():
             self._settle(max(prompts, key=len), rewards)
             return within_memory(draw, self._shrink)
