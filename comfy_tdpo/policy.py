@@ -5,22 +5,33 @@ Nothing here enables or disables gradients; callers decide.
 Shapes: B batch, C H W latent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ema import MovingAverage
-from .models import DiffusionModel, set_embedded_guidance
+from .memory.running_out import out_of_memory
+from .models import DiffusionModel, is_text_encoder, set_embedded_guidance
 from .models.adapt import lay_out
 from .models.conditioning import Conditioning
-from .process import Step, make_process
+from .process import Process, Step, make_process
 from .process.gaussian import guide
 from .reference import Reference
 from .resolution import latent_sides
 from .settings import PolicySettings
+
+
+class Drawing(NamedTuple):
+    """How images are drawn: by which process, as latents of which shape (C, H, W), at which scale of guidance."""
+
+    process: Process
+    latent_shape: tuple[int, int, int]
+    guidance: float
 
 
 class DiffusionPolicy:
@@ -32,9 +43,9 @@ class DiffusionPolicy:
         model: modified in place: moved to `device`, and made to train what `settings` say.
         steps: denoising steps T.
         guidance: classifier-free guidance scale; 1 turns guidance off.
-        eval_guidance: the same for evaluation, or None for `guidance`.
         embedded_guidance: what a model distilled from guidance is conditioned on, or None for the model's own.
         resolution: of the images in pixels: the side of a square, or WIDTHxHEIGHT.
+        eval_steps, eval_guidance, eval_resolution: the same for evaluation; None: as in training.
         process: a key of PROCESSES, or None for the model's own.
         settings, seed: of what is trained, see `DiffusionModel.adapt`; `settings.ema` is the rate of `average`.
         autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
@@ -46,9 +57,11 @@ class DiffusionPolicy:
         *,
         steps: int,
         guidance: float,
-        eval_guidance: float | None = None,
         embedded_guidance: float | None = None,
         resolution: int | str,
+        eval_steps: int | None = None,
+        eval_guidance: float | None = None,
+        eval_resolution: int | str | None = None,
         settings: PolicySettings | None = None,
         seed: int = 42,
         process: str | None = None,
@@ -56,13 +69,17 @@ class DiffusionPolicy:
         autocast: torch.dtype | None = None,
     ):
         self.device, self.autocast = torch.device(device), autocast
-        self.guidance, self.eval_guidance = guidance, guidance if eval_guidance is None else eval_guidance
         self.model = model
         if embedded_guidance is not None:
             set_embedded_guidance(model, embedded_guidance)
-        size = latent_sides(resolution, model.decode.factor, model.patch)
-        self.latent_shape: tuple[int, int, int] = (model.channels, *size)
-        self.process = make_process(process or model.process, model.scheduler, steps, self.device, size)
+        self._process = process or model.process
+        self._training = self._drawing(steps, guidance, resolution, "resolution")
+        self._evaluation = self._drawing(
+            steps if eval_steps is None else eval_steps,
+            guidance if eval_guidance is None else eval_guidance,
+            *((resolution, "resolution") if eval_resolution is None else (eval_resolution, "eval_resolution")),
+        )
+        self._now = self._training
         self.model.to(self.device)
         settings = settings or PolicySettings()
         self.trainable = model.adapt(settings, seed)
@@ -71,6 +88,24 @@ class DiffusionPolicy:
         self.kl_reference = Reference(self.trainable)
         self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None
         self._encoded: dict[str, Conditioning] = {}
+
+    def _drawing(self, steps: int, guidance: float, resolution: int | str, setting: str) -> Drawing:
+        model = self.model
+        size = latent_sides(resolution, model.decode.factor, model.patch, setting)
+        process = make_process(self._process, model.scheduler, steps, self.device, size)
+        return Drawing(process, (model.channels, *size), guidance)
+
+    @property
+    def process(self) -> Process:
+        return self._now.process
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self._now.latent_shape
+
+    @property
+    def guidance(self) -> float:
+        return self._now.guidance
 
     @property
     def latent_size(self) -> int:
@@ -104,10 +139,53 @@ class DiffusionPolicy:
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """The conditioning of B prompts; each distinct prompt is encoded once and then cached."""
-        for prompt in set(prompts) - self._encoded.keys():
-            self._encoded[prompt] = self.model.encode([prompt])
+        self._encode(prompts)
         first = self._encoded[prompts[0]]
         return type(first).cat([self._encoded[prompt] for prompt in prompts])
+
+    def encode_ahead(self, prompts: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
+        """Encode all prompts that will be asked for, so that the text encoders come to the device only once.
+
+        On the CPU, where they always are, prompts are encoded when they are asked for.
+
+        check: called before each prompt; may raise to stop.
+
+        Raises:
+            ValueError: there is no room for the text encoders beside the denoiser.
+        """
+        if self.device.type == "cpu":
+            return
+        guided = any(drawing.guidance != 1 for drawing in (self._training, self._evaluation))
+        try:
+            self._encode([*prompts, ""] if guided else prompts, check)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise ValueError(
+                "got out of memory encoding prompts; expected room for the text encoders beside the denoiser: set "
+                "precision to fp16 or bf16, or close other programs that use the device"
+            ) from error
+
+    def _encode(self, prompts: Iterable[str], check: Callable[[], None] = lambda: None) -> None:
+        new = sorted(set(prompts) - self._encoded.keys())
+        if not new:
+            return
+        with self._text_encoders_here():
+            for prompt in new:
+                check()
+                self._encoded[prompt] = self.model.encode([prompt])
+
+    @contextmanager
+    def _text_encoders_here(self) -> Iterator[None]:
+        """Inside the block, the text encoders are on the device; otherwise, they are on the CPU."""
+        networks = [network for name, network in self.model.networks.items() if is_text_encoder(name)]
+        try:
+            for network in networks:
+                network.to(self.device)
+            yield
+        finally:
+            for network in networks:
+                network.to("cpu")
 
     def step(self, latents: Tensor, positions: Tensor, conditioning: Conditioning) -> Step:
         """The step from latents x_k, (B, C, H, W), at positions k, int64 (B,), for B prompts."""
@@ -137,20 +215,26 @@ class DiffusionPolicy:
         return self.average.swapped_in() if self.average else nullcontext()
 
     @contextmanager
-    def guided_for_evaluation(self) -> Iterator[None]:
-        """Inside the block, the policy uses `eval_guidance`."""
-        training = self.guidance
+    def drawing_for_evaluation(self) -> Iterator[None]:
+        """Inside the block, steps, guidance and latents are those of evaluation."""
+        before = self._now
         try:
-            self.guidance = self.eval_guidance
+            self._now = self._evaluation
             yield
         finally:
-            self.guidance = training
+            self._now = before
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside the block, the policy draws as it is meant to be used: with averaged weights and `eval_guidance`."""
-        with self.averaged(), self.guided_for_evaluation():
+        """Inside the block, the policy draws as it is meant to be used: with averaged weights, as in evaluation."""
+        with self.averaged(), self.drawing_for_evaluation():
             yield
+
+    @property
+    def size_of_evaluation(self) -> float:
+        """How many times as large as in training a latent is in evaluation."""
+        (_, *training), (_, *evaluation) = self._training.latent_shape, self._evaluation.latent_shape
+        return prod(evaluation) / prod(training)
 
     def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.

@@ -132,6 +132,7 @@ class Processes:
         (N, ...) of each, with an N of its own. In the other processes it is their own rows."""
         if self.count == 1:
             return tensor
+        tensor = tensor.to(self.device)  # which may be all that the processes can send
         with self._connected():
             sizes = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
             dist.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))

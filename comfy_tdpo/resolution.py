@@ -31,19 +31,22 @@ def normalised(value: Any) -> int | str:
     return width if width == height else f"{width}x{height}"
 
 
-def check_multiple(resolution: int | str, factor: int) -> None:
-    """Raise ValueError if a side is not a positive multiple of `factor`, the pixels for each patch of a latent."""
+def check_multiple(resolution: int | str, factor: int, setting: str = "resolution") -> None:
+    """Raise ValueError if a side is not a positive multiple of `factor`, the pixels for each patch of a latent.
+
+    The message names the `setting`.
+    """
     if any(side <= 0 or side % factor for side in sides(resolution)):
-        raise ValueError(f"got resolution {resolution}; expected a positive multiple of {factor} pixels")
+        raise ValueError(f"got {setting} {resolution}; expected a positive multiple of {factor} pixels")
 
 
-def latent_sides(resolution: int | str, factor: int, patch: int) -> tuple[int, int]:
+def latent_sides(resolution: int | str, factor: int, patch: int, setting: str = "resolution") -> tuple[int, int]:
     """Height and width of the latent, of which an element has `factor` pixels a side, and a patch `patch` elements.
 
     Raises:
-        ValueError: a side is no whole number of patches.
+        ValueError: a side is no whole number of patches; it names the `setting`.
     """
-    check_multiple(resolution, factor * patch)
+    check_multiple(resolution, factor * patch, setting)
     width, height = sides(resolution)
     return height // factor, width // factor
 

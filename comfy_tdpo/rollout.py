@@ -6,7 +6,7 @@ Shapes: B samples, T denoising steps, C H W latent, D embedding width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -19,10 +19,12 @@ from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
 from .rewards import RewardModel, score_images, score_with_parts, scored_elsewhere, terms_of
 
+LARGEST = ("latents", "reference_means")  # of an epoch's tensors; they may be in main memory
+
 
 @dataclass
 class Trajectories:
-    """B sampled trajectories; tensors are float32 on the policy's device.
+    """B sampled trajectories; tensors are float32 on the policy's device, but the LARGEST may be in main memory.
 
     latents (B, T + 1, C, H, W): x_0 ... x_T in sampling order, so step k's sample is `latents[:, k + 1]`.
     log_probs (B, T): under the policy that sampled.
@@ -53,6 +55,10 @@ class Trajectories:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def in_main_memory(self) -> "Trajectories":
+        """The same with its largest tensors in main memory."""
+        return replace(self, **{name: value.cpu() for name in LARGEST if (value := getattr(self, name)) is not None})
 
     @classmethod
     def concatenate(cls, parts: list["Trajectories"]) -> "Trajectories":

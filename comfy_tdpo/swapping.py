@@ -1,9 +1,19 @@
-"""Copies of trained weights, and networks that hold such a copy for a while."""
+"""Copies of tensors in other memory, and networks that hold a copy of their weights for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+
+def brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A GPU gets it from main memory without waiting for what it does before."""
+    if tensor.device.type == device.type:
+        return tensor
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)  # it would wait for memory that is not pinned
+    return tensor.to(device)
 
 
 def copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

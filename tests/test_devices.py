@@ -14,6 +14,7 @@ from torch import Tensor
 from toy import Brightness, Contrast, new_run, timeless
 
 from comfy_tdpo.methods import ALGORITHMS
+from comfy_tdpo.models.stable_diffusion import ClipText
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rollout import Decoder, denoise, draw_noise
 from comfy_tdpo.trainer.run import RunFolder
@@ -42,6 +43,8 @@ SETTINGS = {
     "alignprop": {"truncation": {"first": "uniform"}},
     "draft": {"renoised": 2},
 }
+# Whose latents are kept in main memory here: those that read them in a place of their own
+IN_MAIN_MEMORY = ("ddpo-g", "tdpo-r", "dpok", "sdpo")
 COMMON = {"epochs": 2, "samples_per_epoch": 4, "samples_per_update": 2, "guidance": 1.0, "resolution": 8}
 
 
@@ -70,16 +73,19 @@ def training_on(device: torch.device | str, run: RunFolder, watch=lambda *progre
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_trains_and_resumes_as_on_the_cpu(tmp_path, request, algorithm):
+def test_every_algorithm_trains_and_resumes_as_on_the_cpu(tmp_path, request, monkeypatch, algorithm):
     settings = COMMON | {"algorithm": algorithm} | SETTINGS.get(algorithm, {})
     run = new_run(tmp_path / "cpu", **settings)
     steps, stop = Steps(), Event()
     list(training_on("cpu", run, steps).epochs())
     there = new_run(tmp_path / "there", **settings)
     request.getfixturevalue("elsewhere")
+    monkeypatch.setattr(Training, "_keeps_in_main_memory", lambda self: algorithm in IN_MAIN_MEMORY)
     stopped = training_on(DEVICE, there, StopAt(stop, steps.count - 1), stop)  # at the last update
     list(stopped.epochs())
     assert stopped.stopped and stopped.context.progress.parts
+    if algorithm in IN_MAIN_MEMORY:
+        assert stopped.context.progress.batch().latents.device.type == "cpu"
     resumed = training_on(DEVICE, there)
     list(resumed.epochs())
     assert all(parameter.device == DEVICE for parameter in resumed.policy.parameters)
@@ -88,16 +94,27 @@ def test_every_algorithm_trains_and_resumes_as_on_the_cpu(tmp_path, request, alg
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_a_u_net_samples_decodes_and_trains_as_on_the_cpu(make_policy, request):
+def test_a_u_net_samples_decodes_and_trains_as_on_the_cpu_and_its_text_encoder_stays_there(
+    make_policy, request, monkeypatch
+):
+    encoded_on, outputs = [], ClipText.outputs
+
+    def watched(self, *inputs, **more):
+        encoded_on.append(self.network.device)
+        return outputs(self, *inputs, **more)
+
     def found(device: torch.device | str) -> list[Tensor]:
         policy = make_policy(steps=2, trained=True, device=device)
         path = denoise(policy, ["a cat", "a dog"], draw_noise(policy, [(0,), (1,)]), kl="exact")
         images = Decoder(policy, 1)(path.latents[:, -1])
         (path.log_probs.sum() + images.mean()).backward()
         gradients = [parameter.grad for parameter in policy.parameters]
+        assert policy.model.encode.network.device.type == "cpu"
         return [part.detach().cpu() for part in (path.latents, path.log_probs, path.kl, images, *gradients)]
 
     expected = found("cpu")
     request.getfixturevalue("elsewhere")
+    monkeypatch.setattr(ClipText, "outputs", watched)
     # float32: attention has a kernel of its own on the CPU, which adds up in another order
     torch.testing.assert_close(found(DEVICE), expected, rtol=1e-3, atol=1e-5)
+    assert encoded_on == [DEVICE] * 3, "two prompts and the empty one"

@@ -158,7 +158,7 @@ def test_runs_that_cannot_be_evaluated_are_refused_too(run, change, message, cap
     ("settings", "message"),
     [
         ({"model": "x/y"}, "got runs of different base models: model is 'shapes' in 'mine' and 'x/y' in 'other'"),
-        ({"steps": 7}, "draw or score their images differently: steps is 3 in 'mine' and 7 in 'other'"),
+        ({"steps": 7}, "draw or score their images differently: steps of evaluation is 3 in 'mine' and 7 in 'other'"),
         ({"embedded_guidance": 2.0}, "embedded_guidance is None in 'mine' and 2.0 in 'other'; expected the same"),
         (
             {"eval_guidance": 1.5},

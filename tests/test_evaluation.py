@@ -45,7 +45,8 @@ def trained(make_policy):
 @pytest.fixture
 def runs(tmp_path, trained) -> list[RunFolder]:
     """Two runs of different seeds, with LoRAs of epochs 2 and 3, of which the last is the newest."""
-    runs = [new_run(tmp_path / f"run-{seed}", seed=seed, steps=2, policy={"rank": 4}) for seed in (1, 2)]
+    settings = {"steps": 3, "eval_steps": 2, "policy": {"rank": 4}}
+    runs = [new_run(tmp_path / f"run-{seed}", seed=seed, **settings) for seed in (1, 2)]
     for seed, run in enumerate(runs, 1):
         run.latest_lora.parent.mkdir()
         for epoch, files in ((2, [run.lora(2)]), (3, [run.lora(3), run.latest_lora])):
@@ -74,7 +75,9 @@ def make(monkeypatch, make_policy):
         return judges
 
     monkeypatch.setattr(work, "_load_rewards", load)
-    return lambda config, device: make_policy(steps=config.steps, seed=1, rank=config.policy.rank)
+    return lambda config, device: make_policy(
+        steps=config.steps, eval_steps=config.eval_steps, seed=1, rank=config.policy.rank
+    )
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -319,7 +322,8 @@ def test_snapshots_of_equal_reward_are_those_nearest_to_what_all_reach(tmp_path)
 def test_the_tables_have_the_numbers(tmp_path):
     found = replace(known(tmp_path, SEEDS), pictures=("cross.png",))
     rows = [line.split() for line in told(found).splitlines()]
-    assert rows[0] == ["one:", "2", "prompts,", "1", "images", "each"]
+    drawn = found.asked.subjects[0].config.drawn_with_told.split()
+    assert rows[0] == ["one:", "2", "prompts,", "1", "images", "each", *f"({' '.join(drawn)})".split()]
     assert rows[1] == ["epoch", "queries", TRAINING, "shapes-gold"]
     assert rows[2:] == [
         ["base", "-", "0", "1.00", "0.800"],

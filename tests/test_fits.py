@@ -2,20 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_plan import sd3 as sd3
 from tiny_models import SHIPPED
 
 from comfy_tdpo.memory.budget import GIB, Need, need_of
 from comfy_tdpo.memory.counting import Held
+from comfy_tdpo.memory.without_values import counted, flops_of
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts, sizes_of
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.trainer.__main__ import main
-from comfy_tdpo.trainer.config import make_config
-from comfy_tdpo.trainer.terminal.fits import CONTEXT, Footprint, choice, footprint
+from comfy_tdpo.trainer.config import make_config, override
+from comfy_tdpo.trainer.run import RunFolder
+from comfy_tdpo.trainer.run.new_folder import RUNS
+from comfy_tdpo.trainer.terminal.fits import CONTEXT, Flops, Footprint, choice, footprint
 
 SETTINGS = {"steps": 3, "guidance": 3.0, "resolution": 32}
 
@@ -70,12 +75,15 @@ def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_u
         weights=2 * GIB,
         texts=0,
         rewards=GIB,
-        reserve=GIB,
+        moments=GIB,
+        trajectories=0,
         snapshot=0,
         checkpoint=0,
         sampling=small,
         decoding=Need(GIB, GIB),
         training={False: Need(4 * GIB, 2 * GIB), True: Need(2 * GIB, GIB // 2)},
+        drawing=small,
+        flops=Flops(1, 1, 1),
     )
 
     def card(room: float) -> int:
@@ -86,6 +94,10 @@ def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_u
     assert choice(found, config, card(10.0)) == "4 / 10"
     assert choice(found, config, card(2.0)) == "1* / 2"
     assert choice(found, config, 4) == "no"
+    # what takes much goes to main memory, and text encoders leave once they have encoded
+    assert choice(replace(found, trajectories=2 * GIB, texts=3 * GIB), config, card(4.0)) == "1 / 4"
+    assert choice(replace(found, texts=20 * GIB), config, card(4.0)) == "no"
+    assert choice(replace(found, drawing=Need(9 * GIB, GIB)), config, card(4.0)) == "no"
 
 
 def test_a_plan_tells_what_a_run_takes(sizes, capsys):
@@ -96,6 +108,34 @@ def test_a_plan_tells_what_a_run_takes(sizes, capsys):
     assert "\n4800 rows go through the network to draw the samples, two for each step, because of guidance\n" in text
     assert "memory, counted without a GPU, in GiB: weights 0." in text
     assert "80 GiB: 4 / 16" in text and "6 GiB: 4 / 8" not in text
+    assert "\ntime: the networks' arithmetic is " in text and text.count("a rough estimate") == 1
+    assert "\n2016 more draw 21 sample grids (3 steps, guidance 5, 32 px)\n" in text
+
+
+def test_a_plan_tells_how_long_a_run_with_the_same_settings_took(sd3, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = make_config(overrides={"model": str(sd3), "seed": 7, "epochs": 3})
+    for name, changes in (("same", {}), ("other", {"steps": 5})):
+        run = RunFolder(RUNS / name).create(override(config, changes))
+        for seconds in (10.0, 61.0, 60.0):
+            run.append_metrics({"epoch": 1, "reward_queries": 1, "time/epoch_s": seconds})
+    assert main(["plan", "--model", str(sd3), "--epochs", "60"]) == 0
+    assert f"time: run '{RUNS / 'same'}' took 60 s an epoch with the same settings, which makes 60 min for 60" in (
+        capsys.readouterr().out
+    )
+
+
+def test_operations_are_counted_as_by_hand():
+    """A product of (2, 3) and (3, 5), attention of 4 tokens with 3 of width 6, and their gradients, twice as much."""
+    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(3, 5, requires_grad=True)
+    query, key, value = (torch.ones(1, 1, tokens, 6, requires_grad=True) for tokens in (4, 3, 3))
+    with counted(fake=False):
+        attend = F.scaled_dot_product_attention
+        assert flops_of(lambda: a @ b) == 2 * 2 * 3 * 5
+        assert flops_of(lambda: (a @ b).sum().backward()) == 3 * 2 * 2 * 3 * 5
+        assert flops_of(lambda: attend(query, key, value)) == 2 * (2 * 4 * 3 * 6)
+        # the backward pass computes the weights again
+        assert flops_of(lambda: attend(query, key, value).sum().backward()) == (2 + 5) * (2 * 4 * 3 * 6)
 
 
 def test_a_model_of_unknown_size_is_planned_without_its_memory(sd3, capsys):

@@ -61,6 +61,8 @@ def test_a_taste_is_let_through(tmp_path):
             "got favour_diversity with reward 'jpeg-compressibility', which has no image encoder",
         ),
         ({"numbers": {"resolution": 20}}, "got resolution 20; expected a positive multiple of 8"),
+        ({"settings": "eval_resolution = 20"}, "got eval_resolution 20; expected a positive multiple of 8"),
+        ({"settings": "eval_steps = 1000"}, "start beyond the 1000 timesteps"),
         ({"numbers": {"steps": 1000}}, "start beyond the 1000 timesteps"),
         ({"settings": "process = 'walk'"}, "got process 'walk'"),
         ({"settings": "policy.warmup_updates = 10000"}, "got policy.warmup_updates 10000 for a run of 40 updates"),

@@ -75,6 +75,7 @@ def toy_training(
     policy = make_policy(
         steps=config.steps,
         guidance=config.guidance,
+        eval_steps=config.eval_steps,
         eval_guidance=config.eval_guidance,
         seed=config.seed,
         ema=config.policy.ema,

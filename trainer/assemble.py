@@ -113,9 +113,11 @@ def policy_settings(config: TrainConfig, device: torch.device) -> dict[str, Any]
     return {
         "steps": config.steps,
         "guidance": config.guidance,
-        "eval_guidance": config.eval_guidance,
         "embedded_guidance": config.embedded_guidance,
         "resolution": config.resolution,
+        "eval_steps": config.eval_steps,
+        "eval_guidance": config.eval_guidance,
+        "eval_resolution": config.eval_resolution,
         "settings": config.policy,
         "seed": config.seed,
         "process": config.process,

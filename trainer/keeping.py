@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from comfy_tdpo import __version__
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.memory.running_out import smaller_micro_batch, within_memory
 from comfy_tdpo.methods.context import Context
 from comfy_tdpo.models import denoiser_name
 from comfy_tdpo.rewards.taste import Taste
@@ -112,9 +114,20 @@ class Keeper:
         prompts = self.grid_prompts
         seeds = [(self.config.seed, "grid", i) for i in range(len(prompts))]
         context = self.context
-        context.begin("drawing samples", 0, len(prompts), len(prompts))
+        times = max(context.policy.size_of_evaluation, 1)
+        rows, images_at_once = (max(int(most / times), 1) for most in (context.micro_batch, self.decoder.batch))
+        decoder = Decoder(context.policy, images_at_once)
+
+        def shrink() -> None:
+            nonlocal rows
+            rows = smaller_micro_batch(rows, context.samples_per_update)
+
+        def draw() -> Tensor:
+            context.begin("drawing samples", 0, len(prompts), len(prompts))
+            return draw_images(decoder, prompts, seeds, rows, check, context.tell)
+
         with torch.no_grad(), context.policy.evaluating():
-            images = draw_images(self.decoder, prompts, seeds, context.micro_batch, check, context.tell)
+            images = within_memory(draw, shrink)
         save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
     def _check_finite(self) -> None:

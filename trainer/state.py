@@ -1,7 +1,7 @@
 """Everything that changes while a run trains, and how it is saved and restored exactly."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from comfy_tdpo.methods import Method, TensorGroup
 from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.optimizers import load_optimizer_tensors, optimizer_tensors
-from comfy_tdpo.rollout import Trajectories
+from comfy_tdpo.rollout import LARGEST, Trajectories
 
 from .overoptimisation import Overoptimisation
 from .run import EpochMetrics
@@ -102,7 +102,8 @@ class TrainState:
         if average := context.policy.average:
             average.load(tensors.pop("policy_average"))
         watched = tensors.pop("overoptimisation", None)  # stays on the CPU: it is float64, which not every device has
-        on_device = {name: _to(context.policy.device, group) for name, group in tensors.items()}
+        kept = LARGEST if context.in_main_memory else ()
+        on_device = {name: _to(context.policy.device, group, kept) for name, group in tensors.items()}
         self.method.load_state(on_device, state)
         context.epoch, context.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]
         context.decoder.batch = state.get("decode_batch", context.decoder.batch)  # older versions have neither
@@ -171,5 +172,6 @@ def _tensors_of_progress(progress: Progress) -> dict[str, TensorGroup]:
     return groups if progress.targets is None else groups | {"targets": progress.targets}
 
 
-def _to(device: Any, group: TensorGroup) -> TensorGroup:
-    return {name: tensor.to(device) for name, tensor in group.items()}
+def _to(device: Any, group: TensorGroup, kept: Collection[str]) -> TensorGroup:
+    """The tensors on `device`, but those of names that are `kept` on the CPU."""
+    return {name: tensor if name in kept else tensor.to(device) for name, tensor in group.items()}

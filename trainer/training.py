@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from comfy_tdpo import arithmetic
 from comfy_tdpo.interrupts import heeding
-from comfy_tdpo.memory.budget import MemoryBudget, first_micro_batch
+from comfy_tdpo.memory.budget import MemoryBudget, better_in_main_memory, first_micro_batch
 from comfy_tdpo.memory.gauges import gauge_of
 from comfy_tdpo.memory.running_out import within_memory
 from comfy_tdpo.methods import TensorGroup, make_method
@@ -177,6 +177,7 @@ class Training:
         context = self.context
         if self.arithmetic:
             logger.info("%s on %s: %s", self.run.path.name, self.policy.device, self.arithmetic)
+        context.in_main_memory = self._keeps_in_main_memory()
         restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
@@ -186,6 +187,8 @@ class Training:
             self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
         try:
+            with torch.no_grad():
+                self.policy.encode_ahead([*self.prompts, *self.keeper.grid_prompts], self._check_stop)
             if context.epoch == 0 and not context.progress.parts:
                 self._begin()
             while not self._is_over:
@@ -224,21 +227,24 @@ class Training:
         rewards = [context.reward, *context.eval_rewards.values(), *context.guards.values()]
         longest = max(self.prompts, key=len)
         rehearsal = Rehearsal(self.policy, longest, rewards, config.needs_gradient)
-        reserve = self._bytes_to_come(longest) if self.gauge.exact else 0
+        reserve, elsewhere = bytes_of_moments(self.policy.count, config.policy), self._trajectories
+        if not context.in_main_memory:
+            reserve, elsewhere = reserve + elsewhere, 0
         most = context.samples_per_update, context.micro_batch, context.decoder.batch
-        budget = MemoryBudget(self.gauge, *most, reserve)
+        budget = MemoryBudget(self.gauge, *most, reserve if self.gauge.exact else 0, elsewhere)
         choice, told = budget.settle(rehearsal)
         context.micro_batch, context.decoder.batch = choice.micro_batch, choice.decode_batch
         self._warn(told)
 
-    @torch.no_grad()
-    def _bytes_to_come(self, longest: str) -> int:
-        """What an epoch holds between its phases: the optimizer's moments, the trajectories, which are copied when they
-        are joined, and the encoded prompts, of which `longest` is one."""
+    def _keeps_in_main_memory(self) -> bool:
+        """Whether an epoch's latents, which are the same to the last bit wherever they are, go to main memory."""
+        return self.gauge.exact and better_in_main_memory(self._trajectories, self.gauge.free())
+
+    @property
+    def _trajectories(self) -> int:
+        """The bytes of an epoch's latents, which are copied when they are joined."""
         steps = len(self.policy.process) + 1 if self.method.samples_first else 0
-        trajectories = self.context.samples * steps * self.policy.latent_size * 4
-        prompts = len({*self.prompts, ""}) * self.policy.encode_prompts([longest]).nbytes
-        return bytes_of_moments(self.policy.count, self.config.policy) + 2 * trajectories + prompts
+        return 2 * self.context.samples * steps * self.policy.latent_size * 4
 
     def _run_epoch(self) -> EpochMetrics:
         context, method, start = self.context, self.method, time.perf_counter()
@@ -283,7 +289,8 @@ class Training:
             return sampled
 
         def keep() -> None:
-            progress.parts.append(waiting[0].trajectories())
+            found = waiting[0].trajectories()
+            progress.parts.append(found.in_main_memory() if context.in_main_memory else found)
             del waiting[0]
 
         try:

@@ -22,6 +22,7 @@ from .running_out import (
 
 CPU_MICRO_BATCH = 16  # default on a CPU: larger is no faster, and running out of RAM raises no error to catch
 MARGIN = 0.1  # of the free memory: for gaps between the allocator's blocks, and kernels' work space, which has jumps
+SHARE = 0.1  # of the free memory: trajectories that would take more are kept in main memory
 GIB = 2**30
 
 
@@ -29,6 +30,11 @@ def first_micro_batch(configured: int | None, samples_per_update: int, device: t
     """The largest micro-batch allowed: as configured, otherwise CPU_MICRO_BATCH on a CPU or the whole update."""
     limit = configured or (CPU_MICRO_BATCH if device.type == "cpu" else samples_per_update)
     return largest_divisor(samples_per_update, limit)
+
+
+def better_in_main_memory(trajectories: int, free: int) -> bool:
+    """Whether `trajectories` of so many bytes would take too much of the `free` ones on a GPU."""
+    return trajectories > SHARE * free
 
 
 class Rehearsal(Protocol):
@@ -91,10 +97,20 @@ class MemoryBudget:
         gauge: of the device; samples_per_update: of which the micro-batch is a divisor.
         micro_batch, decode_batch: the largest allowed.
         reserve: bytes that the epoch will hold besides: the optimizer's moments, the trajectories.
+        in_main_memory: bytes of trajectories that are kept there instead.
     """
 
-    def __init__(self, gauge: Gauge, samples_per_update: int, micro_batch: int, decode_batch: int, reserve: int = 0):
+    def __init__(
+        self,
+        gauge: Gauge,
+        samples_per_update: int,
+        micro_batch: int,
+        decode_batch: int,
+        reserve: int = 0,
+        in_main_memory: int = 0,
+    ):
         self.gauge, self.samples_per_update, self.reserve = gauge, samples_per_update, reserve
+        self.in_main_memory = in_main_memory
         self.micro_batch, self.decode_batch = micro_batch, decode_batch
 
     def settle(self, rehearsal: Rehearsal, training: bool = True) -> tuple[Choice, str]:
@@ -124,8 +140,11 @@ class MemoryBudget:
         if decoding == NO_ROOM:
             smaller_decode_batch(1)  # raises
         choice = self.choose(room, needs, decoding, rehearsal.checkpointing)
+        if self.in_main_memory:
+            why += f"; the trajectories, {_size(self.in_main_memory)}, are kept in main memory"
+        held = "optimizer" if self.in_main_memory else "optimizer and trajectories"
         told = (
-            f"memory: {_size(free)} are free, {_size(self.reserve)} of them for optimizer and trajectories; "
+            f"memory: {_size(free)} are free, {_size(self.reserve)} of them for {held}; "
             f"{choice.micro_batch} of {self.samples_per_update} samples go through at once, of which one takes "
             f"{needs[-1].told()}, and {choice.decode_batch} images are decoded at once, of which one takes "
             f"{decoding.told()}{why}"

@@ -1,7 +1,7 @@
 """Tensors without values, whose bytes are what a GPU would hold.
 
 With fake tensors, nothing is computed and no GPU is needed. Two things that CPUs do otherwise are as on CUDA: autocast
-normalises in float32, and attention keeps no matrix of weights.
+normalises in float32, and attention keeps no matrix of weights. What would be computed is counted too.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .. import policy as policies
 from ..rewards import pixels
@@ -36,6 +37,20 @@ def counted(fake: bool = True) -> Iterator[Held]:
             yield held
         finally:
             pixels._windows.cache_clear()  # tensors without values are of no use to others
+
+
+def flops_of(work: Callable[[], Any]) -> int:
+    """The floating-point operations of the matrix products and convolutions in `work`; a multiply-add is two."""
+    aten = torch.ops.aten
+    cpus_attention: dict[Any, Any] = {  # which torch does not count by itself; given the shapes of its arguments
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **named: sdpa_flop_count(*args[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *args, **named: sdpa_backward_flop_count(
+            *args[:4]
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=cpus_attention) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *more: Any, **named: Any) -> Tensor:

@@ -71,6 +71,7 @@ class Context:
     record: stores an epoch's record of the critic's neurons, called with (epoch, scores, masks of the reset neurons).
     record_policy: the same of the policy's, called with (epoch, masks of the active neurons, masks of the reset ones).
     epoch: number of finished epochs.
+    in_main_memory: whether the latents of an epoch are kept in main memory, and not on the device.
     scaler: of the policy's loss, whose gradients would be lost in fp16 without; the critic's arithmetic is fp32.
     """
 
@@ -90,6 +91,7 @@ class Context:
     record_policy: Callable[[int, TensorGroup, TensorGroup], None]
     order: Callable[[int], Tensor] | None = None
     epoch: int = 0
+    in_main_memory: bool = False
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)
     all_prompts: list[str] = field(default_factory=list)

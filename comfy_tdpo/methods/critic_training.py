@@ -15,6 +15,7 @@ from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
 from ..randomness import generator_at
 from ..rewards import RewardModel, encoder_name, load_reward
 from ..rollout import Trajectories
+from ..swapping import brought
 from . import Metrics, TensorGroup, objectives
 from .context import Context
 from .critic import TemporalCritic
@@ -93,7 +94,7 @@ class CriticTraining:
 
     def inputs(self, batch: Trajectories) -> Tensor:
         """What the critic reads of each sample at each step, (N, K, D)."""
-        return self._inputs(self._seen(batch), self._summaries(batch))
+        return self._inputs(brought(self._seen(batch), self.policy.device), self._summaries(batch))
 
     def _seen(self, batch: Trajectories) -> Tensor:
         """What it sees of each sample at each step, (N, K, E): an embedding, or x_k itself."""
@@ -120,7 +121,7 @@ class CriticTraining:
 
     def _inputs_at(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> Tensor:
         """`inputs`, but of M pairs alone, (M, D): latents of a whole epoch are too large to copy in every update."""
-        parts = [self._seen(batch)[rows, steps]]
+        parts = [brought(self._seen(batch)[rows, steps], self.policy.device)]
         if self.config.prompt:
             parts.append(self._summaries(batch)[rows])
         if self.config.step:

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob
 from ..rollout import Trajectories, draw_noise
+from ..swapping import brought
 from . import Metrics, TensorGroup, advantages
 from .context import Context
 from .guards import Gate, Scores
@@ -71,7 +72,8 @@ class KLPenalty:
     def _measured(self, batch: Trajectories, rows: range) -> tuple[Tensor, Tensor]:
         """The KL of each step, (B, T), and the reference's means, (B, T, C, H, W), of B rows."""
         context, policy, part = self.context, self.policy, slice(rows.start, rows.stop)
-        latents, conditioning = batch.latents[part], policy.encode_prompts(batch.prompts[part])
+        latents = brought(batch.latents[part], policy.device)
+        conditioning = policy.encode_prompts(batch.prompts[part])
         noise = draw_noise(policy, [context.noise_of(row) for row in rows])
         means, kl = torch.zeros_like(latents[:, 1:]), torch.zeros_like(batch.kl[part])
         for k, stochastic in enumerate(policy.process.stochastic.tolist()):
@@ -87,7 +89,7 @@ class KLPenalty:
                 kl[:, k] = log_ratio * policy.latent_size
             means[:, k] = reference
             context.tell((rows.start + len(rows) * (k + 1) / len(policy.process)) / len(batch))
-        return kl, means
+        return kl, means.to(batch.latents.device)
 
     # --- targets
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..randomness import generator_at
 from ..rollout import Trajectories
+from ..swapping import brought
 from . import Metrics, TensorGroup, neurons
 from .context import Context
 from .critic_training import CriticTraining
@@ -70,7 +71,8 @@ class NeuronStates:
         with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
             for begin in range(0, count, size):
                 rows = slice(begin, min(begin + size, count))
-                latents, conditioning = batch.latents[rows], policy.encode_prompts(batch.prompts[rows])
+                latents = brought(batch.latents[rows], policy.device)
+                conditioning = policy.encode_prompts(batch.prompts[rows])
                 for k in range(len(policy.process)):
                     positions = torch.full((len(latents),), k, device=policy.device)
                     policy.step(latents[:, k], positions, conditioning)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..randomness import Coordinates, generator_at
 from ..rollout import Trajectories
+from ..swapping import brought
 from . import TensorGroup
 from .context import Context
 
@@ -68,9 +69,9 @@ class Replay:
         the others from the buffer."""
         count = self.new(rows)
         found = new[rows[:count], steps[:count]]
-        if count == len(rows):
-            return found
-        return torch.cat([found, self.samples[name][rows[count:] - self.context.samples, steps[count:]]])
+        if count < len(rows):
+            found = torch.cat([found, self.samples[name][rows[count:] - self.context.samples, steps[count:]]])
+        return brought(found, self.context.policy.device)
 
     def new(self, rows: Tensor) -> int:
         """How many of the rows are new samples."""
@@ -97,10 +98,14 @@ class Replay:
         kept |= {name: targets[name] for name in ("temporal_rewards", "kl_weight") if name in targets}
         if batch.reference_means is not None:
             kept["reference_means"] = batch.reference_means
-        added = {name: self.context.gather(tensor.contiguous()) for name, tensor in kept.items()}
+        added = {name: self._gathered(tensor.contiguous()) for name, tensor in kept.items()}
         added["epochs"] = torch.full_like(added["log_probs"][:, 0], self.context.epoch + 1, dtype=torch.int64)
         limit = epochs * len(added["epochs"])
         self.load({name: torch.cat([self.samples.get(name, new[:0]), new])[-limit:] for name, new in added.items()})
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        """The samples of all processes, which are exchanged between devices, where `tensor` is."""
+        return self.context.gather(brought(tensor, self.context.policy.device)).to(tensor.device)
 
     def load(self, samples: TensorGroup) -> None:
         self.samples, self.prompts = samples, []

@@ -28,6 +28,7 @@ from ..process.gaussian import log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
 from ..rewards import score_images
 from ..rollout import Sampled, Sampler, Trajectories
+from ..swapping import brought
 from . import Metrics, TensorGroup, advantages, objectives
 from .advantages import RewardMoments
 from .context import Context
@@ -179,8 +180,9 @@ class SDPO:
     def _log_ratio(self, batch: Trajectories, rows: Tensor, steps: Tensor) -> Tensor:
         """log p_theta - log p_theta_old of B steps, (B,)."""
         conditioning = self.policy.encode_prompts([batch.prompts[row] for row in rows.tolist()])
-        step = self.policy.step(batch.latents[rows, steps], steps.to(self.policy.device), conditioning)
-        return log_prob(batch.latents[rows, steps + 1], step.mean, step.std) - batch.log_probs[rows, steps]
+        before, after = (brought(batch.latents[rows, at], self.policy.device) for at in (steps, steps + 1))
+        step = self.policy.step(before, steps.to(self.policy.device), conditioning)
+        return log_prob(after, step.mean, step.std) - batch.log_probs[rows, steps]
 
     # --- after the updates
 

@@ -74,7 +74,8 @@ class Trainable(Protocol):
 class DiffusionModel(Protocol):
     """A loaded model of one family, frozen and in evaluation mode.
 
-    source: its name in messages; network: the denoiser; networks: all its networks, by name.
+    source: its name in messages; network: the denoiser; networks: all its networks, by name. The names of those that
+        encode prompts begin with text_encoder.
     channels: C; prediction_type: what the network predicts.
     scheduler: its noise schedule, for a process; schedule: (S,) numbers that distinguish that schedule from others.
     process: name of the default process for sampling.
@@ -106,7 +107,7 @@ class DiffusionModel(Protocol):
         ...
 
     def to(self, device: torch.device) -> Self:
-        """Move all networks, in place."""
+        """Move all networks, in place, but those that encode prompts: these are moved when there is a prompt."""
         ...
 
 
@@ -150,6 +151,11 @@ FAMILIES = {
 def denoiser_name(model: DiffusionModel) -> str:
     """The denoiser's name among the networks, which is its name in a pipeline of diffusers: "unet" or "transformer"."""
     return next(name for name, network in model.networks.items() if network is model.network)
+
+
+def is_text_encoder(name: str) -> bool:
+    """Whether the network of this name encodes prompts."""
+    return name.startswith("text_encoder")
 
 
 def describe_unread(model: DiffusionModel, prompts: list[str]) -> str:

@@ -37,11 +37,6 @@ class Conditioning(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self: ...
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """The bytes of all rows."""
-
     @abstractmethod
     def summary(self) -> Tensor:
         """One vector for each prompt, float32 (B, P), for networks that need to know roughly what the prompt says."""
@@ -68,10 +63,6 @@ class TensorConditioning(Conditioning):
 
     def to(self, device: torch.device | str) -> TensorConditioning:
         return self._each(lambda part: part.to(device, non_blocking=True))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts.values())
 
     def summary(self) -> Tensor:
         """All parts side by side, averaged over tokens."""
@@ -104,10 +95,6 @@ class ListConditioning(Conditioning):
 
     def to(self, device: torch.device | str) -> ListConditioning:
         return type(self)([states.to(device, non_blocking=True) for states in self.states])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(states.nbytes for states in self.states)
 
     def summary(self) -> Tensor:
         """The states averaged over tokens."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..process.flow_schedule import PATCH, FlowSchedule
 from ..settings import PolicySettings
-from . import LatentDecoder, PromptEncoder, Trainable
+from . import LatentDecoder, PromptEncoder, Trainable, is_text_encoder
 from .adapt import adapt
 from .conditioning import Conditioning
 from .lora import TransformerLora
@@ -58,8 +58,9 @@ class FlowTransformer(ABC):
         return adapt(self.network, settings, add_lora)
 
     def to(self, device: torch.device) -> Self:
-        for network in self.networks.values():
-            network.to(device)
+        for name, network in self.networks.items():
+            if not is_text_encoder(name):
+                network.to(device)
         return self
 
 

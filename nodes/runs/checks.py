@@ -33,6 +33,7 @@ def check_run(config: TrainConfig, prompts: list[str], scheduler: Any, process: 
         held_out_reward(config)
     _check_rewards(config, prompts)
     check_multiple(config.resolution, factor)
+    check_multiple(config.drawn_with["resolution"], factor, "eval_resolution")
     _check_steps(config, scheduler, process)
 
 
@@ -51,7 +52,10 @@ def _check_rewards(config: TrainConfig, prompts: list[str]) -> None:
 
 def _check_steps(config: TrainConfig, scheduler: Any, process: str) -> None:
     """The steps of the process, which of them are trained, and whether the updates suffice for the warm-up."""
-    made = make_process(config.process or process, scheduler, config.steps, CPU)
+    made, _ = (
+        make_process(config.process or process, scheduler, steps, CPU)
+        for steps in (config.steps, config.drawn_with["steps"])
+    )
     updates = config.samples_per_epoch // config.samples_per_update
     if hasattr(config.policy, "train_share"):
         trained = int(trained_steps(config.policy, made.stochastic, config.seed, epoch=1).sum())

@@ -246,6 +246,8 @@ def plan_of(config: TrainConfig) -> str:
     how = f"at {config.resolution} px with guidance {config.guidance:g}"
     if config.embedded_guidance is not None:
         how += f", embedded guidance {config.embedded_guidance:g}"
+    if any(value != getattr(config, name) for name, value in config.drawn_with.items()):
+        how += f" (samples: {config.drawn_with_told})"
     what = "all weights" if config.policy.trains_all else f"a LoRA of rank {config.policy.rank}"
     epochs = f"{config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}"
     return f"{images} in {epochs}, {how}, for {what} with learning rate {config.policy.lr:g}"

@@ -102,10 +102,11 @@ def picture_in_grid(run: RunFolder, epoch: int, row: int, col: int) -> Picture:
             f"got epoch {epoch} of run {run.path.name!r}, which has no sample grid; expected an epoch that has one"
         )
     index, pixels = image_in_grid(path, len(prompts), row, col)
-    if (pixels.shape[2], pixels.shape[1]) != sides(run.config.resolution):
+    resolution = run.config.drawn_with["resolution"]
+    if (pixels.shape[2], pixels.shape[1]) != sides(resolution):
         raise ValueError(
             f"got the sample grid of epoch {epoch}, which does not have the {len(prompts)} images of "
-            f"{run.config.resolution} pixels that the run draws now; expected one that has: vote on a newer one"
+            f"{resolution} pixels that the run draws now; expected one that has: vote on a newer one"
         )
     return pixels, prompts[index]
 

@@ -48,6 +48,10 @@ def _absolute(paths: dict[str, str]) -> dict[str, str]:
     return {name: str(user_path(path).absolute()) for name, path in paths.items()}
 
 
+def _normalised_or_none(value: Any) -> int | str | None:
+    return None if value is None else normalised(value)
+
+
 Names = Annotated[list[str], BeforeValidator(split_names)]
 Pairs = BeforeValidator(_pairs)  # NAME=VALUE,NAME=VALUE on a command line, a table in TOML
 
@@ -145,13 +149,20 @@ class TrainConfig(MethodSettings):
     )
     decode_batch: Count = Field(default=16, description="largest number of images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")
+    eval_steps: Annotated[int | None, Unset] = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="denoising steps of sample grids and of what evaluate and recommend draw; none means those of the "
+        "training, whose samples held-out rewards are measured on in any case",
+    )
     guidance: float = Field(default=5.0, ge=1, le=100, description="classifier-free guidance scale; 1 turns it off")
     eval_guidance: Annotated[float | None, Unset] = Field(
         default=None,
         ge=1,
         le=100,
-        description="guidance scale of the sample grids; none means that of the training. With guidance 1 and a value "
-        "above it here, the model is trained without guidance and used with it",
+        description="guidance scale of the same images as eval_steps; none means that of the training. With guidance 1 "
+        "and a value above it here, the model is trained without guidance and used with it",
     )
     embedded_guidance: Annotated[float | None, Unset] = Field(
         default=None,
@@ -162,6 +173,9 @@ class TrainConfig(MethodSettings):
     )
     resolution: Annotated[int | str, BeforeValidator(normalised)] = Field(
         default=512, description="side of the square images in pixels, or WIDTHxHEIGHT, such as 832x1216"
+    )
+    eval_resolution: Annotated[int | str | None, BeforeValidator(_normalised_or_none), Unset] = Field(
+        default=None, description="resolution of the same images as eval_steps; none means that of the training"
     )
     process: Annotated[str | None, Unset] = Field(
         default=None,
@@ -180,6 +194,18 @@ class TrainConfig(MethodSettings):
         """The rewards to measure every epoch: `eval_rewards`, and the one that is watched for overoptimisation."""
         watched = self.overoptimisation.reward
         return list(dict.fromkeys([*self.eval_rewards, *([watched] if watched else [])]))
+
+    @property
+    def drawn_with(self) -> dict[str, Any]:
+        """Steps, guidance and resolution of sample grids, and of what is drawn to evaluate or recommend."""
+        own = {name: getattr(self, f"eval_{name}") for name in ("steps", "guidance", "resolution")}
+        return {name: getattr(self, name) if value is None else value for name, value in own.items()}
+
+    @property
+    def drawn_with_told(self) -> str:
+        """The same for a user, such as "20 steps, guidance 5, 512 px"."""
+        drawn = self.drawn_with
+        return f"{drawn['steps']} steps, guidance {drawn['guidance']:g}, {drawn['resolution']} px"
 
     @property
     def trained_on(self) -> list[str]:

@@ -115,6 +115,11 @@ class Asked:
         """The images of a snapshot."""
         return [Draw(prompt, noise) for prompt in prompts.prompts for noise in range(self.images)]
 
+    def told(self, prompts: PromptSet) -> str:
+        """How many images of `prompts` are drawn, and how."""
+        how = self.subjects[0].config.drawn_with_told
+        return f"{len(prompts.prompts)} prompts, {self.images} images each ({how})"
+
     def drawing(self, prompts: PromptSet) -> str:
         """A digest of how the images of `prompts` are drawn, apart from the snapshot."""
         how = [*_sampling(self.subjects[0].config).values(), SEED, self.images, prompts.prompts, prompts.written]
@@ -197,9 +202,17 @@ def _check_names(runs: Sequence[RunFolder]) -> None:
 
 def _sampling(config: TrainConfig) -> dict[str, object]:
     """What an image depends on apart from the LoRA, its prompt and its noise."""
-    guidance = config.guidance if config.eval_guidance is None else config.eval_guidance
-    names = ("model", "prediction_type", "precision", "steps", "embedded_guidance", "resolution", "process")
-    return {name: getattr(config, name) for name in names} | {"guidance of evaluation": guidance}
+    drawn = config.drawn_with
+    return {  # in this order, which the digests of earlier versions have
+        "model": config.model,
+        "prediction_type": config.prediction_type,
+        "precision": config.precision,
+        "steps of evaluation": drawn["steps"],
+        "embedded_guidance": config.embedded_guidance,
+        "resolution of evaluation": drawn["resolution"],
+        "process": config.process,
+        "guidance of evaluation": drawn["guidance"],
+    }
 
 
 def _check_alike(runs: Sequence[RunFolder], configs: Sequence[TrainConfig]) -> None:

@@ -62,7 +62,7 @@ def _aligned(line: list[str], widths: list[int]) -> str:
 
 
 def _title(evaluation: Evaluation, prompts: PromptSet) -> str:
-    return f"{prompts.name}: {len(prompts.prompts)} prompts, {evaluation.asked.images} images each"
+    return f"{prompts.name}: {evaluation.asked.told(prompts)}"
 
 
 def markdown(evaluation: Evaluation) -> str:

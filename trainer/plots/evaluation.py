@@ -66,8 +66,8 @@ def _draw(
     bottom = total - TOP - LEGEND * legend
     for prompts in sets:
         bottom -= SET
-        count = f"{len(prompts.prompts)} prompts, {evaluation.asked.images} images each"
-        write_title(figure, (LEFT / WIDTH, (bottom + 0.1) / total), "figure fraction", prompts.name, 11.5, count)
+        drawn = evaluation.asked.told(prompts)
+        write_title(figure, (LEFT / WIDTH, (bottom + 0.1) / total), "figure fraction", prompts.name, 11.5, drawn)
         for index, reward in enumerate(rewards):
             column = index % columns
             if column == 0:

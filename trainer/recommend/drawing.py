@@ -86,21 +86,22 @@ class Painter:
 
         def draw() -> tuple[Tensor, dict[str, list[float]]]:
             batch = list(prompts[: self._batch])
-            with self.policy.guided_for_evaluation():
-                images = draw_images(
-                    self._decoder,
-                    batch,
-                    seeds[: self._batch],
-                    len(batch),
-                    self.check,
-                    lambda share: tell(share * len(batch)),
-                )
+            images = draw_images(
+                self._decoder,
+                batch,
+                seeds[: self._batch],
+                len(batch),
+                self.check,
+                lambda share: tell(share * len(batch)),
+            )
             with heeding(self.check):
                 scores = {reward.name: score_images(reward, images, batch).tolist() for reward in rewards}
             return images, scores
 
-        self._settle(max(prompts, key=len), rewards)
-        return within_memory(draw, self._shrink)
+        self.policy.encode_ahead(prompts, self.check)
+        with self.policy.drawing_for_evaluation():
+            self._settle(max(prompts, key=len), rewards)
+            return within_memory(draw, self._shrink)
 
     def _settle(self, prompt: str, rewards: Iterable[RewardModel]) -> None:
         """Before the first images, choose how many are drawn at once."""

@@ -54,7 +54,7 @@ def recommend(
         name = held_out_reward(config, options.held_out)
         prompts, source = unseen_prompts(config, run.prompts(config), run.grid_prompts(config), options.prompts)
         cells = cells_of(run, options.strengths)
-        tell(_described(cells, options, source))
+        tell(_described(config, cells, options, source))
         table = Table(run.recommendation)
         training, held_out = _load_rewards(run, config, name, device)
         for reward in (training, held_out):
@@ -91,10 +91,11 @@ def recommend(
         return found
 
 
-def _described(cells: list[Cell], options: Options, source: str) -> str:
+def _described(config: TrainConfig, cells: list[Cell], options: Options, source: str) -> str:
     snapshots = (len(cells) - 1) // len(options.strengths)
     strengths = ", ".join(f"{strength:g}" for strength in options.strengths)
     drawn = f"{snapshots} snapshots (strengths {strengths}) and the base model, {options.images} images each"
+    drawn += f" ({config.drawn_with_told})"
     return f"{drawn}; prompts: {source}"
 
 

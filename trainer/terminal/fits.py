@@ -7,13 +7,15 @@ and their work as none, since a decoder needs more.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from comfy_tdpo.memory.budget import GIB, MemoryBudget, Need, need_of
+from comfy_tdpo.memory.budget import GIB, MemoryBudget, Need, better_in_main_memory, need_of
 from comfy_tdpo.memory.counting import Held
-from comfy_tdpo.memory.without_values import counted
+from comfy_tdpo.memory.without_values import counted, flops_of
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts
 from comfy_tdpo.optimizers import bytes_of_moments
 from comfy_tdpo.policy import DiffusionPolicy
@@ -34,24 +36,38 @@ UNITS = {"GB": 10**9, "MB": 10**6}
 class Footprint:
     """What a run needs, in bytes.
 
-    weights: of denoiser, adapter and decoder; texts, rewards: of their networks.
-    reserve: what an epoch holds besides; snapshot, checkpoint: a file of each, on the disk.
+    weights: of denoiser, adapter and decoder; rewards: of their networks.
+    texts: of the text encoders, which leave the device once all prompts are encoded.
+    moments, trajectories: what an epoch holds besides; snapshot, checkpoint: a file of each, on the disk.
     sampling, decoding: per row; training: without gradient checkpointing and with it.
+    drawing: per row, whatever an image of evaluation takes at most.
+    flops: floating-point operations.
     """
 
     weights: int
     texts: int
     rewards: int
-    reserve: int
+    moments: int
+    trajectories: int
     snapshot: int
     checkpoint: int
     sampling: Need
     decoding: Need
     training: dict[bool, Need]
+    drawing: Need
+    flops: "Flops"
 
     @property
-    def resident(self) -> int:
-        return self.weights + self.texts + self.rewards
+    def reserve(self) -> int:
+        return self.moments + self.trajectories
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one row: of a step, without and with its gradient, and of a decoded image."""
+
+    step: int
+    training: int
+    image: int
 
 
 def footprint(config: TrainConfig, sizes: Path) -> Footprint:
@@ -66,21 +82,29 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
         rehearsal = Rehearsal(policy, "", [])
         sampling, decoding = need_of(held, rehearsal.sample), need_of(held, rehearsal.decode)
         training = {False: need_of(held, rehearsal.train)}
+        flops = Flops(*(flops_of(partial(work, 1)) for work in (rehearsal.sample, rehearsal.train, rehearsal.decode)))
         rehearsal.turn_on_checkpointing()
         training[True] = need_of(held, rehearsal.train)
         snapshot, checkpoint = bytes_of_snapshot(policy), bytes_of_checkpoint(config, policy)
         moments = bytes_of_moments(policy.count, config.policy)
         path = config.samples_per_epoch * (config.steps + 1) * policy.latent_size * 4
+        drawing = sampling
+        if policy.size_of_evaluation > 1:
+            with policy.drawing_for_evaluation():
+                drawing = max(need_of(held, work) for work in (rehearsal.sample, rehearsal.decode))
     return Footprint(
         weights=weights,
         texts=numbers_of_texts(sizes) * dtype.itemsize,
         rewards=bytes_of_rewards(config),
-        reserve=2 * path + moments,
+        moments=moments,
+        trajectories=2 * path,
         snapshot=snapshot,
         checkpoint=checkpoint,
         sampling=sampling,
         decoding=decoding,
         training=training,
+        drawing=drawing,
+        flops=flops,
     )
 
 
@@ -103,8 +127,12 @@ def bytes_of_rewards(config: TrainConfig) -> int:
 
 def choice(found: Footprint, config: TrainConfig, card: int) -> str:
     """What fits a GPU of `card` GiB: samples and images at once, with a * for gradient checkpointing, or "no"."""
-    budget = MemoryBudget(Held(), *rows_allowed(config), found.reserve)
-    room = budget.room(card * GIB - CONTEXT - found.resident)
+    free = card * GIB - CONTEXT - found.weights - found.rewards
+    elsewhere = better_in_main_memory(found.trajectories, free)
+    budget = MemoryBudget(Held(), *rows_allowed(config), found.moments if elsewhere else found.reserve)
+    room = budget.room(free)
+    if found.texts > free or not found.drawing.rows(room):
+        return "no"
     for checkpointing in (True,) if config.policy.gradient_checkpointing else (False, True):
         needs = [found.sampling, found.training[checkpointing]]
         if all(need.rows(room) for need in (*needs, found.decoding)):
@@ -117,9 +145,9 @@ def described(found: Footprint) -> str:
     """One line of what a run needs, in GiB."""
     plain, recomputed = (found.training[on].first / GIB for on in (False, True))
     return (
-        f"weights {found.weights / GIB:.1f}, text encoders {found.texts / GIB:.1f}, rewards at most "
-        f"{found.rewards / GIB:.1f}, optimizer and trajectories {found.reserve / GIB:.1f}; one sample in training "
-        f"{plain:.1f}, or {recomputed:.1f} with gradient checkpointing; one image decoded "
+        f"weights {found.weights / GIB:.1f}, text encoders until prompts are encoded {found.texts / GIB:.1f}, rewards "
+        f"at most {found.rewards / GIB:.1f}, optimizer and trajectories {found.reserve / GIB:.1f}; one sample in "
+        f"training {plain:.1f}, or {recomputed:.1f} with gradient checkpointing; one image decoded "
         f"{found.decoding.first / GIB:.1f}"
     )
 

@@ -15,6 +15,7 @@ from comfy_tdpo.resolution import latent_sides
 from ..assemble import model_source
 from ..config import TrainConfig
 from ..run.disk import bytes_of_run
+from . import seconds
 
 SENSITIVE = 5.0  # most steps have 0.05 to 1.5
 
@@ -27,9 +28,13 @@ def plan(config: TrainConfig) -> Iterator[str]:
         ValueError: the model's configuration cannot be read, or the run could not start.
     """
     model = outline(model_source(config), config.prediction_type)
+    name, drawn = config.process or model.process, config.drawn_with
     size = latent_sides(config.resolution, model.factor, model.patch)
-    name = config.process or model.process
-    process = make_process(name, model.scheduler, config.steps, torch.device("cpu"), size)
+    size_of_evaluation = latent_sides(drawn["resolution"], model.factor, model.patch, "eval_resolution")
+    process, _ = (
+        make_process(name, model.scheduler, steps, torch.device("cpu"), sides)
+        for steps, sides in ((config.steps, size), (drawn["steps"], size_of_evaluation))
+    )
     policy = config.policy
     trained = window(policy, process.stochastic) if isinstance(policy, SteppedPolicySettings) else None
     head = f"{config.model} by {config.algorithm}: {config.steps} steps of {name}, guidance {config.guidance:g}"
@@ -37,25 +42,33 @@ def plan(config: TrainConfig) -> Iterator[str]:
         head += f", embedded guidance {config.embedded_guidance:g}"
     lines = [head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)]
     yield "\n".join(lines)
-    yield "\n".join(["", *_costs(config, len(process))])
+    yield "\n".join(["", *_costs(config, process)])
 
 
-def _costs(config: TrainConfig, steps: int) -> list[str]:
-    """What a run takes: reward queries and passes of the network, and where its sizes are known, memory and disk."""
-    samples = config.epochs * config.samples_per_epoch
-    halves = 1 if config.guidance == 1 else 2
+def _costs(config: TrainConfig, process: Process) -> list[str]:
+    """What a run takes: reward queries and passes of the network, seconds where a run has measured them or the model's
+    sizes are known, and with these, memory and disk."""
+    samples, drawn = config.epochs * config.samples_per_epoch, config.drawn_with
+    halves, grids = 1 if config.guidance == 1 else 2, 1 + -(-config.epochs // config.output.samples_every)
+    halves_of_grid = 1 if drawn["guidance"] == 1 else 2
     lines = [
         f"{samples * config.queries_per_sample} reward queries in {config.epochs} epochs",
-        f"{samples * steps * halves} rows go through the network to draw the samples"
+        f"{samples * len(process) * halves} rows go through the network to draw the samples"
         + (", two for each step, because of guidance" if halves == 2 else ""),
+        f"{grids * config.output.grid_images * drawn['steps'] * halves_of_grid} more draw {grids} sample grids "
+        f"({config.drawn_with_told})",
     ]
+    measured = seconds.measured(config)
     sizes = sizes_of(config.model)
     if sizes is None:
-        return [*lines, "memory: counted only for the models of the presets, and for diffusers folders"]
+        counted = "time and memory" if measured is None else "memory"
+        own = [] if measured is None else [measured]
+        return [*lines, *own, f"{counted}: counted only for the models of the presets, and for diffusers folders"]
     from .fits import fits, footprint  # imports diffusers' networks
 
     found = footprint(config, sizes)
     disk = bytes_of_run(config, found.checkpoint, found.snapshot)
+    lines.append(measured or seconds.estimated(config, process, found.flops))
     return [*lines, f"disk: up to {disk / 1e9:.1f} GB, for snapshots and checkpoints", *fits(found, config)]
 
 

@@ -111,7 +111,8 @@ def _options(args: argparse.Namespace, run: RunFolder) -> Options:
 
 def told(run: RunFolder, found: Recommendation) -> str:
     """The table, the verdict and the files; at most 100 columns wide except for paths."""
-    verdict = textwrap.fill(_verdict(found), 100, break_on_hyphens=False, break_long_words=False)
+    told = f"{_verdict(found)} Images: {run.config.drawn_with_told}."
+    verdict = textwrap.fill(told, 100, break_on_hyphens=False, break_long_words=False)
     return "\n\n".join([_table(found), verdict, _files(run, found)])
 
 
