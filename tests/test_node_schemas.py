@@ -87,6 +87,7 @@ def test_choices_are_the_trainers(node):
     critic, train = node("TDPOTemporalCritic"), node("TDPOTrain")
     assert options(train, "algorithm") == set(ALGORITHMS)
     assert options(critic, "activation") == set(get_args(CriticSettings.model_fields["activation"].annotation))
+    assert options(critic, "decoder") == {"full", "tiny", "one.safetensors"}
     assert options(critic, "reset") == set(get_args(NeuronSettings.model_fields["reset"].annotation))
     assert options(critic, "activation_data") == set(get_args(NeuronSettings.model_fields["data"].annotation))
     assert options(node("TDPORewardModel"), "reward") == set(reward_names())

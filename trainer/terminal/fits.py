@@ -15,6 +15,7 @@ from comfy_tdpo.memory.budget import GIB, MemoryBudget, Need, need_of
 from comfy_tdpo.memory.counting import Held
 from comfy_tdpo.memory.without_values import counted
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts
+from comfy_tdpo.models.tiny_decoder import load_tiny_decoder
 from comfy_tdpo.optimizers import bytes_of_moments
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rehearsal import Rehearsal
@@ -34,7 +35,7 @@ UNITS = {"GB": 10**9, "MB": 10**6}
 class Footprint:
     """What a run needs, in bytes.
 
-    weights: of denoiser, adapter and decoder; texts, rewards: of their networks.
+    weights: of denoiser, adapter and decoder, and of a critic's own decoder; texts, rewards: of their networks.
     reserve: what an epoch holds besides; snapshot, checkpoint: a file of each, on the disk.
     sampling, decoding: per row; training: without gradient checkpointing and with it.
     """
@@ -72,7 +73,7 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
         moments = bytes_of_moments(policy.count, config.policy)
         path = config.samples_per_epoch * (config.steps + 1) * policy.latent_size * 4
     return Footprint(
-        weights=weights,
+        weights=weights + bytes_of_decoder(config),
         texts=numbers_of_texts(sizes) * dtype.itemsize,
         rewards=bytes_of_rewards(config),
         reserve=2 * path + moments,
@@ -99,6 +100,14 @@ def bytes_of_rewards(config: TrainConfig) -> int:
         * DTYPES[config.reward_precision].itemsize
         // 4
     )
+
+
+def bytes_of_decoder(config: TrainConfig) -> int:
+    """The size of a decoder in addition to the model's own; it is smaller, so that its work is no peak."""
+    if config.further_decoder is None:
+        return 0
+    decoder = load_tiny_decoder(config.further_decoder, DTYPES[config.precision])
+    return sum(weight.nbytes for weight in decoder.network.parameters())
 
 
 def choice(found: Footprint, config: TrainConfig, card: int) -> str:
