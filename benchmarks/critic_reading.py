@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tiny, 32 px, every 5th, held": {"image_size": 32, "decoder": "tiny", "read_every": 5, "between": "held"},
 }
 BASELINE = "full"
+QUICK = {"epochs": 2, "samples_per_epoch": 6, "samples_per_update": 6, "output": {"grid_images": 1}}
 NAMES = {
     "reward": f"reward/{REWARD}/mean",
     "std": f"reward/{REWARD}/std",
@@ -68,15 +69,13 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="NAME", help="what to train now")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=HERE / "critic_reading.jsonl", help="the results; .md beside it")
-    parser.add_argument(
-        "--epochs", type=int, help="fewer than the preset's, to try this; they need an --out of their own"
-    )
+    parser.add_argument("--quick", action="store_true", help="train next to nothing, to try this; give another --out")
     args = parser.parse_args()
     if unknown := sorted(set(args.variants) - VARIANTS.keys()):
         parser.error(f"got variant {unknown[0]!r}; expected some of {', '.join(VARIANTS)}")
 
     def config(name: str, seed: int) -> TrainConfig:
-        return config_of(name, seed, args.epochs)
+        return config_of(name, seed, args.quick)
 
     wanted = [(name, seed) for seed in range(1, args.seeds + 1) for name in args.variants]
     train_missing(wanted, config, lambda run: series(run.metrics(), NAMES), args.runs, args.out, args.jobs)
@@ -85,9 +84,9 @@ def main() -> None:
 
 
 @cache
-def config_of(name: str, seed: int, epochs: int | None = None) -> TrainConfig:
+def config_of(name: str, seed: int, quick: bool = False) -> TrainConfig:
     values: dict[str, Any] = {"algorithm": "tdpo-r", "seed": seed, "critic": VARIANTS[name], "eval_rewards": [GOLD]}
-    return make_config("shapes", overrides=values | ({"epochs": epochs} if epochs else {}))
+    return make_config("shapes", overrides=values | (QUICK if quick else {}))
 
 
 def page(runs: Runs, found: list[Line]) -> str:
