@@ -27,6 +27,7 @@ from comfy_tdpo.methods.step_regression import StepRegression
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.process.gaussian import log_prob
 from comfy_tdpo.prompts import load_prompts
+from comfy_tdpo.reading import Reading
 from comfy_tdpo.rewards import load_reward
 from comfy_tdpo.rollout import Decoder, Sampler, Trajectories
 from comfy_tdpo.trainer.assemble import load_policy
@@ -64,9 +65,7 @@ def draw(policy: DiffusionPolicy, prompts: list[str], size: int = 45) -> tuple[T
         Decoder(policy, 48),
         reward,
         {},
-        reward.embed,
-        embed_clean=True,
-        step_rewards=[reward, guard],
+        Reading(reward.embed, clean=True, rewards=[reward, guard]),
         guards={GUARD: guard},
     )
     sketch = Sketch(sum(parameter.numel() for parameter in policy.parameters))

@@ -2,9 +2,10 @@
 
 `python benchmarks/overhead.py` trains Stable Diffusion in miniature at 128 px with random weights (in GFLOP an image:
 U-Net 0.81, decoder 2.74, the reward's encoder 0.25), 16 samples of 10 steps with guidance, by TDPO-R, by TDPO-R with a
-critic that reads small images, and by DDPO-100. Between their epochs, it does the same work with nothing around it: the
-calls of U-Net, decoder and encoder, forwards and, for the updates, backwards. Prints the ratios of the times, epoch by
-epoch, and their medians. Take a quiet machine.
+critic that reads small images, those of a tiny decoder, or some steps only, and by DDPO-100. Between their epochs, it
+does the same work with nothing around it: the calls of U-Net, decoder and encoder, forwards and, for the updates,
+backwards. Prints the ratios of the times, epoch by epoch, and their medians. Take a quiet machine; what each way of
+reading keeps is measured by critic_reading.py.
 """
 
 import argparse
@@ -36,10 +37,17 @@ from comfy_tdpo.trainer.training import Training
 
 SIDE, SAMPLES, STEPS = 128, 16, 10
 SMALL = 32  # pixels, of the images that the critic may read instead
+FEW = 5  # of so many steps, the critic may read one
 EPOCHS = 5
 VARIANTS: dict[str, dict[str, Any]] = {
     "tdpo-r": {"algorithm": "tdpo-r"},
     f"tdpo-r, critic at {SMALL} px": {"algorithm": "tdpo-r", "critic": {"image_size": SMALL}},
+    "tdpo-r, tiny decoder": {"algorithm": "tdpo-r", "critic": {"decoder": "tiny"}},
+    f"tdpo-r, every {FEW}th": {"algorithm": "tdpo-r", "critic": {"read_every": FEW}},
+    f"tdpo-r, tiny decoder at {SMALL} px, every {FEW}th": {
+        "algorithm": "tdpo-r",
+        "critic": {"decoder": "tiny", "image_size": SMALL, "read_every": FEW},
+    },
     "ddpo-100": {"algorithm": "ddpo-100"},
 }
 
@@ -116,8 +124,11 @@ def bare_sampling(training: Training) -> None:
     with torch.no_grad():
         for _ in range(STEPS):
             policy.model.denoise(both, torch.full((2 * SAMPLES,), 500), conditioning)
-        for size in (None, *[config.critic.image_size] * (STEPS if config.critic.enabled else 0)):
-            training.context.reward.embed(policy.decode(latents, size))
+        training.context.reward.embed(policy.decode(latents))
+        reading = training.method.critic.reading([]) if config.critic.enabled else None
+        if reading:
+            for _ in reading.positions(STEPS):
+                training.context.reward.embed(policy.decode(latents, reading.image_size, reading.decode))
 
 
 def bare_updates(training: Training) -> None:

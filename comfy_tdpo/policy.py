@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .ema import MovingAverage
 from .memory.running_out import out_of_memory
-from .models import DiffusionModel, is_text_encoder, set_embedded_guidance
+from .models import DiffusionModel, LatentDecoder, is_text_encoder, set_embedded_guidance
 from .models.adapt import lay_out
 from .models.conditioning import Conditioning
 from .process import Process, Step, make_process
@@ -236,13 +236,14 @@ class DiffusionPolicy:
         (_, *training), (_, *evaluation) = self._training.latent_shape, self._evaluation.latent_shape
         return prod(evaluation) / prod(training)
 
-    def decode(self, latents: Tensor, image_size: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, image_size: int | None = None, decoder: LatentDecoder | None = None) -> Tensor:
         """Images in [0, 1], float32 (B, 3, h, w), of scaled latents (B, C, H, W), noisy or clean.
 
         With `image_size`, the latents are first averaged down so that the image is about that many pixels wide.
+        `decoder`: another than the model's own, of the same factor.
         """
         if image_size is not None:
             _, height, width = self.latent_shape
             columns = max(1, min(image_size // self.model.decode.factor, width))
             latents = F.adaptive_avg_pool2d(latents, (max(1, round(height * columns / width)), columns))
-        return self.model.decode(latents)
+        return (decoder or self.model.decode)(latents)

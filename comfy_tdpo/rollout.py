@@ -5,19 +5,25 @@ Nothing here enables or disables gradients. If they are enabled, `denoise` keeps
 Shapes: B samples, T denoising steps, C H W latent, D embedding width.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .interrupts import Meanwhile
 from .memory.running_out import smaller_decode_batch, within_memory
+from .models import LatentDecoder
 from .policy import DiffusionPolicy
 from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
 from .rewards import RewardModel, score_images, score_with_parts, scored_elsewhere, terms_of
+
+if TYPE_CHECKING:
+    from .reading import Reading
 
 LARGEST = ("latents", "reference_means")  # of an epoch's tensors; they may be in main memory
 
@@ -32,8 +38,8 @@ class Trajectories:
     Of a method that needs no steps after its update, these three have none: (B, 0, ...).
     rewards (B,); eval_rewards, guard_rewards: name -> (B,).
     part_rewards: name -> (B,), those that `rewards` is a weighted sum of; empty for a single reward.
-    image_embeds (B, K, D): what the critic reads at the first K steps, see `Sampler`; None without a critic.
-    step_scores (B, K, S): of what the critic reads at those, by each of `Sampler.step_rewards`; None without any.
+    image_embeds (B, K, D): what the critic reads at the first K steps, see `Reading`; None without a critic.
+    step_scores (B, K, S): of what the critic reads at those, by each of `Reading.rewards`; None without any.
     dense_rewards (B, T): of each step, by `Sampler.dense`; None for methods without.
     final_embeds (B, D): of the images, by the training reward's encoder; None if it has none.
     reference_means (B, T, C, H, W): of the KL's reference at each step, where `KLPenalty.measure` keeps them.
@@ -56,12 +62,12 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def in_main_memory(self) -> "Trajectories":
+    def in_main_memory(self) -> Trajectories:
         """The same with its largest tensors in main memory."""
         return replace(self, **{name: value.cpu() for name in LARGEST if (value := getattr(self, name)) is not None})
 
     @classmethod
-    def concatenate(cls, parts: list["Trajectories"]) -> "Trajectories":
+    def concatenate(cls, parts: list[Trajectories]) -> Trajectories:
         """All samples of `parts`, in order; of the rewards that are only tracked, those that all parts have.
 
         A run that was stopped in the middle of an epoch may measure others when it resumes.
@@ -119,20 +125,22 @@ class Decoder:
         image_size: int | None = None,
         read: Callable[[Tensor, slice], Tensor] = lambda images, rows: images,
         check: Callable[[], None] = lambda: None,
+        decode: LatentDecoder | None = None,
     ) -> Tensor:
         """Decode latents (B, C, H, W) to images (B, 3, h, w) and return what `read` makes of them, batch by batch.
 
-        `read` is given the images and which rows of `latents` they are. `check` is called before each batch.
+        `read` is given the images and which rows of `latents` they are. `check` is called before each batch. `decode`:
+        a decoder to use in place of the model's own.
         """
         parts, begin = [], 0
 
-        def decode() -> Tensor:
+        def decode_batch() -> Tensor:
             check()
             rows = slice(begin, begin + self.batch)
-            return read(self.policy.decode(latents[rows], image_size), rows)
+            return read(self.policy.decode(latents[rows], image_size, decode), rows)
 
         while begin < len(latents):
-            parts.append(within_memory(decode, self._shrink))
+            parts.append(within_memory(decode_batch, self._shrink))
             begin += self.batch
         return torch.cat(parts)
 
@@ -145,11 +153,7 @@ class Sampler:
     """Samples, decodes and scores, given prompts and seeds.
 
     Args:
-        embed: the critic's encoder, images (B, 3, H, W) -> (B, D), or None without a critic.
-        embed_image_size: pixels at which intermediate latents are decoded for the critic, or None for full size.
-        embed_clean: whether the critic reads, at each step, the predicted clean latent instead of the noisy x_k.
-        embed_steps: how many steps the critic reads, from the first; None for all.
-        step_rewards: the rewards that score what the critic reads.
+        reading: what the critic reads of the steps, or None without a critic that sees images.
         dense: gives each step its reward, (B, T), from the clean latents predicted, (B, T, C, H, W), the prompts and
             the rewards of the images, (B,).
         kl: what Trajectories.kl holds, see `denoise`.
@@ -160,11 +164,7 @@ class Sampler:
     decoder: Decoder
     reward: RewardModel
     eval_rewards: dict[str, RewardModel]
-    embed: Callable[[Tensor], Tensor] | None = None
-    embed_image_size: int | None = None
-    embed_clean: bool = False
-    embed_steps: int | None = None
-    step_rewards: Sequence[RewardModel] = ()
+    reading: Reading | None = None
     dense: Callable[[Tensor, list[str], Tensor], Tensor] | None = None
     kl: str = "none"
     check: Callable[[], None] = lambda: None
@@ -173,20 +173,19 @@ class Sampler:
 
     def sample(
         self, prompts: list[str], seeds: Sequence[Coordinates], starts: Sequence[Coordinates] | None = None
-    ) -> "Sampled":
+    ) -> Sampled:
         """One trajectory per prompt, each with noise drawn from its coordinates in `seeds`; the initial noise from
         those in `starts`, if they are given. The rewards that other programs compute have not been asked yet."""
-        policy, decoder = self.decoder.policy, self.decoder
+        policy, decoder, reading = self.decoder.policy, self.decoder, self.reading
         noise = draw_noise(policy, seeds)
         if starts is not None:
             noise[:, 0] = draw_noise(policy, starts)[:, 0]
         steps = len(policy.process)
-        reads = len(prompts) * len(range(steps)[: self.embed_steps]) if self.embed else 0
+        reads = len(prompts) * len(reading.positions(steps)) if reading else 0
         calls = Calls(steps + decoder.calls(len(prompts)) + decoder.calls(reads), self.check, self.tell)
         path = denoise(policy, prompts, noise, self.kl, calls)
         images = decoder(path.latents[:, -1], check=calls)
-        read = path.clean if self.embed_clean else path.latents[:, :-1]
-        embeds, step_scores = self._read_steps(read[:, : self.embed_steps], prompts, calls)
+        embeds, step_scores = reading.read(decoder, path, prompts, calls) if reading else (None, None)
         return Sampled(
             self,
             prompts,
@@ -205,23 +204,6 @@ class Sampler:
         distinct = {id(term): term for model in models for term in terms_of(model)}
         return [term for term in distinct.values() if scored_elsewhere(term) == elsewhere]
 
-    def _read_steps(self, latents: Tensor, prompts: list[str], calls: Calls) -> tuple[Tensor | None, Tensor | None]:
-        """Unit embeddings (B, K, D) and scores (B, K, S) of the decoded latents, (B, K, C, H, W)."""
-        if self.embed is None:
-            return None, None
-        embed, steps, count = self.embed, latents.shape[1], len(self.step_rewards)
-        of_each = [prompt for prompt in prompts for _ in range(steps)]
-
-        def read(images: Tensor, rows: slice) -> Tensor:
-            scores = [score_images(reward, images, of_each[rows]) for reward in self.step_rewards]
-            return torch.cat([embed(images).float(), *(column[:, None] for column in scores)], dim=1)
-
-        found = self.decoder(latents.flatten(0, 1), self.embed_image_size, read, calls)
-        found = found.unflatten(0, (len(latents), steps))
-        if not count:
-            return found, None
-        return found[..., :-count].contiguous(), found[..., -count:].contiguous()
-
 
 @dataclass
 class Sampled:
@@ -234,7 +216,7 @@ class Sampled:
     sampler: Sampler
     prompts: list[str]
     images: Tensor
-    path: "Path"
+    path: Path
     scores: dict[int, Tensor]
     image_embeds: Tensor | None
     step_scores: Tensor | None

@@ -5,6 +5,7 @@ the common ones.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -187,6 +188,9 @@ class MethodSettings(Section):
     def check_updates(self, samples_per_update: int) -> None:
         """Raise ValueError if the method cannot work with that many samples per update."""
 
+    def check_model(self, model: str) -> None:
+        """Raise ValueError if the method cannot work with the model of this name."""
+
     def check_groups(self, samples_per_prompt: int) -> None:
         """Raise ValueError if the method cannot work with that many samples of each prompt."""
 
@@ -207,6 +211,11 @@ class MethodSettings(Section):
     def further_rewards(self) -> list[str]:
         """Names of rewards that the method needs in addition to the training and held-out rewards."""
         return []
+
+    @property
+    def further_decoder(self) -> Path | None:
+        """The file of a decoder that the method needs in addition to the model's own."""
+        return None
 
 
 def section_of(info: FieldInfo) -> type[Section] | None:

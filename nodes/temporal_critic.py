@@ -4,8 +4,10 @@ from typing import get_args
 
 from comfy_api.latest import io
 
+from comfy_tdpo.methods.decoder import FULL, TINY
 from comfy_tdpo.methods.sections import CriticActivation, NeuronData, Neurons
 
+from .comfy.folders import tiny_decoder_file, tiny_decoder_names
 from .comfy.sockets import CATEGORY, Critic
 from .runs.wording import words_of_nodes
 
@@ -72,6 +74,24 @@ class TemporalCritic(io.ComfyNode):
                     tooltip="Steps on which neurons are measured: all steps of the epoch's images, only the noisiest, "
                     "or those of one batch of images, as in the authors' code.",
                 ),
+                io.Combo.Input(
+                    "decoder",
+                    [FULL, TINY, *tiny_decoder_names()],
+                    default=FULL,
+                    optional=True,
+                    tooltip="What decodes the half-finished images that the critic sees. full: the VAE. tiny: a small "
+                    "network for the Shapes Model. Or a small one for your MODEL's latents in models/vae_approx, such "
+                    "as taesd_decoder: faster and less exact. Rewards always see what the VAE decodes.",
+                ),
+                io.Int.Input(
+                    "read_every",
+                    default=1,
+                    min=1,
+                    max=10_000,
+                    optional=True,
+                    tooltip="Of how many steps the critic sees one. Higher is faster; what it would have seen in "
+                    "between is interpolated.",
+                ),
             ],
             outputs=[
                 Critic.Output("critic", display_name="critic", tooltip="For the critic input of TDPO-R Train."),
@@ -89,10 +109,14 @@ class TemporalCritic(io.ComfyNode):
         reset_every: int,
         threshold: float,
         activation_data: str,
+        decoder: str = FULL,
+        read_every: int = 1,
     ) -> io.NodeOutput:
+        file = decoder if decoder in (FULL, TINY) else tiny_decoder_file(decoder)
+        reading = {"decoder": file, "read_every": read_every}
         return io.NodeOutput(
             {
-                "critic": {"activation": activation, "lr": learning_rate, "clip_range": clip_range},
+                "critic": {"activation": activation, "lr": learning_rate, "clip_range": clip_range} | reading,
                 "neurons": {"reset": reset, "every": reset_every, "threshold": threshold, "data": activation_data},
             }
         )

@@ -9,6 +9,7 @@ from comfy_tdpo.methods.critic import TemporalCritic
 from comfy_tdpo.methods.neurons import critic_layers
 from comfy_tdpo.models.conditioning import TensorConditioning
 from comfy_tdpo.randomness import generator_at
+from comfy_tdpo.reading import Reading
 from comfy_tdpo.rollout import Decoder, Sampler, denoise, draw_noise
 
 SEEING = {
@@ -25,7 +26,7 @@ PROMPTS, SEEDS = ["a red circle", "a blue star"], [("test", 0), ("test", 1)]
 def test_it_reads_the_image_of_the_predicted_clean_latent(make_policy):
     policy, reward = make_policy(steps=3), Brightness()
     with torch.no_grad():
-        sampler = Sampler(Decoder(policy, 4), reward, {}, reward.embed, embed_clean=True)
+        sampler = Sampler(Decoder(policy, 4), reward, {}, Reading(reward.embed, clean=True))
         batch = sampler.sample(PROMPTS, SEEDS).trajectories()
         for k in range(3):
             latents, position = batch.latents[:, k], torch.full((2,), k)

@@ -16,11 +16,12 @@ from comfy_tdpo.memory.without_values import counted, flops_of
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts, sizes_of
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rehearsal import Rehearsal
+from comfy_tdpo.shapes import TINY_DECODER
 from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.config import make_config, override
 from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.run.new_folder import RUNS
-from comfy_tdpo.trainer.terminal.fits import CONTEXT, Flops, Footprint, choice, footprint
+from comfy_tdpo.trainer.terminal.fits import CONTEXT, Flops, Footprint, bytes_of_decoder, choice, footprint
 
 SETTINGS = {"steps": 3, "guidance": 3.0, "resolution": 32}
 
@@ -66,6 +67,14 @@ def test_what_is_counted_is_what_the_cpu_allocates(sizes, train):
 def test_the_published_sizes_are_those_of_the_models():
     assert numbers_of_texts(sizes_of("CompVis/stable-diffusion-v1-4")) == 123_060_480  # CLIP ViT-L/14's text model
     assert sizes_of("someone/elses-model") is None
+
+
+def test_a_critics_own_decoder_counts():
+    decoder = {"algorithm": "tdpo-r", "critic": {"decoder": str(TINY_DECODER)}}
+    for precision, size in {"fp32": 4, "fp16": 2}.items():
+        config = make_config("sd14-aesthetic", overrides=decoder | {"precision": precision})
+        assert bytes_of_decoder(config) == size * 142_083
+    assert bytes_of_decoder(make_config("sd14-aesthetic")) == 0
 
 
 def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_up():

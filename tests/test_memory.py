@@ -63,10 +63,10 @@ class ShortOfMemoryToDecode:
     def __init__(self, policy, rows: int):
         self.decode, self.rows = policy.decode, rows
 
-    def __call__(self, latents, image_size=None):
+    def __call__(self, latents, image_size=None, decoder=None):
         if len(latents) > self.rows:
             raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
-        return self.decode(latents, image_size)
+        return self.decode(latents, image_size, decoder)
 
 
 def test_memory_that_runs_out_in_decoding_leaves_the_micro_batch_alone(tmp_path, make_policy):

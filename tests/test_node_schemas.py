@@ -1,6 +1,7 @@
 """The nodes' schemas against their own code and the trainer's configuration, with stand-ins for ComfyUI's objects."""
 
 import inspect
+import sys
 from importlib import import_module
 from typing import get_args
 
@@ -87,6 +88,7 @@ def test_choices_are_the_trainers(node):
     critic, train = node("TDPOTemporalCritic"), node("TDPOTrain")
     assert options(train, "algorithm") == set(ALGORITHMS)
     assert options(critic, "activation") == set(get_args(CriticSettings.model_fields["activation"].annotation))
+    assert options(critic, "decoder") == {"full", "tiny", "one.safetensors"}
     assert options(critic, "reset") == set(get_args(NeuronSettings.model_fields["reset"].annotation))
     assert options(critic, "activation_data") == set(get_args(NeuronSettings.model_fields["data"].annotation))
     assert options(node("TDPORewardModel"), "reward") == set(reward_names())
@@ -96,6 +98,21 @@ def test_the_critics_defaults_are_the_papers(node):
     cls = node("TDPOTemporalCritic")
     (settings,) = cls.execute(**{socket.id: socket.default for socket in cls.define_schema().inputs}).values
     assert config.validate(settings) == config.validate({})
+
+
+def test_the_critics_decoder_is_one_of_comfyuis_files(node, monkeypatch):
+    cls, files = node("TDPOTemporalCritic"), ["taesd_decoder.pth", "taesd_encoder.pth"]
+    folders = sys.modules["folder_paths"]
+    monkeypatch.setattr(folders, "get_filename_list", lambda kind: files if kind == "vae_approx" else [])
+    monkeypatch.setattr(folders, "get_full_path", lambda kind, name: f"/models/{kind}/{name}", raising=False)
+    assert options(cls, "decoder") == {"full", "tiny", "taesd_decoder.pth"}
+    values = {socket.id: socket.default for socket in cls.define_schema().inputs} | {"read_every": 4}
+    (chosen,) = cls.execute(**values | {"decoder": "taesd_decoder.pth"}).values
+    assert config.validate(chosen).critic.decoder == "/models/vae_approx/taesd_decoder.pth"
+    assert config.validate(chosen).critic.read_every == 4
+    for name in ("taesd_encoder.pth", "../secret.pth"):
+        with pytest.raises(ValueError, match="got decoder .* not in models/vae_approx; put it there"):
+            cls.execute(**values | {"decoder": name})
 
 
 def test_a_name_that_comes_along_a_wire_is_checked_later(node):

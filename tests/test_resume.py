@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toy import Brightness, Contrast, fast_training, lora_of, new_run, same, timeless, toy_config, toy_training
 
+from comfy_tdpo.models.tiny_decoder import new_tiny_decoder, original_weights
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import WeightedSum
 from comfy_tdpo.trainer.config import override
@@ -43,7 +44,7 @@ VARIANTS = {
         "favour_diversity": True,
     },
     # two epochs, as nothing but what neurons were reset reaches further
-    "tdpo-r": {"epochs": 2},
+    "tdpo-r": {"epochs": 2, "critic": {"decoder": "tiny", "read_every": 2}},
     "a critic trained on earlier epochs, an average, a schedule and a window": {
         "critic": {
             "reads": "clean",
@@ -102,6 +103,16 @@ VARIANTS = {
         "epochs": 2,
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def tiny_decoder(tmp_path, monkeypatch) -> None:
+    """One for the latents of the tiny model, in the place of that which ships."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = original_weights(new_tiny_decoder(4, width=4, blocks=(1, 0)))
+    save_file(weights, tmp_path / "tiny.safetensors")
+    monkeypatch.setattr("comfy_tdpo.methods.decoder.TINY_DECODER", tmp_path / "tiny.safetensors")
 
 
 class Steps:

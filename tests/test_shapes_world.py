@@ -8,11 +8,13 @@ from diffusers import StableDiffusionPipeline
 
 from comfy_tdpo.models import load_model
 from comfy_tdpo.models.components import load_components
+from comfy_tdpo.models.stable_diffusion import Autoencoder
+from comfy_tdpo.models.tiny_decoder import load_tiny_decoder
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import load_reward
 from comfy_tdpo.rollout import Decoder, draw_images
-from comfy_tdpo.shapes import MODELS, WORLD
+from comfy_tdpo.shapes import MODELS, TINY_DECODER, WORLD
 from comfy_tdpo.shapes.build import Builder
 from comfy_tdpo.shapes.build import main as build_main
 from comfy_tdpo.shapes.dataset import make_scenes, preference
@@ -128,6 +130,18 @@ def test_the_autoencoder_keeps_what_is_asked_for(pipeline, scenes):
         decoded = torch.cat([vae.decode(vae.encode(x * 2 - 1).latent_dist.mean).sample for x in images.split(64)])
     # measured 0.91 here, and 0.93 on the report's scenes; of 256 scenes the standard error is 0.02: three below
     assert (gold_scores((decoded / 2 + 0.5).clamp(0, 1), captions) == 1).float().mean() > 0.85
+
+
+def test_the_tiny_decoder_shows_an_encoder_what_the_autoencoder_does(pipeline, scenes):
+    encoder, tiny = load_reward("shapes-aesthetic", CPU), load_tiny_decoder(TINY_DECODER)
+    full, generator = Autoencoder(pipeline.vae), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        clean = pipeline.vae.encode(scenes[2][:48] * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+        noise, third = torch.randn(clean.shape, generator=generator), torch.full((len(clean),), 249)
+        for latents in (clean, pipeline.scheduler.add_noise(clean, noise, third)):  # a third of its variance is noise
+            ours, theirs = (encoder.embed(decode(latents)) for decode in (tiny, full))
+            # its README has what is measured; two scenes' images have a cosine of 0.4
+            assert (ours * theirs).sum(-1).mean() > 0.8
 
 
 def test_the_aesthetic_reward_has_learned_the_preference_and_not_perfectly(scenes):

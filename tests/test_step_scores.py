@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from toy import Brightness, Contrast, new_run, toy_config, toy_training
 
 from comfy_tdpo.methods.step_regression import RIDGE, StepRegression
+from comfy_tdpo.reading import Reading
 from comfy_tdpo.rollout import Decoder, Sampler
 
 PROMPTS, SEEDS = ["a red circle", "a blue star", "a green cross"], [("test", i) for i in range(3)]
@@ -30,8 +31,8 @@ class ByPrompt(Brightness):
 @pytest.mark.parametrize("batch", [2, 64])
 def test_the_training_reward_and_the_guards_score_each_predicted_clean_image(make_policy, batch):
     policy, reward, guards = make_policy(steps=3), ByPrompt(), {"contrast": Contrast(), "light": Brightness()}
-    step_rewards = [reward, *guards.values()]
-    sampler = Sampler(Decoder(policy, batch), reward, {}, reward.embed, embed_clean=True, step_rewards=step_rewards)
+    reading = Reading(reward.embed, clean=True, rewards=[reward, *guards.values()])
+    sampler = Sampler(Decoder(policy, batch), reward, {}, reading)
     with torch.no_grad():
         found = sampler.sample(PROMPTS, SEEDS).trajectories()
         assert found.step_scores.shape == (3, 3, 3) and found.image_embeds.shape == (3, 3, 48)

@@ -6,6 +6,7 @@ critic's input, S scores of each step.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
 from ..randomness import generator_at
+from ..reading import Reading
 from ..rewards import RewardModel, encoder_name, load_reward
 from ..rollout import Trajectories
 from ..swapping import brought
 from . import Metrics, TensorGroup, objectives
 from .context import Context
 from .critic import TemporalCritic
+from .decoder import load_decoder
 from .encoder import encoder_of
 from .step_regression import StepRegression
 from .window import window
@@ -36,8 +39,8 @@ class CriticTraining:
     steps: K, all of T if the critic is trained by Eq. 9-10; otherwise the steps up to and including the one after the
     last trained step, since lambda compares each prediction with the next. For later steps, the return itself takes the
     place of a prediction.
-    encoder: the reward whose image encoder the critic uses, None if it reads latents; network, optimizer: the critic
-    itself.
+    encoder: the reward whose image encoder the critic uses, None if it reads latents; decoder: its own decoder, None if
+    it uses the model's; network, optimizer: the critic itself.
     history: HISTORY of the latest epochs, of all processes, oldest first; empty if the critic is trained by Eq. 9-10.
     regression: what the scores alone predict, a linear function for each step; the network adds to it. None until it
     has been fitted, and for a critic that reads no scores.
@@ -50,6 +53,7 @@ class CriticTraining:
             trained = window(context.config.policy, self.policy.process.stochastic)
             self.steps = min(self.steps, int(trained.nonzero().max()) + 2)
         self.encoder = None if self.config.reads == "latent" else self._encoder()
+        self.decoder = load_decoder(self.config, self.policy)
         self.network = TemporalCritic(
             self._width(),
             self.config.activation,
@@ -84,6 +88,23 @@ class CriticTraining:
         return model
 
     # --- what it reads
+
+    def reading(self, rewards: Sequence[RewardModel]) -> Reading | None:
+        """How trajectories are read for it, where `rewards` are those whose scores it may read; None if it reads
+        latents."""
+        if self.encoder is None:
+            return None
+        config = self.config
+        return Reading(
+            self.encoder.embed,
+            decode=self.decoder,
+            image_size=config.image_size,
+            clean=config.reads == "clean",
+            steps=self.steps,
+            every=config.read_every,
+            held=config.between == "held",
+            rewards=rewards if config.scores else (),
+        )
 
     def _width(self) -> int:
         width = self.policy.latent_size if self.encoder is None else self.encoder.embed_dim

@@ -25,8 +25,12 @@ def encoder_of(config: Any) -> str:
     return next(filter(has_encoder, candidates), OF_SHAPES if _is_of_shapes(config) else OF_PHOTOS)
 
 
+def is_model_of_shapes(model: str) -> bool:
+    """Whether a model of this name is one of the embedded world's; in a graph, its MODEL has a name of its own."""
+    return model in MODELS or model.startswith(f"{OF_GRAPH}Shapes")
+
+
 def _is_of_shapes(config: Any) -> bool:
-    """Whether a run trains on the embedded world; in a graph, its MODEL has a name of its own."""
+    """Whether a run trains on the embedded world."""
     names = [*config.trained_on, *config.guards]  # not those that are measured, which may change within a run
-    of_shapes = config.model in MODELS or config.model.startswith(f"{OF_GRAPH}Shapes")
-    return of_shapes or any(name.startswith("shapes-") for name in names)
+    return is_model_of_shapes(config.model) or any(name.startswith("shapes-") for name in names)

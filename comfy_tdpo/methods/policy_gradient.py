@@ -65,16 +65,12 @@ class PolicyGradient:
     # --- samples and their targets
 
     def sample(self, prompts: list[str], seeds: Sequence[Coordinates]) -> Sampled:
-        context, config = self.context, self.config
+        context = self.context
         sampler = Sampler(
             context.decoder,
             context.reward,
             context.eval_rewards,
-            embed=self.critic.encoder.embed if self.critic and self.critic.encoder else None,
-            embed_image_size=config.critic.image_size,
-            embed_clean=config.critic.reads == "clean",
-            embed_steps=self.critic.steps if self.critic else None,
-            step_rewards=self.rewards.models if self.critic and config.critic.scores else (),
+            reading=self.critic.reading(self.rewards.models) if self.critic else None,
             kl=self.kl.form,
             check=context.check,
             tell=context.tell,

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ..settings import Count, OptimizerSettings, PolicySettings, Positive, Rate, Section, Unset
+from ..user_files import user_path
+from .decoder import FULL, TINY
 
 CriticArchitecture = Literal["authors", "standardised", "dpok"]
 CriticActivation = Literal["identity", "relu", "leaky_relu"]
@@ -12,6 +14,11 @@ PolicyObjective = Literal["clip", "step-normalised", "trust-region"]
 NeuronActivation = Literal["relu", "leaky_relu"]
 NeuronData = Literal["epoch", "first-step", "batch"]
 Neurons = Literal["active", "dormant", "all", "none"]
+
+
+def _named_or_absolute(decoder: str) -> str:
+    """An absolute path, so that a run can be resumed from any folder, or one of the names."""
+    return decoder if decoder in (FULL, TINY) else str(user_path(decoder).absolute())
 
 
 class SteppedPolicySettings(PolicySettings):
@@ -128,6 +135,23 @@ class CriticSettings(OptimizerSettings):
         description="side in pixels at which latents are decoded for the critic; none means full size. Without effect "
         "with critic.reads latent",
     )
+    decoder: Annotated[str, Field(min_length=1), AfterValidator(_named_or_absolute)] = Field(
+        default=FULL,
+        description="what decodes the latents that the critic sees: the model's own decoder (full), the small one that "
+        "ships for Shapes (tiny), or a small one for the model's latents in this file, such as "
+        "taesd_decoder.safetensors. Images that rewards score are always decoded in full",
+    )
+    read_every: Count = Field(
+        default=1,
+        description="of how many steps the critic sees one, besides the last; the others get embeddings by "
+        "critic.between, and nothing of them is decoded",
+    )
+    between: Literal["interpolated", "held"] = Field(
+        default="interpolated",
+        description="with critic.read_every, the embedding of a step that the critic does not see: interpolated "
+        "between the steps around it that it sees, or that of the one before (held), since the one after also knows "
+        "the noise of the steps between, and the critic could credit them less for it",
+    )
     history: int = Field(
         default=0,
         ge=0,
@@ -144,6 +168,28 @@ class CriticSettings(OptimizerSettings):
         description="lambda of generalised advantage estimation: 1 compares the reward with the critic's prediction "
         "(the paper), 0 each prediction with the next; lower values have less variance and more bias",
     )
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether there is a critic that sees decoded images."""
+        return self.enabled and self.reads != "latent"
+
+    def check_reading(self) -> None:
+        """Raise ValueError if settings of what it sees contradict each other."""
+        images = {"encoder": None, "decoder": FULL, "read_every": 1}
+        for name, default in images.items():
+            value = getattr(self, name)
+            if self.reads == "latent" and value != default:
+                unset = "none" if default is None else default
+                raise ValueError(
+                    f"critic.{name} is {value!r}, but critic.reads is latent, and such a critic sees no images; set "
+                    f"critic.{name} to {unset}, or critic.reads to noisy or clean"
+                )
+        if self.scores and self.read_every > 1:
+            raise ValueError(
+                f"critic.scores needs the scores of every step, but critic.read_every is {self.read_every}; set it to "
+                "1, or critic.scores to false"
+            )
 
 
 class NeuronSettings(Section):

@@ -1,12 +1,14 @@
 """The settings of the policy-gradient methods (arXiv 2402.08552, Algorithm 1)."""
 
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ..rewards import has_encoder
 from ..settings import MethodSettings, Positive, Rate, Unset
+from .decoder import check_decoder, decoder_file
 from .encoder import encoder_of
 from .sections import ClippedPolicySettings, CriticSettings, KLSettings, MomentsSettings, NeuronSettings
 
@@ -76,11 +78,7 @@ class PolicyGradientSettings(MethodSettings):
                 f"critic.encoder is {self.critic.encoder!r}, which has no image encoder; set it to a reward that has "
                 "one, or to none"
             )
-        if self.critic.encoder and self.critic.reads == "latent":
-            raise ValueError(
-                f"critic.encoder is {self.critic.encoder!r}, but critic.reads is latent, and such a critic sees no "
-                "images; set critic.encoder to none, or critic.reads to noisy or clean"
-            )
+        self.critic.check_reading()
         if self.critic.architecture == "dpok" and not self.critic.step:
             raise ValueError(
                 "critic.architecture dpok has weights for each step, but critic.step is false; set it to true"
@@ -167,7 +165,13 @@ class PolicyGradientSettings(MethodSettings):
     def check_steps(self, steps: int) -> None:
         self.policy.check_steps(steps)
 
+    def check_model(self, model: str) -> None:
+        check_decoder(self.critic, model)
+
     @property
     def further_rewards(self) -> list[str]:
-        sees_images = self.critic.enabled and self.critic.reads != "latent"
-        return [encoder_of(self)] if sees_images or self.critic.encoder else []
+        return [encoder_of(self)] if self.critic.sees_images or self.critic.encoder else []
+
+    @property
+    def further_decoder(self) -> Path | None:
+        return decoder_file(self.critic)

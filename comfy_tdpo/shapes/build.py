@@ -1,10 +1,10 @@
 """Build the world of Shapes from scratch: `python -m comfy_tdpo.shapes.build`.
 
-The build renders captioned scenes, trains an autoencoder, three encoders with their rewards, a U-Net and a flow model
-on them, and writes the world's folder: a diffusers pipeline, the flow model, the encoders, and a README with
-measurements. Every batch is drawn from (seed, stage, step), and each stage saves its state regularly, so a stopped
-build continues where it left off. `--only STAGE` trains one encoder or the flow model anew in a world that is complete
-otherwise, and leaves everything else as it is.
+The build renders captioned scenes, trains an autoencoder, three encoders with their rewards, a U-Net, a flow model and
+a tiny decoder on them, and writes the world's folder: a diffusers pipeline, the flow model, the encoders, the decoder,
+and a README with measurements. Every batch is drawn from (seed, stage, step), and each stage saves its state regularly,
+so a stopped build continues where it left off. `--only STAGE` trains one encoder, the flow model or the tiny decoder
+anew in a world that is complete otherwise, and leaves everything else as it is.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizerFast
 
 from ..interrupts import keyboard_interrupts
-from ..models.components import load_components
+from ..models.components import Components, load_components
 from ..models.kind import FLOW_OF_SHAPES
+from ..models.stable_diffusion import Autoencoder
+from ..models.tiny_decoder import new_tiny_decoder, original_weights
 from . import WORLD
 from .dataset import make_scenes, preference
 from .encoders import ClipEncoder, JudgeEncoder, MatchEncoder, PreferenceHead, clip_config, load_tokenizer, tokenize
@@ -36,6 +38,8 @@ from .scenes import IMAGE_SIZE
 from .tokenizer import build_tokenizer
 
 TRAINING_SCENES = 32_000
+DECODED = 1024  # of these, for the tiny decoder: each has a whole image of targets
+TINY_DECODER = 24, (3, 3, 2, 0)  # width, and blocks at 8, 16, 32 and 64 pixels: a quarter of the full decoder's time
 
 # Stage -> (steps, batch size).
 STAGES = {
@@ -45,8 +49,9 @@ STAGES = {
     "flow": (6800, 64),
     "judge": (1500, 128),
     "match": (1200, 128),
+    "decoder": (1000, 16),
 }
-ALONE = ("clip", "flow", "judge", "match")  # stages that no other stage needs
+ALONE = ("clip", "flow", "judge", "match", "decoder")  # stages that no other stage needs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +103,7 @@ def build(out: Path, work: Path, seed: int, steps: int | None = None, only: str 
         world.flow(tokenizer)
         world.judge(tokenizer)
         world.match(tokenizer)
+        world.decoder(tokenizer)
     write_report(out)
 
 
@@ -244,6 +250,45 @@ class Builder:
         transformer = self._train("flow", new_transformer(), loss, lr=1e-3, cycles=2)
         self._save_flow(transformer)
 
+    def decoder(self, tokenizer: CLIPTokenizerFast) -> None:
+        """A tiny decoder, which learns from the autoencoder's own: L1 on the images of latents of all noise levels.
+
+        Those are what a critic reads: a third noisy latents of the U-Net, a third the clean latents that it predicts
+        from such, and a third noisy latents of the flow model.
+        """
+        torch.manual_seed(self.seed + 6)
+        parts = load_components(str(self.out / "pipeline"))
+        rows = torch.arange(min(DECODED, len(self.images)))
+        latents = self._latents_read(parts, rows, tokenize(tokenizer, [self.captions[row] for row in rows.tolist()]))
+        decode = Autoencoder(parts.vae)
+        with torch.no_grad():
+            targets = torch.cat([decode(part) for part in tqdm(latents.split(64), desc="decoded", leave=False)])
+
+        def loss(network: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
+            return F.l1_loss(network(latents[rows]) / 2 + 0.5, targets[rows])
+
+        network = new_tiny_decoder(latents.shape[1], *TINY_DECODER)
+        network = self._train("decoder", network, loss, lr=2e-3, averaged=False, count=len(latents))
+        (self.out / "decoder").mkdir(parents=True, exist_ok=True)
+        weights = {name: weight.half().contiguous() for name, weight in original_weights(network).items()}
+        save_file(weights, self.out / "decoder" / "model.safetensors")
+
+    @torch.no_grad()
+    def _latents_read(self, parts: Components, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Scaled latents of the images in `rows`, each as one of three kinds, at a level of noise that is drawn."""
+        generator = torch.Generator().manual_seed(_seed(self.seed, "latents", len(rows)))
+        clean = self._encode(parts.vae, rows) * parts.vae.config.scaling_factor
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(1000, (len(rows),), generator=generator)
+        noisy = parts.scheduler.add_noise(clean, noise, timesteps)
+        states = parts.text_encoder(input_ids=tokens).last_hidden_state
+        batches = zip(noisy.split(64), timesteps.split(64), states.split(64), strict=True)
+        outputs = [parts.unet(*batch).sample for batch in batches]
+        signal = parts.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        predicted = (noisy - (1 - signal).sqrt() * torch.cat(outputs)) / signal.sqrt()
+        flowing = torch.lerp(clean, noise, (timesteps / 1000).view(-1, 1, 1, 1))
+        return torch.stack([noisy, predicted, flowing])[rows % 3, torch.arange(len(rows))]
+
     def _save_pipeline(self, network, tokenizer, vae, scheduler) -> None:
         pipeline = StableDiffusionPipeline(
             vae=vae,
@@ -276,9 +321,18 @@ class Builder:
         return torch.cat([vae.encode(self.images[b].float() / 127.5 - 1).latent_dist.mean for b in batches])
 
     def _train(
-        self, stage: str, network: nn.Module, loss: Callable, lr: float, averaged: bool = True, cycles: int = 1
+        self,
+        stage: str,
+        network: nn.Module,
+        loss: Callable,
+        lr: float,
+        averaged: bool = True,
+        cycles: int = 1,
+        count: int | None = None,
     ) -> nn.Module:
         """Fit `network`, continuing from the state in the work folder. The learning rate has `cycles` cycles.
+
+        Batches are drawn from `count` rows, by default those of all images.
 
         Returns it with the moving average of its weights, or with the last ones if not `averaged`.
         """
@@ -299,7 +353,7 @@ class Builder:
             if step and step % cycle == 0:
                 parts["schedule"] = _one_cycle(optimizer, lr, cycle)
             generator = torch.Generator().manual_seed(_seed(self.seed, stage, step))
-            rows = torch.randint(len(self.images), (batch,), generator=generator)
+            rows = torch.randint(count or len(self.images), (batch,), generator=generator)
             value = loss(network, rows, generator)
             value.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -18,6 +18,7 @@ from ..runs.tastes import Tastes, tastes_beside
 
 _log = logging.getLogger(__name__)
 
+APPROXIMATE = "vae_approx"  # of ComfyUI itself, for previews
 REWARDS = "tdpo_rewards"
 REWARD_SUFFIXES = (".pt", ".pth", ".safetensors")
 SERVICES = "services.txt"  # in those folders: the addresses that a graph may choose, one a line
@@ -62,6 +63,25 @@ def lora_modified(name: str) -> str:
     """When that LoRA's file was last written; empty if there is none."""
     path = folder_paths.get_full_path("loras", name)
     return str(Path(path).stat().st_mtime_ns) if path else ""
+
+
+# --- tiny decoders ----------------------------------------------------------------------------------------------------
+
+
+def tiny_decoder_names() -> list[str]:
+    """The decoders among the files in ComfyUI's models/vae_approx, which also has the encoders that belong to them."""
+    return [name for name in folder_paths.get_filename_list(APPROXIMATE) if "encoder" not in name]
+
+
+def tiny_decoder_file(name: str) -> str:
+    """The path of the tiny decoder with this name in ComfyUI's list; ValueError if there is none."""
+    path = folder_paths.get_full_path(APPROXIMATE, name) if name in tiny_decoder_names() else None
+    if path is None:
+        raise ValueError(
+            f"got decoder {name!r}, which is not in models/{APPROXIMATE}; put it there, or choose 'full', or 'tiny' "
+            "for the Shapes Model"
+        )
+    return path
 
 
 # --- weights of rewards -----------------------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ class TrainConfig(MethodSettings):
         self.check_samples(self.samples_per_epoch)
         self.check_updates(self.samples_per_update)
         self.check_steps(self.steps)
+        self.check_model(self.model)
         self.check_groups(self.samples_per_prompt)
         self.check_guards(self.guards)
         self._check_guard_names()

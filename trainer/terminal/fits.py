@@ -17,6 +17,7 @@ from comfy_tdpo.memory.budget import GIB, MemoryBudget, Need, better_in_main_mem
 from comfy_tdpo.memory.counting import Held
 from comfy_tdpo.memory.without_values import counted, flops_of
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts
+from comfy_tdpo.models.tiny_decoder import load_tiny_decoder
 from comfy_tdpo.optimizers import bytes_of_moments
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rehearsal import Rehearsal
@@ -36,7 +37,7 @@ UNITS = {"GB": 10**9, "MB": 10**6}
 class Footprint:
     """What a run needs, in bytes.
 
-    weights: of denoiser, adapter and decoder; rewards: of their networks.
+    weights: of denoiser, adapter and decoder, and of a critic's own decoder; rewards: of their networks.
     texts: of the text encoders, which leave the device once all prompts are encoded.
     moments, trajectories: what an epoch holds besides; snapshot, checkpoint: a file of each, on the disk.
     sampling, decoding: per row; training: without gradient checkpointing and with it.
@@ -93,7 +94,7 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
             with policy.drawing_for_evaluation():
                 drawing = max(need_of(held, work) for work in (rehearsal.sample, rehearsal.decode))
     return Footprint(
-        weights=weights,
+        weights=weights + bytes_of_decoder(config),
         texts=numbers_of_texts(sizes) * dtype.itemsize,
         rewards=bytes_of_rewards(config),
         moments=moments,
@@ -123,6 +124,14 @@ def bytes_of_rewards(config: TrainConfig) -> int:
         * DTYPES[config.reward_precision].itemsize
         // 4
     )
+
+
+def bytes_of_decoder(config: TrainConfig) -> int:
+    """The size of a decoder in addition to the model's own; it is smaller, so that its work is no peak."""
+    if config.further_decoder is None:
+        return 0
+    decoder = load_tiny_decoder(config.further_decoder, DTYPES[config.precision])
+    return sum(weight.nbytes for weight in decoder.network.parameters())
 
 
 def choice(found: Footprint, config: TrainConfig, card: int) -> str:
