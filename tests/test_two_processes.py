@@ -107,6 +107,7 @@ def test_one_that_stops_or_fails_takes_the_other_along_and_all_is_saved(tmp_path
     [
         ("killed", "the connection to another process is lost"),
         ("frozen", "process 1 has shown no sign of life for 4 s"),
+        ("hanging", "process 1 has made no progress for 4 s"),
     ],
 )
 def test_one_that_is_gone_takes_the_other_along(mode, sentence, tmp_path, launch):
@@ -118,4 +119,7 @@ def test_one_that_is_gone_takes_the_other_along(mode, sentence, tmp_path, launch
     assert state["epoch"] == len(run.metrics()) > 0
     if mode == "frozen":
         last.send_signal(signal.SIGCONT)
-        assert last.wait(30) == 1
+    if mode != "killed":
+        out, _ = last.communicate(timeout=30)
+        assert last.returncode == 1 and (mode == "frozen" or f"{sentence} (raise --hang-limit" in out), out
+        assert mode == "frozen" or "it is in hang, line" in out
