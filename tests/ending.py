@@ -36,6 +36,7 @@ VARIANTS = {
     },
     "direct": {"algorithm": "alignprop", "samples_per_epoch": 32},
 }
+EPSILON = {"lr": 5e-3, "eps": 1e-3}  # as in updating.py
 SETTINGS = {"epochs": 2, "resolution": 8, "guidance": 1.0, "samples_per_update": 8, "micro_batch": 2}
 
 
@@ -51,6 +52,7 @@ def start(run: RunFolder, stop: threading.Event | None = None, watch=lambda *_: 
 def make_run(path: Path, accelerator: Accelerator, **settings) -> RunFolder:
     """A run's folder that the first process makes for all."""
     if accelerator.is_main_process:
+        path.parent.mkdir(exist_ok=True)
         (path.parent / "prompts.txt").write_text("a red circle\na green star\n")
         new_run(path, prompts=str(path.parent / "prompts.txt"), **SETTINGS | settings)
     accelerator.wait_for_everyone()
@@ -147,6 +149,33 @@ def lose_the_reward(folder: Path, accelerator: Accelerator) -> None:
     assert same(lora_of(again), lora_of(reference))
 
 
+MOMENTS = ("between epochs", "sampling", "updating")
+
+
+def new(path: Path, accelerator: Accelerator) -> RunFolder:
+    return make_run(path, accelerator, **VARIANTS["with a critic"], policy=EPSILON, critic={"eps": EPSILON["eps"]})
+
+
+def begin(folder: Path, accelerator: Accelerator) -> None:
+    """Trainings that are stopped at each of the MOMENTS, for another number of processes to finish."""
+    for moment in MOMENTS:
+        stop = threading.Event()
+
+        def watch(phase: str, done: float, _total: int, moment=moment, stop=stop) -> None:
+            if phase == moment and done:
+                stop.set()
+
+        training = start(new(folder / moment, accelerator), stop, watch)
+        for _ in training.epochs():
+            stop.set()
+        assert training.stopped and training.context.epoch == (moment == "between epochs")
+
+
+def finish(folder: Path) -> None:
+    for moment in MOMENTS:
+        list(start(RunFolder.open(folder / moment)).epochs())
+
+
 class Slow(Brightness):
     """The first score takes so many tenths of a second, as that of a service that is asked again and again."""
 
@@ -189,6 +218,8 @@ if __name__ == "__main__":
         stop_everywhere(place, connected)
         fail(place, connected)
         lose_the_reward(place, connected)
+        begin(place / "begun by several", connected)
+        finish(place / "begun by one")
     else:
         signals = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
         end_itself(place, connected, hang if mode == "hanging" else partial(signal.raise_signal, signals[mode]))

@@ -2,9 +2,9 @@
 
 One that is asked to stop passes it on to the others. One that is frozen, or whose machine is gone, cannot be waited for
 in any other way than from outside: a process that waits for it inside a library hears nothing else. So it is with one
-that lives but hangs, in a loop without an end or in a file system that does not answer. It is told from one that is only
-slow by its signs of progress, which it gives before every model call, while it waits for a reward service, and while it
-reads and writes files.
+that lives but hangs, in an endless loop or in a file system that does not answer. Signs of progress tell it from one
+that is only slow: it gives them before every model call, while it waits for a reward service, and while it reads and
+writes files.
 """
 
 import os
