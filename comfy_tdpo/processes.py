@@ -154,12 +154,13 @@ class Processes:
         if self.rank:
             for begin in range(0, len(tensor), rows):
                 with self._connected():
-                    dist.send(tensor[begin : begin + rows].contiguous(), 0)
+                    dist.send(tensor[begin : begin + rows].to(self.device).contiguous(), 0)
             return tensor
         parts = [tensor.cpu()]
         for rank in range(1, self.count):
             for begin in range(0, int(sizes[rank]), rows):
-                part = tensor.new_empty(min(rows, int(sizes[rank]) - begin), *tensor.shape[1:])
+                size = min(rows, int(sizes[rank]) - begin)
+                part = tensor.new_empty(size, *tensor.shape[1:], device=self.device)
                 with self._connected():
                     dist.recv(part, rank)
                 parts.append(part.cpu())

@@ -162,7 +162,7 @@ def begin(folder: Path, accelerator: Accelerator) -> None:
         stop = threading.Event()
 
         def watch(phase: str, done: float, _total: int, moment=moment, stop=stop) -> None:
-            if phase == moment and done:
+            if phase == moment and done >= 2:  # a micro-batch, or two updates
                 stop.set()
 
         training = start(new(folder / moment, accelerator), stop, watch)
@@ -199,7 +199,7 @@ def hang() -> None:
 def end_itself(folder: Path, accelerator: Accelerator, act: Callable[[], None]) -> None:
     lookout.PATIENCE = limit = 4.0
     last = accelerator.process_index == accelerator.num_processes - 1
-    slow = Slow(60 if last and act is hang else 0)  # which is no hanging
+    slow = Slow(45 if last and act is hang else 0)  # which is no hanging
     run, stop = make_run(folder / "run", accelerator, epochs=9), threading.Event()
     training = start(run, stop, At(100, lambda: last and act()), reward=slow)
     with lookout.Lookout(training.processes, stop, limit, lambda: "resume it"):
