@@ -6,7 +6,8 @@ and so must every metric except the timings.
 
 With `--processes 2`, or more, each run is trained by that many processes on the CPU, without a launcher that looks
 after them, and what happens at the random moment happens to a random one of them: it is killed, frozen (SIGSTOP) or
-asked to stop (SIGTERM). All must have ended a minute later, a frozen one once it goes on.
+asked to stop (SIGTERM). All must have ended a minute later, a frozen one once it goes on. The moment is after the first
+epoch: before that they load their models and connect, which a launcher looks after.
 """
 
 import argparse
@@ -104,16 +105,32 @@ def start(flags: list[str], processes: int) -> list[subprocess.Popen]:
 
 def train(flags: list[str], processes: int) -> None:
     """Train to the end; raises RuntimeError if that fails."""
-    statuses = [process.wait() for process in start(flags, processes)]
+    check_ended(start(flags, processes))
+
+
+def check_ended(processes: list[subprocess.Popen]) -> None:
+    """Wait for processes to end; raises RuntimeError if one fails."""
+    statuses = [process.wait() for process in processes]
     if any(statuses):
-        raise RuntimeError(f"{' '.join(flags)} ended with status {statuses}")
+        raise RuntimeError(f"{processes[0].args!r} ended with status {statuses}")
 
 
 def train_whole(path: Path, settings: list[str], processes: int = 1) -> float:
-    """Train without a stop; the seconds it took."""
+    """Train without a stop; the seconds it took, or several processes from their first epoch on."""
     began = time.perf_counter()
-    train(["--run-dir", str(path), *settings], processes)
+    started = start(["--run-dir", str(path), *settings], processes)
+    if processes > 1:
+        wait_for_epoch(path, started)
+        began = time.perf_counter()
+    check_ended(started)
     return time.perf_counter() - began
+
+
+def wait_for_epoch(path: Path, processes: list[subprocess.Popen]) -> None:
+    """Wait until the run has finished its first epoch, or a process has ended."""
+    metrics = path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and all(process.poll() is None for process in processes):
+        time.sleep(0.05)
 
 
 def kill_and_resume(
@@ -122,6 +139,8 @@ def kill_and_resume(
     """Train, have something happen to a process after `moment` seconds, and continue; from the start where it came
     before there was a run. Returns the seconds until all processes had ended."""
     started = start(["--run-dir", str(path), *settings], processes)
+    if processes > 1:
+        wait_for_epoch(path, started)
     time.sleep(moment)
     began = time.perf_counter()
     if started[rank].poll() is None:

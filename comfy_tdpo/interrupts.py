@@ -1,4 +1,7 @@
-"""Stops that come while something else runs: Ctrl-C in compiled libraries, and a stop while the program waits."""
+"""Stops that come while something else runs: Ctrl-C in compiled libraries, and a stop while the program waits.
+
+What waits, or takes long, need not know for whom: `heed` and `told` reach the block of `heeding` around it.
+"""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -12,11 +15,13 @@ Result = TypeVar("Result")
 TICK = 0.1  # seconds between two looks whether to stop
 
 _check: ContextVar[Callable[[], None]] = ContextVar("check", default=lambda: None)
+_tell: ContextVar[Callable[[str], None]] = ContextVar("tell", default=lambda text: None)
 
 
 @contextmanager
-def heeding(check: Callable[[], None]) -> Iterator[None]:
-    """Inside the block, whatever waits calls `check` many times a second through `heed`; it may raise to stop.
+def heeding(check: Callable[[], None], tell: Callable[[str], None] = lambda text: None) -> Iterator[None]:
+    """Inside the block, whatever waits calls `check` many times a second through `heed`; it may raise to stop. `tell`
+    hears from it, through `told`, what it waits for.
 
     Whatever exception that ends in leaves the block as the one that `check` raised: code in between, such as a sum of
     rewards, may take it for a failure of its own.
@@ -31,7 +36,7 @@ def heeding(check: Callable[[], None]) -> Iterator[None]:
             raised = error
             raise
 
-    token = _check.set(ask)
+    check_token, tell_token = _check.set(ask), _tell.set(tell)
     try:
         yield
     except Exception:
@@ -39,19 +44,25 @@ def heeding(check: Callable[[], None]) -> Iterator[None]:
             raise raised  # noqa: B904  # it is what the exception in flight began as
         raise
     finally:
-        _check.reset(token)
+        _check.reset(check_token)
+        _tell.reset(tell_token)
 
 
 def heed() -> None:
-    """Called by what waits: raises what the `check` of the block around it raises."""
+    """Called by what waits or takes long: raises what the `check` of the block around it raises."""
     _check.get()()
+
+
+def told(text: str) -> None:
+    """Called by what waits, with what it waits for, such as "waiting for a server"."""
+    _tell.get()(text)
 
 
 class Meanwhile(Generic[Result]):
     """What `work` returns, computed on a thread of its own, which heeds the stops of the block that begins it."""
 
     def __init__(self, work: Callable[[], Result]):
-        self._work, self._stops = work, _check.get()
+        self._work, self._stops, self._waits_for = work, _check.get(), ""
         self._given_up, self._done = Event(), Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
@@ -65,6 +76,9 @@ class Meanwhile(Generic[Result]):
         """What `work` returned, or an exception that it raised. Heeds stops while it waits."""
         while not self._done.wait(TICK):
             heed()
+            if self._waits_for:
+                told(self._waits_for)
+                self._waits_for = ""
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]  # it has been set
@@ -75,7 +89,7 @@ class Meanwhile(Generic[Result]):
 
     def _run(self) -> None:
         try:
-            with heeding(self._check):
+            with heeding(self._check, self._hear):
                 self._result = self._work()
         except BaseException as error:  # it is raised where the result is asked for
             self._error = error
@@ -85,6 +99,9 @@ class Meanwhile(Generic[Result]):
         if self._given_up.is_set():
             raise InterruptedError("nobody waits for it any more")
         self._stops()
+
+    def _hear(self, text: str) -> None:
+        self._waits_for = text
 
 
 @contextmanager

@@ -8,25 +8,28 @@ Shapes: P processes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-GOES_ON, STOPS, FAILS, LOST = range(4)  # what a process says, from good to bad; of one that is LOST, others know it
+GOES_ON, STOPS, LACKS, FAILS, LOST = range(5)  # what a process says, from good to bad; that one is LOST, others know
+SAVED = (STOPS, LACKS)  # the state of all is whole, and is saved
 
 BUCKET = 2**24  # numbers that are sent at once
 
 _WORDS = {
     STOPS: "another process was stopped",
+    LACKS: "a reward of another process failed, and it has said why",
     FAILS: "another process failed, and has said why",
     LOST: "the connection to another process is lost: it was killed, or its machine or the network failed",
 }
 
 
 class Parted(Exception):
-    """The processes go on no longer together; why: STOPS, FAILS or LOST."""
+    """The processes go on no longer together; why: STOPS, LACKS (a reward), FAILS or LOST."""
 
     def __init__(self, why: int):
         super().__init__(_WORDS[why])
@@ -37,18 +40,24 @@ class Processes:
     """This process and the others. With a single one, nothing is sent.
 
     parted: whether they have ended their work together; from then on, none says anything any more.
+    signs: how many signs of progress this one has given; waiting: whether it waits for the others.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.device, self.parted = accelerator.device, False
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
+        self.signs, self.waiting = 0, False
+
+    def sign(self) -> None:
+        """Give a sign of progress; cheap. One that gives none is not waited for much longer, see trainer/lookout.py."""
+        self.signs += 1
 
     def meet(self) -> None:
         """Wait for the others; raises Parted if one of them stops, fails or is lost."""
         self._say(GOES_ON)
 
     def part(self, why: int) -> None:
-        """Tell the others that this process STOPS or FAILS; raises Parted if the news from another one is worse."""
+        """Tell the others that this process STOPS, LACKS or FAILS; raises Parted if another one's news is worse."""
         self._say(why)
 
     def _say(self, what: int) -> None:
@@ -64,11 +73,16 @@ class Processes:
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
+        self.sign()
+        self.waiting = True
         try:
             yield
         except RuntimeError as error:  # torch and its backends raise no narrower one
             self.parted = True
             raise Parted(LOST) from error
+        finally:
+            self.waiting = False
+            self.sign()
 
     def wait(self) -> None:
         """Wait for the others, even after they have parted."""
@@ -136,12 +150,18 @@ class Processes:
         with self._connected():
             sizes = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
             dist.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
-            if self.rank:
-                dist.send(tensor.contiguous(), 0)
-                return tensor
-            parts = [tensor.cpu()]
-            for rank in range(1, self.count):
-                received = tensor.new_empty(int(sizes[rank]), *tensor.shape[1:])
-                dist.recv(received, rank)
-                parts.append(received.cpu())
-            return torch.cat(parts)
+        rows = max(1, BUCKET // max(1, prod(tensor.shape[1:])))  # at once
+        if self.rank:
+            for begin in range(0, len(tensor), rows):
+                with self._connected():
+                    dist.send(tensor[begin : begin + rows].to(self.device).contiguous(), 0)
+            return tensor
+        parts = [tensor.cpu()]
+        for rank in range(1, self.count):
+            for begin in range(0, int(sizes[rank]), rows):
+                size = min(rows, int(sizes[rank]) - begin)
+                part = tensor.new_empty(size, *tensor.shape[1:], device=self.device)
+                with self._connected():
+                    dist.recv(part, rank)
+                parts.append(part.cpu())
+        return torch.cat(parts)

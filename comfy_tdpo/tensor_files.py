@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .interrupts import heed
+
 _LARGEST_HEADER = 100_000_000  # bytes, the safetensors library's own limit
+_PIECE = 2**28  # bytes of a large file that are flushed to disk at once, so that slow disks show progress
 
 # The format's names for dtypes, without those that the installed torch lacks.
 _DTYPES = {
@@ -113,7 +117,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Write `tensors`, from any device, and `metadata` to `path`, with the user's default file permissions.
 
     They are written one by one: safetensors' own `save_file` holds all of them in memory once more, writes metadata in
-    the order of a hash map, and some versions make the file readable only by its owner.
+    the order of a hash map, and some versions make the file readable only by its owner. A stop is heeded between them.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -124,8 +128,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    unflushed = 0
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             octets = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
-            file.write(memoryview(octets.numpy()))
+            for piece in octets.split(_PIECE):
+                file.write(memoryview(piece.numpy()))
+                unflushed += len(piece)
+                if unflushed >= _PIECE:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    unflushed = 0
+                heed()

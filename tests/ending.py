@@ -1,13 +1,16 @@
-"""Trainings that end early, in each of several processes: python ending.py FOLDER stop, killed or frozen.
+"""Trainings that end early, in each of several processes: python ending.py FOLDER stop, killed, frozen or hanging.
 
-stop: a training that is stopped at many moments by one of the processes and resumed, and one that fails; killed,
-frozen: what the last process does to itself in mid-epoch.
+stop: a training that is stopped at many moments by one of the processes and resumed, one that fails, and one that loses
+its reward; killed, frozen, hanging: what the last process does to itself in mid-epoch.
 """
 
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +18,9 @@ from accelerate import Accelerator
 from tint import TintModel
 from toy import Brightness, Contrast, lora_of, new_run, same, timeless
 
+from comfy_tdpo.interrupts import heed
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.processes import FAILS, LOST, Parted
+from comfy_tdpo.processes import FAILS, LACKS, LOST, Parted
 from comfy_tdpo.rewards import RewardError
 from comfy_tdpo.trainer import lookout
 from comfy_tdpo.trainer.keeping import Keeper
@@ -32,6 +36,7 @@ VARIANTS = {
     },
     "direct": {"algorithm": "alignprop", "samples_per_epoch": 32},
 }
+EPSILON = {"lr": 5e-3, "eps": 1e-3}  # as in updating.py
 SETTINGS = {"epochs": 2, "resolution": 8, "guidance": 1.0, "samples_per_update": 8, "micro_batch": 2}
 
 
@@ -47,6 +52,7 @@ def start(run: RunFolder, stop: threading.Event | None = None, watch=lambda *_: 
 def make_run(path: Path, accelerator: Accelerator, **settings) -> RunFolder:
     """A run's folder that the first process makes for all."""
     if accelerator.is_main_process:
+        path.parent.mkdir(exist_ok=True)
         (path.parent / "prompts.txt").write_text("a red circle\na green star\n")
         new_run(path, prompts=str(path.parent / "prompts.txt"), **SETTINGS | settings)
     accelerator.wait_for_everyone()
@@ -98,29 +104,105 @@ def fail(folder: Path, accelerator: Accelerator) -> None:
     """An error in the last process ends the others too."""
     last = accelerator.process_index == accelerator.num_processes - 1
 
-    class Failing(Brightness):
-        def score(self, images, prompts):
-            if last:
-                raise KeyError("an error of the last process alone")
-            return super().score(images, prompts)
+    def raise_error() -> None:
+        raise KeyError("an error of the last process alone")
 
-    training = start(make_run(folder / "failing", accelerator), reward=Failing())
+    training = start(make_run(folder / "failing", accelerator), watch=At(9, raise_error if last else lambda: None))
     try:
         list(training.epochs())
     except Parted as parted:
         assert not last and parted.why == FAILS
-    except RewardError:
+    except KeyError:
         assert last
     else:
         raise AssertionError("it did not fail")
 
 
-def end_itself(folder: Path, accelerator: Accelerator, signum: int) -> None:
-    lookout.PATIENCE = 4.0
+def lose_the_reward(folder: Path, accelerator: Accelerator) -> None:
+    """A reward that fails in the last process, in the second epoch: all is saved, and resumes as if it had not."""
+    reference = start(make_run(folder / "kept", accelerator))
+    list(reference.epochs())
     last = accelerator.process_index == accelerator.num_processes - 1
+
+    class Lost(Brightness):
+        calls = 0
+
+        def score(self, images, prompts):
+            self.calls += 1
+            if last and self.calls == 4:
+                raise RewardError("nobody answers")
+            return super().score(images, prompts)
+
+    run = make_run(folder / "lost", accelerator)
+    try:
+        list(start(run, reward=Lost()).epochs())
+    except Parted as parted:
+        assert not last and parted.why == LACKS
+    except RewardError:
+        assert last
+    else:
+        raise AssertionError("it did not end")
+    assert [path.name for path in sorted(run.checkpoints.iterdir())][1:] == ["epoch-0001-samples-000006-updates-000000"]
+    accelerator.wait_for_everyone()
+    again = start(RunFolder.open(run.path))
+    list(again.epochs())
+    assert same(lora_of(again), lora_of(reference))
+
+
+MOMENTS = ("between epochs", "sampling", "updating")
+
+
+def new(path: Path, accelerator: Accelerator) -> RunFolder:
+    return make_run(path, accelerator, **VARIANTS["with a critic"], policy=EPSILON, critic={"eps": EPSILON["eps"]})
+
+
+def begin(folder: Path, accelerator: Accelerator) -> None:
+    """Trainings that are stopped at each of the MOMENTS, for another number of processes to finish."""
+    for moment in MOMENTS:
+        stop = threading.Event()
+
+        def watch(phase: str, done: float, _total: int, moment=moment, stop=stop) -> None:
+            if phase == moment and done >= 2:  # a micro-batch, or two updates
+                stop.set()
+
+        training = start(new(folder / moment, accelerator), stop, watch)
+        for _ in training.epochs():
+            stop.set()
+        assert training.stopped and training.context.epoch == (moment == "between epochs")
+
+
+def finish(folder: Path) -> None:
+    for moment in MOMENTS:
+        list(start(RunFolder.open(folder / moment)).epochs())
+
+
+class Slow(Brightness):
+    """The first score takes so many tenths of a second, as that of a service that is asked again and again."""
+
+    def __init__(self, tenths: int):
+        self.tenths = tenths
+
+    def score(self, images, prompts):
+        for _ in range(self.tenths):
+            time.sleep(0.1)
+            heed()
+        self.tenths = 0
+        return super().score(images, prompts)
+
+
+def hang() -> None:
+    """Live on without progress."""
+    while True:
+        time.sleep(0.1)
+
+
+def end_itself(folder: Path, accelerator: Accelerator, act: Callable[[], None]) -> None:
+    lookout.PATIENCE = limit = 4.0
+    last = accelerator.process_index == accelerator.num_processes - 1
+    slow = Slow(45 if last and act is hang else 0)  # which is no hanging
     run, stop = make_run(folder / "run", accelerator, epochs=9), threading.Event()
-    training = start(run, stop, At(100, lambda: last and signal.raise_signal(signum)))
-    with lookout.Lookout(training.processes, stop, lambda: "resume it"):
+    training = start(run, stop, At(100, lambda: last and act()), reward=slow)
+    with lookout.Lookout(training.processes, stop, limit, lambda: "resume it"):
         try:
             list(training.epochs())
         except Parted as parted:
@@ -135,6 +217,10 @@ if __name__ == "__main__":
     if mode == "stop":
         stop_everywhere(place, connected)
         fail(place, connected)
+        lose_the_reward(place, connected)
+        begin(place / "begun by several", connected)
+        finish(place / "begun by one")
     else:
-        end_itself(place, connected, {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}[mode])
+        signals = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
+        end_itself(place, connected, hang if mode == "hanging" else partial(signal.raise_signal, signals[mode]))
     torch.distributed.destroy_process_group()

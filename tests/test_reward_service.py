@@ -37,7 +37,7 @@ from comfy_tdpo.rewards.remote.judge import KEY
 from comfy_tdpo.rewards.remote.protocol import LARGEST_BODY, answer, packed, unpacked
 from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.config import make_config
-from comfy_tdpo.trainer.job import Job
+from comfy_tdpo.trainer.job import ENDED, Job
 from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.serving import RewardServer
 
@@ -313,13 +313,16 @@ def test_a_stop_is_heeded_while_it_waits(tmp_path, monkeypatch):
     list(whole.epochs())
     run = new_run(tmp_path / "run", **TRAINING)
     # the grey image that is sent first, then micro-batches
-    for faults in ([right, right, stalls], [right, right, says(b"", 500)]):
-        with Faulty(*faults) as server:
+    waits = "waiting for reward '{}' (status 500: no reason given)"
+    for fault, phase in ((stalls, "sampling"), (says(b"", 500), waits)):
+        with Faulty(right, right, fault) as server:
             reward = load_reward(server.url, CPU)
             job = Job(run, lambda run, stop, watch, reward=reward: fast_training(run, reward, stop=stop, watch=watch))
             job.start()
             while server.faults:
                 time.sleep(0.01)
+            while job.status.phase != phase.format(server.url) and job.status.state not in ENDED:
+                time.sleep(0.01)  # what it waits for is shown
             began = time.monotonic()
             job.stop()
             status = job.wait(20)

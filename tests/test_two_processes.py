@@ -5,12 +5,15 @@ import signal
 import socket
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import children
+import ending
 import pytest
 import torch
 import updating
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from comfy_tdpo.trainer.assemble import SHARDED, _check_not_sharded
@@ -94,10 +97,22 @@ def launch(start):
 
 
 @pytest.mark.slow
-def test_one_that_stops_or_fails_takes_the_other_along_and_all_is_saved(tmp_path, launch):
+def test_one_that_stops_or_fails_takes_the_other_along_and_all_is_saved(tmp_path, launch, caplog):
+    """What is saved resumes to the bit, and on another number of processes up to rounding."""
+    whole = ending.new(tmp_path / "whole", one := Accelerator(cpu=True))
+    list(ending.start(whole).epochs())
+    ending.begin(tmp_path / "begun by one", one)
     for process in launch(tmp_path, "stop"):
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out
+    ending.finish(tmp_path / "begun by several")
+    assert "was stopped by 2 processes while it sampled, and goes on with 1: epoch 1 begins again" in caplog.text
+    expected = load_file(whole.latest_lora)
+    for folder, moment in product(("begun by one", "begun by several"), ending.MOMENTS):
+        found = load_file(RunFolder.open(tmp_path / folder / moment).latest_lora)
+        for name, weight in expected.items():
+            # as in the epochs above
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=f"{folder}, {moment}")
 
 
 @pytest.mark.slow
@@ -107,6 +122,7 @@ def test_one_that_stops_or_fails_takes_the_other_along_and_all_is_saved(tmp_path
     [
         ("killed", "the connection to another process is lost"),
         ("frozen", "process 1 has shown no sign of life for 4 s"),
+        ("hanging", "process 1 has made no progress for 4 s"),
     ],
 )
 def test_one_that_is_gone_takes_the_other_along(mode, sentence, tmp_path, launch):
@@ -118,4 +134,7 @@ def test_one_that_is_gone_takes_the_other_along(mode, sentence, tmp_path, launch
     assert state["epoch"] == len(run.metrics()) > 0
     if mode == "frozen":
         last.send_signal(signal.SIGCONT)
-        assert last.wait(30) == 1
+    if mode != "killed":
+        out, _ = last.communicate(timeout=30)
+        assert last.returncode == 1 and (mode == "frozen" or f"{sentence} (raise --hang-limit" in out), out
+        assert mode == "frozen" or "it is in hang, line" in out

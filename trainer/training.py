@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
 import torch
@@ -25,7 +25,7 @@ from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
 from comfy_tdpo.optimizers import bytes_of_moments, policy_optimizer, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.processes import FAILS, STOPS, Parted, Processes
+from comfy_tdpo.processes import FAILS, LACKS, SAVED, STOPS, Parted, Processes
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
@@ -140,7 +140,7 @@ class Training:
             check=self._check_stop,
             record=partial(self._keep_neurons, append_neurons),
             record_policy=partial(self._keep_neurons, append_policy_neurons),
-            watch=self.watch,
+            watch=self._tell,
             scaler=torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16"),
         )
 
@@ -167,6 +167,7 @@ class Training:
             try:
                 yield from self._epochs()
             except BaseException:  # the others must not wait for this process
+                self._call_off()
                 with suppress(Parted):
                     self.processes.part(FAILS)
                 raise
@@ -178,35 +179,59 @@ class Training:
         if self.arithmetic:
             logger.info("%s on %s: %s", self.run.path.name, self.policy.device, self.arithmetic)
         context.in_main_memory = self._keeps_in_main_memory()
-        restored = self.state.restore(self.run.checkpoints)
+        with self._at_the_disk():
+            restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
                 f"got {self.config.epochs} epochs for a run that has finished {context.epoch}; expected as many or more"
             )
         if self.accelerator.is_main_process:
-            self.keeper.put_in_order(restored)
+            with self._at_the_disk():
+                self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
         try:
             with torch.no_grad():
                 self.policy.encode_ahead([*self.prompts, *self.keeper.grid_prompts], self._check_stop)
             if context.epoch == 0 and not context.progress.parts:
-                self._begin()
+                with self._heeding():
+                    self._begin()
             while not self._is_over:
                 self._check_stop()
                 self.processes.meet()
-                with heeding(self._check_stop):
+                with self._heeding():
                     metrics = self._run_epoch()
                 yield metrics
-        except RewardError:
-            if self.processes.count == 1:  # several are each at a place of their own
-                self._save_unfinished()
-            raise
-        except (Stopped, Parted) as end:
-            if isinstance(end, Parted) and end.why != STOPS:
-                raise
-            self.processes.part(STOPS)
-            self.stopped = True
+        except (Stopped, RewardError, Parted) as end:
+            self._end_early(end)
+
+    def _heeding(self) -> AbstractContextManager[None]:
+        """Inside the block, what waits heeds a stop, and shows what it waits for."""
+        return heeding(self._check_stop, self.context.wait)
+
+    def _at_the_disk(self) -> AbstractContextManager[None]:
+        """Inside the block, a stop is not heeded, so that what is read or written is whole."""
+        return heeding(self.processes.sign)
+
+    def _end_early(self, end: Stopped | RewardError | Parted) -> None:
+        """Save what there is where all processes are at the same point; raises `end` unless that is a stop."""
+        why = end.why if isinstance(end, Parted) else LACKS if isinstance(end, RewardError) else STOPS
+        try:
+            if why == LACKS:
+                self._call_off()
+            if why in SAVED:
+                self.processes.part(why)
+        except Parted as worse:
+            why, end = worse.why, end if isinstance(end, RewardError) else worse
+        if why in SAVED:
             self._save_unfinished()
+        if why != STOPS:
+            raise end
+        self.stopped = True
+
+    def _call_off(self) -> None:
+        """Have the other processes stop soon: what they do now is for nothing."""
+        if self.processes.count > 1:
+            self.stop.set()  # which is passed on
 
     @property
     def _is_over(self) -> bool:
@@ -261,8 +286,13 @@ class Training:
 
     def _check_stop(self) -> None:
         """Raise Stopped on request. The other processes hear of it as soon as they would send something."""
+        self.processes.sign()
         if self.stop.is_set():
             raise Stopped
+
+    def _tell(self, phase: str, done: float, total: int) -> None:
+        self.processes.sign()
+        self.watch(phase, done, total)
 
     # --- sampling and updates ---------------------------------------------------------------------------------------
 
@@ -365,7 +395,8 @@ class Training:
         self.context.epoch, self.context.progress = self.context.epoch + 1, Progress()
         if self.accelerator.is_main_process:
             rang = any(SINCE in line for line in self.state.metrics)
-            self.keeper.keep_epoch(metrics, last=self._is_over)
+            with self._at_the_disk():
+                self.keeper.keep_epoch(metrics, last=self._is_over)
             if self.overoptimisation.since is not None and not rang:
                 logger.warning("%s", told(self.run, self.state.metrics, self.config))
 
@@ -373,5 +404,6 @@ class Training:
         """After a stop or a reward's failure, save what there is, including an unfinished epoch."""
         unfinished = self.state.unfinished()
         if self.accelerator.is_main_process and (self.context.epoch or unfinished):
-            self.keeper.keep_state(unfinished)
+            with self._at_the_disk():
+                self.keeper.keep_state(unfinished)
         self.processes.wait()  # a launcher may end all processes as soon as one has ended

@@ -112,6 +112,11 @@ class Context:
         phase, done, size, total = self._piece
         self.watch(phase, done + share * size, total)
 
+    def wait(self, text: str) -> None:
+        """Tell what is waited for, in place of the phase, until what was begun goes on."""
+        _, done, _, total = self._piece
+        self.watch(text, done, total)
+
     # --- samples
 
     def draws(self, rows: range) -> tuple[list[str], list[Coordinates]]:

@@ -187,6 +187,10 @@ class TrainConfig(MethodSettings):
         default=False, description="end the run, saved, once the rule in overoptimisation says that it overoptimises"
     )
     overoptimisation: OveroptimisationSettings = OveroptimisationSettings()
+    hang_limit: Annotated[Count, MAY_CHANGE] = Field(
+        default=50,
+        description="of several processes, seconds that the others wait for one that shows no progress before all end",
+    )
     output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
 
     @property

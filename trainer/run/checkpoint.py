@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from comfy_tdpo.atomic_files import flush_to_disk, naming
+from comfy_tdpo.interrupts import heed
 from comfy_tdpo.tensor_files import write_tensors
 
 STATE, SUMS, PARTIAL = "state.json", "SHA256SUMS", ".partial"
@@ -126,5 +127,9 @@ def _check_sums(path: Path, expected: set[str]) -> None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(2**24):
+            digest.update(piece)
+            heed()
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
-from ...interrupts import TICK, heed
+from ...interrupts import TICK, heed, told
 from ..answers import RewardError
 from .protocol import json_object
 
@@ -81,6 +81,7 @@ def ask(name: str, requests: list[Request[Answer]], patience: Patience | None = 
         logger.warning(
             "reward %r: %s; waiting %g s to ask again (%d of %d)", name, problem, pause, failed, len(patience.pauses)
         )
+        told(f"waiting for reward {name!r} ({problem})")
         _sleep(pause)
 
 
