@@ -44,9 +44,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "16 px": {"image_size": 16},
     "tiny": FULL | {"decoder": "tiny"},
     "every 5th": FULL | {"read_every": 5},
-    "every 5th, held": FULL | {"read_every": 5, "between": "held"},
-    "tiny, every 5th, held": FULL | {"decoder": "tiny", "read_every": 5, "between": "held"},
-    "tiny, 32 px, every 5th, held": {"image_size": 32, "decoder": "tiny", "read_every": 5, "between": "held"},
+    "every 5th, interpolated": FULL | {"read_every": 5, "between": "interpolated"},
+    "tiny, every 5th": FULL | {"decoder": "tiny", "read_every": 5},
+    "tiny, 32 px, every 5th": {"image_size": 32, "decoder": "tiny", "read_every": 5},
 }
 BASELINE = "full"
 QUICK = {"epochs": 2, "samples_per_epoch": 6, "samples_per_update": 6, "output": {"grid_images": 1}}
@@ -101,8 +101,8 @@ def page(runs: Runs, found: list[Line]) -> str:
         "standard deviations of the first epoch's rewards, and the gold lost are those of the end. The seconds are "
         "those of an epoch, and of its sampling, in which the critic reads.",
         "",
-        "Where the critic reads every 5th step, the embeddings of the others are interpolated, so that they know some "
-        "of the noise of the steps that follow; variance explained by that is no merit. With `held`, they do not.",
+        "Where the critic reads every 5th step, the others have the embedding of the last one read. Interpolated, they "
+        "know some of the noise of the steps that follow; variance explained by that is no merit.",
         "",
         *row(*head, "sampling", head=True),
     ]

@@ -89,8 +89,8 @@ class TemporalCritic(io.ComfyNode):
                     min=1,
                     max=10_000,
                     optional=True,
-                    tooltip="Of how many steps the critic sees one. Higher is faster; what it would have seen in "
-                    "between is interpolated.",
+                    tooltip="Of how many steps the critic sees one. Higher is faster; between them it goes by the "
+                    "last one that it saw.",
                 ),
             ],
             outputs=[

@@ -146,11 +146,11 @@ class CriticSettings(OptimizerSettings):
         description="of how many steps the critic sees one, besides the last; the others get embeddings by "
         "critic.between, and nothing of them is decoded",
     )
-    between: Literal["interpolated", "held"] = Field(
-        default="interpolated",
-        description="with critic.read_every, the embedding of a step that the critic does not see: interpolated "
-        "between the steps around it that it sees, or that of the one before (held), since the one after also knows "
-        "the noise of the steps between, and the critic could credit them less for it",
+    between: Literal["held", "interpolated"] = Field(
+        default="held",
+        description="with critic.read_every, the embedding of a step that the critic does not see: that of the one "
+        "before that it sees (held), or interpolated between the steps around it, of which the later one also knows "
+        "the noise of the steps between, so that the critic may credit them less for it",
     )
     history: int = Field(
         default=0,
