@@ -59,7 +59,8 @@ class Reading:
             scores = [score_images(reward, images, of_each[rows]) for reward in self.rewards]
             return torch.cat([self.embed(images).float(), *(column[:, None] for column in scores)], dim=1)
 
-        found = decoder(latents[:, read].flatten(0, 1), self.image_size, see, check, self.decode)
+        chosen = torch.stack([latents[:, k] for k in read], dim=1)
+        found = decoder(chosen.flatten(0, 1), self.image_size, see, check, self.decode)
         found = found.unflatten(0, (len(latents), len(read)))
         if count:
             return found[..., :-count].contiguous(), found[..., -count:].contiguous()
