@@ -146,7 +146,6 @@ class Processes:
         (N, ...) of each, with an N of its own. In the other processes it is their own rows."""
         if self.count == 1:
             return tensor
-        tensor = tensor.to(self.device)  # which may be all that the processes can send
         with self._connected():
             sizes = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
             dist.all_gather(sizes, torch.tensor([len(tensor)], device=self.device))
@@ -154,7 +153,7 @@ class Processes:
         if self.rank:
             for begin in range(0, len(tensor), rows):
                 with self._connected():
-                    dist.send(tensor[begin : begin + rows].to(self.device).contiguous(), 0)
+                    dist.send(tensor[begin : begin + rows].to(self.device).contiguous(), 0)  # only devices may send
             return tensor
         parts = [tensor.cpu()]
         for rank in range(1, self.count):

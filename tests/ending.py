@@ -100,6 +100,19 @@ def stop_everywhere(folder: Path, accelerator: Accelerator) -> None:
         assert any("updates-000000" not in path for path in unfinished), unfinished
 
 
+def ends(training: Training, why: int, own: type[Exception] | None) -> None:
+    """The training ends by the error `own` of this process, or by the news of another's that parts them."""
+    try:
+        list(training.epochs())
+    except Parted as parted:
+        assert own is None and parted.why == why
+    except Exception as error:
+        if own is None or not isinstance(error, own):
+            raise
+    else:
+        raise AssertionError("it did not end")
+
+
 def fail(folder: Path, accelerator: Accelerator) -> None:
     """An error in the last process ends the others too."""
     last = accelerator.process_index == accelerator.num_processes - 1
@@ -108,14 +121,7 @@ def fail(folder: Path, accelerator: Accelerator) -> None:
         raise KeyError("an error of the last process alone")
 
     training = start(make_run(folder / "failing", accelerator), watch=At(9, raise_error if last else lambda: None))
-    try:
-        list(training.epochs())
-    except Parted as parted:
-        assert not last and parted.why == FAILS
-    except KeyError:
-        assert last
-    else:
-        raise AssertionError("it did not fail")
+    ends(training, FAILS, KeyError if last else None)
 
 
 def lose_the_reward(folder: Path, accelerator: Accelerator) -> None:
@@ -134,14 +140,7 @@ def lose_the_reward(folder: Path, accelerator: Accelerator) -> None:
             return super().score(images, prompts)
 
     run = make_run(folder / "lost", accelerator)
-    try:
-        list(start(run, reward=Lost()).epochs())
-    except Parted as parted:
-        assert not last and parted.why == LACKS
-    except RewardError:
-        assert last
-    else:
-        raise AssertionError("it did not end")
+    ends(start(run, reward=Lost()), LACKS, RewardError if last else None)
     assert [path.name for path in sorted(run.checkpoints.iterdir())][1:] == ["epoch-0001-samples-000006-updates-000000"]
     accelerator.wait_for_everyone()
     again = start(RunFolder.open(run.path))

@@ -158,6 +158,13 @@ def is_text_encoder(name: str) -> bool:
     return name.startswith("text_encoder")
 
 
+def move_to(device: torch.device, networks: dict[str, nn.Module]) -> None:
+    """Move the networks of a model, by name, as `DiffusionModel.to` does."""
+    for name, network in networks.items():
+        if not is_text_encoder(name):
+            network.to(device)
+
+
 def describe_unread(model: DiffusionModel, prompts: list[str]) -> str:
     """One line for a user about those of `prompts` that the model would truncate; empty if there are none."""
     cut: Callable[[list[str]], str] | None = getattr(model.encode, "cut", None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..process.flow_schedule import PATCH, FlowSchedule
 from ..settings import PolicySettings
-from . import LatentDecoder, PromptEncoder, Trainable, is_text_encoder
+from . import LatentDecoder, PromptEncoder, Trainable, move_to
 from .adapt import adapt
 from .conditioning import Conditioning
 from .lora import TransformerLora
@@ -58,9 +58,7 @@ class FlowTransformer(ABC):
         return adapt(self.network, settings, add_lora)
 
     def to(self, device: torch.device) -> Self:
-        for name, network in self.networks.items():
-            if not is_text_encoder(name):
-                network.to(device)
+        move_to(device, self.networks)
         return self
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..prompts.length import describe_cut, too_long
 from ..settings import PolicySettings
-from . import LatentDecoder, Outline, PromptEncoder, Trainable, is_text_encoder
+from . import LatentDecoder, Outline, PromptEncoder, Trainable, move_to
 from .adapt import adapt
 from .conditioning import Conditioning, TensorConditioning
 from .lora import UNetLora
@@ -151,9 +151,7 @@ class StableDiffusion:
         return adapt(self.network, settings, add_lora)
 
     def to(self, device: torch.device) -> StableDiffusion:
-        for name, network in self.networks.items():
-            if not is_text_encoder(name):
-                network.to(device)
+        move_to(device, self.networks)
         return self
 
 

@@ -92,7 +92,7 @@ def flops_of_sample(config: TrainConfig, process: Process, flops: Flops) -> tupl
 def _images(config: TrainConfig, steps: int) -> float:
     """How many images are decoded for each sample, in images of full size: the last one, and those for a critic."""
     critic = getattr(config, "critic", None)
-    if critic is None or not critic.enabled or critic.reads == "latent":
+    if critic is None or not critic.sees_images:
         return 1
     pixels = sides(config.resolution)
     scale = 1.0 if critic.image_size is None else min(critic.image_size / pixels[0], 1.0) ** 2
