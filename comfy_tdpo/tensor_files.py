@@ -113,6 +113,11 @@ def _place(name: str, entry: Any, size: int) -> tuple[torch.dtype | str, tuple[i
     return dtype, shape, begin
 
 
+def first_sentence(error: Exception) -> str:
+    """What an error says, in one line of at most 200 characters: torch's about a damaged file is a page long."""
+    return " ".join(str(error).split()).split(". ")[0][:200]
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors`, from any device, and `metadata` to `path`, with the user's default file permissions.
 

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
-from ..tensor_files import TensorFile
+from ..tensor_files import TensorFile, first_sentence
 from ..user_files import user_path
 from .files import PICKLE_SUFFIXES
 from .weights import check_finite
@@ -106,8 +106,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             file = TensorFile(path)
             tensors = {name: file[name] for name in file.shapes}
     except Exception as error:  # torch raises all kinds of exceptions for files that are not checkpoints
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
-        raise ValueError(f"got '{path}', which cannot be read: {reason}; {EXPECTED}") from error
+        raise ValueError(f"got '{path}', which cannot be read: {first_sentence(error)}; {EXPECTED}") from error
     found = {}
     for name, tensor in tensors.items():
         if match := _IN_DIFFUSERS.fullmatch(name):

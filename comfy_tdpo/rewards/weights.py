@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.quantised import find_scales
 from ..models.weights import check_finite
-from ..tensor_files import TensorFile
+from ..tensor_files import TensorFile, first_sentence
 
 Module = TypeVar("Module", bound=nn.Module)
 Shape = tuple[int, ...]
@@ -174,8 +174,7 @@ def _tensors(path: Path, source: Source, inside: str) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path, source: Source, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()).split(". ")[0][:200]  # torch's message is a page long
     return ValueError(
         f"'{path}' ({path.stat().st_size} bytes) cannot be read as {source}: {type(error).__name__} "
-        f"{reason}; it looks like an unfinished download or another format; download it again"
+        f"{first_sentence(error)}; it looks like an unfinished download or another format; download it again"
     )
