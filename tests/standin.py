@@ -33,7 +33,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         **{name: comfy_type(name) for name in TYPES},
     )
     blocker = {"ExecutionBlocker": lambda message: SimpleNamespace(message=message)}
-    modules = {"comfy_api": {}, "comfy_api.latest": {"io": io}}
+    management = SimpleNamespace(throw_exception_if_processing_interrupted=lambda: None)
+    modules = {"comfy": {"model_management": management}, "comfy_api": {}, "comfy_api.latest": {"io": io}}
     modules |= {"comfy_execution": {}, "comfy_execution.graph_utils": blocker}
     modules["folder_paths"] = {
         "get_filename_list": lambda kind: ["one.safetensors"],

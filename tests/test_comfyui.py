@@ -188,9 +188,9 @@ def test_a_run_is_evaluated_cancelled_and_evaluated_further(server):
     shown = {kind: {"class_type": "PreviewImage", "inputs": {"images": ["evaluate", i]}} for i, kind in KINDS.items()}
     outputs = server.run(train | evaluate_graph() | shown)
     assert outputs["evaluate"] == {"tdpo_evaluation": ["rated"]} and set(KINDS.values()) <= set(outputs)
-    heads = [line.split() for line in outputs["told"]["text"][0].splitlines()]
-    assert heads[0] == ["shapes-unseen:", "8", "prompts,", "1", "images", "each"]
-    assert [row[:3] for row in heads[2:5]] == [["base", "-", "0"], ["tdpo-r", "1", "4"], ["tdpo-r", "2", "8"]]
+    title, _, *rows = outputs["told"]["text"][0].splitlines()
+    assert title == "shapes-unseen: 8 prompts, 1 images each (3 steps, guidance 3, 64 px)"
+    assert [row.split()[:3] for row in rows[:3]] == [["base", "-", "0"], ["tdpo-r", "1", "4"], ["tdpo-r", "2", "8"]]
     folder = server.base / "output" / "tdpo" / "rated" / "evaluation"
     whole = (folder / "evaluation.jsonl").read_bytes()
     assert whole.count(b"\n") == 3 * 2
