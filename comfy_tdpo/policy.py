@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from .ema import MovingAverage
 from .memory.running_out import out_of_memory
-from .models import DiffusionModel, LatentDecoder, is_text_encoder, set_embedded_guidance
+from .models import DiffusionModel, LatentDecoder, Trainable, is_text_encoder, move_to, set_embedded_guidance
 from .models.adapt import lay_out
 from .models.conditioning import Conditioning
+from .models.full import AllWeights
+from .models.sharded import ShardedWeights
 from .process import Process, Step, make_process
 from .process.gaussian import guide
+from .processes import Processes
 from .reference import Reference
 from .resolution import latent_sides
 from .settings import PolicySettings
@@ -49,6 +52,7 @@ class DiffusionPolicy:
         process: a key of PROCESSES, or None for the model's own.
         settings, seed: of what is trained, see `DiffusionModel.adapt`; `settings.ema` is the rate of `average`.
         autocast: dtype of the network's arithmetic, or None for the dtype of its weights.
+        sharded: whether `shard` will be called; until then, the network to be trained stays on the CPU.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class DiffusionPolicy:
         process: str | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        sharded: bool = False,
     ):
         self.device, self.autocast = torch.device(device), autocast
         self.model = model
@@ -80,14 +85,26 @@ class DiffusionPolicy:
             *((resolution, "resolution") if eval_resolution is None else (eval_resolution, "eval_resolution")),
         )
         self._now = self._training
-        self.model.to(self.device)
-        settings = settings or PolicySettings()
-        self.trainable = model.adapt(settings, seed)
+        move_to(self.device, {name: net for name, net in model.networks.items() if not sharded or net != model.network})
+        self.settings = settings or PolicySettings()
+        self._train(model.adapt(self.settings, seed))
         lay_out(model.networks.values())
-        self.checkpointing = settings.gradient_checkpointing
-        self.kl_reference = Reference(self.trainable)
-        self.average = MovingAverage(self.trainable.parameters, settings.ema) if settings.ema else None
+        self.checkpointing = self.settings.gradient_checkpointing
         self._encoded: dict[str, Conditioning] = {}
+
+    def _train(self, trainable: Trainable) -> None:
+        self.trainable = trainable
+        self.kl_reference = Reference(trainable)
+        self.average = MovingAverage(trainable.parameters, self.settings.ema) if self.settings.ema else None
+
+    def shard(self, processes: Processes) -> None:
+        """Share out the weights over `processes`; called before anything is trained, of a model trained whole.
+
+        Raises:
+            ValueError: this release of torch cannot do it.
+        """
+        assert isinstance(self.trainable, AllWeights)
+        self._train(ShardedWeights(self.trainable, processes))
 
     def _drawing(self, steps: int, guidance: float, resolution: int | str, setting: str) -> Drawing:
         model = self.model

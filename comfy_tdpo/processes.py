@@ -109,6 +109,11 @@ class Processes:
             dist.all_gather(found, tensor.contiguous())
         return torch.cat(found)
 
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a tensor that is shared out, as torch.chunk cuts it; the last may have none."""
+        chunks = tensor.chunk(self.count)
+        return chunks[self.rank] if self.rank < len(chunks) else tensor[:0]
+
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.count == 1:

@@ -94,6 +94,12 @@ class PolicySettings(OptimizerSettings):
         "(adamw-8bit): weights in bf16, rounded at random so that small steps count on average, and AdamW's moments in "
         "8 bits; needs precision bf16. Choices",
     )
+    shard: Annotated[bool, MAY_CHANGE] = Field(
+        default=False,
+        description="with policy.train full and several processes, share out weights, gradients and moments over the "
+        "processes, for a model that one GPU does not hold; gathers the weights of one block at a time. See "
+        "docs/many-gpus.md",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="how the learning rate changes over the run's updates after the warm-up: not at all, or falling "

@@ -25,11 +25,11 @@ def copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 @contextmanager
 def swapped(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Iterator[None]:
     """Inside the block, `parameters` hold `weights`, from any device; afterwards, their own values to the last bit."""
-    live = {name: parameter.data for name, parameter in parameters.items()}
+    live = {name: parameter.data.clone() for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = weights[name].to(parameter.device, parameter.dtype)
+            parameter.data.copy_(weights[name])  # in place, as others may read the same memory
         yield
     finally:
         for name, parameter in parameters.items():
-            parameter.data = live[name]
+            parameter.data.copy_(live[name])

@@ -13,8 +13,9 @@ from tint import TintModel
 from torch import Tensor, nn
 from toy import Brightness, new_run
 
+from comfy_tdpo.blocks import blocks_of
 from comfy_tdpo.methods.direct.alignprop import first_step
-from comfy_tdpo.methods.direct.recompute import blocks_of, networks_of, recomputing
+from comfy_tdpo.methods.direct.recompute import networks_of, recomputing
 from comfy_tdpo.methods.direct.refl import drawn_step
 from comfy_tdpo.methods.direct.settings import TruncationSettings
 from comfy_tdpo.policy import DiffusionPolicy

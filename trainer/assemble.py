@@ -60,7 +60,10 @@ def assemble(
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.measured}
     guards = {name: load_reward(name, *how) for name in config.guards}
-    policy = (make_policy or load_policy)(config, accelerator.device)
+    sharded = config.policy.shard and accelerator.num_processes > 1
+    policy = (
+        make_policy(config, accelerator.device) if make_policy else load_policy(config, accelerator.device, sharded)
+    )
     return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch, guards)
 
 
@@ -79,7 +82,8 @@ def _check_not_sharded(kind: DistributedType) -> None:
     if kind in SHARDED:
         raise ValueError(
             f"got accelerate set to {kind.value}; expected processes that hold the whole model each: turn it off with "
-            "accelerate config, or start with torchrun (see docs/many-gpus.md)"
+            "accelerate config, or start with torchrun; if one GPU does not hold all weights, set policy.shard to true "
+            "(see docs/many-gpus.md)"
         )
 
 
@@ -95,10 +99,10 @@ def check_trackers(names: list[str]) -> list[str] | None:
     return names or None
 
 
-def load_policy(config: TrainConfig, device: torch.device) -> DiffusionPolicy:
-    """The policy that `config` describes, on `device`."""
+def load_policy(config: TrainConfig, device: torch.device, sharded: bool = False) -> DiffusionPolicy:
+    """The policy that `config` describes, on `device`, or to be `sharded` over several."""
     loaded = load_model(model_source(config), DTYPES[config.precision], config.prediction_type)
-    return DiffusionPolicy(loaded, **policy_settings(config, device))
+    return DiffusionPolicy(loaded, **policy_settings(config, device), sharded=sharded)
 
 
 def model_source(config: TrainConfig) -> str:

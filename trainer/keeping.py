@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ from .state import TrainState
 
 @dataclass(frozen=True)
 class Keeper:
-    """Writes to the run's folder and to trackers; used only in the main process of a training.
+    """Writes to the run's folder and to trackers, in the first process of a training.
+
+    If each process has a part of the model, all take part in drawing and in what is written of it.
 
     Args:
         config, decoder, state, accelerator: the training's; run: its folder.
@@ -49,6 +52,14 @@ class Keeper:
         return self.state.context
 
     @property
+    def writes(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def takes_part(self) -> bool:
+        return self.writes or self.context.policy.trainable.sharded
+
+    @property
     def watched(self) -> Overoptimisation:
         return self.state.overoptimisation
 
@@ -67,8 +78,9 @@ class Keeper:
         self._check_finite()
         epoch, config = self.context.epoch, self.config.output
         self.state.metrics.append(metrics)
-        self.run.append_metrics(metrics)
-        self.accelerator.log(metrics, step=epoch)
+        if self.writes:
+            self.run.append_metrics(metrics)
+            self.accelerator.log(metrics, step=epoch)
         if last or epoch % config.samples_every == 0:
             self.keep_grid()
             self._keep_lora(self.run.lora(epoch))
@@ -77,7 +89,7 @@ class Keeper:
         unneeded = self.watched.unneeded(epoch)
         if last or epoch % config.checkpoint_every == 0:
             self._keep_checked_state()
-        for old in unneeded:
+        for old in unneeded if self.writes else []:
             self.run.lora(old).unlink(missing_ok=True)
 
     def put_in_order(self, restored: bool) -> None:
@@ -86,6 +98,12 @@ class Keeper:
         Raises:
             ValueError: the run had a checkpoint, which is gone.
         """
+        if self.writes:
+            self._put_in_order(restored)
+        if restored:
+            self._keep_lora(self.run.latest_lora)
+
+    def _put_in_order(self, restored: bool) -> None:
         lost = self.run.latest_lora.exists() or len(self.run.metrics()) > self.config.output.checkpoint_every
         if not restored and lost:
             raise ValueError(
@@ -97,8 +115,6 @@ class Keeper:
         self.run.write_metrics(self.state.metrics)
         self.run.keep_changes(self.config)
         keep_tastes(self.run, self.tastes)
-        if restored:
-            self._keep_lora(self.run.latest_lora)
 
     def keep_state(self, unfinished: Tensors) -> None:
         """Save the state of a run that was stopped."""
@@ -128,14 +144,16 @@ class Keeper:
 
         with torch.no_grad(), context.policy.evaluating():
             images = within_memory(draw, shrink)
-        save_image_grid(images, self.run.sample_grid(self.context.epoch))
+        if self.writes:
+            save_image_grid(images, self.run.sample_grid(self.context.epoch))
 
     def _check_finite(self) -> None:
         """Raise TrainingError if the policy or what the method learns has diverged: no run could resume from that."""
         groups, _ = self.state.method.state()
         learned = {"critic": [weight for group in groups.values() for weight in group.values()]}
         for what, weights in {"policy": self.context.policy.parameters, **learned}.items():
-            if not all(torch.isfinite(weight).all() for weight in weights):
+            finite = all(torch.isfinite(weight).all() for weight in weights)
+            if not (self.context.processes.least(int(finite)) if self.context.policy.trainable.sharded else finite):
                 raise TrainingError(
                     f"the training has diverged, its {_called(self.config, what)} is no longer finite: start a new run "
                     f"with a lower {what}.lr; the last checkpoint and {_called(self.config)} of this run are from "
@@ -152,8 +170,12 @@ class Keeper:
             "network": denoiser_name(self.context.policy.model),
         }
         policy = self.context.policy
+        export = partial(policy.trainable.export, metadata=metadata)
         with policy.averaged():
-            write_atomically(path, lambda file: policy.trainable.export(file, metadata))
+            if self.writes:
+                write_atomically(path, export)
+            else:
+                export(path)
 
 
 def _called(config: TrainConfig, what: str = "policy") -> str:

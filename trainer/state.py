@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 Watch = Callable[[str, float, int], None]  # (phase, done, total); within a micro-batch, `done` has a fraction
 
 
+OF_MODEL = ("policy", "policy_optimizer", "policy_average", "kl_reference")  # groups of a checkpoint
+
+
 class TrainState:
     """What a checkpoint holds: the trained weights and their optimizer, the method's state, the run's progress.
 
@@ -64,7 +67,10 @@ class TrainState:
         return f"{name}-samples-{samples:06d}-updates-{self.context.progress.updates:06d}"
 
     def save(self, folder: Path, keep: int, unfinished: Tensors) -> None:
-        """Write this state as a checkpoint in `folder`, with what there is of an `unfinished` epoch."""
+        """Write this state as a checkpoint in `folder`, with what there is of an `unfinished` epoch.
+
+        All processes that have a part of the model call this together; the first one writes.
+        """
         context, trainable = self.context, self.context.policy.trainable
         of_method, plain = self.method.state()
         tensors = {
@@ -84,10 +90,24 @@ class TrainState:
             "metrics": self.metrics,
             "identity": self.identity,
         }
-        groups = tensors | of_method | unfinished
+        groups = self._whole(tensors | of_method) | unfinished
         if watched := self.overoptimisation.tensors():
             groups["overoptimisation"], state["overoptimisation"] = watched, self.overoptimisation.plain()
-        save_checkpoint(folder, self._name(unfinished), groups, state | plain, keep)
+        if not context.processes.rank:
+            save_checkpoint(folder, self._name(unfinished), groups, state | plain, keep)
+
+    def _whole(self, groups: Tensors) -> Tensors:
+        """Of a sharded model, the first process gets all rows of the tensors of OF_MODEL."""
+        processes = self.context.processes
+        if not self.context.policy.trainable.sharded:
+            return groups
+        processes.meet()
+        return groups | _map(groups, processes.collect)
+
+    def _own(self, groups: Tensors) -> Tensors:
+        """The inverse of `_whole`."""
+        sharded = self.context.policy.trainable.sharded
+        return groups | _map(groups, self.context.processes.own_rows) if sharded else groups
 
     def restore(self, folder: Path) -> bool:
         """Restore the newest checkpoint in `folder`; False if there is none."""
@@ -97,6 +117,7 @@ class TrainState:
         tensors, state = found
         context, trainable = self.context, self.context.policy.trainable
         check_same(self.identity, state["identity"], context.policy)
+        tensors = self._own(tensors)
         trainable.load(tensors.pop("policy"))
         load_optimizer_tensors(context.optimizer, trainable.parameters, tensors.pop("policy_optimizer"))
         if average := context.policy.average:
@@ -151,6 +172,15 @@ class TrainState:
         )
         sums, maxima = reduced("sums", lambda values: values.mean(0)), reduced("maxima", lambda values: values.amax(0))
         return Progress([part], share("targets") if "targets" in groups else None, updates, sums, maxima)
+
+
+def _map(groups: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
+    """Those of OF_MODEL, changed but for counts."""
+    return {
+        group: {name: change(tensor) if tensor.ndim else tensor for name, tensor in groups[group].items()}
+        for group in OF_MODEL
+        if group in groups
+    }
 
 
 def _watched(identity: dict[str, Any]) -> Any:

@@ -92,19 +92,21 @@ class Training:
         self.stopped = False
         self.gauge = gauge_of(policy.device)
         self.processes = Processes(accelerator)
+        tastes = tastes_among([reward, *eval_rewards.values(), *guards.values()])
+        whole = identity(config, policy, self.prompts, tastes)
+        room = check_disk(run, config, policy)
+        if config.policy.shard and self.processes.count > 1:
+            policy.shard(self.processes)
         self.context = self._context(reward, eval_rewards, guards)
         self.method = make_method(config.algorithm, self.context)
         check_warmup(config, len(self.method.groups(1)))
         self.overoptimisation = Overoptimisation(config.overoptimisation, self.prompts, config.samples_per_prompt)
-        tastes = tastes_among([reward, *eval_rewards.values(), *guards.values()])
-        self.state = TrainState(
-            self.context, self.method, self.overoptimisation, identity(config, policy, self.prompts, tastes)
-        )
+        self.state = TrainState(self.context, self.method, self.overoptimisation, whole)
         grid_prompts = run.grid_prompts(config)
         self._warn(describe_unread(self.policy.model, [*self.prompts, *grid_prompts]))
         self._warn(unguarded(config))
         self._warn(told_of_changes(run, config))
-        self._warn(check_disk(run, config, policy))
+        self._warn(room)
         self.keeper = Keeper(
             config, self.context.decoder, self.state, run, reward.name, tastes, grid_prompts, accelerator
         )
@@ -134,7 +136,7 @@ class Training:
             processes=self.processes,
             samples=samples,
             samples_per_update=samples_per_update,
-            micro_batch=first_micro_batch(config.micro_batch, samples_per_update, policy.device),
+            micro_batch=self._first_micro_batch(samples_per_update),
             prompts=self._epoch_prompts,
             all_prompts=self.prompts,
             check=self._check_stop,
@@ -143,6 +145,13 @@ class Training:
             watch=self._tell,
             scaler=torch.amp.GradScaler(policy.device.type, enabled=config.precision == "fp16"),
         )
+
+    def _first_micro_batch(self, samples_per_update: int) -> int:
+        """Where the model is sharded, one sample on GPUs: all processes take equally many, so none can choose."""
+        configured, device = self.config.micro_batch, self.policy.device
+        if self.policy.trainable.sharded and device.type != "cpu":
+            configured = configured or 1
+        return first_micro_batch(configured, samples_per_update, device)
 
     def _own_share(self, samples: int) -> int:
         processes = self.processes.count
@@ -185,7 +194,7 @@ class Training:
             raise ValueError(
                 f"got {self.config.epochs} epochs for a run that has finished {context.epoch}; expected as many or more"
             )
-        if self.accelerator.is_main_process:
+        if self.keeper.takes_part:
             with self._at_the_disk():
                 self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
@@ -243,12 +252,14 @@ class Training:
         """Before the first epoch, find what fits into memory, and draw samples with the untrained model."""
         self._check_stop()
         self._settle()
-        if self.accelerator.is_main_process:
+        if self.keeper.takes_part:
             self.keeper.keep_grid(self._check_stop)
 
     def _settle(self) -> None:
         """Choose how many rows go through at once, and whether with gradient checkpointing."""
         context, config = self.context, self.config
+        if self.policy.trainable.sharded:
+            return
         rewards = [context.reward, *context.eval_rewards.values(), *context.guards.values()]
         longest = max(self.prompts, key=len)
         rehearsal = Rehearsal(self.policy, longest, rewards, config.needs_gradient)
@@ -393,17 +404,17 @@ class Training:
 
     def _finish_epoch(self, metrics: EpochMetrics) -> None:
         self.context.epoch, self.context.progress = self.context.epoch + 1, Progress()
-        if self.accelerator.is_main_process:
+        if self.keeper.takes_part:
             rang = any(SINCE in line for line in self.state.metrics)
             with self._at_the_disk():
                 self.keeper.keep_epoch(metrics, last=self._is_over)
-            if self.overoptimisation.since is not None and not rang:
+            if self.keeper.writes and self.overoptimisation.since is not None and not rang:
                 logger.warning("%s", told(self.run, self.state.metrics, self.config))
 
     def _save_unfinished(self) -> None:
         """After a stop or a reward's failure, save what there is, including an unfinished epoch."""
         unfinished = self.state.unfinished()
-        if self.accelerator.is_main_process and (self.context.epoch or unfinished):
+        if self.keeper.takes_part and (self.context.epoch or unfinished):
             with self._at_the_disk():
                 self.keeper.keep_state(unfinished)
         self.processes.wait()  # a launcher may end all processes as soon as one has ended

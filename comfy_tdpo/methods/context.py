@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory.running_out import smaller_micro_batch, within_memory
 from ..policy import DiffusionPolicy
@@ -234,9 +234,18 @@ class Context:
         Returns whether they were left out instead, since they were infinite at the scale of `scaler`.
         """
         parameters, scale = optimizer.param_groups[0]["params"], scaler.get_scale()
-        self.processes.average([parameter.grad for parameter in parameters])
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if self.policy.trainable.sharded and optimizer is self.optimizer:
+            self._clip_sharded(parameters, max_grad_norm)
+        else:
+            self.processes.average([parameter.grad for parameter in parameters])
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         return scaler.get_scale() < scale
+
+    def _clip_sharded(self, parameters: list[nn.Parameter], max_grad_norm: float) -> None:
+        """Clip gradients, averaged already, of which each process has its own rows."""
+        own = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = self.processes.add_up(own**2).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

@@ -41,11 +41,13 @@ class Trainable(Protocol):
     network: the module whose forward it changes.
     parameters: by name, the only ones that require gradients; float32, unless settings ask for low precision.
     base: by name, on the CPU, the base model's weights in their place; empty for a LoRA, which is added to them.
+    sharded: whether this process has only its own rows of parameters, base and state, see `ShardedWeights`.
     """
 
     network: nn.Module
     parameters: dict[str, nn.Parameter]
     base: dict[str, Tensor]
+    sharded: bool
 
     def state(self) -> dict[str, Tensor]:
         """The tensors to save in a checkpoint."""

@@ -16,6 +16,8 @@ from ..tensor_files import write_tensors
 class AllWeights:
     """A Trainable: all weights of `network`, in float32 or, in low precision, as they were loaded."""
 
+    sharded = False
+
     def __init__(self, network: nn.Module, low_precision: bool = False):
         self.network = network
         self.dtype = next(network.parameters()).dtype

@@ -37,6 +37,8 @@ class Lora(ABC):
         seed: for the initial A, normal with std 1/rank as in the authors' code; B starts at zero.
     """
 
+    sharded = False
+
     def __init__(self, network: Any, rank: int, alpha: float, modules: Sequence[str], seed: int):
         self.network, self.rank, self.alpha = network, rank, alpha
         self.base: dict[str, Tensor] = {}  # nothing of the base model is trained

@@ -229,6 +229,7 @@ class TrainConfig(MethodSettings):
                 f"{self.samples_per_prompt}; choose a divisor"
             )
         self.policy.check_optimizer(self.precision)
+        self._check_shard()
         self.check_samples(self.samples_per_epoch)
         self.check_updates(self.samples_per_update)
         self.check_steps(self.steps)
@@ -260,6 +261,31 @@ class TrainConfig(MethodSettings):
         for name in self.reward_weights.keys() - set(used):
             raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
+
+    def _check_shard(self) -> None:
+        """Raise ValueError for settings with which the weights cannot be shared out over processes."""
+        if not self.policy.shard:
+            return
+        if self.needs_gradient:
+            raise ValueError(
+                f"policy.shard is true, but {self.algorithm} back-propagates through several steps at once; choose an "
+                "algorithm that does not, or set policy.shard to false"
+            )
+        choices: dict[str, tuple[Any, list[Any]]] = {
+            "policy.train": (self.policy.train, ["full"]),
+            "policy.optimizer": (self.policy.optimizer, ["adamw"]),
+            "precision": (self.precision, ["fp32", "bf16"]),
+            "output.recommend": (self.output.recommend, [False]),
+        }
+        if neurons := getattr(self, "neurons", None):
+            choices["neurons.policy_reset"] = neurons.policy_reset, ["none"]
+            choices["neurons.policy_measure"] = neurons.policy_measure, [False]
+        for name, (value, possible) in choices.items():
+            if value not in possible:
+                got, expected = str(value).lower(), " or ".join(map(str, possible)).lower()
+                raise ValueError(
+                    f"policy.shard is true, but {name} is {got}; set it to {expected}, or policy.shard to false"
+                )
 
     def _check_folders(self, tastes: list[str]) -> None:
         """Raise ValueError for a taste whose folder is not given."""

@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ...blocks import blocks_of
 from ...rewards import RewardModel, WeightedSum
 
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing here draws random numbers
@@ -31,16 +32,6 @@ def recomputing(networks: list[nn.Module]) -> Iterator[None]:
                 del block.forward
             else:
                 block.forward = forward
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The outermost modules that are called and listed in a ModuleList: transformer layers, stages of a decoder."""
-    listed = isinstance(network, nn.ModuleList)
-    found = []
-    for child in network.children():
-        is_block = listed and type(child).forward is not nn.Module.forward
-        found += [child] if is_block else blocks_of(child)
-    return found
 
 
 def networks_of(reward: RewardModel) -> list[nn.Module]:
