@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -35,6 +36,12 @@ VARIANTS = {
         "samples_per_epoch": 16,
     },
     "direct": {"algorithm": "alignprop", "samples_per_epoch": 32},
+    "sharded": {
+        "algorithm": "tdpo-r",
+        "policy": {"train": "full", "shard": True, "ema": 0.5},
+        "kl": {"coefficient": 0.03, "reset_every": 1},
+        "samples_per_epoch": 16,
+    },
 }
 EPSILON = {"lr": 5e-3, "eps": 1e-3}  # as in updating.py
 SETTINGS = {"epochs": 2, "resolution": 8, "guidance": 1.0, "samples_per_update": 8, "micro_batch": 2}
@@ -52,7 +59,7 @@ def start(run: RunFolder, stop: threading.Event | None = None, watch=lambda *_: 
 def make_run(path: Path, accelerator: Accelerator, **settings) -> RunFolder:
     """A run's folder that the first process makes for all."""
     if accelerator.is_main_process:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         (path.parent / "prompts.txt").write_text("a red circle\na green star\n")
         new_run(path, prompts=str(path.parent / "prompts.txt"), **SETTINGS | settings)
     accelerator.wait_for_everyone()
@@ -151,28 +158,32 @@ def lose_the_reward(folder: Path, accelerator: Accelerator) -> None:
 MOMENTS = ("between epochs", "sampling", "updating")
 
 
-def new(path: Path, accelerator: Accelerator) -> RunFolder:
-    return make_run(path, accelerator, **VARIANTS["with a critic"], policy=EPSILON, critic={"eps": EPSILON["eps"]})
+RESUMED = ("with a critic", "sharded")
+
+
+def new(path: Path, accelerator: Accelerator, name: str) -> RunFolder:
+    policy = VARIANTS[name].get("policy", {}) | EPSILON
+    return make_run(path, accelerator, **VARIANTS[name] | {"policy": policy, "critic": {"eps": EPSILON["eps"]}})
 
 
 def begin(folder: Path, accelerator: Accelerator) -> None:
     """Trainings that are stopped at each of the MOMENTS, for another number of processes to finish."""
-    for moment in MOMENTS:
+    for name, moment in product(RESUMED, MOMENTS):
         stop = threading.Event()
 
         def watch(phase: str, done: float, _total: int, moment=moment, stop=stop) -> None:
             if phase == moment and done >= 2:  # a micro-batch, or two updates
                 stop.set()
 
-        training = start(new(folder / moment, accelerator), stop, watch)
+        training = start(new(folder / name / moment, accelerator, name), stop, watch)
         for _ in training.epochs():
             stop.set()
         assert training.stopped and training.context.epoch == (moment == "between epochs")
 
 
 def finish(folder: Path) -> None:
-    for moment in MOMENTS:
-        list(start(RunFolder.open(folder / moment)).epochs())
+    for name, moment in product(RESUMED, MOMENTS):
+        list(start(RunFolder.open(folder / name / moment)).epochs())
 
 
 class Slow(Brightness):

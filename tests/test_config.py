@@ -448,3 +448,19 @@ def test_the_optimizer_in_8_bits_needs_all_weights_in_bf16():
     for wrong in ({"precision": "fp32"}, {"policy": {"train": "lora"}}):
         with pytest.raises(ValueError, match="adamw-8bit keeps the weights.*; set them to full and bf16, or"):
             make_config(overrides=merge(right, wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"policy": {"train": "lora"}}, "policy.train is lora; set it to full"),
+        ({"precision": "fp16"}, "precision is fp16; set it to fp32 or bf16"),
+        ({"neurons": {"policy_measure": True}}, "neurons.policy_measure is true; set it to false"),
+        ({"algorithm": "draft"}, "draft back-propagates through several steps at once; choose an algorithm"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(wrong, named):
+    right = {"policy": {"train": "full", "shard": True}}
+    assert make_config(overrides=right).policy.shard
+    with pytest.raises(ValueError, match=f"policy.shard is true, but {named}"):
+        make_config(overrides=merge(right, wrong))

@@ -99,20 +99,21 @@ def launch(start):
 @pytest.mark.slow
 def test_one_that_stops_or_fails_takes_the_other_along_and_all_is_saved(tmp_path, launch, caplog):
     """What is saved resumes to the bit, and on another number of processes up to rounding."""
-    whole = ending.new(tmp_path / "whole", one := Accelerator(cpu=True))
-    list(ending.start(whole).epochs())
+    one = Accelerator(cpu=True)
+    for name in ending.RESUMED:
+        list(ending.start(ending.new(tmp_path / "whole" / name, one, name)).epochs())
     ending.begin(tmp_path / "begun by one", one)
     for process in launch(tmp_path, "stop"):
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out
     ending.finish(tmp_path / "begun by several")
     assert "was stopped by 2 processes while it sampled, and goes on with 1: epoch 1 begins again" in caplog.text
-    expected = load_file(whole.latest_lora)
-    for folder, moment in product(("begun by one", "begun by several"), ending.MOMENTS):
-        found = load_file(RunFolder.open(tmp_path / folder / moment).latest_lora)
-        for name, weight in expected.items():
+    for folder, name, moment in product(("begun by one", "begun by several"), ending.RESUMED, ending.MOMENTS):
+        expected = load_file(RunFolder.open(tmp_path / "whole" / name).latest_lora)
+        found = load_file(RunFolder.open(tmp_path / folder / name / moment).latest_lora)
+        for key, weight in expected.items():
             # as in the epochs above
-            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=f"{folder}, {moment}")
+            torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-6, msg=f"{folder}, {name}, {moment}")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from toy_plugins import BlobModel
 
+from comfy_tdpo.models.adapt import adapt
 from comfy_tdpo.models.lora import UNetLora
 
 
@@ -22,7 +23,7 @@ class Tint(nn.Module, PeftAdapterMixin):
 
 
 class TintModel(BlobModel):
-    """A DiffusionModel whose one layer gets the adapters that a U-Net gets."""
+    """A DiffusionModel whose one layer is trained as a U-Net is."""
 
     def __init__(self):
         super().__init__("blobs:0")
@@ -30,4 +31,4 @@ class TintModel(BlobModel):
         self.networks = {"tint": self.network}
 
     def adapt(self, settings, seed):
-        return UNetLora(self.network, settings.rank, settings.rank, settings.targets, seed)
+        return adapt(self.network, settings, lambda r, alpha: UNetLora(self.network, r, alpha, settings.targets, seed))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from tint import TintModel
@@ -47,6 +48,13 @@ RUNS = {
         "samples_per_epoch": 16,
         "policy": COMMON["policy"] | {"replay": 1, "replay_share": 0.5, "timestep_order": "shuffled"},
         "neurons": {"every": 2, "reset": "active", "policy_reset": "active"},
+        "critic": {"eps": 1e-3},
+    },
+    "sharded": COMMON
+    | {
+        "algorithm": "tdpo-r",
+        "policy": COMMON["policy"] | {"train": "full", "shard": True},
+        "kl": {"coefficient": 0.03, "reset_every": 2},
         "critic": {"eps": 1e-3},
     },
     "pairs": COMMON | {"algorithm": "sdpo", "samples_per_prompt": 2, "guards": []},
@@ -99,13 +107,22 @@ def epochs(folder: Path, name: str) -> dict[str, Tensor]:
     held_out, guards = {"shapes-judge": Contrast()}, {"contrast": Contrast()}
     training = Training(run.config, policy, Brightness(), held_out, run, accelerator, guards=guards)
     metrics = timeless([training._run_epoch() for _ in range(EPOCHS)])
-    found = {f"policy.{i}": parameter.detach().clone() for i, parameter in enumerate(policy.parameters)}
+    found = {f"policy.{i}": _whole(policy, parameter.detach()) for i, parameter in enumerate(policy.parameters)}
     if critic := getattr(training.method, "critic", None):
         found |= {f"critic.{name}": weight.clone() for name, weight in critic.network.state_dict().items()}
-    found |= {f"average.{name}": weight for name, weight in policy.average.weights.items()}
+    found |= {f"average.{name}": _whole(policy, weight) for name, weight in policy.average.weights.items()}
     return found | {
         f"epoch {line['epoch']}, {key}": torch.tensor(float(value)) for line in metrics for key, value in line.items()
     }
+
+
+def _whole(policy: DiffusionPolicy, tensor: Tensor) -> Tensor:
+    """All rows of a tensor of which a process may have its own alone."""
+    if not policy.trainable.sharded:
+        return tensor.clone()
+    parts: list[Tensor] = [tensor] * dist.get_world_size()
+    dist.all_gather_object(parts, tensor)
+    return torch.cat(parts)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,8 @@ class TrainState:
             return Progress()
         places = rows.argsort()  # in the order of samples
         own = places[torch.isin(rows[places], context.rows(epoch))]
+        if context.policy.trainable.sharded:  # all processes must call the network equally often
+            own = own[: context.processes.least(len(own))]
 
         def share(group: str) -> TensorGroup:
             return {name: tensor[own] for name, tensor in groups.get(group, {}).items()}  # older versions lack some
