@@ -35,6 +35,7 @@ class ShardedWeights(AllWeights):
     def __init__(self, whole: AllWeights, processes: Processes):
         self.network, self.dtype, self.processes = whole.network, whole.dtype, processes
         self.base = {name: processes.own_rows(weight).clone() for name, weight in whole.base.items()}
+        whole.parameters.clear()  # torch frees the whole weights, block by block, once nothing refers to them
         _shard(self.network, processes)
         self.parameters = {}
         for name, gathered in self.network.named_parameters():
