@@ -50,6 +50,9 @@ VARIANTS = {
     "replay": "--algorithm tdpo-r --policy.replay 1 --neurons.every 2 --neurons.policy-reset active",
     "gardo": "--algorithm tdpo-g --policy.objective trust-region --kl.coefficient 0.03 --kl.gate --kl.gate-window 2 "
     "--kl.reset-every 2 --samples-per-prompt 2 --moments.baseline group --favour-diversity",
+    "full": "--algorithm ddpo-g --policy.train full --policy.gradient-checkpointing",
+    "sharded": "--algorithm tdpo-r --policy.train full --policy.shard --policy.ema 0.9 --kl.coefficient 0.03 "
+    "--kl.reset-every 2",
 }
 
 

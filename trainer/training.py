@@ -25,7 +25,7 @@ from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.models import describe_unread
 from comfy_tdpo.optimizers import bytes_of_moments, policy_optimizer, scheduled_lr, set_lr
 from comfy_tdpo.policy import DiffusionPolicy
-from comfy_tdpo.processes import FAILS, LACKS, SAVED, STOPS, Parted, Processes
+from comfy_tdpo.processes import FAILS, LACKS, LOST, SAVED, STOPS, Parted, Processes
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
@@ -175,10 +175,9 @@ class Training:
         with lock, arithmetic.switched(self.config.deterministic):
             try:
                 yield from self._epochs()
-            except BaseException:  # the others must not wait for this process
+            except BaseException as error:  # the others must not wait for this process
                 self._call_off()
-                with suppress(Parted):
-                    self.processes.part(FAILS)
+                self._tell_others(error)
                 raise
             finally:
                 self.keeper.end()
@@ -212,6 +211,15 @@ class Training:
                 yield metrics
         except (Stopped, RewardError, Parted) as end:
             self._end_early(end)
+
+    def _tell_others(self, error: BaseException) -> None:
+        """Tell the other processes that this one fails; raises Parted if `error` is that torch has lost one of them."""
+        try:
+            self.processes.part(FAILS)
+        except Parted as parted:
+            gathers = self.policy.trainable.sharded and isinstance(error, RuntimeError)
+            if gathers and parted.why == LOST:
+                raise parted from error
 
     def _heeding(self) -> AbstractContextManager[None]:
         """Inside the block, what waits heeds a stop, and shows what it waits for."""
