@@ -23,6 +23,7 @@ from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.run.new_folder import RUNS
 from comfy_tdpo.trainer.terminal.fits import CONTEXT, Flops, Footprint, bytes_of_decoder, choice, footprint
 
+SIXTY_FOUR = {"samples_per_epoch": 64, "samples_per_update": 64}
 SETTINGS = {"steps": 3, "guidance": 3.0, "resolution": 32}
 
 
@@ -78,7 +79,7 @@ def test_a_critics_own_decoder_counts():
 
 
 def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_up():
-    config = make_config("sd14-aesthetic", overrides={"samples_per_epoch": 64, "samples_per_update": 64})
+    config = make_config("sd14-aesthetic", overrides=SIXTY_FOUR)
     small = Need(1, 1)
     found = Footprint(
         weights=2 * GIB,
@@ -101,8 +102,12 @@ def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_u
 
     assert choice(found, config, card(4.0)) == "1 / 4"
     assert choice(found, config, card(10.0)) == "4 / 10"
-    assert choice(found, config, card(2.0)) == "1* / 2"
+    assert choice(found, config, card(2.0)) == "2* / 2"
     assert choice(found, config, 4) == "no"
+    # updates may take the 1 GiB of the rewards too, less the margin, unless they back-propagate them
+    direct = make_config("sd14-aesthetic", overrides=SIXTY_FOUR | {"algorithm": "draft"})
+    assert choice(replace(found, decoding=small), config, card(3.2)) == "1 / 16"
+    assert choice(replace(found, decoding=small), direct, card(3.2)) == "4* / 16"
     # what takes much goes to main memory, and text encoders leave once they have encoded
     assert choice(replace(found, trajectories=2 * GIB, texts=3 * GIB), config, card(4.0)) == "1 / 4"
     assert choice(replace(found, texts=20 * GIB), config, card(4.0)) == "no"

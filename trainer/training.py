@@ -29,6 +29,7 @@ from comfy_tdpo.processes import FAILS, LACKS, SAVED, STOPS, Parted, Processes
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
+from comfy_tdpo.rewards.networks import needed, unneeded
 from comfy_tdpo.rewards.taste import tastes_among
 from comfy_tdpo.rollout import Decoder, Sampled, Trajectories
 
@@ -199,7 +200,7 @@ class Training:
                 self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), unneeded(context.rewards):
                 self.policy.encode_ahead([*self.prompts, *self.keeper.grid_prompts], self._check_stop)
             if context.epoch == 0 and not context.progress.parts:
                 with self._heeding():
@@ -260,9 +261,8 @@ class Training:
         context, config = self.context, self.config
         if self.policy.trainable.sharded:
             return
-        rewards = [context.reward, *context.eval_rewards.values(), *context.guards.values()]
         longest = max(self.prompts, key=len)
-        rehearsal = Rehearsal(self.policy, longest, rewards, config.needs_gradient)
+        rehearsal = Rehearsal(self.policy, longest, context.rewards, config.needs_gradient)
         reserve, elsewhere = bytes_of_moments(self.policy.count, config.policy), self._trajectories
         if not context.in_main_memory:
             reserve, elsewhere = reserve + elsewhere, 0
@@ -364,12 +364,14 @@ class Training:
         """Run the remaining gradient updates of the epoch."""
         progress, start = self.context.progress, time.perf_counter()
         groups = self.method.groups(self.context.epoch + 1)
-        for index in range(progress.updates, len(groups)):
-            if self.method.samples_first:  # otherwise the method says how many samples it has drawn
-                self.context.begin("updating", index, 1, len(groups))
-            set_lr(self.context.optimizer, self._lr(index, len(groups)))
-            self.method.update(groups[index])
-            progress.updates += 1
+        where = unneeded if self.method.samples_first else needed  # the backward pass needs them too
+        with where(self.context.rewards):
+            for index in range(progress.updates, len(groups)):
+                if self.method.samples_first:  # otherwise the method says how many samples it has drawn
+                    self.context.begin("updating", index, 1, len(groups))
+                set_lr(self.context.optimizer, self._lr(index, len(groups)))
+                self.method.update(groups[index])
+                progress.updates += 1
         progress.times["train"] += time.perf_counter() - start
 
     def _lr(self, index: int, updates: int) -> float:

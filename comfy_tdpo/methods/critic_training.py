@@ -7,6 +7,7 @@ critic's input, S scores of each step.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
 from ..randomness import generator_at
 from ..reading import Reading
-from ..rewards import RewardModel, encoder_name, load_reward
+from ..rewards import RewardModel, embed_images, encoder_name, load_reward
 from ..rollout import Trajectories
 from ..swapping import brought
 from . import Metrics, TensorGroup, objectives
@@ -85,6 +86,8 @@ class CriticTraining:
         else:
             told = "reward %r has no image encoder, so the critic uses that of %r; critic.encoder chooses another"
             logger.warning(told, context.reward.name, name)
+        if name not in context.guards:
+            context.further_rewards.append(model)
         return model
 
     # --- what it reads
@@ -96,7 +99,7 @@ class CriticTraining:
             return None
         config = self.config
         return Reading(
-            self.encoder.embed,
+            partial(embed_images, self.encoder),
             decode=self.decoder,
             image_size=config.image_size,
             clean=config.reads == "clean",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.rewards import load_rewards, score_images
+from comfy_tdpo.rewards.networks import needed
 
 from ..runs.prompts import read_lines
 from ..runs.reward_choice import RewardChoice
@@ -58,7 +59,8 @@ def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torc
         model.check_prompts(prompts)
         pixels = opaque(images).movedim(-1, 1)  # (B, 3, H, W)
         parts = zip(pixels.split(SCORED_AT_ONCE), _split(prompts), strict=True)
-        return [value for part, lines in parts for value in score_images(model, part.to(device), lines).tolist()]
+        with needed([model]):  # brought once, where a training does without it
+            return [value for part, lines in parts for value in score_images(model, part.to(device), lines).tolist()]
 
 
 def opaque(images: Tensor) -> Tensor:

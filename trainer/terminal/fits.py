@@ -37,7 +37,9 @@ UNITS = {"GB": 10**9, "MB": 10**6}
 class Footprint:
     """What a run needs, in bytes.
 
-    weights: of denoiser, adapter and decoder, and of a critic's own decoder; rewards: of their networks.
+    weights: of denoiser, adapter and decoder, and of a critic's own decoder.
+    rewards: of their networks, which leave the device while prompts are encoded and, unless they are back-propagated,
+    during updates.
     texts: of the text encoders, which leave the device once all prompts are encoded.
     moments, trajectories: what an epoch holds besides; snapshot, checkpoint: a file of each, on the disk.
     sampling, decoding: per row; training: without gradient checkpointing and with it.
@@ -140,10 +142,11 @@ def choice(found: Footprint, config: TrainConfig, card: int) -> str:
     elsewhere = better_in_main_memory(found.trajectories, free)
     budget = MemoryBudget(Held(), *rows_allowed(config), found.moments if elsewhere else found.reserve)
     room = budget.room(free)
-    if found.texts > free or not found.drawing.rows(room):
+    freed = 0 if config.needs_gradient else found.rewards
+    if found.texts > free + found.rewards or not found.drawing.rows(room):
         return "no"
     for checkpointing in (True,) if config.policy.gradient_checkpointing else (False, True):
-        needs = [found.sampling, found.training[checkpointing]]
+        needs = [found.sampling, found.training[checkpointing].less(freed)]
         if all(need.rows(room) for need in (*needs, found.decoding)):
             rows, images, _ = budget.choose(room, needs, found.decoding, checkpointing)
             return f"{rows}{'*' * checkpointing} / {images}"
