@@ -25,7 +25,7 @@ from .critic import TemporalCritic
 from .decoder import load_decoder
 from .encoder import encoder_of
 from .step_regression import StepRegression
-from .window import window
+from .window import steps_read
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,7 @@ class CriticTraining:
 
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config.critic, context.policy
-        self.steps = len(self.policy.process)
-        if self.config.history:
-            trained = window(context.config.policy, self.policy.process.stochastic)
-            self.steps = min(self.steps, int(trained.nonzero().max()) + 2)
+        self.steps = steps_read(self.config, context.config.policy, self.policy.process.stochastic)
         self.encoder = None if self.config.reads == "latent" else self._encoder()
         self.decoder = load_decoder(self.config, self.policy)
         self.network = TemporalCritic(
