@@ -94,7 +94,7 @@ def test_an_epoch_fits_where_the_budget_says_so_and_twice_as_many_rows_would_not
         tmp_path / "run", make_policy, int((train.first + (rows - 1) * train.more) / 0.9) + MORE
     )
     assert training.context.micro_batch == rows
-    assert f"; {rows} of 8 samples go through at once" in told and "checkpointing" not in told
+    assert f"; {rows} of 8 samples at once" in told and "checkpointing" not in told
     with card:
         training._run_epoch()
         assert card.errors == 0

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from comfy_tdpo import arithmetic
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.memory.budget import MemoryBudget, better_in_main_memory, first_micro_batch
 from comfy_tdpo.memory.gauges import gauge_of
@@ -57,8 +58,8 @@ def check_warmup(config: TrainConfig, updates: int) -> None:
     warmup, total = config.policy.warmup_updates, config.epochs * updates
     if warmup >= total:
         raise ValueError(
-            f"got policy.warmup_updates {warmup} for a run of {total} updates; expected fewer: lower "
-            "policy.warmup_updates or raise epochs"
+            f"got policy.warmup_updates {warmup} for a run of {number_of(total, 'update')}; expected fewer: "
+            "lower policy.warmup_updates or raise epochs"
         )
 
 
@@ -157,7 +158,9 @@ class Training:
     def _own_share(self, samples: int) -> int:
         processes = self.processes.count
         if samples % processes:
-            raise ValueError(f"got {samples} samples for {processes} processes; expected a multiple of {processes}")
+            raise ValueError(
+                f"got {number_of(samples, 'sample')} for {processes} processes; expected a multiple of {processes}"
+            )
         return samples // processes
 
     # --- the epochs -------------------------------------------------------------------------------------------------
@@ -193,7 +196,8 @@ class Training:
             restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
-                f"got {self.config.epochs} epochs for a run that has finished {context.epoch}; expected as many or more"
+                f"got {number_of(self.config.epochs, 'epoch')} for a run that has finished {context.epoch}; expected "
+                "as many or more"
             )
         if self.keeper.takes_part:
             with self._at_the_disk():

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..counts import number_of
 from .gauges import Gauge
 from .running_out import (
     largest_divisor,
@@ -155,8 +156,8 @@ class MemoryBudget:
         held = "optimizer" if self.in_main_memory else "optimizer and trajectories"
         told = (
             f"memory: {_size(free)} are free, {_size(self.reserve)} of them for {held}; "
-            f"{choice.micro_batch} of {self.samples_per_update} samples go through at once, of which one takes "
-            f"{largest.told()}, and {choice.decode_batch} images are decoded at once, of which one takes "
+            f"{choice.micro_batch} of {number_of(self.samples_per_update, 'sample')} at once, of which one takes "
+            f"{largest.told()}, and {number_of(choice.decode_batch, 'image')} decoded at once, of which one takes "
             f"{decoding.told()}{why}"
         )
         return choice, told

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.methods.sections import ClippedPolicySettings, SteppedPolicySettings
 from comfy_tdpo.methods.window import steps_read, trained_steps
 from comfy_tdpo.process import Process
@@ -53,7 +54,8 @@ def measured(config: TrainConfig) -> str | None:
             epoch = statistics.median(times)
             return (
                 f"time: run {str(run.path)!r} took {told(epoch)} an epoch with the same settings, which makes "
-                f"{told(epoch * config.epochs)} for {config.epochs} epochs on the same machine; an estimate"
+                f"{told(epoch * config.epochs)} for {number_of(config.epochs, 'epoch')} on the same machine; an "
+                "estimate"
             )
     return None
 
