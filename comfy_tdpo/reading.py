@@ -44,8 +44,7 @@ class Reading:
 
     def positions(self, steps: int) -> list[int]:
         """Which of T steps are decoded, ascending (R,)."""
-        read = range(steps)[: self.steps]
-        return sorted({*read[:: self.every], read[-1]})
+        return positions(min(self.steps or steps, steps), self.every)
 
     def read(
         self, decoder: Decoder, path: Path, prompts: list[str], check: Callable[[], None]
@@ -72,6 +71,11 @@ class Reading:
             return embeds
         shares = shares_of(read, self.held).to(embeds.device)
         return F.normalize(shares @ embeds, dim=-1)
+
+
+def positions(steps: int, every: int) -> list[int]:
+    """Which of the K steps that are read are decoded: one of `every`, and the first and the last."""
+    return sorted({*range(0, steps, every), steps - 1})
 
 
 def shares_of(read: list[int], held: bool) -> Tensor:

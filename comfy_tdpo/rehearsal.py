@@ -1,15 +1,16 @@
 """Rehearses the phases of an epoch with zeros, so that their memory can be measured before the first sample."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .memory.counting import kept_bytes
-from .methods.direct.recompute import networks_of
 from .models.conditioning import Conditioning
 from .policy import DiffusionPolicy
 from .rewards import RewardModel
+from .rewards.networks import needed, networks_of, unneeded
 
 
 class Rehearsal:
@@ -30,6 +31,12 @@ class Rehearsal:
 
     def turn_on_checkpointing(self) -> None:
         self.policy.turn_on_checkpointing()
+
+    def with_rewards(self) -> AbstractContextManager[None]:
+        return needed(self.rewards)
+
+    def updating(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.gradients else unneeded(self.rewards)
 
     @torch.no_grad()
     def sample(self, rows: int) -> None:
@@ -55,11 +62,12 @@ class Rehearsal:
     @torch.no_grad()
     def score(self, rows: int) -> None:
         images = self._images(rows)
-        for reward in self.rewards:
-            reward.score(images, [self.prompt] * rows)
+        with self.with_rewards():
+            for reward in self.rewards:
+                reward.score(images, [self.prompt] * rows)
 
     def decode(self, rows: int) -> None:
-        with torch.set_grad_enabled(self.gradients):
+        with torch.set_grad_enabled(self.gradients), self.with_rewards():
             images = self.policy.decode(self._latents(rows).requires_grad_(self.gradients))
             if self.gradients:
                 sum(

@@ -20,7 +20,7 @@ from .models import LatentDecoder
 from .policy import DiffusionPolicy
 from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
-from .rewards import RewardModel, score_images, score_with_parts, scored_elsewhere, terms_of
+from .rewards import RewardModel, embed_images, score_images, score_with_parts, scored_elsewhere, terms_of
 
 if TYPE_CHECKING:
     from .reading import Reading
@@ -194,7 +194,7 @@ class Sampler:
             scores={id(term): score_images(term, images, prompts) for term in self.terms(elsewhere=False)},
             image_embeds=embeds,
             step_scores=step_scores,
-            final_embeds=None if self.reward.embed_dim is None else self.reward.embed(images).float(),
+            final_embeds=None if self.reward.embed_dim is None else embed_images(self.reward, images).float(),
         )
 
     def terms(self, elsewhere: bool) -> list[RewardModel]:

@@ -1,5 +1,7 @@
 """MemoryBudget on a device that counts: real tensors, whose bytes are limited as a GPU's are."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from toy import Brightness, new_run, toy_training
@@ -92,7 +94,7 @@ def test_an_epoch_fits_where_the_budget_says_so_and_twice_as_many_rows_would_not
         tmp_path / "run", make_policy, int((train.first + (rows - 1) * train.more) / 0.9) + MORE
     )
     assert training.context.micro_batch == rows
-    assert f"; {rows} of 8 samples go through at once" in told and "checkpointing" not in told
+    assert f"; {rows} of 8 samples at once" in told and "checkpointing" not in told
     with card:
         training._run_epoch()
         assert card.errors == 0
@@ -111,6 +113,34 @@ def test_where_one_row_does_not_fit_blocks_are_computed_again_and_nothing_crashe
     with card:
         training._run_epoch()
     assert card.errors == 0
+
+
+def test_updates_may_take_what_the_rewards_leave(make_policy):
+    train = measured(make_policy)["train"]
+    two_rows, two_more = (int(size / 0.9) + 2**16 for size in (train.first + train.more, 2 * train.more))
+
+    class Leaving(Rehearsal):
+        """Beside rewards as large as two rows, if any, which are somewhere else during updates."""
+
+        def __init__(self, rewards):
+            super().__init__(make_policy(steps=3), "a cat", [])
+            self.held = [torch.empty(two_more, dtype=torch.uint8)] * rewards
+
+        @contextmanager
+        def updating(self):
+            rewards, self.held = len(self.held), []
+            yield
+            self.held = [torch.empty(two_more, dtype=torch.uint8)] * rewards
+
+    for rewards, fit in ((0, 2), (1, 4)):
+        card = Card(2**40)
+        with card:
+            rehearsal = Leaving(rewards)
+            rehearsal.sample(1)  # encodes the prompt
+            card.total = card.bytes + two_rows
+            choice, told = MemoryBudget(card, 4, 4, 4).settle(rehearsal)
+        assert (choice.micro_batch, choice.checkpointing, card.errors) == (fit, False, 0)
+        assert ("; the rewards, " in told and "are in main memory during updates" in told) == bool(rewards)
 
 
 def test_no_room_for_one_row_says_what_to_lower(tmp_path, make_policy):

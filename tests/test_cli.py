@@ -127,7 +127,7 @@ def test_a_run_whose_files_have_moved_says_how_to_go_on(finished, tmp_path, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--epochs", "1"], "got 1 epochs for a run that has finished 2"),
+        (["--epochs", "1"], "got 1 epoch for a run that has finished 2"),
         (["--output.trackers", "abacus"], "got tracker 'abacus'"),
         (["--epochs", "3", "--model", "no/such"], "no/such"),
         (

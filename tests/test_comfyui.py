@@ -189,7 +189,7 @@ def test_a_run_is_evaluated_cancelled_and_evaluated_further(server):
     outputs = server.run(train | evaluate_graph() | shown)
     assert outputs["evaluate"] == {"tdpo_evaluation": ["rated"]} and set(KINDS.values()) <= set(outputs)
     title, _, *rows = outputs["told"]["text"][0].splitlines()
-    assert title == "shapes-unseen: 8 prompts, 1 images each (3 steps, guidance 3, 64 px)"
+    assert title == "shapes-unseen: 8 prompts, 1 image each (3 steps, guidance 3, 64 px)"
     assert [row.split()[:3] for row in rows[:3]] == [["base", "-", "0"], ["tdpo-r", "1", "4"], ["tdpo-r", "2", "8"]]
     folder = server.base / "output" / "tdpo" / "rated" / "evaluation"
     whole = (folder / "evaluation.jsonl").read_bytes()

@@ -244,7 +244,7 @@ WRONG = [
     ({"epochs": True}, "epochs: got True; true and false are for switches"),
     ({"policy": {"lr": True}}, "policy.lr: got True; true and false are for switches"),
     ({"algorithm": "ppo"}, "got algorithm 'ppo'; expected one of ddpo-g, tdpo-g, tdpo-r"),
-    ({"algorithm": "draft", "last_steps": 51}, "last_steps is 51, but there are only 10 steps"),
+    ({"algorithm": "draft", "last_steps": 51}, "last_steps is 51, but steps is 10"),
     ({"algorithm": "draft", "last_steps": 2, "renoised": 2}, "renoised 2 repeats the last step alone"),
     ({"algorithm": "alignprop", "truncation": {"first": "fixed", "last_steps": 51}}, "truncation.last_steps is 51"),
     ({"algorithm": "alignprop", "steps": 1}, "truncation.first normal leaves the first step out"),

@@ -10,7 +10,7 @@ from elsewhere import DEVICE, Device
 from safetensors.torch import load_file
 from test_resume import Steps, StopAt
 from tint import TintModel
-from torch import Tensor
+from torch import Tensor, nn
 from toy import Brightness, Contrast, new_run, timeless
 
 from comfy_tdpo.methods import ALGORITHMS
@@ -48,6 +48,21 @@ IN_MAIN_MEMORY = ("ddpo-g", "tdpo-r", "dpok", "sdpo")
 COMMON = {"epochs": 2, "samples_per_epoch": 4, "samples_per_update": 2, "guidance": 1.0, "resolution": 8}
 
 
+class Learned(Brightness):
+    """Brightness by a network, which leaves the images as they are."""
+
+    def __init__(self, device: torch.device | str):
+        self.network = nn.Conv2d(3, 3, 1, bias=False).requires_grad_(False)
+        self.network.weight.copy_(torch.eye(3)[..., None, None])
+        self.network.to(device)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return super().embed(self.network(images))
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return super().score(self.network(images), prompts)
+
+
 @pytest.fixture
 def elsewhere(monkeypatch):
     """The only device of accelerate's is DEVICE."""
@@ -69,7 +84,8 @@ def training_on(device: torch.device | str, run: RunFolder, watch=lambda *progre
         device=device,
     )
     guards = dict(zip(config.guards, (Contrast(), Brightness()), strict=False))
-    return Training(config, policy, Brightness(), {"contrast": Contrast()}, run, Accelerator(), stop, watch, guards)
+    reward = Learned(policy.device)
+    return Training(config, policy, reward, {"contrast": Contrast()}, run, Accelerator(), stop, watch, guards)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -86,8 +102,16 @@ def test_every_algorithm_trains_and_resumes_as_on_the_cpu(tmp_path, request, mon
     assert stopped.stopped and stopped.context.progress.parts
     if algorithm in IN_MAIN_MEMORY:
         assert stopped.context.progress.batch().latents.device.type == "cpu"
-    resumed = training_on(DEVICE, there)
+    updated_with = set()  # where the reward's network was meanwhile
+
+    def watch(phase: str, done: float, total: int) -> None:
+        if phase in ("updating", "training"):
+            updated_with.add(resumed.context.reward.network.weight.device)
+
+    resumed = training_on(DEVICE, there, watch)
     list(resumed.epochs())
+    # those that back-propagate the reward keep it
+    assert updated_with == {torch.device("cpu") if resumed.method.samples_first else DEVICE}
     assert all(parameter.device == DEVICE for parameter in resumed.policy.parameters)
     assert timeless(there.metrics()) == timeless(run.metrics())
     expected, got = (load_file(found.latest_lora) for found in (run, there))

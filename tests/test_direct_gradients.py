@@ -15,12 +15,13 @@ from toy import Brightness, new_run
 
 from comfy_tdpo.blocks import blocks_of
 from comfy_tdpo.methods.direct.alignprop import first_step
-from comfy_tdpo.methods.direct.recompute import networks_of, recomputing
+from comfy_tdpo.methods.direct.recompute import recomputing
 from comfy_tdpo.methods.direct.refl import drawn_step
 from comfy_tdpo.methods.direct.settings import TruncationSettings
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rewards import RewardError, WeightedSum, function, load_rewards
+from comfy_tdpo.rewards.networks import networks_of
 from comfy_tdpo.rollout import denoise, draw_noise
 from comfy_tdpo.swapping import copied, swapped
 from comfy_tdpo.trainer import assemble as assembling

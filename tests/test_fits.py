@@ -14,6 +14,7 @@ from comfy_tdpo.memory.budget import GIB, Need, need_of
 from comfy_tdpo.memory.counting import Held
 from comfy_tdpo.memory.without_values import counted, flops_of
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts, sizes_of
+from comfy_tdpo.models.tiny_decoder import load_tiny_decoder
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.shapes import TINY_DECODER
@@ -21,8 +22,19 @@ from comfy_tdpo.trainer.__main__ import main
 from comfy_tdpo.trainer.config import make_config, override
 from comfy_tdpo.trainer.run import RunFolder
 from comfy_tdpo.trainer.run.new_folder import RUNS
-from comfy_tdpo.trainer.terminal.fits import CONTEXT, Flops, Footprint, bytes_of_decoder, choice, footprint
+from comfy_tdpo.trainer.terminal.fits import (
+    CONTEXT,
+    Flops,
+    Footprint,
+    bytes_of_decoder,
+    choice,
+    decoder_of,
+    flops_of_decoder,
+    footprint,
+)
+from comfy_tdpo.trainer.terminal.seconds import flops_of_sample
 
+SIXTY_FOUR = {"samples_per_epoch": 64, "samples_per_update": 64}
 SETTINGS = {"steps": 3, "guidance": 3.0, "resolution": 32}
 
 
@@ -73,12 +85,40 @@ def test_a_critics_own_decoder_counts():
     decoder = {"algorithm": "tdpo-r", "critic": {"decoder": str(TINY_DECODER)}}
     for precision, size in {"fp32": 4, "fp16": 2}.items():
         config = make_config("sd14-aesthetic", overrides=decoder | {"precision": precision})
-        assert bytes_of_decoder(config) == size * 142_083
-    assert bytes_of_decoder(make_config("sd14-aesthetic")) == 0
+        assert bytes_of_decoder(decoder_of(config)) == size * 142_083
+    assert decoder_of(make_config("sd14-aesthetic")) is None and bytes_of_decoder(None) == 0
+    tiny = load_tiny_decoder(TINY_DECODER)
+    with counted():
+        operations = flops_of_decoder(tiny, (4, 6, 4))
+    assert operations == flops_of(lambda: tiny(torch.rand(1, 4, 6, 4))) > 10**6
+
+
+class SixSteps:
+    stochastic = torch.tensor([True] * 6)
+
+    def __len__(self):
+        return 6
+
+
+@pytest.mark.parametrize(
+    "critic, images",
+    [
+        ({"enabled": False}, 1),
+        ({"reads": "latent"}, 1),
+        ({}, 1 + 6 * 3),
+        ({"image_size": 256}, 1 + 6 * 3 / 4),
+        ({"read_every": 4}, 1 + 3 * 3),  # the steps 1, 5 and 6
+        ({"read_every": 4, "history": 1}, 1 + 2 * 3),  # step 1, and 4, which follows the trained ones
+    ],
+)
+def test_the_time_of_a_critics_images_is_that_of_those_it_sees(critic, images):
+    settings = {"algorithm": "tdpo-r", "neurons": {"reset": "none"}, "policy": {"train_until": 0.5}}
+    config = make_config(overrides=settings | {"resolution": 512, "critic": {"image_size": None} | critic})
+    assert flops_of_sample(config, SixSteps(), Flops(step=0, training=0, image=1, seen=3))[0] == images
 
 
 def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_up():
-    config = make_config("sd14-aesthetic", overrides={"samples_per_epoch": 64, "samples_per_update": 64})
+    config = make_config("sd14-aesthetic", overrides=SIXTY_FOUR)
     small = Need(1, 1)
     found = Footprint(
         weights=2 * GIB,
@@ -92,7 +132,7 @@ def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_u
         decoding=Need(GIB, GIB),
         training={False: Need(4 * GIB, 2 * GIB), True: Need(2 * GIB, GIB // 2)},
         drawing=small,
-        flops=Flops(1, 1, 1),
+        flops=Flops(1, 1, 1, 1),
     )
 
     def card(room: float) -> int:
@@ -101,8 +141,12 @@ def test_a_card_gets_as_many_rows_as_fit_and_recomputes_blocks_before_it_gives_u
 
     assert choice(found, config, card(4.0)) == "1 / 4"
     assert choice(found, config, card(10.0)) == "4 / 10"
-    assert choice(found, config, card(2.0)) == "1* / 2"
+    assert choice(found, config, card(2.0)) == "2* / 2"
     assert choice(found, config, 4) == "no"
+    # updates may take the 1 GiB of the rewards too, less the margin, unless they back-propagate them
+    direct = make_config("sd14-aesthetic", overrides=SIXTY_FOUR | {"algorithm": "draft"})
+    assert choice(replace(found, decoding=small), config, card(3.2)) == "1 / 16"
+    assert choice(replace(found, decoding=small), direct, card(3.2)) == "4* / 16"
     # what takes much goes to main memory, and text encoders leave once they have encoded
     assert choice(replace(found, trajectories=2 * GIB, texts=3 * GIB), config, card(4.0)) == "1 / 4"
     assert choice(replace(found, texts=20 * GIB), config, card(4.0)) == "no"

@@ -363,7 +363,7 @@ def test_a_missing_weight_is_an_error(models, tmp_path, part, network):
             del weights[key]
 
     path = edited(models["sd1"][1], tmp_path / "part.safetensors", drop)
-    with pytest.raises(ValueError, match=rf"part.safetensors lacks \d+ weights of the {network}, the first is .*; exp"):
+    with pytest.raises(ValueError, match=rf"part.safetensors lacks \d+ weights? of the {network}, the first is .*exp"):
         load_components(path)
 
 
@@ -406,7 +406,7 @@ def test_a_folder_with_a_lost_weight_or_a_cut_file_is_an_error(folder, name):
     weights = load_file(path)
     lost = sorted(weights)[-1]
     save_file({key: weight for key, weight in weights.items() if key != lost}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=f"lacks 1 weights of the .*, the first is {lost}"):
+    with pytest.raises(ValueError, match=f"lacks 1 weight of the .*, the first is {lost}"):
         load_components(str(folder))
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match="is not a valid .safetensors file"):

@@ -76,7 +76,7 @@ def test_advice_is_in_the_words_of_the_graph(text, reworded):
 def test_tables_are_read_as_they_were_written(tmp_path):
     found = known(tmp_path, SEEDS)
     (table,) = tables_in(markdown(found))
-    assert table["title"].startswith("one: 2 prompts, 1 images each (")
+    assert table["title"].startswith("one: 2 prompts, 1 image each (")
     assert table["rows"][0] == ["runs", "epoch", "reward queries", "shapes-aesthetic", "shapes-gold"]
     assert table["rows"][1] == ["base", "-", "0", "1.00", "0.800"]
     assert table["rows"][-1] == ["ddpo-2", "4", "32", "2.00 (+1.00 ± 6.35)", "0.700 (-0.100 ± 1.271)"]

@@ -172,7 +172,7 @@ FAULTS = {
     "huge": (says(b" " * (2**20 + 1)), "an answer of more than 1048576 bytes"),
     "wrong batch": (made_of(lambda right: right | {"batch": "0" * 64}), "an answer for another batch"),
     "no batch": (made_of(lambda right: {"scores": right["scores"]}), "an answer for another batch"),
-    "too few": (made_of(lambda right: right | {"scores": [1.0]}), "1 scores, but 3 expected"),
+    "too few": (made_of(lambda right: right | {"scores": [1.0]}), "1 score, but 3 expected"),
     "no list": (made_of(lambda right: right | {"scores": "321"}), "no list of scores, but 3 expected"),
     "not a number": (made_of(lambda right: right | {"scores": [math.nan, 0, 0]}), "a score that is no finite number"),
     "infinite": (made_of(lambda right: right | {"scores": [1e39, 0, 0]}), "a score that is no finite number"),
@@ -471,7 +471,7 @@ def refusal(url: str, body: bytes, **headers: str) -> tuple[int, str]:
 def test_wrong_requests_are_refused_with_a_sentence():
     with served() as url:
         assert refusal(url, b"nonsense")[0] == 400
-        assert refusal(url, packed(IMAGES, ["one"])) == (400, "got 1 prompts for 3 images; expected one for each")
+        assert refusal(url, packed(IMAGES, ["one"])) == (400, "got 1 prompt for 3 images; expected one for each")
         assert "expected float" in refusal(url, packed(IMAGES[0], PROMPTS))[1]
         assert "expected float" in refusal(url, packed(IMAGES.byte(), PROMPTS))[1]
         assert "not finite" in refusal(url, packed(IMAGES / 0, PROMPTS))[1]

@@ -332,5 +332,5 @@ def test_foreign_images_are_refused(image, message):
 
 
 def test_a_prompt_for_each_image():
-    with pytest.raises(ValueError, match="got 2 images and 1 prompts"):
+    with pytest.raises(ValueError, match="got 2 images and 1 prompt"):
         gold_scores(torch.zeros(2, 3, 64, 64), ["a red circle"])

@@ -78,7 +78,7 @@ def test_lines_cut_off_in_mid_write_are_counted(capsys):
         file.write('{"image": "0')
     assert main(["taste", "mine"]) == 0
     out = capsys.readouterr().out
-    assert "votes     8: " in out and "damaged   1 lines were cut off in mid-write" in out
+    assert "votes     8: " in out and "damaged   1 line cut off in mid-write" in out
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_embeddings_are_a_cache_that_may_be_lost_or_damaged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("votes", "told"), [([], "with 0 votes;"), ([Thumb("a", 1.0)], "with 1 votes, all of liked pictures; expected")]
+    ("votes", "told"), [([], "with 0 votes;"), ([Thumb("a", 1.0)], "with 1 vote, all of liked pictures; expected")]
 )
 def test_votes_without_contrast_teach_nothing_and_say_so(taste, votes, told):
     name = taste.keep(picture(0))

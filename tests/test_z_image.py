@@ -249,7 +249,7 @@ def test_a_file_alone_asks_for_the_folder(file, tmp_path):
         (
             "native",
             "layers.1.feed_forward.w2.weight",
-            "lacks 1 weights of the ZImageTransformer2DModel, the first is layers.1.feed",
+            "lacks 1 weight of the ZImageTransformer2DModel, the first is layers.1.feed",
         ),
         (
             "all in one",

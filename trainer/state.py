@@ -148,7 +148,7 @@ class TrainState:
         if count != before and "targets" not in groups and not updates:
             if not rank:
                 logger.warning(
-                    "this run was stopped by %d processes while it sampled, and goes on with %d: epoch %d begins again",
+                    "the run was stopped while it sampled; its processes were %d and now are %d: epoch %d begins again",
                     *(before, count, epoch),
                 )
             return Progress()

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from comfy_tdpo import arithmetic
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.memory.budget import MemoryBudget, better_in_main_memory, first_micro_batch
 from comfy_tdpo.memory.gauges import gauge_of
@@ -29,6 +30,7 @@ from comfy_tdpo.processes import FAILS, LACKS, LOST, SAVED, STOPS, Parted, Proce
 from comfy_tdpo.randomness import generator_at
 from comfy_tdpo.rehearsal import Rehearsal
 from comfy_tdpo.rewards import RewardError, RewardModel
+from comfy_tdpo.rewards.networks import needed, unneeded
 from comfy_tdpo.rewards.taste import tastes_among
 from comfy_tdpo.rollout import Decoder, Sampled, Trajectories
 
@@ -56,8 +58,8 @@ def check_warmup(config: TrainConfig, updates: int) -> None:
     warmup, total = config.policy.warmup_updates, config.epochs * updates
     if warmup >= total:
         raise ValueError(
-            f"got policy.warmup_updates {warmup} for a run of {total} updates; expected fewer: lower "
-            "policy.warmup_updates or raise epochs"
+            f"got policy.warmup_updates {warmup} for a run of {number_of(total, 'update')}; expected fewer: "
+            "lower policy.warmup_updates or raise epochs"
         )
 
 
@@ -156,7 +158,9 @@ class Training:
     def _own_share(self, samples: int) -> int:
         processes = self.processes.count
         if samples % processes:
-            raise ValueError(f"got {samples} samples for {processes} processes; expected a multiple of {processes}")
+            raise ValueError(
+                f"got {number_of(samples, 'sample')} for {processes} processes; expected a multiple of {processes}"
+            )
         return samples // processes
 
     # --- the epochs -------------------------------------------------------------------------------------------------
@@ -191,14 +195,15 @@ class Training:
             restored = self.state.restore(self.run.checkpoints)
         if context.epoch > self.config.epochs:
             raise ValueError(
-                f"got {self.config.epochs} epochs for a run that has finished {context.epoch}; expected as many or more"
+                f"got {number_of(self.config.epochs, 'epoch')} for a run that has finished {context.epoch}; expected "
+                "as many or more"
             )
         if self.keeper.takes_part:
             with self._at_the_disk():
                 self.keeper.put_in_order(restored)
         self.keeper.open_trackers()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), unneeded(context.rewards):
                 self.policy.encode_ahead([*self.prompts, *self.keeper.grid_prompts], self._check_stop)
             if context.epoch == 0 and not context.progress.parts:
                 with self._heeding():
@@ -268,9 +273,8 @@ class Training:
         context, config = self.context, self.config
         if self.policy.trainable.sharded:
             return
-        rewards = [context.reward, *context.eval_rewards.values(), *context.guards.values()]
         longest = max(self.prompts, key=len)
-        rehearsal = Rehearsal(self.policy, longest, rewards, config.needs_gradient)
+        rehearsal = Rehearsal(self.policy, longest, context.rewards, config.needs_gradient)
         reserve, elsewhere = bytes_of_moments(self.policy.count, config.policy), self._trajectories
         if not context.in_main_memory:
             reserve, elsewhere = reserve + elsewhere, 0
@@ -372,12 +376,14 @@ class Training:
         """Run the remaining gradient updates of the epoch."""
         progress, start = self.context.progress, time.perf_counter()
         groups = self.method.groups(self.context.epoch + 1)
-        for index in range(progress.updates, len(groups)):
-            if self.method.samples_first:  # otherwise the method says how many samples it has drawn
-                self.context.begin("updating", index, 1, len(groups))
-            set_lr(self.context.optimizer, self._lr(index, len(groups)))
-            self.method.update(groups[index])
-            progress.updates += 1
+        where = unneeded if self.method.samples_first else needed  # the backward pass needs them too
+        with where(self.context.rewards):
+            for index in range(progress.updates, len(groups)):
+                if self.method.samples_first:  # otherwise the method says how many samples it has drawn
+                    self.context.begin("updating", index, 1, len(groups))
+                set_lr(self.context.optimizer, self._lr(index, len(groups)))
+                self.method.update(groups[index])
+                progress.updates += 1
         progress.times["train"] += time.perf_counter() - start
 
     def _lr(self, index: int, updates: int) -> float:

@@ -7,10 +7,12 @@ memory either.
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
 
+from ..counts import number_of
 from .gauges import Gauge
 from .running_out import (
     largest_divisor,
@@ -46,6 +48,14 @@ class Rehearsal(Protocol):
     @property
     def checkpointing(self) -> bool: ...
 
+    def with_rewards(self) -> AbstractContextManager[None]:
+        """Inside the block, all that scores images is on the device."""
+        ...
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Inside the block, what updates do without is not on the device."""
+        ...
+
     def sample(self, rows: int) -> None: ...
 
     def train(self, rows: int) -> None: ...
@@ -70,6 +80,10 @@ class Need(NamedTuple):
     def rows(self, room: int) -> int:
         """How many rows fit into `room` bytes."""
         return 0 if self.first > room else 1 + (room - self.first) // max(self.more, 1)
+
+    def less(self, freed: int) -> "Need":
+        """What it takes of a room in which `freed` bytes are not counted that are free for it too."""
+        return self if self == NO_ROOM else self._replace(first=self.first - int(freed * (1 - MARGIN)))
 
     def told(self) -> str:
         if self == NO_ROOM:
@@ -123,18 +137,15 @@ class MemoryBudget:
         """
         if not self.gauge.exact:
             return self._tried(rehearsal, training), ""
-        free = self.gauge.free()
+        with rehearsal.with_rewards():
+            free = self.gauge.free()
         room = self.room(free)
         sampling, scoring = self.need(rehearsal.sample, room), self.need(rehearsal.score, room)
         decoding = self.need(rehearsal.decode, room)
-        needs, why = [sampling, scoring], ""
+        needs, largest, why = [sampling, scoring], scoring, ""
         if training and NO_ROOM not in needs:
-            kept = 0 if rehearsal.checkpointing else sampling.first + rehearsal.kept()
-            needs.append(self.need(rehearsal.train, room) if kept <= room else Need(kept, kept))
-            if not needs[-1].rows(room) and not rehearsal.checkpointing:
-                why = f", with gradient checkpointing, without which one sample takes {needs[-1].told()}"
-                rehearsal.turn_on_checkpointing()
-                needs[-1] = self.need(rehearsal.train, room)
+            largest, freed, why = self._updating(rehearsal, sampling, free)
+            needs.append(largest.less(freed))
         if NO_ROOM in needs:
             smaller_micro_batch(1, self.samples_per_update)  # raises
         if decoding == NO_ROOM:
@@ -145,11 +156,30 @@ class MemoryBudget:
         held = "optimizer" if self.in_main_memory else "optimizer and trajectories"
         told = (
             f"memory: {_size(free)} are free, {_size(self.reserve)} of them for {held}; "
-            f"{choice.micro_batch} of {self.samples_per_update} samples go through at once, of which one takes "
-            f"{needs[-1].told()}, and {choice.decode_batch} images are decoded at once, of which one takes "
+            f"{choice.micro_batch} of {number_of(self.samples_per_update, 'sample')} at once, of which one takes "
+            f"{largest.told()}, and {number_of(choice.decode_batch, 'image')} decoded at once, of which one takes "
             f"{decoding.told()}{why}"
         )
         return choice, told
+
+    def _updating(self, rehearsal: Rehearsal, sampling: Need, free: int) -> tuple[Need, int, str]:
+        """What training takes of a device with `free` bytes, how many more leave it meanwhile, and what to say of both.
+
+        Turns gradient checkpointing on if need be.
+        """
+        held, why = self.gauge.held(), ""
+        with rehearsal.updating():
+            freed = held - self.gauge.held()
+            room = self.room(free + freed)
+            kept = 0 if rehearsal.checkpointing else sampling.first + rehearsal.kept()
+            found = self.need(rehearsal.train, room) if kept <= room else Need(kept, kept)
+            if not found.rows(room) and not rehearsal.checkpointing:
+                why = f", with gradient checkpointing, without which one sample takes {found.told()}"
+                rehearsal.turn_on_checkpointing()
+                found = self.need(rehearsal.train, room)
+        if freed:
+            why += f"; the rewards, {_size(freed)}, are in main memory during updates"
+        return found, freed, why
 
     def room(self, free: int) -> int:
         """How many of the `free` bytes a phase may take."""
@@ -179,7 +209,8 @@ class MemoryBudget:
             self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
 
         if training:
-            within_memory(lambda: rehearsal.train(self.micro_batch), shrink)
+            with rehearsal.updating():
+                within_memory(lambda: rehearsal.train(self.micro_batch), shrink)
         return Choice(self.micro_batch, self.decode_batch, rehearsal.checkpointing)
 
 

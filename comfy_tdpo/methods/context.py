@@ -60,7 +60,8 @@ class Context:
     policy: the model in training; optimizer: that of its parameters.
     decoder: decodes latents to images, a few at a time.
     processes: this one and the others.
-    reward, eval_rewards, guards: the training reward, the held-out rewards and the guards.
+    reward, eval_rewards, guards: the training reward, the held-out rewards and the guards; further_rewards: others,
+        added by a method that reads through their encoders.
     samples, samples_per_update: N and M, in this process.
     micro_batch: rows in each forward pass, reduced when memory runs out.
     prompts: for a given epoch, one prompt per sample of all processes; all_prompts: those it draws from.
@@ -94,11 +95,17 @@ class Context:
     in_main_memory: bool = False
     progress: Progress = field(default_factory=Progress)
     guards: dict[str, RewardModel] = field(default_factory=dict)
+    further_rewards: list[RewardModel] = field(default_factory=list)
     all_prompts: list[str] = field(default_factory=list)
     watch: Callable[[str, float, int], None] = lambda phase, done, total: None
     scaler: torch.amp.GradScaler = UNSCALED
     _piece: tuple[str, int, int, int] = ("", 0, 0, 0)
     _shared_out: tuple[int, Tensor] | None = None
+
+    @property
+    def rewards(self) -> list[RewardModel]:
+        """All of them."""
+        return [self.reward, *self.eval_rewards.values(), *self.guards.values(), *self.further_rewards]
 
     # --- progress
 

@@ -7,6 +7,7 @@ critic's input, S scores of each step.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..optimizers import adamw, load_optimizer_tensors, optimizer_tensors
 from ..randomness import generator_at
 from ..reading import Reading
-from ..rewards import RewardModel, encoder_name, load_reward
+from ..rewards import RewardModel, embed_images, encoder_name, load_reward
 from ..rollout import Trajectories
 from ..swapping import brought
 from . import Metrics, TensorGroup, objectives
@@ -24,7 +25,7 @@ from .critic import TemporalCritic
 from .decoder import load_decoder
 from .encoder import encoder_of
 from .step_regression import StepRegression
-from .window import window
+from .window import steps_read
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,7 @@ class CriticTraining:
 
     def __init__(self, context: Context):
         self.context, self.config, self.policy = context, context.config.critic, context.policy
-        self.steps = len(self.policy.process)
-        if self.config.history:
-            trained = window(context.config.policy, self.policy.process.stochastic)
-            self.steps = min(self.steps, int(trained.nonzero().max()) + 2)
+        self.steps = steps_read(self.config, context.config.policy, self.policy.process.stochastic)
         self.encoder = None if self.config.reads == "latent" else self._encoder()
         self.decoder = load_decoder(self.config, self.policy)
         self.network = TemporalCritic(
@@ -85,6 +83,8 @@ class CriticTraining:
         else:
             told = "reward %r has no image encoder, so the critic uses that of %r; critic.encoder chooses another"
             logger.warning(told, context.reward.name, name)
+        if name not in context.guards:
+            context.further_rewards.append(model)
         return model
 
     # --- what it reads
@@ -96,7 +96,7 @@ class CriticTraining:
             return None
         config = self.config
         return Reading(
-            self.encoder.embed,
+            partial(embed_images, self.encoder),
             decode=self.decoder,
             image_size=config.image_size,
             clean=config.reads == "clean",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..randomness import generator_at
-from .sections import SteppedPolicySettings
+from .sections import CriticSettings, SteppedPolicySettings
 
 
 def window(settings: SteppedPolicySettings, stochastic: Tensor) -> Tensor:
@@ -48,6 +48,14 @@ def trained_steps(settings: SteppedPolicySettings, stochastic: Tensor, seed: int
     trained = torch.zeros_like(allowed)
     trained[steps[drawn]] = True
     return trained
+
+
+def steps_read(critic: CriticSettings, settings: SteppedPolicySettings, stochastic: Tensor) -> int:
+    """How many of the T steps a critic reads, the first ones: all, or with a history those up to and including the one
+    after the last trained step."""
+    if not critic.history:
+        return len(stochastic)
+    return min(len(stochastic), int(window(settings, stochastic).nonzero().max()) + 2)
 
 
 def update_order(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..counts import number_of
 from ..tensor_files import TensorFile
 from .files import EXPECTED
 from .quantised import check_formats, declared_formats, find_scales, multiply_out
@@ -113,8 +114,9 @@ def check_weights(source: Path, network: nn.Module, weights: dict[str, Tensor]) 
     missing = sorted(expected.keys() - weights.keys())
     if missing:
         raise ValueError(
-            f"{source} lacks {len(missing)} weights of the {type(network).__name__}, the first is {missing[0]}; "
-            f"{EXPECTED}; download the model again, or choose a version that is not pruned to one component"
+            f"{source} lacks {number_of(len(missing), 'weight')} of the {type(network).__name__}, the first is "
+            f"{missing[0]}; {EXPECTED}; download the model again, or choose a version that is not pruned to one "
+            "component"
         )
     for key, empty in expected.items():
         if weights[key].shape != empty.shape:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..clean_text import clean, one_line
+from ..counts import number_of
 from ..user_files import read_text
 from .markup import check_words, foreign_text
 
@@ -106,8 +107,8 @@ def _rows(text: str, delimiter: str) -> Iterator[Found]:
             place = f"line {reader.line_num}"
             if row and len(row) != len(header):
                 raise ValueError(
-                    f"has {len(row)} fields in {place} and {len(header)} in its header; a prompt that contains "
-                    f"{delimiter!r} needs double quotes around it"
+                    f"has {number_of(len(row), 'field')} in {place} and {len(header)} in its header; a prompt that "
+                    f"contains {delimiter!r} needs double quotes around it"
                 )
             if row:
                 yield place, row[column]

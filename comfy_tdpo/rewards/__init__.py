@@ -32,6 +32,9 @@ class RewardModel(Protocol):
     Neither `embed` nor `score` enables or disables gradients; the caller decides. Weights are frozen, so a graph is
     kept only if the images require gradients.
 
+    Its networks are those among its attributes, and those of a reward among them. A training may have them in main
+    memory meanwhile, so call it by `score_images` and `embed_images`, which bring them to their device, or in `needed`.
+
     name: its name in the registry; embed_dim: the width D of `embed`, or None if it has no encoder for a critic;
     differentiable: whether gradients flow through `score` to the images.
     A reward may also have `elsewhere`, which says that another program computes its scores. It is asked on a thread of
@@ -262,6 +265,7 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
     import torch
 
     from ..memory.running_out import out_of_memory
+    from .networks import needed
 
     if not torch.isfinite(images).all():
         raise RewardError(
@@ -269,7 +273,8 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
             "precision to fp32, or use another VAE"
         )
     try:
-        return checked(model.name, model.score(images, prompts), images)
+        with needed([model]):
+            return checked(model.name, model.score(images, prompts), images)
     except RewardError:
         raise  # it already names the part of a sum that failed
     except (Exception, SystemExit) as error:  # it may be user code, and the user must learn whose code failed
@@ -278,3 +283,11 @@ def score_images(model: RewardModel, images: Tensor, prompts: list[str]) -> Tens
         unlike = is_function(model.name) and isinstance(error, (TypeError, AttributeError))  # it may expect PIL images
         given = f"; its images were a float tensor {tuple(images.shape)} in [0, 1]" if unlike else ""
         raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}{given}") from error
+
+
+def embed_images(model: RewardModel, images: Tensor) -> Tensor:
+    """`model`'s unit embeddings, float (B, D), of images (B, 3, H, W)."""
+    from .networks import needed
+
+    with needed([model]):
+        return model.embed(images)

@@ -15,7 +15,7 @@ from ..tastes.folder import TasteFolder
 from ..tastes.head import fit, predicted
 from ..tastes.names import FITTED
 from ..tastes.votes import Vote
-from . import REWARDS, RewardModel, WeightedSum, has_encoder, load_reward
+from . import REWARDS, RewardModel, WeightedSum, embed_images, has_encoder, load_reward
 
 
 class Taste:
@@ -94,7 +94,10 @@ def fit_folder(taste: TasteFolder, encoder: RewardModel, device: torch.device, p
 def _embedded(
     taste: TasteFolder, votes: list[Vote], encoder: RewardModel, device: torch.device, precision: str
 ) -> dict[str, Tensor]:
-    return embedded(taste, votes, lambda pictures: encoder.embed(pictures.to(device)), f"{encoder.name}-{precision}")
+    def embed(pictures: Tensor) -> Tensor:
+        return embed_images(encoder, pictures.to(device))
+
+    return embedded(taste, votes, embed, f"{encoder.name}-{precision}")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from ..counts import number_of
 from .scenes import COLOURS, IMAGE_SIZE, PLACES, SHAPES, Figure, Scene, parse, render
 
 # Colours are points in [0, 1]^3, with Euclidean distances.
@@ -248,7 +249,10 @@ def _place(figure: FoundFigure) -> tuple[bool, bool]:
 def gold_scores(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """`gold_score` of each of `images`, (B, 3, any, any) in [0, 1], as (B,) float32 on the same device."""
     if len(images) != len(prompts):
-        raise ValueError(f"got {len(images)} images and {len(prompts)} prompts; expected one prompt per image")
+        raise ValueError(
+            f"got {number_of(len(images), 'image')} and {number_of(len(prompts), 'prompt')}; expected one "
+            "prompt per image"
+        )
     resized = F.interpolate(images.detach().float(), (IMAGE_SIZE, IMAGE_SIZE), mode="area")
     pictures = resized.permute(0, 2, 3, 1).cpu().double().numpy()
     scores = [gold_score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..atomic_files import write_atomically
+from ..counts import number_of
 from ..tensor_files import TensorFile, write_tensors
 from .folder import EMBEDDINGS, TasteFolder
 from .head import Ballot
@@ -53,8 +54,8 @@ def ballot_of(votes: list[Vote], embeds: dict[str, Tensor], path: Path) -> Ballo
     pairs = [vote for vote in votes if isinstance(vote, Pair)]
     if not has_contrast(votes):
         raise ValueError(
-            f"got the taste '{path}' with {len(thumbs)} votes{_alike(thumbs)}; expected a liked picture and a "
-            "disliked one, or a pair: a taste learns from contrast, so vote on more pictures"
+            f"got the taste '{path}' with {number_of(len(thumbs), 'vote')}{_alike(thumbs)}; expected a liked picture "
+            "and a disliked one, or a pair: a taste learns from contrast, so vote on more pictures"
         )
     rows = {name: embeds[name].double() for vote in votes for name in vote.images}
     empty = next(iter(rows.values())).new_empty(0, len(next(iter(rows.values()))))

@@ -11,8 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.interrupts import heeding
 from comfy_tdpo.rewards import load_rewards, score_images
+from comfy_tdpo.rewards.networks import needed
 
 from ..runs.prompts import read_lines
 from ..runs.reward_choice import RewardChoice
@@ -36,7 +38,10 @@ def prompt_of_each(text: str, images: int) -> list[str]:
         raise ValueError("got no images; expected at least one to score")
     lines = [words for words, _ in read_lines(text, "prompt")] or [""]
     if len(lines) not in (1, images):
-        raise ValueError(f"got {len(lines)} prompts for {images} images; expected one line for all, or one per image")
+        raise ValueError(
+            f"got {number_of(len(lines), 'prompt')} for {number_of(images, 'image')}; expected one line for all, or "
+            "one per image"
+        )
     return lines * images if len(lines) == 1 else lines
 
 
@@ -58,7 +63,8 @@ def score(images: Tensor, prompts: list[str], reward: RewardChoice, device: torc
         model.check_prompts(prompts)
         pixels = opaque(images).movedim(-1, 1)  # (B, 3, H, W)
         parts = zip(pixels.split(SCORED_AT_ONCE), _split(prompts), strict=True)
-        return [value for part, lines in parts for value in score_images(model, part.to(device), lines).tolist()]
+        with needed([model]):  # brought once, where a training does without it
+            return [value for part, lines in parts for value in score_images(model, part.to(device), lines).tolist()]
 
 
 def opaque(images: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.rewards import name_of_sum
 from comfy_tdpo.tastes.names import PREFIX
 
@@ -242,15 +243,14 @@ def _of_job(job: Job) -> Fields:
 
 def plan_of(config: TrainConfig) -> str:
     """What the run costs and with which settings, those of the preset included."""
-    images = f"{config.epochs * config.samples_per_epoch:,} images of {config.steps} steps"
+    images = f"{config.epochs * config.samples_per_epoch:,} images of {number_of(config.steps, 'step')}"
     how = f"at {config.resolution} px with guidance {config.guidance:g}"
     if config.embedded_guidance is not None:
         how += f", embedded guidance {config.embedded_guidance:g}"
     if any(value != getattr(config, name) for name, value in config.drawn_with.items()):
         how += f" (samples: {config.drawn_with_told})"
     what = "all weights" if config.policy.trains_all else f"a LoRA of rank {config.policy.rank}"
-    epochs = f"{config.epochs} {'epoch' if config.epochs == 1 else 'epochs'}"
-    return f"{images} in {epochs}, {how}, for {what} with learning rate {config.policy.lr:g}"
+    return f"{images} in {number_of(config.epochs, 'epoch')}, {how}, for {what} with learning rate {config.policy.lr:g}"
 
 
 NOTHING_DONE: Fields = {

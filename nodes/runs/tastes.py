@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import PREFIX, VOTES, usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb, has_contrast
@@ -102,8 +103,8 @@ class Tastes:
             return len(votes) >= needed and has_contrast(votes)
         if len(votes) < needed:
             raise ValueError(
-                f"got {len(votes)} votes in taste {name!r}; expected at least {needed}: connect pictures to TDPO Taste "
-                "and click on those that you like and dislike, or lower votes_needed"
+                f"got {number_of(len(votes), 'vote')} in taste {name!r}; expected at least {needed}: connect pictures "
+                "to TDPO Taste and click on those that you like and dislike, or lower votes_needed"
             )
         return True
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.resolution import sides
 from comfy_tdpo.tastes.folder import TasteFolder
 from comfy_tdpo.tastes.votes import Pair, Thumb, check_file
@@ -105,8 +106,9 @@ def picture_in_grid(run: RunFolder, epoch: int, row: int, col: int) -> Picture:
     resolution = run.config.drawn_with["resolution"]
     if (pixels.shape[2], pixels.shape[1]) != sides(resolution):
         raise ValueError(
-            f"got the sample grid of epoch {epoch}, which does not have the {len(prompts)} images of "
-            f"{resolution} pixels that the run draws now; expected one that has: vote on a newer one"
+            f"got the sample grid of epoch {epoch}, which does not have the "
+            f"{number_of(len(prompts), 'image')} of {resolution} pixels that the run draws now; expected "
+            "one that has: vote on a newer one"
         )
     return pixels, prompts[index]
 

@@ -2,7 +2,7 @@
 // voted on: the votes become a taste, which TDPO Taste makes a reward.
 
 import { keepPresses, make, makeButton, setText } from "./dom.js";
-import { cellAt, tasteOf } from "./model.js";
+import { cellAt, numberOf, tasteOf } from "./model.js";
 import { gridURL, strengthURL, vote } from "./runs.js";
 
 const START = 38; // percent: where the divider is at first, away from the gaps between images
@@ -124,7 +124,7 @@ export class Comparison {
     try {
       const { votes, name } = await vote(this.taste.value.trim(), { picture: { run: this.#status.id, epoch, ...cell }, liked });
       this.#mark(place, box, liked);
-      setText(this.said, `${votes} ${votes === 1 ? "vote" : "votes"} in taste ${name}. TDPO Taste makes them a reward.`);
+      setText(this.said, `${numberOf(votes, "vote")} in taste ${name}. TDPO Taste makes them a reward.`);
     } catch (error) {
       setText(this.said, `The vote was not kept: ${error.message}`);
     }

@@ -227,7 +227,7 @@ export const tasteOf = ({ reward }) => reward?.match(/taste:(.+?)(?= [/+] |$)/)?
 
 /** What to do next with a ballot: vote on, or train. */
 export function ballotText({ votes, liked, disliked, pairs, needed }) {
-  const counted = `${votes} ${votes === 1 ? "vote" : "votes"} so far (♥ ${liked}, ✕ ${disliked}).`;
+  const counted = `${numberOf(votes, "vote")} so far (♥ ${liked}, ✕ ${disliked}).`;
   if (!pairs && !(liked && disliked)) {
     return `${counted} Click on the pictures you like, then press Dislike and click on those you do not like. Training starts with ${needed} votes of both kinds.`;
   }
@@ -296,6 +296,9 @@ export function number(value) {
   const decimals = size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.0995 || size === 0 ? 2 : 3;
   return (extreme ? value.toExponential(1) : value.toFixed(decimals)).replaceAll("-", MINUS);
 }
+
+/** Such as "1 vote" and "2 votes". */
+export const numberOf = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 
 export const signed = (value) => (value > 0 ? "+" : "") + number(value);
 
@@ -387,7 +390,7 @@ export const title = (status) => (isChoosing(status) ? "Choosing the LoRA" : (TI
 /** The progress of a run: "Epoch 5 of 15" while it works on the fifth, "15 of 15 epochs" when it trains no longer. */
 export function position(status) {
   const { epoch, epochs } = status;
-  if (!isActive(status) || isChoosing(status)) return `${epoch} of ${epochs} ${epochs === 1 ? "epoch" : "epochs"}`;
+  if (!isActive(status) || isChoosing(status)) return `${epoch} of ${numberOf(epochs, "epoch")}`;
   return `Epoch ${Math.min(epoch + 1, epochs)} of ${epochs}`;
 }
 

@@ -3,7 +3,7 @@
 
 import { Chart, colorClass, sparkline } from "./chart.js";
 import { keepPresses, make, makeButton, setText } from "./dom.js";
-import { bytes, change, chartOfRuns, inDeviations, isActive, mergeMetrics, rowCurves, signed, title } from "./model.js";
+import { bytes, change, chartOfRuns, inDeviations, isActive, mergeMetrics, numberOf, rowCurves, signed, title } from "./model.js";
 import { runs, table } from "./runs.js";
 
 const SPARK = [110, 24]; // width and height in pixels
@@ -49,7 +49,7 @@ class Row {
     this.#set("watched", moved(watched));
     if (status.overoptimised != null) this.cells.watched.append(make("span", "tdpo-alarm", {}, `⚠ since ${status.overoptimised}`));
     this.cells.curves.replaceChildren(sparkline([trained, watched].filter(Boolean), ...SPARK));
-    this.#set("size", row.modified === null ? "" : bytes(row.bytes), `${row.files} files`);
+    this.#set("size", row.modified === null ? "" : bytes(row.bytes), numberOf(row.files, "file"));
     this.#set("modified", row.modified === null ? "" : when(row.modified));
   }
 
@@ -211,7 +211,7 @@ export class Table {
     const active = this.#active.map(({ id }) => id);
     this.#problem = active.length ? `Still training or waiting: ${active.join(", ")}. Stop or untick these first.` : "";
     this.asking.hidden = active.length > 0;
-    const each = chosen.map((row) => `${row.id} (${bytes(row.bytes)}, ${row.files} files)`);
+    const each = chosen.map((row) => `${row.id} (${bytes(row.bytes)}, ${numberOf(row.files, "file")})`);
     setText(
       this.question,
       `Delete ${counted(chosen)}, with settings, metrics, samples, LoRAs and checkpoints? ${each.join("; ")}. This cannot ` +
@@ -247,7 +247,7 @@ function moved(curve) {
 
 function counted(rows) {
   const size = bytes(rows.reduce((sum, row) => sum + row.bytes, 0));
-  return `${rows.length} ${rows.length === 1 ? "run" : "runs"}, ${size}`;
+  return `${numberOf(rows.length, "run")}, ${size}`;
 }
 
 const when = (seconds) => new Date(1000 * seconds).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.methods import ALGORITHMS, settings_class
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.registry import entry
@@ -209,7 +210,7 @@ class TrainConfig(MethodSettings):
     def drawn_with_told(self) -> str:
         """The same for a user, such as "20 steps, guidance 5, 512 px"."""
         drawn = self.drawn_with
-        return f"{drawn['steps']} steps, guidance {drawn['guidance']:g}, {drawn['resolution']} px"
+        return f"{number_of(drawn['steps'], 'step')}, guidance {drawn['guidance']:g}, {drawn['resolution']} px"
 
     @property
     def trained_on(self) -> list[str]:

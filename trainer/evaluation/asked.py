@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.prompts import load_prompts, prompt_sets
 from comfy_tdpo.rewards import check_reward, name_of_sum
 from comfy_tdpo.tastes.names import is_taste
@@ -118,7 +119,7 @@ class Asked:
     def told(self, prompts: PromptSet) -> str:
         """How many images of `prompts` are drawn, and how."""
         how = self.subjects[0].config.drawn_with_told
-        return f"{len(prompts.prompts)} prompts, {self.images} images each ({how})"
+        return f"{number_of(len(prompts.prompts), 'prompt')}, {number_of(self.images, 'image')} each ({how})"
 
     def drawing(self, prompts: PromptSet) -> str:
         """A digest of how the images of `prompts` are drawn, apart from the snapshot."""

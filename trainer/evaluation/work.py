@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
 
 from ..config import TrainConfig
@@ -65,8 +66,9 @@ def evaluate(
 
 def _described(asked: Asked) -> str:
     snapshots = sum(len(subject.cells) for subject in asked.subjects)
-    sets = ", ".join(f"{prompts.name} ({len(prompts.prompts)} prompts)" for prompts in asked.sets)
-    return f"{snapshots} snapshots and the base model, {asked.images} images a prompt; prompts: {sets}"
+    sets = ", ".join(f"{prompts.name} ({number_of(len(prompts.prompts), 'prompt')})" for prompts in asked.sets)
+    drawn = f"{number_of(snapshots, 'snapshot')} and the base model, {number_of(asked.images, 'image')} a prompt"
+    return f"{drawn}; prompts: {sets}"
 
 
 def _load_policy(config: TrainConfig, device: torch.device) -> "DiffusionPolicy":

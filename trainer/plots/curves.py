@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.counts import number_of
 
 from ..alarm import alarm_of
 from ..config import TrainConfig
@@ -167,7 +168,8 @@ def _draw(panels: list[Panel], metrics: list[EpochMetrics], config: TrainConfig)
 
 def _draw_header(figure: "Figure", config: TrainConfig, legend: str) -> None:
     y = 1 - 0.33 / figure.get_figheight()
-    facts = f"{Path(config.model).name} · {config.samples_per_epoch} images an epoch · seed {config.seed}"
+    images = number_of(config.samples_per_epoch, "image")
+    facts = f"{Path(config.model).name} · {images} an epoch · seed {config.seed}"
     write_title(figure, (LEFT / WIDTH, y), "figure fraction", config.algorithm.upper(), 13, facts)
     figure.text(1 - RIGHT / WIDTH, y, legend, color=GREY, fontsize=SMALL, ha="right", va="bottom")
 

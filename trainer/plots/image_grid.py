@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.counts import number_of
 
 
 def save_image_grid(images: Tensor, path: Path) -> None:
@@ -36,8 +37,8 @@ def image_in_grid(path: Path, count: int, row: int, column: int) -> tuple[int, T
     index = row * columns + column
     if not (0 <= row < rows and 0 <= column < columns and index < count):
         raise ValueError(
-            f"got row {row}, column {column} of a grid of {count} images; expected rows 0 to {rows - 1}, columns 0 to "
-            f"{columns - 1}, and a place that has an image"
+            f"got row {row}, column {column} of a grid of {number_of(count, 'image')}; expected rows 0 to {rows - 1}, "
+            f"columns 0 to {columns - 1}, and a place that has an image"
         )
     try:
         with Image.open(path) as image:
@@ -49,7 +50,8 @@ def image_in_grid(path: Path, count: int, row: int, column: int) -> tuple[int, T
     height = (levels.shape[0] + gap) // rows - gap
     if levels.shape[:2] != (rows * (height + gap) - gap, columns * (width + gap) - gap):
         raise ValueError(
-            f"got the sample grid '{path}', which is no grid of {count} images; expected the run's own file"
+            f"got the sample grid '{path}', which is no grid of {number_of(count, 'image')}; expected the run's own "
+            "file"
         )
     top, left = row * (height + gap), column * (width + gap)
     return index, torch.from_numpy(levels[top : top + height, left : left + width]).permute(2, 0, 1).float() / 255

@@ -37,7 +37,8 @@ def described(run: RunFolder) -> str:
     """The same as text: one line about the run, then one per epoch."""
     metrics, records = _recorded(run)
     config, count = run.config.neurons, sum(map(len, records[-1].scores.values()))  # type: ignore[attr-defined]
-    resets = "no resets" if config.reset == "none" else f"{config.reset} neurons are reset every {config.every} epochs"
+    often = "every epoch" if config.every == 1 else f"every {config.every} epochs"
+    resets = "no resets" if config.reset == "none" else f"{config.reset} neurons are reset {often}"
     return "\n".join([f"{run.path.name}: {count} neurons in the critic; {resets}", *map(_told, metrics)])
 
 

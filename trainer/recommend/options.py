@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.prompts import load_prompts
 from comfy_tdpo.rewards import ONLY_EVALUATE, check_reward
 from comfy_tdpo.shapes import MODELS
@@ -44,7 +45,9 @@ class Options:
                 f"different numbers above 0 and up to {LARGEST:g}, such as 0.5,0.75,1"
             )
         if not 2 <= self.images <= MOST_IMAGES:
-            raise ValueError(f"got {self.images} images; expected 2 to {MOST_IMAGES} per snapshot and strength")
+            raise ValueError(
+                f"got {number_of(self.images, 'image')}; expected 2 to {MOST_IMAGES} per snapshot and strength"
+            )
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"got tolerance {self.tolerance:g}; expected a number of standard deviations, 0 or more")
 
@@ -114,7 +117,7 @@ def unseen_prompts(
     if source is not None:
         prompts = list(dict.fromkeys(load_prompts(source)))
         known = len(set(prompts) & set(trained))
-        return prompts, f"{source} ({len(prompts)} prompts, {known or 'none'} of them trained on)"
+        return prompts, f"{source} ({number_of(len(prompts), 'prompt')}, {known or 'none'} of them trained on)"
     if unseen := [prompt for prompt in dict.fromkeys(shown) if prompt not in set(trained)]:
         return unseen, f"the prompts of the sample grids ({len(unseen)}, none of them trained on)"
     return list(dict.fromkeys(trained)), "the training prompts, since no others are known"

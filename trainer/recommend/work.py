@@ -7,6 +7,7 @@ import torch
 
 from comfy_tdpo import __version__, arithmetic
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
 
 from ..config import TrainConfig
@@ -94,8 +95,8 @@ def recommend(
 def _described(config: TrainConfig, cells: list[Cell], options: Options, source: str) -> str:
     snapshots = (len(cells) - 1) // len(options.strengths)
     strengths = ", ".join(f"{strength:g}" for strength in options.strengths)
-    drawn = f"{snapshots} snapshots (strengths {strengths}) and the base model, {options.images} images each"
-    drawn += f" ({config.drawn_with_told})"
+    drawn = f"{number_of(snapshots, 'snapshot')} (strengths {strengths}) and the base model, "
+    drawn += f"{options.images} images each ({config.drawn_with_told})"
     return f"{drawn}; prompts: {source}"
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.optimizers import bytes_of_moments
 from comfy_tdpo.policy import DiffusionPolicy
 
@@ -27,8 +28,8 @@ def check_disk(run: RunPaths, config: TrainConfig, policy: DiffusionPolicy) -> s
     folder = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     parts = (
-        f"{kept} checkpoints of {_size(checkpoint)}, one more while it is written, and up to {snapshots} models of "
-        f"{_size(snapshot)}"
+        f"{number_of(kept, 'checkpoint')} of {_size(checkpoint)}, one more while it is written, and up to "
+        f"{number_of(snapshots, 'model')} of {_size(snapshot)}"
     )
     if free < left:
         raise ValueError(

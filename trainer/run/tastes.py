@@ -6,6 +6,7 @@ Votes may follow at any time. A run that resumed with other votes would be anoth
 from pathlib import Path
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.rewards.taste import Taste
 from comfy_tdpo.tastes.fitted import digest_of, read_fitted
 from comfy_tdpo.tastes.folder import TasteFolder
@@ -35,7 +36,7 @@ def changed_tastes(run: RunPaths, config: TrainConfig) -> str:
         if _is_kept(run, name) and (votes := _votes_now(Path(path))):
             kept, (count, digest) = read_fitted(run.taste(name)), votes
             if digest != kept.digest:
-                found.append(f"{name} had {kept.votes} votes when the run started and has {count} now")
+                found.append(f"{name} had {number_of(kept.votes, 'vote')} when the run started and has {count} now")
     return " and ".join(found)
 
 

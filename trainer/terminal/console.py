@@ -11,6 +11,8 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
+from comfy_tdpo.counts import number_of
+
 from ..config import TrainConfig
 from ..metrics import duration, readable, reward_names
 from ..run import EpochMetrics
@@ -72,8 +74,8 @@ class Console:
         """Report that the run has loaded and starts; `arithmetic` describes the device's, if there is a choice."""
         config, how = self.config, f" ({arithmetic})" if arithmetic else ""
         self._print(
-            f"training {config.model} with {config.algorithm} on {device}{how}, {config.samples_per_epoch} samples per "
-            "epoch"
+            f"training {config.model} with {config.algorithm} on {device}{how}, "
+            f"{number_of(config.samples_per_epoch, 'sample')} per epoch"
         )
 
     def watch(self, phase: str, done: float, total: int) -> None:

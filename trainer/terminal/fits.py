@@ -17,7 +17,7 @@ from comfy_tdpo.memory.budget import GIB, MemoryBudget, Need, better_in_main_mem
 from comfy_tdpo.memory.counting import Held
 from comfy_tdpo.memory.without_values import counted, flops_of
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts
-from comfy_tdpo.models.tiny_decoder import load_tiny_decoder
+from comfy_tdpo.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 from comfy_tdpo.optimizers import bytes_of_moments
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rehearsal import Rehearsal
@@ -37,7 +37,9 @@ UNITS = {"GB": 10**9, "MB": 10**6}
 class Footprint:
     """What a run needs, in bytes.
 
-    weights: of denoiser, adapter and decoder, and of a critic's own decoder; rewards: of their networks.
+    weights: of denoiser, adapter and decoder, and of a critic's own decoder.
+    rewards: of their networks, which leave the device while prompts are encoded and, unless they are back-propagated,
+    during updates.
     texts: of the text encoders, which leave the device once all prompts are encoded.
     moments, trajectories: what an epoch holds besides; snapshot, checkpoint: a file of each, on the disk.
     sampling, decoding: per row; training: without gradient checkpointing and with it.
@@ -64,11 +66,13 @@ class Footprint:
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of one row: of a step, without and with its gradient, and of a decoded image."""
+    """Floating-point operations of one row: of a step, without and with its gradient, of a decoded image, and of one
+    that a critic sees, in full size."""
 
     step: int
     training: int
     image: int
+    seen: int
 
 
 def footprint(config: TrainConfig, sizes: Path) -> Footprint:
@@ -76,6 +80,7 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
     dtype = DTYPES[config.precision]
     whole_in_float32 = config.policy.trains_all and config.policy.optimizer == "adamw"
     config = override(config, {"policy": {"gradient_checkpointing": False}})
+    decoder = decoder_of(config)
     with counted() as held:
         model = model_without_weights(sizes, dtype, torch.float32 if whole_in_float32 else dtype)
         policy = DiffusionPolicy(model, **policy_settings(config, torch.device("cpu")))
@@ -83,7 +88,12 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
         rehearsal = Rehearsal(policy, "", [])
         sampling, decoding = need_of(held, rehearsal.sample), need_of(held, rehearsal.decode)
         training = {False: need_of(held, rehearsal.train)}
-        flops = Flops(*(flops_of(partial(work, 1)) for work in (rehearsal.sample, rehearsal.train, rehearsal.decode)))
+        step, trained, image = (
+            flops_of(partial(work, 1)) for work in (rehearsal.sample, rehearsal.train, rehearsal.decode)
+        )
+        flops = Flops(
+            step, trained, image, image if decoder is None else flops_of_decoder(decoder, policy.latent_shape)
+        )
         rehearsal.turn_on_checkpointing()
         training[True] = need_of(held, rehearsal.train)
         snapshot, checkpoint = bytes_of_snapshot(policy), bytes_of_checkpoint(config, policy)
@@ -94,7 +104,7 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
             with policy.drawing_for_evaluation():
                 drawing = max(need_of(held, work) for work in (rehearsal.sample, rehearsal.decode))
     return Footprint(
-        weights=weights + bytes_of_decoder(config),
+        weights=weights + bytes_of_decoder(decoder),
         texts=numbers_of_texts(sizes) * dtype.itemsize,
         rewards=bytes_of_rewards(config),
         moments=moments,
@@ -126,12 +136,21 @@ def bytes_of_rewards(config: TrainConfig) -> int:
     )
 
 
-def bytes_of_decoder(config: TrainConfig) -> int:
-    """The size of a decoder in addition to the model's own; it is smaller, so that its work is no peak."""
-    if config.further_decoder is None:
-        return 0
-    decoder = load_tiny_decoder(config.further_decoder, DTYPES[config.precision])
-    return sum(weight.nbytes for weight in decoder.network.parameters())
+def decoder_of(config: TrainConfig) -> TinyDecoder | None:
+    """The decoder in addition to the model's own."""
+    file = config.further_decoder
+    return None if file is None else load_tiny_decoder(file, DTYPES[config.precision])
+
+
+def bytes_of_decoder(decoder: TinyDecoder | None) -> int:
+    """Its size; it is smaller than the model's own, so that its work is no peak."""
+    return sum(weight.nbytes for weight in decoder.network.parameters()) if decoder else 0
+
+
+def flops_of_decoder(decoder: TinyDecoder, latent_shape: tuple[int, int, int]) -> int:
+    """What it takes to decode a latent, (C, H, W)."""
+    with torch.no_grad():
+        return flops_of(lambda: decoder(torch.zeros(1, *latent_shape)))
 
 
 def choice(found: Footprint, config: TrainConfig, card: int) -> str:
@@ -140,10 +159,11 @@ def choice(found: Footprint, config: TrainConfig, card: int) -> str:
     elsewhere = better_in_main_memory(found.trajectories, free)
     budget = MemoryBudget(Held(), *rows_allowed(config), found.moments if elsewhere else found.reserve)
     room = budget.room(free)
-    if found.texts > free or not found.drawing.rows(room):
+    freed = 0 if config.needs_gradient else found.rewards
+    if found.texts > free + found.rewards or not found.drawing.rows(room):
         return "no"
     for checkpointing in (True,) if config.policy.gradient_checkpointing else (False, True):
-        needs = [found.sampling, found.training[checkpointing]]
+        needs = [found.sampling, found.training[checkpointing].less(freed)]
         if all(need.rows(room) for need in (*needs, found.decoding)):
             rows, images, _ = budget.choose(room, needs, found.decoding, checkpointing)
             return f"{rows}{'*' * checkpointing} / {images}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.methods.sections import SteppedPolicySettings
 from comfy_tdpo.methods.window import window
 from comfy_tdpo.models import outline
@@ -37,7 +38,8 @@ def plan(config: TrainConfig) -> Iterator[str]:
     )
     policy = config.policy
     trained = window(policy, process.stochastic) if isinstance(policy, SteppedPolicySettings) else None
-    head = f"{config.model} by {config.algorithm}: {config.steps} steps of {name}, guidance {config.guidance:g}"
+    head = f"{config.model} by {config.algorithm}: {number_of(config.steps, 'step')} of {name}, "
+    head += f"guidance {config.guidance:g}"
     if config.embedded_guidance is not None:
         head += f", embedded guidance {config.embedded_guidance:g}"
     lines = [head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)]
@@ -52,7 +54,7 @@ def _costs(config: TrainConfig, process: Process) -> list[str]:
     halves, grids = 1 if config.guidance == 1 else 2, 1 + -(-config.epochs // config.output.samples_every)
     halves_of_grid = 1 if drawn["guidance"] == 1 else 2
     lines = [
-        f"{samples * config.queries_per_sample} reward queries in {config.epochs} epochs",
+        f"{samples * config.queries_per_sample} reward queries in {number_of(config.epochs, 'epoch')}",
         f"{samples * len(process) * halves} rows go through the network to draw the samples"
         + (", two for each step, because of guidance" if halves == 2 else ""),
         f"{grids * config.output.grid_images * drawn['steps'] * halves_of_grid} more draw {grids} sample grids "

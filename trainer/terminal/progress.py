@@ -4,6 +4,8 @@ import sys
 
 from tqdm import tqdm
 
+from comfy_tdpo.counts import number_of
+
 from .streams import SafeStream
 
 
@@ -40,7 +42,7 @@ class Progress:
             tenths = 10 * drawn // total if total else 0
             if tenths > self._tenths:
                 self._tenths = tenths
-                print(f"{phase}: {drawn} of {total} images", file=self._stream, flush=True)
+                print(f"{phase}: {drawn} of {number_of(total, 'image')}", file=self._stream, flush=True)
             return
         if self._bar is None:
             self._bar = tqdm(total=total, desc=phase, unit="image", file=self._stream)

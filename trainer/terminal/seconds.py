@@ -1,6 +1,7 @@
 """How long a run may take: as a run with the same settings took, or else as its arithmetic suggests.
 
-Both are estimates. The arithmetic leaves out rewards, the critic and all that is no product of matrices.
+Both are estimates. The arithmetic leaves out rewards, the critic with its encoder, and all that is no product of
+matrices.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.methods.sections import ClippedPolicySettings, SteppedPolicySettings
-from comfy_tdpo.methods.window import trained_steps
+from comfy_tdpo.methods.window import steps_read, trained_steps
 from comfy_tdpo.process import Process
 from comfy_tdpo.resolution import sides
 
@@ -52,7 +54,8 @@ def measured(config: TrainConfig) -> str | None:
             epoch = statistics.median(times)
             return (
                 f"time: run {str(run.path)!r} took {told(epoch)} an epoch with the same settings, which makes "
-                f"{told(epoch * config.epochs)} for {config.epochs} epochs on the same machine; an estimate"
+                f"{told(epoch * config.epochs)} for {number_of(config.epochs, 'epoch')} on the same machine; an "
+                "estimate"
             )
     return None
 
@@ -80,7 +83,7 @@ def estimated(config: TrainConfig, process: Process, flops: Flops) -> str:
 def flops_of_sample(config: TrainConfig, process: Process, flops: Flops) -> tuple[float, float]:
     """Floating-point operations for each sample: to draw it with all that is decoded of it, and to train on it; the
     latter is 0 for methods that back-propagate rewards, whose graphs differ."""
-    drawn = len(process) * flops.step + _images(config, len(process)) * flops.image
+    drawn = len(process) * flops.step + flops.image + _seen(config, process) * flops.seen
     policy = config.policy
     if not isinstance(policy, SteppedPolicySettings):
         return drawn, 0.0
@@ -89,14 +92,18 @@ def flops_of_sample(config: TrainConfig, process: Process, flops: Flops) -> tupl
     return drawn, steps * replayed * flops.training
 
 
-def _images(config: TrainConfig, steps: int) -> float:
-    """How many images are decoded for each sample, in images of full size: the last one, and those for a critic."""
+def _seen(config: TrainConfig, process: Process) -> float:
+    """How many images a critic sees of each sample, in images of full size."""
     critic = getattr(config, "critic", None)
     if critic is None or not critic.sees_images:
-        return 1
+        return 0
+    from comfy_tdpo.reading import positions  # imports diffusers
+
+    assert isinstance(config.policy, SteppedPolicySettings), "its algorithms train on steps"
+    steps = steps_read(critic, config.policy, process.stochastic)
     pixels = sides(config.resolution)
     scale = 1.0 if critic.image_size is None else min(critic.image_size / pixels[0], 1.0) ** 2
-    return 1 + steps * scale
+    return len(positions(steps, critic.read_every)) * scale
 
 
 def rate_here(dtype: torch.dtype) -> tuple[str, float]:

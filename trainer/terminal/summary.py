@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
+from comfy_tdpo.counts import number_of
+
 from ..alarm import told
 from ..metrics import columns_of, duration, padded, readable, reward_names, role, shortened
 from ..run import EpochMetrics, RunFolder
@@ -147,7 +149,8 @@ def _training_sentence(training: Course) -> str:
     if training.direction == 0:
         return f"{training.name} did not change by more than the noise between epochs."
     size = readable(abs(training.change), like=training.means[0])
-    return f"{training.name} {'rose' if training.direction > 0 else 'fell'} by {size} in {len(training.means)} epochs."
+    moved = "rose" if training.direction > 0 else "fell"
+    return f"{training.name} {moved} by {size} in {number_of(len(training.means), 'epoch')}."
 
 
 def _held_out_sentence(held_out: list[Course], fell: list[str]) -> str:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import name_of, usual_encoder
@@ -122,14 +123,15 @@ def _about(taste: TasteFolder, new: int) -> list[str]:
         f"{name_of(taste.path.absolute())}  {taste.path.absolute()}, read by the encoder of {taste.encoder}",
         f"votes     {len(votes)}: {_kinds(votes)}; {new} new",
     ]
-    return lines + ([f"damaged   {torn} lines were cut off in mid-write and do not count"] if torn else [])
+    return lines + ([f"damaged   {number_of(torn, 'line')} cut off in mid-write, not counted"] if torn else [])
 
 
 def _kinds(votes: list[Vote]) -> str:
     thumbs = [vote.liked for vote in votes if isinstance(vote, Thumb)]
     liked, disliked = thumbs.count(1.0), thumbs.count(0.0)
     pairs = sum(isinstance(vote, Pair) for vote in votes)
-    return f"{liked} liked, {disliked} disliked, {len(thumbs) - liked - disliked} rated between, {pairs} pairs"
+    between = len(thumbs) - liked - disliked
+    return f"{liked} liked, {disliked} disliked, {between} rated between, {number_of(pairs, 'pair')}"
 
 
 def _sureness(taste: TasteFolder, weights: dict[str, str]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.user_files import read_text
 
 
@@ -53,7 +54,9 @@ def opinions_of(table: Path) -> list[Opinion]:
         ratings = [_rating(place, rating) for place, _, rating, _ in rows]
         low, high = min(ratings, default=0.0), max(ratings, default=0.0)
         if low == high:
-            raise ValueError(f"has {len(rows)} ratings, none of which differ; expected at least two different ones")
+            raise ValueError(
+                f"has {number_of(len(rows), 'rating')}, none of which differ; expected at least two different ones"
+            )
     except ValueError as error:
         raise ValueError(f"ratings '{table}' {error}") from error
     return [
@@ -74,7 +77,9 @@ def _rows(text: str) -> list[tuple[str, str, str, str]]:
             raise ValueError(f"begins with {header!r:.80}; expected a header with the columns image and rating")
         for row in reader:
             if row and len(row) != len(columns):
-                raise ValueError(f"has {len(row)} fields in line {reader.line_num}; expected {len(columns)}")
+                raise ValueError(
+                    f"has {number_of(len(row), 'field')} in line {reader.line_num}; expected {len(columns)}"
+                )
             if row:
                 named = dict(zip(columns, map(str.strip, row), strict=True))
                 rows.append((f"line {reader.line_num}", named["image"], named["rating"], named.get("prompt", "")))

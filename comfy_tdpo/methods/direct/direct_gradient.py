@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ...randomness import Coordinates
-from ...rewards import RewardError, score_images
+from ...rewards import RewardError, embed_images, score_images
 from ...rewards.gradients import check_has_gradient
+from ...rewards.networks import networks_of
 from ...rollout import Sampled, Trajectories, draw_noise
 from .. import Metrics, TensorGroup
 from ..context import Context
 from .drawing import Drawn, TakeStep, draw
-from .recompute import networks_of, recomputed, recomputing
+from .recompute import recomputed, recomputing
 
 SCORED = 3  # columns: reward, loss, share of saturated pixels
 
@@ -158,7 +159,7 @@ class DirectGradient:
         columns = torch.stack(scores, dim=1)
         if context.reward.embed_dim is None:
             return columns
-        return torch.cat([columns, context.reward.embed(images).float()], dim=1)
+        return torch.cat([columns, embed_images(context.reward, images).float()], dim=1)
 
     def _trajectories(self, prompts: list[str], measured: Tensor) -> Trajectories:
         """B samples with what was measured of them, and without their steps, which nothing needs afterwards."""

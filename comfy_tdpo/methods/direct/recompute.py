@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ...blocks import blocks_of
-from ...rewards import RewardModel, WeightedSum
 
 recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing here draws random numbers
 
@@ -32,16 +31,3 @@ def recomputing(networks: list[nn.Module]) -> Iterator[None]:
                 del block.forward
             else:
                 block.forward = forward
-
-
-def networks_of(reward: RewardModel) -> list[nn.Module]:
-    """The networks of a reward, of the reward that it reads through, or of the parts of a sum."""
-    if isinstance(reward, WeightedSum):
-        return [network for model, _, _ in reward.parts for network in networks_of(model)]
-    found: list[nn.Module] = []
-    for value in vars(reward).values():
-        if isinstance(value, nn.Module):
-            found.append(value)
-        elif isinstance(value, RewardModel):
-            found += networks_of(value)
-    return found

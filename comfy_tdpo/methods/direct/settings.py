@@ -128,4 +128,4 @@ class ReflSettings(DirectSettings):
 def check_last_steps(name: str, last: int, steps: int) -> None:
     """Raise ValueError if the setting `name` asks for more steps than there are."""
     if last > steps:
-        raise ValueError(f"{name} is {last}, but there are only {steps} steps; set it to {steps} or less")
+        raise ValueError(f"{name} is {last}, but steps is {steps}; set it to {steps} or less")

@@ -18,6 +18,7 @@ from threading import Thread
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
 
+from ...counts import number_of
 from ...interrupts import TICK, heed, told
 from ..answers import RewardError
 from .protocol import json_object
@@ -73,9 +74,9 @@ def ask(name: str, requests: list[Request[Answer]], patience: Patience | None = 
         if failed > len(patience.pauses):
             tried = f" in {failed} attempts and {time.monotonic() - began:.0f} s, the last" if failed > 1 else ""
             raise RewardError(
-                f"reward {name!r} gave no valid answer{tried}: {problem}; expected scores of {len(requests)} "
-                f"request{'s' * (len(requests) > 1)}: see whether its server runs and what it prints, and if it is too "
-                "slow, lower micro_batch"
+                f"reward {name!r} gave no valid answer{tried}: {problem}; expected scores of "
+                f"{number_of(len(requests), 'request')}: see whether its server runs and what it prints, and if it "
+                "is too slow, lower micro_batch"
             )
         pause = patience.pauses[failed - 1]
         logger.warning(

@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ...counts import number_of
+
 PORT = 8765
 LARGEST_BODY = 2**28  # bytes; larger batches are sent in parts
 HEADER = 2**20  # bytes of a body that are left for its header and prompts
@@ -44,7 +46,9 @@ def unpacked(body: bytes) -> tuple[Tensor, list[str]]:
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("got prompts that are no list of strings; expected one string for each image")
     if len(prompts) != len(images):
-        raise ValueError(f"got {len(prompts)} prompts for {len(images)} images; expected one for each")
+        raise ValueError(
+            f"got {number_of(len(prompts), 'prompt')} for {number_of(len(images), 'image')}; expected one for each"
+        )
     if not torch.isfinite(images).all():
         raise ValueError("got images that are not finite; expected numbers from 0 to 1")
     return images, prompts
@@ -65,7 +69,7 @@ def scores_in(text: bytes, body: bytes, count: int) -> list[float]:
         raise ValueError("an answer for another batch")
     scores = found.get("scores")
     if not isinstance(scores, list) or len(scores) != count:
-        number = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
+        number = number_of(len(scores), "score") if isinstance(scores, list) else "no list of scores"
         raise ValueError(f"{number}, but {count} expected")
     if not all(is_number(score) and abs(score) <= LARGEST_SCORE for score in scores):  # NaN is not <= anything
         raise ValueError("a score that is no finite number")
