@@ -101,6 +101,12 @@ class TrainConfig(MethodSettings):
         description="repeat a run to the last bit on a GPU too, with the same GPU, software and micro_batch, at some "
         "cost in speed; on the CPU, runs repeat without it",
     )
+    compile: Annotated[bool, MAY_CHANGE] = Field(
+        default=False,
+        description="compile the denoiser's transformer blocks by torch.compile, which needs a compiler and makes the "
+        "first epoch slower, and may make the others faster on a GPU; not for algorithms that back-propagate the "
+        "reward",
+    )
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"
     )
@@ -189,7 +195,8 @@ class TrainConfig(MethodSettings):
     overoptimisation: OveroptimisationSettings = OveroptimisationSettings()
     hang_limit: Annotated[Count, MAY_CHANGE] = Field(
         default=50,
-        description="of several processes, seconds that the others wait for one that shows no progress before all end",
+        description="of several processes, seconds that the others wait for one that shows no progress before all end; "
+        "with compile at least 1800, as compiling shows none",
     )
     output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
 
@@ -230,6 +237,7 @@ class TrainConfig(MethodSettings):
             )
         self.policy.check_optimizer(self.precision)
         self._check_shard()
+        self._check_compile()
         self.check_samples(self.samples_per_epoch)
         self.check_updates(self.samples_per_update)
         self.check_steps(self.steps)
@@ -261,6 +269,20 @@ class TrainConfig(MethodSettings):
         for name in self.reward_weights.keys() - set(used):
             raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
+
+    def _check_compile(self) -> None:
+        """Raise ValueError if blocks are to be compiled with settings that this does not go with."""
+        if not self.compile:
+            return
+        if self.needs_gradient:
+            raise ValueError(
+                f"compile is true, but {self.algorithm} draws with gradients, for numbers of rows that vary, each of "
+                "which torch would compile for; set compile to false, or choose another algorithm"
+            )
+        if self.policy.shard:
+            raise ValueError(
+                "compile and policy.shard are both true, which has not been tried; set compile or policy.shard to false"
+            )
 
     def _check_shard(self) -> None:
         """Raise ValueError for settings with which the weights cannot be shared out over processes."""
