@@ -15,6 +15,7 @@ from comfy_tdpo import compiling
 from comfy_tdpo.compiling import CompiledBlocks
 from comfy_tdpo.nodes.runs.wording import in_words_of_nodes
 from comfy_tdpo.swapping import swapped
+from comfy_tdpo.trainer.assemble import assemble
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.lookout import LOADING, patience
 from comfy_tdpo.trainer.run import RunFolder
@@ -42,16 +43,18 @@ def test_a_run_is_what_it_is_without_and_resumes(tmp_path, make_policy, without_
             found.policy.compile()
         return found
 
-    small = {"epochs": 2, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 3}
+    small = {"epochs": 2, "samples_per_epoch": 4, "samples_per_update": 2, "steps": 3, "output": {"grid_images": 3}}
     more = {"kl": {"coefficient": 0.1}, "neurons": {"every": 1, "policy_reset": "active"}}
     plain, run = (new_run(tmp_path / name, **small, **more) for name in ("plain", "compiled"))
-    expected, whole = training(plain, False), training(run, True)
+    expected, whole, made = training(plain, False), training(run, True), counters["stats"]["unique_graphs"]
     epochs = whole.epochs()
     metrics = [next(epochs)]
     shutil.copytree(run.path, tmp_path / "stopped")
     metrics = timeless([*metrics, *epochs])
     assert metrics == timeless(list(expected.epochs())) and same(lora_of(whole), lora_of(expected))
     assert [line["policy/ratio_drift"] for line in metrics] == [0, 0] and metrics[1]["kl/nats"] > 0
+    # at the two sizes of the U-Net's blocks, with the LoRA and without; not for the grids, which have other sizes
+    assert counters["stats"]["unique_graphs"] == made + 4
     resumed = training(RunFolder(tmp_path / "stopped"), True)
     assert timeless(list(resumed.epochs())) == metrics[1:] and same(lora_of(resumed), lora_of(whole))
 
@@ -128,6 +131,14 @@ def test_what_is_missing_is_named_before_anything_is_loaded(monkeypatch, tmp_pat
         compiling.check(torch.device("cpu"))
     with pytest.raises(ValueError, match="blobs, which has no transformer blocks"):
         CompiledBlocks(nn.Linear(2, 2), "blobs")
+
+
+def test_a_run_asks_for_it(tmp_path, without_compiler, monkeypatch):
+    run = new_run(tmp_path / "run", compile=True, rewards={"jpeg-compressibility": 1.0})
+    assert assemble(run.config, run, cpu=True).policy._compiled.blocks
+    monkeypatch.setattr(compiling, "OLDEST", (99, 0))
+    with pytest.raises(ValueError, match="compile true"):
+        assemble(run.config, run, cpu=True)
 
 
 def test_settings():

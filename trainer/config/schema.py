@@ -237,7 +237,11 @@ class TrainConfig(MethodSettings):
             )
         self.policy.check_optimizer(self.precision)
         self._check_shard()
-        self._check_compile()
+        if self.compile and self.needs_gradient:
+            raise ValueError(
+                f"compile is true, but {self.algorithm} draws with gradients, for numbers of rows that vary, each of "
+                "which torch would compile for; set compile to false, or choose another algorithm"
+            )
         self.check_samples(self.samples_per_epoch)
         self.check_updates(self.samples_per_update)
         self.check_steps(self.steps)
@@ -270,20 +274,6 @@ class TrainConfig(MethodSettings):
             raise ValueError(f"reward_weights names {name}, which is not used; remove it, or use that reward")
         return self
 
-    def _check_compile(self) -> None:
-        """Raise ValueError if blocks are to be compiled with settings that this does not go with."""
-        if not self.compile:
-            return
-        if self.needs_gradient:
-            raise ValueError(
-                f"compile is true, but {self.algorithm} draws with gradients, for numbers of rows that vary, each of "
-                "which torch would compile for; set compile to false, or choose another algorithm"
-            )
-        if self.policy.shard:
-            raise ValueError(
-                "compile and policy.shard are both true, which has not been tried; set compile or policy.shard to false"
-            )
-
     def _check_shard(self) -> None:
         """Raise ValueError for settings with which the weights cannot be shared out over processes."""
         if not self.policy.shard:
@@ -298,6 +288,7 @@ class TrainConfig(MethodSettings):
             "policy.optimizer": (self.policy.optimizer, ["adamw"]),
             "precision": (self.precision, ["fp32", "bf16"]),
             "output.recommend": (self.output.recommend, [False]),
+            "compile": (self.compile, [False]),
         }
         if neurons := getattr(self, "neurons", None):
             choices["neurons.policy_reset"] = neurons.policy_reset, ["none"]
