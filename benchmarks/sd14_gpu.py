@@ -2,10 +2,11 @@
 
 Settings: 512 px, T = 50, guidance 5, LoRA rank 4, a ViT-L/14 image encoder like CLIP's. For each precision and
 micro-batch: the largest ratio drift, seconds per sample of each phase, the share of the card's peak arithmetic that
-training reaches (MFU), and peak memory; and what MemoryBudget would choose. Nothing is downloaded.
+training reaches (MFU), and peak memory; and what MemoryBudget would choose. Nothing is downloaded. `--compile` measures
+everything again with compiled transformer blocks, as the setting `compile` has them.
 
-Exits with 1 if a ratio of a fresh sample is off by more than GATE. `--small` runs all of it on a CPU in a minute, with
-a tiny model, and writes no page.
+Exits with 1 if a ratio of a fresh sample is off by more than GATE. `--small` runs all of it on a CPU, with a tiny
+model, in a minute or, with `--compile`, in many minutes, and writes no page.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--train-steps", type=int, default=10, help="timesteps that are trained for the timing")
+    parser.add_argument("--compile", action="store_true", help="measure compiled blocks too")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU, to show that the script runs")
     args = parser.parse_args()
@@ -69,9 +71,10 @@ def main() -> int:
         vars(args).update(SMALL)
     rows, chosen = [], []
     for precision in args.precisions:
-        found, line = of_precision(precision, args)
-        rows += found
-        chosen += [f"{precision}: {line}"] if line else []
+        for compiled in (False, True) if args.compile else (False,):
+            found, line = of_precision(precision, compiled, args)
+            rows += found
+            chosen += [f"{precision}: {line}"] if line else []
     text = report(rows, chosen, args)
     print(text)
     if not args.small:
@@ -82,21 +85,29 @@ def main() -> int:
     return int(drift > GATE)
 
 
-def of_precision(precision: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a precision, and what MemoryBudget says, which is nothing where memory cannot be measured."""
+def of_precision(precision: str, compiled: bool, args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a precision, and what MemoryBudget says: nothing where memory cannot be measured, and if `compiled`,
+    since it measures what is not."""
     policy, encoder = make_policy(precision, args), make_encoder(precision, args)
+    if compiled:
+        policy.compile()
     with torch.no_grad():
         policy.encode_ahead([PROMPT])
     rows = []
     for size in args.micro_batches:
         try:
+            start = time.perf_counter()
             measure(policy, encoder, size, train_steps=1)  # the first of a size also chooses and loads its kernels
-            rows.append({"precision": precision} | measure(policy, encoder, size, args.train_steps))
+            first = time.perf_counter() - start
+            row = {"precision": precision, "compiled": compiled, "first": first}
+            rows.append(row | measure(policy, encoder, size, args.train_steps))
         except Exception as error:
             if not out_of_memory(error):
                 raise
             print(f"{precision}: no room for {size} samples at once", file=sys.stderr)
         torch.cuda.empty_cache()
+    if compiled:
+        return rows, ""
     budget = MemoryBudget(gauge_of(policy.device), UPDATE, UPDATE, DECODE_BATCH)
     _, line = budget.settle(Rehearsal(policy, PROMPT, [])) if budget.gauge.exact else (None, "")
     return rows, line
@@ -163,7 +174,8 @@ def measure(
         _, encoding = timed(lambda: [encoder(images[: count - begin]) for begin in range(0, count, DECODE_BATCH)])
     drift, training = timed(lambda: train(policy, latents, log_probs, train_steps))
     peak = gauge.peak()
-    operations = flops_of(lambda: train(policy, latents, log_probs, 1))
+    with policy.uncompiled():
+        operations = flops_of(lambda: train(policy, latents, log_probs, 1))
     return {
         "micro_batch": size,
         "drift": drift,
@@ -222,14 +234,15 @@ def _lines(rows: list[dict[str, Any]], chosen: list[str], args: argparse.Namespa
     yield (
         f"`python benchmarks/sd14_gpu.py` on {date.today()}: {device}, torch {torch.__version__}, Python "
         f"{platform.python_version()}; {args.resolution} px, T = {args.steps}, guidance 5, LoRA rank 4, random "
-        f"weights. Seconds per sample; training extrapolated from {args.train_steps} of {args.steps} steps."
+        f"weights. Seconds per sample; training extrapolated from {args.train_steps} of {args.steps} steps. The first "
+        "batch of a size, with one trained step, includes what is compiled, loaded and chosen then."
     )
     yield ""
     yield (
-        "| precision | micro-batch | worst abs(ratio - 1) | sampling | decoding | encoding | training | in all | "
-        "TFLOP/s in training | MFU | peak memory, GiB |"
+        "| precision | compiled | micro-batch | worst abs(ratio - 1) | sampling | decoding | encoding | training | "
+        "in all | TFLOP/s in training | MFU | peak memory, GiB | first batch, s |"
     )
-    yield "|---" * 11 + "|"
+    yield "|---" * 13 + "|"
     best: tuple[float, float] | None = None
     for row in rows:
         most = peak_rate(row["precision"])
@@ -238,9 +251,10 @@ def _lines(rows: list[dict[str, Any]], chosen: list[str], args: argparse.Namespa
         if most is not None and (best is None or total < best[0]):
             best = total, row["rate"] / most
         yield (
-            f"| {row['precision']} | {row['micro_batch']} | {row['drift']:.1e} | {row['sampling']:.2f} | "
+            f"| {row['precision']} | {'yes' if row['compiled'] else 'no'} | {row['micro_batch']} | "
+            f"{row['drift']:.1e} | {row['sampling']:.2f} | "
             f"{row['decoding']:.2f} | {row['encoding']:.2f} | {row['training']:.2f} | {total:.2f} | "
-            f"{row['rate'] / 1e12:.2f} | {mfu} | {row['peak']:.1f} |"
+            f"{row['rate'] / 1e12:.2f} | {mfu} | {row['peak']:.1f} | {row['first']:.0f} |"
         )
     yield ""
     if best is not None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiling import CompiledBlocks
 from .ema import MovingAverage
 from .memory.running_out import out_of_memory
 from .models import DiffusionModel, LatentDecoder, Trainable, is_text_encoder, move_to, set_embedded_guidance
@@ -91,6 +92,7 @@ class DiffusionPolicy:
         lay_out(model.networks.values())
         self.checkpointing = self.settings.gradient_checkpointing
         self._encoded: dict[str, Conditioning] = {}
+        self._compiled: CompiledBlocks | None = None
 
     def _train(self, trainable: Trainable) -> None:
         self.trainable = trainable
@@ -144,6 +146,14 @@ class DiffusionPolicy:
         """Have the network compute its activations again in the backward pass; the gradients stay the same."""
         self.model.network.enable_gradient_checkpointing()
         self.checkpointing = True
+
+    def compile(self) -> None:
+        """Have torch compile the network's transformer blocks, when they are first called; see compiling.py."""
+        self._compiled = CompiledBlocks(self.model.network, self.model.source)
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """Inside the block, nothing is compiled, so that modules can be watched and memory can be counted."""
+        return self._compiled.off() if self._compiled else nullcontext()
 
     def frozen_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The base model's weights by name, without networks that are not loaded, such as the text encoder of prompts
@@ -233,11 +243,12 @@ class DiffusionPolicy:
 
     @contextmanager
     def drawing_for_evaluation(self) -> Iterator[None]:
-        """Inside the block, steps, guidance and latents are those of evaluation."""
+        """Inside the block, steps, guidance and latents are those of evaluation; they are not compiled for."""
         before = self._now
         try:
             self._now = self._evaluation
-            yield
+            with self.uncompiled():
+                yield
         finally:
             self._now = before
 

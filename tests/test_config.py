@@ -456,6 +456,7 @@ def test_the_optimizer_in_8_bits_needs_all_weights_in_bf16():
         ({"policy": {"train": "lora"}}, "policy.train is lora; set it to full"),
         ({"precision": "fp16"}, "precision is fp16; set it to fp32 or bf16"),
         ({"neurons": {"policy_measure": True}}, "neurons.policy_measure is true; set it to false"),
+        ({"compile": True}, "compile is true; set it to false"),
         ({"algorithm": "draft"}, "draft back-propagates through several steps at once; choose an algorithm"),
     ],
 )

@@ -130,7 +130,10 @@ def test_drift_warns_once_and_says_what_to_change(drift):
     stream = lines_of(*(metrics_of(epoch, **{"policy/ratio_drift": drift}) for epoch in (1, 2)), precision="bf16")
     (warning,) = [line for line in stream if not line.startswith("epoch ")]
     assert warning.startswith("warning: ratio drift ") and "expected at most 1e-5" in warning
-    assert warning.endswith("Set precision to fp32 (now bf16), or try another micro_batch (now 24).")
+    advice = "Set precision to fp32 (now bf16), or try another micro_batch (now 24)"
+    assert warning.endswith(f"{advice}.")
+    *_, warning = lines_of(metrics_of(1, **{"policy/ratio_drift": drift}), precision="bf16", compile=True)
+    assert warning.endswith(f"{advice}, or set compile to false.")
 
 
 def test_drift_within_its_tolerance_is_no_warning():

@@ -144,7 +144,7 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
         from comfy_tdpo.processes import Parted
 
         from .assemble import assemble  # takes seconds to import, so after the first message
-        from .lookout import Lookout
+        from .lookout import Lookout, patience
         from .terminal.console import Console
 
         try:
@@ -152,7 +152,7 @@ def _run(run: RunFolder, config: TrainConfig, new: bool) -> int:
                 training = assemble(config, run, stop, console.watch)
                 if stop.is_set():
                     return _complain("stopped while loading; nothing was changed", STOPPED)
-                lookout = Lookout(training.processes, stop, config.hang_limit, lambda: _what_is_left(run))
+                lookout = Lookout(training.processes, stop, patience(config), lambda: _what_is_left(run))
                 if not training.accelerator.is_main_process:
                     with lookout:
                         deque(training.epochs(), maxlen=0)  # only the main process reports them

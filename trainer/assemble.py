@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 
-from comfy_tdpo import arithmetic
+from comfy_tdpo import arithmetic, compiling
 from comfy_tdpo.models import load_model
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rewards import load_reward, load_rewards
@@ -52,6 +52,8 @@ def assemble(
     _check_processes(accelerator.num_processes)
     _check_not_sharded(accelerator.distributed_type)
     arithmetic.check(config.deterministic, accelerator.device)
+    if config.compile:
+        compiling.check(accelerator.device)
     how = (accelerator.device, config.reward_precision, weights_of(run, config))
     if config.output.recommend:
         held_out_reward(config)  # rather now than after the training
@@ -64,6 +66,8 @@ def assemble(
     policy = (
         make_policy(config, accelerator.device) if make_policy else load_policy(config, accelerator.device, sharded)
     )
+    if config.compile:
+        policy.compile()
     return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch, guards)
 
 

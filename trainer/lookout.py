@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from comfy_tdpo.processes import Processes
 
+from .config import TrainConfig
 from .terminal import FAILED
 
 PERIOD = 1.0  # seconds between two looks
@@ -49,6 +50,12 @@ class _Seen:
     def waits(self) -> bool:
         """Whether it waits for others."""
         return self.progress.endswith(WAITS.encode())
+
+
+def patience(config: TrainConfig) -> float:
+    """Seconds that others wait for a process without progress. Compiling gives no signs of it, as loading does not, and
+    may take one process much longer than another, which has the code of an earlier run."""
+    return max(config.hang_limit, LOADING if config.compile else 0)
 
 
 class Lookout:

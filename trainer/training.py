@@ -280,7 +280,8 @@ class Training:
             reserve, elsewhere = reserve + elsewhere, 0
         most = context.samples_per_update, context.micro_batch, context.decoder.batch
         budget = MemoryBudget(self.gauge, *most, reserve if self.gauge.exact else 0, elsewhere)
-        choice, told = budget.settle(rehearsal)
+        with self.policy.uncompiled():  # or torch would compile for one row and for two
+            choice, told = budget.settle(rehearsal)
         context.micro_batch, context.decoder.batch = choice.micro_batch, choice.decode_batch
         self._warn(told)
 

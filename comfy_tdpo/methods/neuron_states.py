@@ -68,7 +68,7 @@ class NeuronStates:
         first = self.context.rows(self.context.epoch + 1) < max(1, samples // BATCHES)
         mine = int(first.sum())  # own samples are in order
         count = max(1, mine)  # the layers' sizes are seen in a forward pass
-        with neurons.ActivationRecorder(layers, self.config.activation) as recorder:
+        with policy.uncompiled(), neurons.ActivationRecorder(layers, self.config.activation) as recorder:
             for begin in range(0, count, size):
                 rows = slice(begin, min(begin + size, count))
                 latents = brought(batch.latents[rows], policy.device)

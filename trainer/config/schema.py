@@ -102,6 +102,12 @@ class TrainConfig(MethodSettings):
         description="repeat a run to the last bit on a GPU too, with the same GPU, software and micro_batch, at some "
         "cost in speed; on the CPU, runs repeat without it",
     )
+    compile: Annotated[bool, MAY_CHANGE] = Field(
+        default=False,
+        description="compile the denoiser's transformer blocks by torch.compile, which needs a compiler and makes the "
+        "first epoch slower, and may make the others faster on a GPU; not for algorithms that back-propagate the "
+        "reward",
+    )
     rewards: dict[str, Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(
         default={"shapes-aesthetic": 1.0}, min_length=1, description="training rewards and their weights"
     )
@@ -190,7 +196,8 @@ class TrainConfig(MethodSettings):
     overoptimisation: OveroptimisationSettings = OveroptimisationSettings()
     hang_limit: Annotated[Count, MAY_CHANGE] = Field(
         default=50,
-        description="of several processes, seconds that the others wait for one that shows no progress before all end",
+        description="of several processes, seconds that the others wait for one that shows no progress before all end; "
+        "with compile at least 1800, as compiling shows none",
     )
     output: Annotated[OutputConfig, MAY_CHANGE] = OutputConfig()
 
@@ -231,6 +238,11 @@ class TrainConfig(MethodSettings):
             )
         self.policy.check_optimizer(self.precision)
         self._check_shard()
+        if self.compile and self.needs_gradient:
+            raise ValueError(
+                f"compile is true, but {self.algorithm} draws with gradients, for numbers of rows that vary, each of "
+                "which torch would compile for; set compile to false, or choose another algorithm"
+            )
         self.check_samples(self.samples_per_epoch)
         self.check_updates(self.samples_per_update)
         self.check_steps(self.steps)
@@ -277,6 +289,7 @@ class TrainConfig(MethodSettings):
             "policy.optimizer": (self.policy.optimizer, ["adamw"]),
             "precision": (self.precision, ["fp32", "bf16"]),
             "output.recommend": (self.output.recommend, [False]),
+            "compile": (self.compile, [False]),
         }
         if neurons := getattr(self, "neurons", None):
             choices["neurons.policy_reset"] = neurons.policy_reset, ["none"]

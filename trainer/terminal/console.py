@@ -122,7 +122,7 @@ class Console:
             f"warning: ratio drift {_tiny(drift)}, expected at most {_tiny(RATIO_TOLERANCE)}: sampling and training "
             "compute different probabilities with the same model, so updates are clipped that should not be. Set "
             f"precision to fp32 (now {config.precision}), or try another micro_batch (now "
-            f"{config.micro_batch or 'as many as fit'})."
+            f"{config.micro_batch or 'as many as fit'}){', or set compile to false' if config.compile else ''}."
         )
 
     def _print(self, line: str) -> None:
