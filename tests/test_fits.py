@@ -27,6 +27,7 @@ from comfy_tdpo.trainer.terminal.fits import (
     Flops,
     Footprint,
     bytes_of_decoder,
+    bytes_of_rewards,
     choice,
     decoder_of,
     flops_of_decoder,
@@ -79,6 +80,15 @@ def test_what_is_counted_is_what_the_cpu_allocates(sizes, train):
 def test_the_published_sizes_are_those_of_the_models():
     assert numbers_of_texts(sizes_of("CompVis/stable-diffusion-v1-4")) == 123_060_480  # CLIP ViT-L/14's text model
     assert sizes_of("someone/elses-model") is None
+
+
+@pytest.mark.parametrize(
+    "name, precision, size", [("hpsv2", "fp32", 4.0e9), ("hpsv2", "bf16", 2.0e9), ("pickscore", "bf16", 1.95e9)]
+)
+def test_rewards_count_in_their_precision_whatever_their_files_have(name, precision, size):
+    """HPSv2's file, of 2.0 GB, has 16 bits."""
+    config = make_config(overrides={"rewards": {name: 1.0}, "reward_precision": precision})
+    assert bytes_of_rewards(config) == size
 
 
 def test_a_critics_own_decoder_counts():

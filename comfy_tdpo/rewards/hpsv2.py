@@ -28,7 +28,7 @@ ARCHITECTURE: dict[str, Any] = {
 class HPSv2(Agreement):
     """A fine-tuned OpenCLIP ViT-H/14: the cosine, about 0.2 to 0.35."""
 
-    sources = (Source("xswu/HPSv2", "HPS_v2_compressed.pt", "2.0 GB", "Apache-2.0"),)
+    sources = (Source("xswu/HPSv2", "HPS_v2_compressed.pt", "2.0 GB", "Apache-2.0", bits=16),)
 
     def __init__(self, name: str, options: Options):
         self.name, self.embed_dim = name, ARCHITECTURE["embed_dim"]
@@ -51,4 +51,4 @@ class HPSv2(Agreement):
 class HPSv21(HPSv2):
     """Version 2.1: the same model trained on better data. Its scores cannot be compared with those of version 2."""
 
-    sources = (Source("xswu/HPSv2", "HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0"),)
+    sources = (Source("xswu/HPSv2", "HPS_v2.1_compressed.pt", "2.0 GB", "Apache-2.0", bits=16),)

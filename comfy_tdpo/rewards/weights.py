@@ -29,13 +29,14 @@ _folders: list[Path] = []
 
 @dataclass(frozen=True)
 class Source:
-    """One published file: its repository and name on the hub, and other names for it."""
+    """One published file: its repository and name on the hub, and other names for it; bits: of its numbers."""
 
     repo: str
     file: str
     size: str
     licence: str
     aliases: tuple[str, ...] = ()
+    bits: int = 32
 
     def __str__(self) -> str:
         also = "".join(f", also called {name}," for name in self.aliases)

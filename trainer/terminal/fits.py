@@ -5,7 +5,6 @@ chosen here is what MemoryBudget would choose on such a GPU. Rewards count as th
 and their work as none, since a decoder needs more.
 """
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,15 +124,16 @@ def rows_allowed(config: TrainConfig) -> tuple[int, int, int]:
 
 
 def bytes_of_rewards(config: TrainConfig) -> int:
-    """The size of the files of all rewards, each once, in the rewards' precision."""
+    """What the files of all rewards hold, each once, in the rewards' precision."""
     names = dict.fromkeys([*config.trained_on, *config.measured, *config.guards, *config.further_rewards])
     sources = {source for name in names if not is_taste(name) for source in reward_class(name).sources}
-    found = (re.fullmatch(r"([\d.]+) (GB|MB)", source.size) for source in sources)
-    return (
-        sum(int(float(size[1]) * UNITS[size[2]]) for size in found if size)
-        * DTYPES[config.reward_precision].itemsize
-        // 4
-    )
+    itemsize = DTYPES[config.reward_precision].itemsize
+    return sum(_bytes(source.size) * 8 * itemsize // source.bits for source in sources)
+
+
+def _bytes(size: str) -> int:
+    number, unit = size.split()
+    return int(float(number) * UNITS[unit])
 
 
 def decoder_of(config: TrainConfig) -> TinyDecoder | None:
