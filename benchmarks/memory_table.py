@@ -43,7 +43,7 @@ def main() -> None:
         assert sizes is not None, "the presets' models come with their configurations"
         for kind, policy in KINDS.items():
             plain = policy | {"gradient_checkpointing": False}
-            of_kind = override(config, {"resolution": resolution, "policy": plain})
+            of_kind = override(config, {"resolution": resolution, "precision": "bf16", "policy": plain})
             found = footprint(of_kind, sizes)
             training = (found.training[on].first for on in (False, True))
             parts = (found.weights, found.texts, found.reserve, *training, found.decoding.first)

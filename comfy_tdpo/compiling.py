@@ -93,7 +93,7 @@ class CompiledBlocks:
         if not self._on:
             return plain(*inputs, **named)
         trains = torch.is_grad_enabled()
-        with torch.enable_grad(), _many_graphs():
+        with torch.enable_grad(), _many_graphs(), _explaining():
             outputs = fast(*map(_graded, inputs), **{name: _graded(value) for name, value in named.items()})
         return outputs if trains else tree_map(_detached, outputs)
 
@@ -107,6 +107,21 @@ def _graded(value: Any) -> Any:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """Turn torch's errors in compiling into a ValueError that says what to do."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    try:
+        yield
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"got transformer blocks that torch cannot compile ({type(error).__name__}: {why}); expected to compile "
+            "them, since compile is true: resume the run with compile false"
+        ) from error
 
 
 @contextmanager

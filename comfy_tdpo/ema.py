@@ -19,10 +19,13 @@ UPDATES = "updates"  # the name of the count in the saved state; parameters' nam
 
 
 class MovingAverage:
-    """The average of `parameters`, by name, in float32 on their device; `rate` is in (0, 1)."""
+    """The average of `parameters`, by name, in float32 on their device.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], rate: float):
-        self.parameters, self.rate, self.updates = parameters, rate, 0
+    rate: in (0, 1); in_place: as in `swapped`.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], rate: float, in_place: bool = False):
+        self.parameters, self.rate, self.in_place, self.updates = parameters, rate, in_place, 0
         self.weights = copied(parameters)
 
     @torch.no_grad()
@@ -44,7 +47,7 @@ class MovingAverage:
 
         Before the first update there is nothing to average, so the weights stay: they may have been loaded since.
         """
-        return swapped(self.parameters, self.weights) if self.updates else nullcontext()
+        return swapped(self.parameters, self.weights, self.in_place) if self.updates else nullcontext()
 
     def state(self) -> dict[str, Tensor]:
         """The tensors to save in a checkpoint."""

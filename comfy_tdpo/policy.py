@@ -86,18 +86,23 @@ class DiffusionPolicy:
             *((resolution, "resolution") if eval_resolution is None else (eval_resolution, "eval_resolution")),
         )
         self._now = self._training
-        move_to(self.device, {name: net for name, net in model.networks.items() if not sharded or net != model.network})
+        if sharded:
+            move_to(self.device, {name: net for name, net in model.networks.items() if net is not model.network})
+        else:
+            model.to(self.device)
         self.settings = settings or PolicySettings()
-        self._train(model.adapt(self.settings, seed))
+        self._train(model.adapt(self.settings, seed), average=not sharded)
         lay_out(model.networks.values())
         self.checkpointing = self.settings.gradient_checkpointing
         self._encoded: dict[str, Conditioning] = {}
         self._compiled: CompiledBlocks | None = None
 
-    def _train(self, trainable: Trainable) -> None:
+    def _train(self, trainable: Trainable, average: bool = True) -> None:
         self.trainable = trainable
         self.kl_reference = Reference(trainable)
-        self.average = MovingAverage(trainable.parameters, self.settings.ema) if self.settings.ema else None
+        self.average: MovingAverage | None = None
+        if average and self.settings.ema:
+            self.average = MovingAverage(trainable.parameters, self.settings.ema, in_place=trainable.sharded)
 
     def shard(self, processes: Processes) -> None:
         """Share out the weights over `processes`; called before anything is trained, of a model trained whole.
@@ -229,7 +234,9 @@ class DiffusionPolicy:
         return guide(unconditional, conditional, self.guidance)
 
     def _output(self, latents: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        # cached, the weights that a sharded network gathers and frees would stay until it has run
+        cached = not self.trainable.sharded
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=cached):
             return self.model.denoise(latents, times, conditioning)
 
     def reference(self) -> AbstractContextManager[None]:

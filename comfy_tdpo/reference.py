@@ -43,4 +43,6 @@ class Reference:
         Call the network with gradients disabled, since the parameters that hold the copy are those that are trained.
         (They keep requires_grad: torch chooses kernels by it, and the KL would not be exactly 0 right after a reset.)
         """
-        return swapped(self.trainable.parameters, self.weights) if self.weights else self.trainable.reference()
+        if not self.weights:
+            return self.trainable.reference()
+        return swapped(self.trainable.parameters, self.weights, in_place=self.trainable.sharded)

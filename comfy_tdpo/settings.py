@@ -97,7 +97,7 @@ class PolicySettings(OptimizerSettings):
     shard: Annotated[bool, MAY_CHANGE] = Field(
         default=False,
         description="with policy.train full and several processes, share out weights, gradients and moments over the "
-        "processes, for a model that one GPU does not hold; gathers the weights of one block at a time. See "
+        "processes, for a model that does not fit on one GPU; gathers the weights of one block at a time. See "
         "docs/many-gpus.md",
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(

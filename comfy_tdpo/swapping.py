@@ -23,13 +23,22 @@ def copied(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def swapped(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside the block, `parameters` hold `weights`, from any device; afterwards, their own values to the last bit."""
-    live = {name: parameter.data.clone() for name, parameter in parameters.items()}
+def swapped(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], in_place: bool = False) -> Iterator[None]:
+    """Inside the block, `parameters` hold `weights`, from any device; afterwards, their own values to the last bit.
+
+    in_place: whether others read the parameters' memory, so that the values go there; this takes a copy of them.
+    """
+    live = {name: parameter.data.clone() if in_place else parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data.copy_(weights[name])  # in place, as others may read the same memory
+            if in_place:
+                parameter.data.copy_(weights[name])
+            else:
+                parameter.data = weights[name].to(parameter.device, parameter.dtype)
         yield
     finally:
         for name, parameter in parameters.items():
-            parameter.data.copy_(live[name])
+            if in_place:
+                parameter.data.copy_(live[name])
+            else:
+                parameter.data = live[name]

@@ -323,7 +323,7 @@ def test_the_tables_have_the_numbers(tmp_path):
     found = replace(known(tmp_path, SEEDS), pictures=("cross.png",))
     rows = [line.split() for line in told(found).splitlines()]
     drawn = found.asked.subjects[0].config.drawn_with_told.split()
-    assert rows[0] == ["one:", "2", "prompts,", "1", "images", "each", *f"({' '.join(drawn)})".split()]
+    assert rows[0] == ["one:", "2", "prompts,", "1", "image", "each", *f"({' '.join(drawn)})".split()]
     assert rows[1] == ["epoch", "queries", TRAINING, "shapes-gold"]
     assert rows[2:] == [
         ["base", "-", "0", "1.00", "0.800"],

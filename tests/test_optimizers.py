@@ -29,7 +29,8 @@ def update(parameters, optimizer, step: int) -> bool:
     for name, parameter in parameters.items():
         size = float("inf") if step == 2 and name == "b" else scale
         parameter.grad = size * torch.sin(step + torch.arange(1.0, 1 + len(parameter)))
-    alone = SimpleNamespace(processes=SimpleNamespace(average=lambda gradients: None))
+    policy = SimpleNamespace(trainable=SimpleNamespace(sharded=False))
+    alone = SimpleNamespace(policy=policy, processes=SimpleNamespace(average=lambda gradients: None))
     return Context.step(alone, optimizer, 1.0, scaler)
 
 

@@ -107,7 +107,7 @@ def test_one_that_stops_or_fails_takes_the_other_along_and_all_is_saved(tmp_path
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0, out
     ending.finish(tmp_path / "begun by several")
-    assert "its processes were 2 and now are 1: epoch 1 begins again" in caplog.text
+    assert "while sampling with processes 2, and resumes with 1: epoch 1 starts over" in caplog.text
     for folder, name, moment in product(("begun by one", "begun by several"), ending.RESUMED, ending.MOMENTS):
         expected = load_file(RunFolder.open(tmp_path / "whole" / name).latest_lora)
         found = load_file(RunFolder.open(tmp_path / folder / name / moment).latest_lora)

@@ -50,6 +50,8 @@ class Blobs(nn.Module):
 class AllWeights:
     """A Trainable: every weight, with a copy of what it was."""
 
+    sharded = False
+
     def __init__(self, network: nn.Module):
         self.network = network.requires_grad_(True)
         self.parameters = dict(network.named_parameters())

@@ -82,7 +82,7 @@ def _check_processes(found: int) -> None:
 
 
 def _check_not_sharded(kind: DistributedType) -> None:
-    """Raise ValueError where accelerate is to shard the model, which nothing here is prepared for."""
+    """Raise ValueError where accelerate is to shard the model, instead of policy.shard."""
     if kind in SHARDED:
         raise ValueError(
             f"got accelerate set to {kind.value}; expected processes that hold the whole model each: turn it off with "

@@ -136,6 +136,8 @@ class Keeper:
 
         def shrink() -> None:
             nonlocal rows
+            if context.policy.trainable.sharded:
+                context.shrink()  # raises
             rows = smaller_micro_batch(rows, context.samples_per_update)
 
         def draw() -> Tensor:

@@ -86,6 +86,7 @@ class TrainState:
             "micro_batch": context.micro_batch,
             "decode_batch": context.decoder.batch,
             "gradient_checkpointing": context.policy.checkpointing,
+            "compile": context.config.compile,
             "scaler": context.scaler.state_dict(),
             "metrics": self.metrics,
             "identity": self.identity,
@@ -106,8 +107,9 @@ class TrainState:
 
     def _own(self, groups: Tensors) -> Tensors:
         """The inverse of `_whole`."""
-        sharded = self.context.policy.trainable.sharded
-        return groups | _map(groups, self.context.processes.own_rows) if sharded else groups
+        if not self.context.policy.trainable.sharded:
+            return groups
+        return groups | _map(groups, lambda tensor: self.context.processes.own_rows(tensor).clone())
 
     def restore(self, folder: Path) -> bool:
         """Restore the newest checkpoint in `folder`; False if there is none."""
@@ -137,19 +139,31 @@ class TrainState:
         elif watched:
             self.overoptimisation.load(watched, state["overoptimisation"])
         if "samples" in on_device:
-            context.progress = self._progress_from(on_device, state["updates"], state.get("processes", 1))
+            context.progress = self._progress_from(on_device, state)
         return True
 
-    def _progress_from(self, groups: Tensors, updates: int, before: int) -> Progress:
-        """The inverse of `unfinished`, where `before` processes have saved it."""
+    def _progress_from(self, groups: Tensors, state: dict[str, Any]) -> Progress:
+        """The inverse of `unfinished`; `state`: of the checkpoint.
+
+        Raises:
+            ValueError: samples that were drawn by compiled blocks are to be trained on by others, or the reverse.
+        """
         context, epoch, samples = self.context, self.context.epoch + 1, dict(groups["samples"])
-        count, rank = context.processes.count, context.processes.rank
+        count, rank, updates = context.processes.count, context.processes.rank, state["updates"]
+        before, compiled = state.get("processes", 1), state.get("compile", False)  # older versions have neither
         rows = samples.pop("rows", torch.arange(len(samples["rewards"]))).cpu()
-        if count != before and "targets" not in groups and not updates:
+        if compiled != context.config.compile and "targets" in groups:
+            now, then = (str(value).lower() for value in (context.config.compile, compiled))
+            raise ValueError(
+                f"got compile {now} for a run that was stopped in the updates of epoch {epoch} with compile {then}, "
+                f"whose arithmetic its samples have; expected the same until it has ended: set compile to {then}"
+            )
+        changed = {"processes": (before, count), "compile": (compiled, context.config.compile)}
+        changes = [f"{name} {old}, and resumes with {new}" for name, (old, new) in changed.items() if old != new]
+        if changes and "targets" not in groups and not updates:
             if not rank:
                 logger.warning(
-                    "the run was stopped while it sampled; its processes were %d and now are %d: epoch %d begins again",
-                    *(before, count, epoch),
+                    "the run was stopped while sampling with %s: epoch %d starts over", " and ".join(changes), epoch
                 )
             return Progress()
         places = rows.argsort()  # in the order of samples

@@ -218,12 +218,17 @@ class Training:
             self._end_early(end)
 
     def _tell_others(self, error: BaseException) -> None:
-        """Tell the other processes that this one fails; raises Parted if `error` is that torch has lost one of them."""
+        """Tell the other processes that this one fails; raises Parted if `error` is that torch has lost one of them.
+
+        Where the model is sharded, the others may be waiting inside torch and never hear it, so `error` is told first.
+        """
+        sharded = self.policy.trainable.sharded
+        if sharded and not isinstance(error, Parted):
+            logger.error("process %d: %s: %s", self.processes.rank, type(error).__name__, error)
         try:
             self.processes.part(FAILS)
         except Parted as parted:
-            gathers = self.policy.trainable.sharded and isinstance(error, RuntimeError)
-            if gathers and parted.why == LOST:
+            if sharded and isinstance(error, RuntimeError) and parted.why == LOST:
                 raise parted from error
 
     def _heeding(self) -> AbstractContextManager[None]:

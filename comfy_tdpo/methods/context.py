@@ -226,7 +226,12 @@ class Context:
         self.scaler.scale(loss).backward()
 
     def shrink(self) -> None:
-        """Lower the micro-batch; raises ValueError if it is 1."""
+        """Lower the micro-batch; raises ValueError if it is 1, or if all processes would have to do so together."""
+        if self.policy.trainable.sharded:
+            raise ValueError(
+                f"got out of memory with micro_batch {self.micro_batch} and policy.shard; expected room on every GPU: "
+                "set micro_batch to less, policy.gradient_checkpointing to true, or use more processes"
+            )
         self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
 
     def rows_at_once(self, together: int = 1) -> int:

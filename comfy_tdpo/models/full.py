@@ -36,7 +36,7 @@ class AllWeights:
             parameter.data.copy_(state[name])
 
     def reference(self) -> AbstractContextManager[None]:
-        return swapped(self.parameters, self.base)
+        return swapped(self.parameters, self.base, in_place=self.sharded)
 
     def load_exported(self, weights: dict[str, Tensor], strength: float = 1.0) -> None:
         """Load the `weights` of a file that `export` wrote, with `strength` times their distance from the base model:

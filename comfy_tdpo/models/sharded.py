@@ -10,12 +10,15 @@ Shapes: P processes. Each holds its own of P chunks of a weight's rows, as torch
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..blocks import blocks_of
 from ..processes import Processes
 from ..tensor_files import write_tensors
 from .full import AllWeights
+
+OLDEST = (2, 11)  # version of torch that this was tried with; those before 2.9 move rows to other memory later on
 
 
 class ShardedWeights(AllWeights):
@@ -59,13 +62,19 @@ class ShardedWeights(AllWeights):
 
 
 def _shard(network: nn.Module, processes: Processes) -> None:
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise ValueError("got policy.shard with an older torch; expected torch 2.6 or newer: upgrade it") from error
+    if torch.__version__ < OLDEST:
+        raise ValueError(
+            f"got policy.shard with torch {torch.__version__}; expected {'.'.join(map(str, OLDEST))} or newer: update "
+            "torch, or set policy.shard to false"
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(processes.device.type, (processes.count,))
-    for module in [*blocks_of(network), network]:
+    blocks = blocks_of(network)
+    kinds = getattr(network, "_no_split_modules", None) or []  # diffusers', such as the layers in a stage of a U-Net
+    gathered = [module for module in network.modules() if module in blocks or type(module).__name__ in kinds]
+    for module in [*reversed(gathered), network]:  # inner ones first
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 

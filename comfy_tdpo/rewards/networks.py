@@ -15,6 +15,7 @@ from itertools import chain
 from threading import Lock
 from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +94,7 @@ class _Place:
                 self.without -= 1
 
     def _settle(self, network: nn.Module) -> None:
-        if self.here and self.without and not self.needs:
+        if self.here and self.without and not self.needs and (self.copies or _has_room(network)):
             self._take_away(network)
 
     @torch.inference_mode(False)  # which ComfyUI's nodes may be in, and a training could not use what is made in it
@@ -119,6 +120,12 @@ class _Place:
             self._take_away(network)
             raise
         self.here = True
+
+
+def _has_room(network: nn.Module) -> bool:
+    """Whether main memory has room for a copy, and for as much again."""
+    size = sum(weight.nbytes for weight in chain(network.parameters(), network.buffers()))
+    return 2 * size < psutil.virtual_memory().available
 
 
 _lock = Lock()

@@ -1,7 +1,7 @@
 """What fits into the memory of common GPUs, counted without one.
 
 The model is made of tensors without values, and goes through the same rehearsal as before a training, so that what is
-chosen here is what MemoryBudget would choose on such a GPU. Rewards count as the size of their files, an upper bound,
+chosen here is what MemoryBudget would choose on such a GPU. Rewards count as what their files hold, an upper bound,
 and their work as none, since a decoder needs more.
 """
 

@@ -71,7 +71,11 @@ def _costs(config: TrainConfig, process: Process) -> list[str]:
     found = footprint(config, sizes)
     disk = bytes_of_run(config, found.checkpoint, found.snapshot)
     lines.append(measured or seconds.estimated(config, process, found.flops))
-    return [*lines, f"disk: up to {disk / 1e9:.1f} GB, for snapshots and checkpoints", *fits(found, config)]
+    lines.append(f"disk: up to {disk / 1e9:.1f} GB, for snapshots and checkpoints")
+    whole = (
+        ["memory is that of a process that holds the whole model, without policy.shard"] if config.policy.shard else []
+    )
+    return [*lines, *fits(found, config), *whole]
 
 
 def _table(process: Process, trained: Tensor | None) -> list[str]:

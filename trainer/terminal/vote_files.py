@@ -55,7 +55,7 @@ def opinions_of(table: Path) -> list[Opinion]:
         low, high = min(ratings, default=0.0), max(ratings, default=0.0)
         if low == high:
             raise ValueError(
-                f"has {number_of(len(rows), 'rating')}, none of which differ; expected at least two different ones"
+                f"has {number_of(len(rows), 'rating')} and no two that differ; expected at least two different ones"
             )
     except ValueError as error:
         raise ValueError(f"ratings '{table}' {error}") from error
