@@ -1,6 +1,7 @@
 """Compiled blocks: sampling and training run the same code, and a run is what it is without, up to rounding."""
 
 import shutil
+import threading
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from comfy_tdpo.compiling import CompiledBlocks
 from comfy_tdpo.nodes.runs.wording import in_words_of_nodes
 from comfy_tdpo.swapping import swapped
 from comfy_tdpo.trainer.assemble import assemble
-from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.config import make_config, override
 from comfy_tdpo.trainer.lookout import LOADING, patience
 from comfy_tdpo.trainer.run import RunFolder
 
@@ -139,6 +140,29 @@ def test_a_run_asks_for_it(tmp_path, without_compiler, monkeypatch):
     monkeypatch.setattr(compiling, "OLDEST", (99, 0))
     with pytest.raises(ValueError, match="compile true"):
         assemble(run.config, run, cpu=True)
+
+
+def test_it_does_not_change_while_samples_wait_for_their_updates(tmp_path, make_policy, caplog):
+    """What compiles is not asked for, only what the settings say of it."""
+    small = {"epochs": 1, "samples_per_epoch": 4, "samples_per_update": 2, "micro_batch": 2, "steps": 3}
+    for phase in ("sampling", "updating"):
+        run, stop = new_run(tmp_path / phase, **small), threading.Event()
+
+        def watch(now: str, done: float, total: int, phase=phase, stop=stop) -> None:
+            if now == phase and done >= 2:  # a micro-batch, or two updates
+                stop.set()
+
+        list(toy_training(run, make_policy, stop, watch).epochs())
+        run.write_config(override(run.config, {"compile": True}))
+        resumed = toy_training(RunFolder.open(run.path), make_policy)
+        if phase == "sampling":
+            assert len(list(resumed.epochs())) == 1
+            assert (
+                "stopped while sampling with compile false, and resumes with true: epoch 1 starts over" in caplog.text
+            )
+        else:
+            with pytest.raises(ValueError, match="got compile true .* stopped in the updates of epoch 1 .* to false$"):
+                list(resumed.epochs())
 
 
 def test_settings():

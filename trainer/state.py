@@ -162,9 +162,8 @@ class TrainState:
         changes = [f"{name} {old}, and resumes with {new}" for name, (old, new) in changed.items() if old != new]
         if changes and "targets" not in groups and not updates:
             if not rank:
-                logger.warning(
-                    "the run was stopped while sampling with %s: epoch %d starts over", " and ".join(changes), epoch
-                )
+                told = " and ".join(changes).lower()
+                logger.warning("the run was stopped while sampling with %s: epoch %d starts over", told, epoch)
             return Progress()
         places = rows.argsort()  # in the order of samples
         own = places[torch.isin(rows[places], context.rows(epoch))]
