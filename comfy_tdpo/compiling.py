@@ -48,8 +48,11 @@ def check(device: torch.device) -> None:
     try:
         compiled(_one_line)(torch.ones(8, device=device))
     except (RuntimeError, OSError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"got compile true where torch cannot compile ({why}); {expected}") from error
+        raise ValueError(f"got compile true where torch cannot compile ({_first_line(error)}); {expected}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _one_line(x: Tensor) -> Tensor:
@@ -117,10 +120,9 @@ def _explaining() -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"got transformer blocks that torch cannot compile ({type(error).__name__}: {why}); expected to compile "
-            "them, since compile is true: resume the run with compile false"
+            f"got transformer blocks that torch cannot compile ({type(error).__name__}: {_first_line(error)}); "
+            "expected to compile them, since compile is true: resume the run with compile false"
         ) from error
 
 

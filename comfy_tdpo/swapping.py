@@ -28,17 +28,17 @@ def swapped(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], in_
 
     in_place: whether others read the parameters' memory, so that the values go there; this takes a copy of them.
     """
+
+    def give(values: dict[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            if in_place:
+                parameter.data.copy_(values[name])
+            else:
+                parameter.data = values[name].to(parameter.device, parameter.dtype)
+
     live = {name: parameter.data.clone() if in_place else parameter.data for name, parameter in parameters.items()}
     try:
-        for name, parameter in parameters.items():
-            if in_place:
-                parameter.data.copy_(weights[name])
-            else:
-                parameter.data = weights[name].to(parameter.device, parameter.dtype)
+        give(weights)
         yield
     finally:
-        for name, parameter in parameters.items():
-            if in_place:
-                parameter.data.copy_(live[name])
-            else:
-                parameter.data = live[name]
+        give(live)

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,10 +63,8 @@ def assemble(
     reward = load_rewards(config.rewards, *how, config.reward_scales)
     eval_rewards = {name: load_reward(name, *how) for name in config.measured}
     guards = {name: load_reward(name, *how) for name in config.guards}
-    sharded = config.policy.shard and accelerator.num_processes > 1
-    policy = (
-        make_policy(config, accelerator.device) if make_policy else load_policy(config, accelerator.device, sharded)
-    )
+    load = partial(load_policy, sharded=config.policy.shard and accelerator.num_processes > 1)
+    policy = (make_policy or load)(config, accelerator.device)
     if config.compile:
         policy.compile()
     return Training(config, policy, reward, eval_rewards, run, accelerator, stop, watch, guards)

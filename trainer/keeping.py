@@ -11,7 +11,7 @@ from torch import Tensor
 
 from comfy_tdpo import __version__
 from comfy_tdpo.atomic_files import write_atomically
-from comfy_tdpo.memory.running_out import smaller_micro_batch, within_memory
+from comfy_tdpo.memory.running_out import within_memory
 from comfy_tdpo.methods.context import Context
 from comfy_tdpo.models import denoiser_name
 from comfy_tdpo.rewards.taste import Taste
@@ -136,9 +136,7 @@ class Keeper:
 
         def shrink() -> None:
             nonlocal rows
-            if context.policy.trainable.sharded:
-                context.shrink()  # raises
-            rows = smaller_micro_batch(rows, context.samples_per_update)
+            rows = context.fewer(rows)
 
         def draw() -> Tensor:
             context.begin("drawing samples", 0, len(prompts), len(prompts))

@@ -226,13 +226,21 @@ class Context:
         self.scaler.scale(loss).backward()
 
     def shrink(self) -> None:
-        """Lower the micro-batch; raises ValueError if it is 1, or if all processes would have to do so together."""
+        """Lower the micro-batch; raises ValueError as `fewer` does."""
+        self.micro_batch = self.fewer(self.micro_batch)
+
+    def fewer(self, rows: int) -> int:
+        """How many rows to try after `rows` ran out of memory.
+
+        Raises:
+            ValueError: it was one, or all processes would have to take fewer together.
+        """
         if self.policy.trainable.sharded:
             raise ValueError(
-                f"got out of memory with micro_batch {self.micro_batch} and policy.shard; expected room on every GPU: "
-                "set micro_batch to less, policy.gradient_checkpointing to true, or use more processes"
+                f"got out of memory with micro_batch {rows} and policy.shard; expected room on every GPU: set "
+                "micro_batch to less, policy.gradient_checkpointing to true, or use more processes"
             )
-        self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
+        return smaller_micro_batch(rows, self.samples_per_update)
 
     def rows_at_once(self, together: int = 1) -> int:
         """How many rows `update_policy` gives to `accumulate` at once."""

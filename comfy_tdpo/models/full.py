@@ -56,8 +56,11 @@ class AllWeights:
 
     def export(self, path: Path, metadata: dict[str, str]) -> None:
         """Write all weights to `path`; `metadata` goes into the file's header."""
-        weights = {name: weight.detach().to("cpu", self.dtype) for name, weight in self.network.state_dict().items()}
-        write_tensors(path, weights, {"format": "pt", **metadata})
+        self._write(path, self.network.state_dict(), metadata)
+
+    def _write(self, path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        stored = {name: weight.detach().to("cpu", self.dtype) for name, weight in weights.items()}
+        write_tensors(path, stored, {"format": "pt", **metadata})
 
 
 def _on_cpu(parameter: nn.Parameter) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..blocks import blocks_of
 from ..processes import Processes
-from ..tensor_files import write_tensors
 from .full import AllWeights
 
 OLDEST = (2, 11)  # version of torch that this was tried with; those before 2.9 move rows to other memory later on
@@ -57,8 +56,7 @@ class ShardedWeights(AllWeights):
             for name, weight in self.network.state_dict().items()
         }
         if not self.processes.rank:
-            found = {name: weight.to("cpu", self.dtype) for name, weight in weights.items()}
-            write_tensors(path, found, {"format": "pt", **metadata})
+            self._write(path, weights, metadata)
 
 
 def _shard(network: nn.Module, processes: Processes) -> None:
