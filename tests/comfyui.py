@@ -153,6 +153,16 @@ class Server:
         entry = wait_until(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), "the end of a prompt")
         return {"messages": _messages(entry["status"]), "outputs": entry["outputs"]}
 
+    def interrupted(self, prompt_id: str) -> dict:
+        """As `ended`, asking again until it ends: what comes before its execution begins, ComfyUI forgets."""
+
+        def ended() -> dict:
+            self.post("/interrupt")
+            return self.get(f"/history/{prompt_id}")
+
+        wait_until(ended, "the end of a prompt that was interrupted")
+        return self.ended(prompt_id)
+
     def run(self, graph: dict) -> dict:
         """Queue a graph and wait for its success; its outputs by node."""
         result = self.ended(self.queue(graph))

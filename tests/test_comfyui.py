@@ -335,10 +335,8 @@ def test_a_background_run_trains_while_other_graphs_sample(server):
     assert before["state"] == "running"
     long = graph | sample_graph(["apply", 0])
     long["sampler"]["inputs"]["steps"] = 1000
-    prompt = server.queue(long)
-    wait_until(lambda: server.get("/queue")["queue_running"], "its start")
-    server.post("/interrupt")
-    assert "execution_interrupted" in server.ended(prompt)["messages"], "the training took it"
+    assert "execution_interrupted" in server.interrupted(server.queue(long))["messages"]
+    assert server.status("behind")["state"] == "running", "the training took it"
     for name in ("next", "last"):
         server.run(train_graph(name, mode="background"))
         waiting = server.status(name)
