@@ -19,7 +19,7 @@ from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.settings import INPUTS, NUMBERS
 from comfy_tdpo.nodes.runs.start import prepare, start, wait_for
 from comfy_tdpo.nodes.runs.wording import in_words_of_nodes, words_of_nodes
-from comfy_tdpo.rewards import weights
+from comfy_tdpo.rewards import FORMS, weights
 from comfy_tdpo.trainer.config import leaf_fields
 from comfy_tdpo.trainer.config.changes import changeable
 
@@ -44,6 +44,7 @@ FILLED = {
     "', '.join(changeable())": [", ".join(changeable())],
     "', '.join(changed[:TOLD])": ["kl.gate was False and is True"],
     "' or '.join(meant)": ["policy.lr", "kl.gate", "micro_batch", "eval_rewards", "rewards"],
+    "FORMS": [FORMS],
     "_SAME": ["expected the same"],
     "name": ["X", "guard_images", "gate"],
 }

@@ -92,6 +92,9 @@ ONLY_EVALUATE = ("shapes-gold", "shapes-judge")
 
 Score = Callable[["RewardModel", "Tensor", list[str]], "Tensor"]  # like `score_images`
 
+# How to write the rewards that have no name of their own, besides tastes.
+FORMS = "http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, or python:module:function"
+
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # torch's name for each
 
 
@@ -109,10 +112,7 @@ def check_reward(name: str) -> None:
     elif is_taste(name):
         check_taste(name)
     elif name not in REWARDS:
-        raise ValueError(
-            f"got reward {name!r}; expected one of {', '.join(REWARDS)}, taste:NAME, "
-            "http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, or python:module:function"
-        )
+        raise ValueError(f"got reward {name!r}; expected one of {', '.join(REWARDS)}, taste:NAME, {FORMS}")
 
 
 def has_encoder(name: str) -> bool:

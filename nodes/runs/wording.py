@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from comfy_tdpo.rewards import FORMS
+
 from ...trainer.config import leaf_fields
 from .settings import INPUTS, NUMBERS
 
@@ -39,7 +41,7 @@ OPTIONS = {
 # Advice that differs in a graph.
 ADVICE = [
     (r"(?<!settings: )\bunknown setting\b", "settings: unknown setting"),
-    (r", http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, or python:module:function\b", ""),
+    (rf"(?:, )?{re.escape(FORMS)}", ""),
     (
         r"(which sends images to an address; expected) that only on the command line",
         r"\1 one that the owner of this server has allowed by a line in models/tdpo_rewards/services.txt",

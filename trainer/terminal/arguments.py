@@ -8,7 +8,7 @@ from comfy_tdpo import __version__
 from comfy_tdpo.methods import ALGORITHMS
 from comfy_tdpo.process import PROCESSES
 from comfy_tdpo.prompts import prompt_sets
-from comfy_tdpo.rewards import reward_names
+from comfy_tdpo.rewards import FORMS, reward_names
 from comfy_tdpo.settings import NONE, section_of
 
 from ..config import TrainConfig, leaf_fields, presets
@@ -64,8 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         metavar="NAME[=WEIGHT]",
-        help=f"training reward; may be repeated: {', '.join(reward_names())}, taste:NAME, "
-        "http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, python:module:function",
+        help=f"training reward; may be repeated: {', '.join(reward_names())}, taste:NAME, {FORMS}",
     )
     where.add_argument(
         "--eval-reward",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comfy_tdpo.prompts import prompt_sets
-from comfy_tdpo.rewards import reward_names
+from comfy_tdpo.rewards import FORMS, reward_names
 
 from ..config.parsing import named_values, split_names
 from ..evaluation.asked import IMAGES, LAST, SEED, Options, PromptSet, ask, usual_folder
@@ -48,8 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rewards",
         metavar="NAME,NAME,...",
         help="rewards to judge by, besides the training rewards (default: those that the runs have measured): "
-        f"{', '.join(reward_names())}, taste:FOLDER, http://HOST:PORT, "
-        "judge:http://HOST:PORT/v1#MODEL, or python:module:function",
+        f"{', '.join(reward_names())}, taste:FOLDER, {FORMS}",
     )
     parser.add_argument(
         "--prompts",

@@ -6,7 +6,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from comfy_tdpo.rewards import reward_names
+from comfy_tdpo.rewards import FORMS, reward_names
 
 from ..metrics import columns_of, padded, readable, shortened
 from ..recommend.choice import CONFIDENCE, Outcome, Recommendation
@@ -66,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out",
         metavar="NAME",
         help="reward to judge by, which the run must not train on (default: the one that the run watches for "
-        f"overoptimisation, else its first held-out reward that may choose): {', '.join(reward_names())}, "
-        "http://HOST:PORT, judge:http://HOST:PORT/v1#MODEL, or python:module:function",
+        f"overoptimisation, else its first held-out reward that may choose): {', '.join(reward_names())}, {FORMS}",
     )
     parser.add_argument(
         "--prompts",

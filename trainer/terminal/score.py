@@ -18,6 +18,7 @@ from comfy_tdpo.clean_text import one_line
 from comfy_tdpo.interrupts import keyboard_interrupts
 from comfy_tdpo.prompts.markup import check_words
 from comfy_tdpo.rewards import (
+    FORMS,
     PRECISIONS,
     RewardError,
     RewardModel,
@@ -59,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="NAME",
-        help=f"one of {', '.join(reward_names())}, taste:FOLDER, http://HOST:PORT, "
-        "judge:http://HOST:PORT/v1#MODEL, or python:module:function; may be repeated",
+        help=f"one of {', '.join(reward_names())}, taste:FOLDER, {FORMS}; may be repeated",
     )
     parser.add_argument(
         "--prompt",
