@@ -26,6 +26,7 @@ from typing import Any
 import frontier
 import pairs
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from pairs import Line, Series, gains, row, smooth
 from PIL import Image
 
@@ -36,7 +37,7 @@ from comfy_tdpo.trainer.evaluation.asked import Options, PromptSet, Subject, ask
 from comfy_tdpo.trainer.evaluation.files import Results, picture
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE, Evaluation, Point, interval
 from comfy_tdpo.trainer.evaluation.work import CROSS, EQUAL
-from comfy_tdpo.trainer.plots.evaluation import draw_setup
+from comfy_tdpo.trainer.plots.evaluation import draw_setups, look_of
 from comfy_tdpo.trainer.recommend.files import BASE_EPOCH
 from comfy_tdpo.trainer.run import RunFolder
 
@@ -44,6 +45,7 @@ HERE = Path(__file__).parent
 DATA = tomllib.loads((HERE / "paper.toml").read_text(encoding="utf-8"))
 SEEDS, IMAGES = 5, 4  # seeds of each variant, and images of each prompt in an evaluation
 RESETS = 10  # of a run: the paper's F is 10 of 100 epochs
+PER_ROW = 6  # entries in a row of a legend
 WIDE, DPI = 1000, 75  # pixels of copied pictures, and resolution of those drawn here
 TRAINED = ""  # instead of a prompt set: the training itself, epoch by epoch
 MEASURES = {  # the first three at equal training reward
@@ -58,7 +60,7 @@ MEASURES = {  # the first three at equal training reward
     "policy overlap": "the same of the LoRA's",
 }
 WHOLE = "full-neurons.png"  # of full.py
-AXES = {"queries": "reward queries", "gain": "training reward gained"}
+AXES = {"queries": "reward queries", "gain": "training reward gained (std)"}
 EPOCHS = {  # our names of series -> keys of metrics
     "queries": "reward_queries",
     "explained": "critic/explained_variance",
@@ -512,7 +514,7 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         verdicts = [verdict(values) for _, values in found[name]]
         left = len(work.missing(needs(world, [figure]), there))
         lines += row(name, figure.subject, *(str(verdicts.count(each) or "") for each in VERDICTS), str(left or ""))
-    lines += ["", *rivals(world, there)]
+    lines += ["", *rivals(world, there), *gained(world, there)]
     for name, figure in FIGURES.items():
         title = f"Figure {name}" if name.isdigit() else name.capitalize()
         lines += [f"## {title}: {figure.subject}", ""]
@@ -561,32 +563,49 @@ def rivals(world: World, there: Held) -> list[str]:
     return [*lines, ""]
 
 
+def gained(world: World, there: Held) -> list[str]:
+    """What the runs of each variant gain by their end, for each training reward."""
+    lines = [
+        "What each variant gains of its training reward by the end, and over how many seeds. Nothing can be said at "
+        f"equal training reward of variants that gain less than {min(pairs.LEVELS):g}:",
+        "",
+        *row("variant", *world.rewards, head=True),
+    ]
+    ends: dict[str, dict[str, str]] = {}
+    for key, _ in needs(world, FIGURES.values()):
+        if runs := there.get((key, TRAINED), {}).values():
+            value = f"{pairs.with_interval([gains(run)[-1] for run in runs])} ({len(runs)})"
+            ends.setdefault(name_of(key), {})[world.reward(key)] = value
+    for name, of_reward in ends.items():
+        lines += row(name, *(of_reward.get(reward, "") for reward in world.rewards))
+    return [*lines, ""] if ends else []
+
+
 def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
     """A panel for each training reward and each series, from the epochs of the trainings; False if there are none."""
     several = {"gold": lambda key: world.truth, "others": world.held_out}
-    panels: dict[tuple[str, str], list[tuple[int, str, list[Point]]]] = {}
+    panels: dict[tuple[str, str], dict[int, list[Point]]] = {}
     names = list(dict.fromkeys(map(name_of, figure.shows)))
     for key in figure.shows:
         for y in [name for what in figure.ys for name in several.get(what, lambda key, what=what: [what])(key)]:
             runs = [run for run in there.get((key, TRAINED), {}).values() if y in {*run, "gain"}]
             if points := curve(runs, figure.x, y):
-                look = names.index(name_of(key)), f"{name_of(key)} ({len(runs)})"
-                panels.setdefault((world.reward(key), y), []).append((*look, points))
+                panels.setdefault((world.reward(key), y), {})[names.index(name_of(key))] = points
     if not panels:
         return False
     rows = -(-len(panels) // 2)
     canvas = Figure(figsize=(11, 3.4 * rows), dpi=DPI, layout="constrained", facecolor="white")
     places = list(canvas.subplots(rows, 2, squeeze=False).flat)
     for axes, ((reward, y), curves) in zip(places, panels.items(), strict=False):
-        for number, label, points in curves:
-            draw_setup(axes, number, points, banded=True)
-            axes.lines[-2].set_label(label)
+        draw_setups(axes, curves, several=curves)
         axes.set(xlabel=AXES.get(figure.x, figure.x), ylabel=AXES.get(y, y))
         axes.set_title(f"trained on {reward}", fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
+    drawn = sorted({number for curves in panels.values() for number in curves})
+    lines = [Line2D([], [], label=names[number], marker="o", markersize=3.2, **look_of(number)) for number in drawn]
+    canvas.legend(handles=lines, loc="outside lower center", ncols=PER_ROW, fontsize=9, frameon=False)
     canvas.savefig(path)
     return True
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from toy import Brightness, new_run
 
@@ -15,9 +16,9 @@ from comfy_tdpo.rollout import Decoder, draw_images
 from comfy_tdpo.trainer.evaluation import work
 from comfy_tdpo.trainer.evaluation.asked import Asked, Options, PromptSet, Subject, ask, usual_folder
 from comfy_tdpo.trainer.evaluation.files import Place, Results, places_of
-from comfy_tdpo.trainer.evaluation.numbers import Evaluation, interval, setups_of
+from comfy_tdpo.trainer.evaluation.numbers import Evaluation, Point, interval, setups_of
 from comfy_tdpo.trainer.evaluation.table import markdown, told
-from comfy_tdpo.trainer.plots.evaluation import cross_reward_figure, efficiency_figure
+from comfy_tdpo.trainer.plots.evaluation import cross_reward_figure, draw_setups, efficiency_figure
 from comfy_tdpo.trainer.recommend.files import BASE, Cell
 from comfy_tdpo.trainer.run import RunFolder
 
@@ -362,6 +363,16 @@ def test_bands_are_drawn_where_there_are_several_seeds(tmp_path):
     one = known(tmp_path / "one", {key: value for key, value in SEEDS.items() if key[0] != "tdpo-2"})
     for figure in (cross_reward_figure, efficiency_figure):
         assert pale(figure(both, TRAINING)) > 1000 and pale(figure(one, TRAINING)) < 100
+
+
+def test_intervals_are_bars_where_a_curve_goes_back():
+    def drawn(*gains: float) -> list[str]:
+        axes = Figure().subplots()
+        points = [Point(epoch, x, 0.5, 0.4, 0.6) for epoch, x in enumerate(gains)]
+        draw_setups(axes, {0: points, 1: [point._replace(x=point.epoch) for point in points]}, several={0})
+        return [type(shape).__name__ for shape in axes.collections]
+
+    assert drawn(0, 1, 2) == ["FillBetweenPolyCollection"] and drawn(0, 2, 1) == ["LineCollection"]
 
 
 def test_the_usual_folder_is_the_runs_or_the_one_that_holds_them(tmp_path):

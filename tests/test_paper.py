@@ -340,6 +340,8 @@ def test_the_page_decides_by_what_was_found(work, monkeypatch):
     refl = next(cells for cells in rows(text) if cells[0] == "refl")
     assert refl[1:3] == ["+1.2", "4 of 5"]  # smoothed, the end of the first seed's run is 13/14 of 1.2
     assert next(cells for cells in rows(text) if cells[0] == "sdpo")[1] == "not run yet"
+    gained = [cells for cells in rows(text) if cells[0] == "refl"][-1]
+    assert gained[1:] == ["+1.486 ± 0.365 (5)", "", ""]  # 13/14 of 1.6 on average
     assert "(paper-7.png)" in text and work.out.with_name("paper-7.png").exists()
     assert "paper-13.png" not in text
 

@@ -1,5 +1,7 @@
 """The rewards of an evaluation: each over the training reward, or over the reward queries, one curve per set-up."""
 
+from collections.abc import Collection
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -76,22 +78,20 @@ def _draw(
             axes = figure.add_axes((left / WIDTH, (bottom + FOOT) / total, side / WIDTH, HEIGHT / total))
             _style(axes, reward, x)
             curves = [evaluation.curve(setup, prompts, reward, against) for setup in setups]
-            for number, (setup, points) in enumerate(zip(setups, curves, strict=True)):
-                draw_setup(axes, number, points, banded=len(setup.subjects) > 1)
-            _limit(axes, curves)
+            several = {number for number, setup in enumerate(setups) if len(setup.subjects) > 1}
+            draw_setups(axes, dict(enumerate(curves)), several)
     return render(figure)
 
 
 def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
-    """The base model's mark, each set-up's line and, if there are any, what bands are; row by row."""
+    """The base model's mark, each set-up's line and, if there are any, what intervals are; row by row."""
     from matplotlib.lines import Line2D
 
     looks: list[tuple[str, dict[str, Any]]] = [("base model", BASE_MARK | {"linestyle": ""})]
     for number, setup in enumerate(setups):
         count = f" ({len(setup.subjects)} runs)" if len(setup.subjects) > 1 else ""
-        look: dict[str, Any] = {"color": _color(number), "linestyle": _style_of(number)}
-        looks.append((shortened(setup.label, 27) + count, look))
-    if _has_bands(setups):
+        looks.append((shortened(setup.label, 27) + count, look_of(number)))
+    if _has_intervals(setups):
         looks.append(("95 % interval over runs", {"color": MARK, "linewidth": 8, "alpha": 0.4}))
     for index, (label, look) in enumerate(looks):
         row, column = divmod(index, PER_ROW)
@@ -104,19 +104,16 @@ def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
 
 
 def _rows_of_legend(setups: list[Setup]) -> int:
-    return -(-(1 + len(setups) + _has_bands(setups)) // PER_ROW)
+    return -(-(1 + len(setups) + _has_intervals(setups)) // PER_ROW)
 
 
-def _has_bands(setups: list[Setup]) -> bool:
+def _has_intervals(setups: list[Setup]) -> bool:
     return any(len(setup.subjects) > 1 for setup in setups)
 
 
-def _color(number: int) -> str:
-    return COLORS[number % len(COLORS)]
-
-
-def _style_of(number: int) -> object:
-    return STYLES[number // len(COLORS) % len(STYLES)]
+def look_of(number: int) -> dict[str, Any]:
+    """The colour and the style of the line of the set-up of this number."""
+    return {"color": COLORS[number % len(COLORS)], "linestyle": STYLES[number // len(COLORS) % len(STYLES)]}
 
 
 def _style(axes: "Axes", reward: str, x: str) -> None:
@@ -132,19 +129,28 @@ def _style(axes: "Axes", reward: str, x: str) -> None:
     axes.set_xlabel(x, color=GREY, fontsize=8.5, parse_math=False, labelpad=2)
 
 
-def draw_setup(axes: "Axes", number: int, points: list[Point], banded: bool) -> None:
-    """A curve in the colour of the set-up of this number, its band, and the base model that it begins at."""
-    x, y = [point.x for point in points], [point.y for point in points]
-    draw_curve(axes, x, y, _color(number))
-    axes.lines[-1].set_linestyle(_style_of(number))
-    if banded:
-        low, high = [point.low for point in points], [point.high for point in points]
-        axes.fill_between(x, low, high, color=_color(number), alpha=0.15, linewidth=0)
-    axes.plot(x[:1], y[:1], **BASE_MARK, zorder=4)
+def draw_setups(axes: "Axes", curves: dict[int, list[Point]], several: Collection[int]) -> None:
+    """A curve for each set-up, by its number, from the mark of the base model; with intervals if it has several runs.
+
+    Intervals are bands, or bars if a curve of the panel goes back, as bands would cross themselves.
+    """
+    back = any(after.x < before.x for points in curves.values() for before, after in pairwise(points))
+    for number, points in curves.items():
+        look, x, y = look_of(number), [point.x for point in points], [point.y for point in points]
+        draw_curve(axes, x, y, look["color"])
+        axes.lines[-1].set_linestyle(look["linestyle"])
+        if number in several:
+            low, high = [point.low for point in points], [point.high for point in points]
+            if back:
+                axes.vlines(x, low, high, color=look["color"], alpha=0.3, linewidth=1.2)
+            else:
+                axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.plot(x[:1], y[:1], **BASE_MARK, zorder=4)
+    _limit(axes, list(curves.values()))
 
 
 def _limit(axes: "Axes", curves: list[list[Point]]) -> None:
-    """Cut off bands that are much wider than the curves are high, as those of two runs may be."""
+    """Cut off intervals that are much wider than the curves are high, as those of two runs may be."""
     heights = [point.y for points in curves for point in points]
     low, high = min(heights), max(heights)
     room = (high - low) / 2 or 0.5
