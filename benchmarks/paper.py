@@ -491,7 +491,7 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         f"of {world.sets[1]}, {IMAGES} images each. Neurons are reset after every {resetting.neurons.every} of "
         f"{resetting.epochs} epochs, as after every 10 of 100 in the paper. Curves of rewards over training "
         f"are means of the last {pairs.SMOOTHING} epochs; those of neurons and of snapshots are not smoothed. Gains "
-        f"are in standard deviations of the first epoch's rewards. Intervals and bands hold {CONFIDENCE:.0%} "
+        f"are in standard deviations of the first epoch's rewards. Intervals hold {CONFIDENCE:.0%} "
         "(Student's t over seeds).",
         "",
         "The subjects and statements are those of the paper (arXiv 2402.08552), in our words; the paper may not say "

@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m comfy_tdpo.trainer evaluate",
         description="Draw every snapshot of the runs and their base model from the same noise, score them, and write "
-        "tables and plots. Runs that differ only in their seed are one set-up, whose curves have bands. What was "
+        "tables and plots. Runs that differ only in their seed are one set-up, whose curves have intervals. What was "
         "scored is not scored again: the command goes on where it was interrupted.",
         allow_abbrev=False,
     )
