@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -541,25 +542,29 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
 def rivals(world: World, there: Held) -> list[str]:
     """What each algorithm reaches, and which of their aims."""
     lost = [f"{name} lost at the end" for name in world.truth]
-    head = ["algorithm", "aim", "seeds that reach it", "reward queries until then", "gain at the end", *lost]
+    head = ["aim", "seeds that reach it", "reward queries until then", "slowest, minutes", "gain at the end", *lost]
     lines = [
-        f"What each algorithm reaches on {world.rewards[0]}. The aims are smoothed gains, to be "
-        "reached on every seed, in runs of at most five minutes on Shapes:",
+        f"What each algorithm reaches on {world.rewards[0]}. The aims are smoothed gains, to be reached on every seed, "
+        "and on Shapes in at most five minutes. Other work ran beside these runs:",
         "",
     ]
-    lines += row(*head, "longest run, minutes", head=True)
+    lines += row("algorithm", *head, head=True)
     for key in FIGURES["rivals"].shows:
         runs, aim = list(there.get((key, TRAINED), {}).values()), DATA["aims"].get(key)
         if not runs:
             lines += row(key, *["not run yet"] * len(head))
             continue
-        until = [pairs.at(aim, gains(run), run["queries"]) for run in runs] if aim else []
-        reached = [queries for queries in until if queries is not None]
-        cells = [key, f"{aim:+.1f}", f"{len(reached)} of {len(runs)}"] if aim else [key, "-", "-"]
-        cells.append(f"{statistics.fmean(reached):.0f}" if reached else "-")
+        cells = [key, "-", "-", "-", "-"]
+        if aim:
+            reached = [run for run in runs if max(gains(run)) >= aim]
+            cells[1:3] = f"{aim:+.1f}", f"{len(reached)} of {len(runs)}"
+            if reached:
+                queries = [pairs.at(aim, gains(run), run["queries"]) for run in reached]
+                seconds = [pairs.at(aim, gains(run), [*accumulate(run["seconds"])]) for run in reached]
+                cells[3:5] = f"{statistics.fmean(queries):.0f}", f"{max(seconds) / 60:.1f}"
         cells.append(pairs.with_interval([gains(run)[-1] for run in runs]))
         cells += [pairs.with_interval([pairs.lost(run, name)[-1] for run in runs]) for name in world.truth]
-        lines += row(*cells, f"{max(sum(run['seconds']) for run in runs) / 60:.1f}")
+        lines += row(*cells)
     return [*lines, ""]
 
 

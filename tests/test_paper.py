@@ -339,6 +339,7 @@ def test_the_page_decides_by_what_was_found(work, monkeypatch):
     assert next(cells for cells in rows(text) if cells[0] == "6")[-1] == "5"  # runs of "tdpo, kl" to be done
     refl = next(cells for cells in rows(text) if cells[0] == "refl")
     assert refl[1:3] == ["+1.2", "4 of 5"]  # smoothed, the end of the first seed's run is 13/14 of 1.2
+    assert refl[4] == "2.8"  # 13/14 of the second's 1.4 are 1.3, so it is there after 14 epochs of 12 seconds
     assert next(cells for cells in rows(text) if cells[0] == "sdpo")[1] == "not run yet"
     gained = [cells for cells in rows(text) if cells[0] == "refl"][-1]
     assert gained[1:] == ["+1.486 ± 0.365 (5)", "", ""]  # 13/14 of 1.6 on average
