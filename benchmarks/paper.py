@@ -545,8 +545,8 @@ def rivals(world: World, there: Held) -> list[str]:
     head = ["aim", "seeds that reach it", "reward queries until then", "slowest, minutes", "gain at the end", *lost]
     lines = [
         f"What each algorithm reaches on {world.rewards[0]}. The aims are smoothed gains, to be reached on every seed, "
-        "and on Shapes in at most five minutes. Other work ran beside these runs. The [log](../docs/LOG.md) has what was "
-        "tried where a seed falls short:",
+        "and on Shapes in at most five minutes. Other work ran beside these runs. The [log](../docs/LOG.md) has what "
+        "was tried where a seed falls short:",
         "",
     ]
     lines += row("algorithm", *head, head=True)
