@@ -38,7 +38,7 @@ from comfy_tdpo.trainer.evaluation.asked import Options, PromptSet, Subject, ask
 from comfy_tdpo.trainer.evaluation.files import Results, picture
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE, Evaluation, Point, interval
 from comfy_tdpo.trainer.evaluation.work import CROSS, EQUAL
-from comfy_tdpo.trainer.plots.evaluation import draw_setups, look_of
+from comfy_tdpo.trainer.plots.evaluation import draw_setups
 from comfy_tdpo.trainer.recommend.files import BASE_EPOCH
 from comfy_tdpo.trainer.run import RunFolder
 
@@ -578,9 +578,9 @@ def gained(world: World, there: Held) -> list[str]:
         *row("variant", *world.rewards, head=True),
     ]
     ends: dict[str, dict[str, str]] = {}
-    for key, _ in needs(world, FIGURES.values()):
-        if runs := there.get((key, TRAINED), {}).values():
-            value = f"{pairs.with_interval([gains(run)[-1] for run in runs])} ({len(runs)})"
+    for key, prompts in needs(world, FIGURES.values()):
+        if prompts == TRAINED and (runs := there.get((key, TRAINED))):
+            value = f"{pairs.with_interval([gains(run)[-1] for run in runs.values()])} ({len(runs)})"
             ends.setdefault(name_of(key), {})[world.reward(key)] = value
     for name, of_reward in ends.items():
         lines += row(name, *(of_reward.get(reward, "") for reward in world.rewards))
@@ -602,16 +602,16 @@ def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
     rows = -(-len(panels) // 2)
     canvas = Figure(figsize=(11, 3.4 * rows), dpi=DPI, layout="constrained", facecolor="white")
     places = list(canvas.subplots(rows, 2, squeeze=False).flat)
+    lines: dict[int, Line2D] = {}
     for axes, ((reward, y), curves) in zip(places, panels.items(), strict=False):
-        draw_setups(axes, curves, several=curves)
+        lines |= draw_setups(axes, curves, several=curves)
         axes.set(xlabel=AXES.get(figure.x, figure.x), ylabel=AXES.get(y, y))
         axes.set_title(f"trained on {reward}", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
-    drawn = sorted({number for curves in panels.values() for number in curves})
-    lines = [Line2D([], [], label=names[number], marker="o", markersize=3.2, **look_of(number)) for number in drawn]
-    canvas.legend(handles=lines, loc="outside lower center", ncols=PER_ROW, fontsize=9, frameon=False)
+    labels = {names[number]: lines[number] for number in sorted(lines)}
+    canvas.legend(labels.values(), labels, loc="outside lower center", ncols=PER_ROW, fontsize=9, frameon=False)
     canvas.savefig(path)
     return True
 

@@ -41,7 +41,7 @@ OPTIONS = {
 # Advice that differs in a graph.
 ADVICE = [
     (r"(?<!settings: )\bunknown setting\b", "settings: unknown setting"),
-    (rf"(?:, )?{re.escape(FORMS)}", ""),
+    (rf"(?:, )?{re.escape(FORMS)}\b", ""),
     (
         r"(which sends images to an address; expected) that only on the command line",
         r"\1 one that the owner of this server has allowed by a line in models/tdpo_rewards/services.txt",

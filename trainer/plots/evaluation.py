@@ -25,6 +25,7 @@ from .drawing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 LEFT, RIGHT, BETWEEN = 0.55, 0.2, 0.6  # inches, across: margins, and between panels
 TOP, LEGEND, SET, TITLE, HEIGHT, FOOT, BOTTOM = 0.55, 0.24, 0.42, 0.3, 1.9, 0.32, 0.15  # inches, from top to bottom
@@ -90,7 +91,7 @@ def _draw_legend(figure: "Figure", setups: list[Setup], total: float) -> None:
     looks: list[tuple[str, dict[str, Any]]] = [("base model", BASE_MARK | {"linestyle": ""})]
     for number, setup in enumerate(setups):
         count = f" ({len(setup.subjects)} runs)" if len(setup.subjects) > 1 else ""
-        looks.append((shortened(setup.label, 27) + count, look_of(number)))
+        looks.append((shortened(setup.label, 27) + count, _look_of(number)))
     if _has_intervals(setups):
         looks.append(("95 % interval over runs", {"color": MARK, "linewidth": 8, "alpha": 0.4}))
     for index, (label, look) in enumerate(looks):
@@ -111,7 +112,7 @@ def _has_intervals(setups: list[Setup]) -> bool:
     return any(len(setup.subjects) > 1 for setup in setups)
 
 
-def look_of(number: int) -> dict[str, Any]:
+def _look_of(number: int) -> dict[str, Any]:
     """The colour and the style of the line of the set-up of this number."""
     return {"color": COLORS[number % len(COLORS)], "linestyle": STYLES[number // len(COLORS) % len(STYLES)]}
 
@@ -129,16 +130,18 @@ def _style(axes: "Axes", reward: str, x: str) -> None:
     axes.set_xlabel(x, color=GREY, fontsize=8.5, parse_math=False, labelpad=2)
 
 
-def draw_setups(axes: "Axes", curves: dict[int, list[Point]], several: Collection[int]) -> None:
+def draw_setups(axes: "Axes", curves: dict[int, list[Point]], several: Collection[int]) -> dict[int, "Line2D"]:
     """A curve for each set-up, by its number, from the mark of the base model; with intervals if it has several runs.
 
-    Intervals are bands, or bars if a curve of the panel goes back, as bands would cross themselves.
+    Intervals are bands, or bars if a curve of the panel goes back, as bands would cross themselves. Returns the lines.
     """
+    lines = {}
     back = any(after.x < before.x for points in curves.values() for before, after in pairwise(points))
     for number, points in curves.items():
-        look, x, y = look_of(number), [point.x for point in points], [point.y for point in points]
+        look, x, y = _look_of(number), [point.x for point in points], [point.y for point in points]
         draw_curve(axes, x, y, look["color"])
-        axes.lines[-1].set_linestyle(look["linestyle"])
+        lines[number] = axes.lines[-1]
+        lines[number].set_linestyle(look["linestyle"])
         if number in several:
             low, high = [point.low for point in points], [point.high for point in points]
             if back:
@@ -147,6 +150,7 @@ def draw_setups(axes: "Axes", curves: dict[int, list[Point]], several: Collectio
                 axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.plot(x[:1], y[:1], **BASE_MARK, zorder=4)
     _limit(axes, list(curves.values()))
+    return lines
 
 
 def _limit(axes: "Axes", curves: list[list[Point]]) -> None:
