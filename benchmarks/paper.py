@@ -16,7 +16,7 @@ import re
 import shlex
 import statistics
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from comfy_tdpo.trainer.config.layers import merge
 from comfy_tdpo.trainer.evaluation.asked import Options, PromptSet, Subject, ask
 from comfy_tdpo.trainer.evaluation.files import Results, picture
 from comfy_tdpo.trainer.evaluation.numbers import CONFIDENCE, Evaluation, Point, interval
-from comfy_tdpo.trainer.evaluation.work import CROSS, EQUAL
+from comfy_tdpo.trainer.evaluation.work import EQUAL
 from comfy_tdpo.trainer.plots.evaluation import draw_setups
 from comfy_tdpo.trainer.recommend.files import BASE_EPOCH
 from comfy_tdpo.trainer.run import RunFolder
@@ -153,7 +153,7 @@ class PaperFigure:
     shows: list[str]
     claims: list[Claim]
     x: str = "gain"
-    ys: tuple[str, ...] = ("others", "gold")
+    ys: Sequence[str] = ("others", "gold")
     prompts: int | None = None
     numbered: bool = False
 
@@ -265,50 +265,56 @@ class Work:
         """Train and evaluate what is missing."""
         todo = self.missing(needed, self.held())
         runs = [(key, seed) for key, prompts, seed in todo if prompts == TRAINED]
-        drawn: dict[int, set[tuple[str, str, int]]] = {}
-        for each in todo:
-            if each[1] != TRAINED:
-                drawn.setdefault(index_of(each[0]), set()).add(each)
+        drawn: dict[tuple[int, int], list[tuple[str, str]]] = {}
+        for key, prompts, seed in todo:
+            if prompts != TRAINED:
+                drawn.setdefault((index_of(key), seed), []).append((key, prompts))
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda run: self.train(run[0], run[1], needed[run[0], TRAINED]), runs))
-            list(pool.map(self.evaluate, drawn.values()))
+            list(pool.map(lambda group: self.evaluate(group[1], drawn[group]), sorted(drawn)))
 
     def train(self, key: str, seed: int, names: set[str]) -> None:
+        """Train a run and add its line, unless there is the same one: its folder may only have been deleted."""
         print(f"--- {self.world.label(key)}, seed {seed}", flush=True)
         run = pairs.train(self.path(key, seed), self.world.config(key, seed))
         epochs = trained_series(self.world, run, key)
         assert names <= epochs.keys(), f"{key} has no {names - epochs.keys()}"
-        self.add(key, seed, epochs)
+        known = self.held().get((key, TRAINED), {}).get(seed, {})
+        if known | {"seconds": []} != epochs | {"seconds": []}:
+            self.add(key, seed, epochs)
 
-    def evaluate(self, wanted: set[tuple[str, str, int]]) -> None:
-        """Draw the snapshots of runs on one reward, on all prompt sets. The pictures show those drawn earlier, too."""
-        whose = sorted({(key, seed) for key, _, seed in wanted})
-        for key, seed in whose:
-            run = self.path(key, seed)
-            if not run.exists() or len(RunFolder.open(run).metrics()) < self.world.config(key, seed).epochs:
-                pairs.train(run, self.world.config(key, seed))  # its folder was deleted
-        key, world = whose[0][0], self.world
+    def evaluate(self, seed: int, wanted: list[tuple[str, str]]) -> None:
+        """Draw the snapshots of runs with one seed on one reward, on all prompt sets.
+
+        wanted: variants, and the prompt sets on which they lack a line. The pictures show those drawn earlier, too.
+        """
+        keys, world = list(dict.fromkeys(key for key, _ in wanted)), self.world
+        for key in keys:
+            if not self.finished(key, seed):
+                self.train(key, seed, set())
         shown = {key for figure in FIGURES.values() if figure.prompts is not None for key in figure.shows}
-        whose += [
-            who
-            for who in self.marks
-            if who not in whose and who[0] in shown and index_of(who[0]) == index_of(key) and self.path(*who).exists()
-        ]
-        runs = [RunFolder.open(self.path(*who)) for who in whose]
-        folder, judging = self.evaluations(key), [*world.held_out(key), *world.truth]
-        print(f"--- evaluating {len(runs)} runs on {world.reward(key)}", flush=True)
+        same = [key for key in sorted(shown) if index_of(key) == index_of(keys[0]) and self.finished(key, seed)]
+        keys += [key for key in same if key not in keys]
+        runs = [RunFolder.open(self.path(key, seed)) for key in keys]
+        folder, judging = self.evaluations(keys[0], seed), [*world.held_out(keys[0]), *world.truth]
+        print(f"--- evaluating {len(runs)} runs on {world.reward(keys[0])}, seed {seed}", flush=True)
         flags = {"rewards": ",".join(judging), "prompts": ",".join(world.sets), "images": str(IMAGES), "out": folder}
         options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
         pairs.run_trainer("evaluate", *(str(run.path) for run in runs), *options)
         asked = ask(runs, Options(tuple(judging), tuple(PromptSet.load(name) for name in world.sets), IMAGES))
         found = Evaluation(asked, Results(folder, asked))
-        for who, subject in zip(whose, asked.subjects, strict=True):
+        for key, subject in zip(keys, asked.subjects, strict=True):
             for prompts in asked.sets:
-                if (who[0], prompts.name, who[1]) in wanted:
-                    self.add(*who, evaluated_series(found, subject, prompts, judging), prompts=prompts.name)
+                if (key, prompts.name) in wanted:
+                    self.add(key, seed, evaluated_series(found, subject, prompts, judging), prompts=prompts.name)
 
-    def evaluations(self, key: str) -> Path:
-        return self.runs / f"evaluation-{self.world.reward(key)}"
+    def finished(self, key: str, seed: int) -> bool:
+        """Whether the run's folder is there, with all epochs."""
+        path = self.path(key, seed)
+        return path.exists() and len(RunFolder.open(path).metrics()) >= self.world.config(key, seed).epochs
+
+    def evaluations(self, key: str, seed: int) -> Path:
+        return self.runs / f"evaluation-{self.world.reward(key)}-seed{seed}"
 
     def plan(self, needed: dict[Place, set[str]]) -> str:
         """How much there is to do."""
@@ -403,13 +409,17 @@ def differences(world: World, there: Held, claim: Claim, prompts: str) -> list[f
     ours = there.get((claim.ours, prompts), {})
     theirs = there.get((claim.theirs, prompts), {}) if claim.theirs else dict.fromkeys(ours)
     names = {*series_for(claim.measure, world, claim.ours)}
-    over = pairs.SMOOTHING if prompts == TRAINED else 1  # snapshots share their noise, and need no smoothing
-    found = []
+    over, found = over_in(prompts), []
     for seed in sorted(ours.keys() & theirs.keys()):
         both = [run for run in (ours[seed], theirs[seed]) if run is not None]
         if all(names <= run.keys() for run in both):
             found.append(difference(world, claim, both, over))
     return [value for value in found if value is not None]
+
+
+def over_in(prompts: str) -> int:
+    """The epochs that a value is the mean of: snapshots share their noise, and need no smoothing."""
+    return pairs.SMOOTHING if prompts == TRAINED else 1
 
 
 def difference(world: World, claim: Claim, both: list[Series], over: int) -> float | None:
@@ -460,8 +470,8 @@ def of_run(measure: str, run: Series, over: int) -> float | None:
 def write_page(work: Work) -> None:
     there, shown = work.held(), {}
     for name, figure in FIGURES.items():
-        path = work.out.with_name(f"{work.out.stem}-{'11-12' if name in ('11', '12') else name}.png")
-        drawn = draw(work.world, figure, there, path) if figure.prompts is None else copy(work, name, path)
+        path = work.out.with_name(f"{work.out.stem}-{name}.png")
+        drawn = draw(work.world, figure, there, path) if figure.ys else copy(work, path)
         if drawn or path.exists():
             shown[name] = path.name
     work.out.with_suffix(".md").write_text(page(work, there, shown), encoding="utf-8")
@@ -588,14 +598,14 @@ def gained(world: World, there: Held) -> list[str]:
 
 
 def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
-    """A panel for each training reward and each series, from the epochs of the trainings; False if there are none."""
+    """A panel for each training reward and each series, over the epochs or the snapshots; False if there are none."""
     several = {"gold": lambda key: world.truth, "others": world.held_out}
     panels: dict[tuple[str, str], dict[int, list[Point]]] = {}
-    names = list(dict.fromkeys(map(name_of, figure.shows)))
+    names, place = list(dict.fromkeys(map(name_of, figure.shows))), figure.where(world)
     for key in figure.shows:
         for y in [name for what in figure.ys for name in several.get(what, lambda key, what=what: [what])(key)]:
-            runs = [run for run in there.get((key, TRAINED), {}).values() if y in {*run, "gain"}]
-            if points := curve(runs, figure.x, y):
+            runs = [run for run in there.get((key, place), {}).values() if y in {*run, "gain"}]
+            if points := curve(runs, figure.x, y, over_in(place)):
                 panels.setdefault((world.reward(key), y), {})[names.index(name_of(key))] = points
     if not panels:
         return False
@@ -616,11 +626,17 @@ def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
     return True
 
 
-def curve(runs: list[Series], x: str, y: str) -> list[Point]:
-    """A point for each epoch that all runs have: the mean over runs, and its interval."""
+def curve(runs: list[Series], x: str, y: str, over: int) -> list[Point]:
+    """A point for each epoch or snapshot that all runs have: the mean over runs, and its interval.
+
+    over: the epochs that a value is the mean of.
+    """
     neurons = {*OVERLAPS, "dormant", "policy dormant"}
-    ys = [gains(run) if y == "gain" else run[y] if y in neurons else smooth(run[y]) for run in runs]
-    of_x: dict[str, Callable[[Series], list[float]]] = {"gain": gains, "queries": lambda run: run["queries"]}
+    ys = [gains(run, over) if y == "gain" else run[y] if y in neurons else smooth(run[y], over) for run in runs]
+    of_x: dict[str, Callable[[Series], list[float]]] = {
+        "gain": lambda run: gains(run, over),
+        "queries": lambda run: run["queries"],
+    }
     xs = [of_x[x](run) if x in of_x else range(1, len(run["reward"]) + 1) for run in runs]
     points = []
     for epoch, (at_x, at_y) in enumerate(zip(zip(*xs, strict=False), zip(*ys, strict=False), strict=False)):
@@ -630,10 +646,9 @@ def curve(runs: list[Series], x: str, y: str) -> list[Point]:
     return points
 
 
-def copy(work: Work, name: str, path: Path) -> bool:
-    """Copy the picture that `evaluate` drew for the first reward, smaller; False if there is none."""
-    reward, folder = work.world.rewards[0], work.evaluations("tdpo")
-    source = picture(folder, EQUAL, reward, work.world.sets[0]) if name == "13" else picture(folder, CROSS, reward)
+def copy(work: Work, path: Path) -> bool:
+    """Copy the picture that `evaluate` drew of the first reward's first seed, smaller; False if there is none."""
+    source = picture(work.evaluations("tdpo", 1), EQUAL, work.world.rewards[0], work.world.sets[0])
     if not source.exists():
         return False
     with Image.open(source) as image:

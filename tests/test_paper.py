@@ -1,5 +1,6 @@
 """benchmarks/paper.py: its rule, what its figures need, and its page, on results whose truth is known."""
 
+import dataclasses
 import json
 import math
 import random
@@ -199,6 +200,29 @@ def test_what_is_there_is_not_done_again(work):
     assert set(todo) - set(work.missing(needed, work.held())) == {("tdpo, kl", "", 2)}
 
 
+def test_evaluations_are_made_reward_by_reward_and_seed_by_seed(work, monkeypatch):
+    """So that those of the first reward, which decide most, are there first."""
+    made: list[tuple[int, set[str]]] = []
+    monkeypatch.setattr(Work, "train", lambda self, key, seed, names: None)
+    monkeypatch.setattr(Work, "evaluate", lambda self, seed, wanted: made.append((seed, {key for key, _ in wanted})))
+    first = {"alignprop", "ddpo-100", "tdpo", "tdpo-r"}
+    one_at_a_time = dataclasses.replace(work, jobs=1, seeds=2)
+    one_at_a_time.do(needs(SHAPES, [FIGURES["11"], FIGURES["13"]]))
+    assert made == [(seed, {key + on for key in first}) for on in ("", "/1", "/2") for seed in (1, 2)]
+
+
+def test_a_run_that_is_repeated_adds_its_line_only_if_it_differs(work, monkeypatch):
+    """As one whose folder was deleted before its snapshots were drawn; how long it takes does not count."""
+    write(work.out, [line(work, "tdpo", 2, finished(0.1))])
+    for loss, lines in ((0.1, 1), (0.2, 2)):
+        again = finished(loss) | {"seconds": [20.0] * 15}
+        monkeypatch.setattr(pairs, "train", lambda path, config: None)
+        monkeypatch.setattr(paper, "trained_series", lambda world, run, key, again=again: again)
+        work.train("tdpo", 2, {"reward"})
+        assert len(pairs.results(work.out)) == lines
+    assert work.held()["tdpo", ""][2]["shapes-gold"] == finished(0.2)["shapes-gold"]
+
+
 def test_the_runs_of_the_frontier_stand_in_if_they_have_what_is_needed(work, tmp_path):
     lines = []
     for variant, key in (("ddpo-2", "ddpo-2"), ("tdpo", "tdpo"), ("seeing, no reset", "tdpo, critic sees")):
@@ -345,6 +369,20 @@ def test_the_page_decides_by_what_was_found(work, monkeypatch):
     assert gained[1:] == ["+1.486 ± 0.365 (5)", "", ""]  # 13/14 of 1.6 on average
     assert "(paper-7.png)" in text and work.out.with_name("paper-7.png").exists()
     assert "paper-13.png" not in text
+
+
+def test_curves_of_snapshots_are_drawn_from_their_lines(work, monkeypatch):
+    monkeypatch.setattr(paper, "FIGURES", {name: FIGURES[name] for name in ("11", "12", "rivals")})
+    key, unseen = "tdpo/1", SHAPES.sets[0]
+    of_second = finished(0.1) | {"shapes-aesthetic": [0.5] * 15, "shapes-aesthetic std": [0.5] * 15}
+    write(work.out, [line(work, key, seed, of_second, prompts=unseen) for seed in (1, 2)])
+    drawn = []
+    monkeypatch.setattr(paper, "draw_setups", lambda axes, curves, several: drawn.append(curves) or {})
+    paper.write_page(work)
+    assert len(drawn) == 4  # the panels of one training reward: three held-out rewards and the gold measure
+    (points,) = drawn[0].values()
+    assert points[-1].x == pytest.approx(1.5)  # not smoothed
+    assert work.out.with_name("paper-11.png").exists() and not work.out.with_name("paper-12.png").exists()
 
 
 def test_a_page_without_results_says_so(work):
