@@ -325,7 +325,7 @@ class Work:
         seconds = disk = 0.0
         for key in dict.fromkeys(key for key, *_ in todo):
             config = self.world.config(key, 1)
-            count = sum((key, TRAINED) == (other, prompts) for other, prompts, _ in todo)
+            count = sum(not self.finished(key, seed) for seed in {seed for other, _, seed in todo if other == key})
             snapshots = len({*range(0, config.epochs, config.output.samples_every), config.epochs})
             drawn = [prompts for other, prompts, _ in todo if other == key and prompts != TRAINED]
             shown = snapshots * IMAGES * sum(len(PromptSet.load(prompts).prompts) for prompts in drawn)

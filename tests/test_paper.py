@@ -223,6 +223,15 @@ def test_a_run_that_is_repeated_adds_its_line_only_if_it_differs(work, monkeypat
     assert work.held()["tdpo", ""][2]["shapes-gold"] == finished(0.2)["shapes-gold"]
 
 
+def test_a_plan_counts_runs_that_are_trained_again_for_their_evaluations(work, monkeypatch):
+    lines = [line(work, key, 1, finished(0.1)) for key in ("alignprop", "ddpo-100", "tdpo", "tdpo-r")]
+    write(work.out, lines)
+    once, needed = dataclasses.replace(work, seeds=1), needs(SHAPES, [FIGURES["13"]])
+    assert "in all 4 runs, 5760 reward queries, 768 images" in once.plan(needed)
+    monkeypatch.setattr(Work, "finished", lambda self, key, seed: key != "tdpo")
+    assert "in all 1 runs, 1440 reward queries, 768 images" in once.plan(needed)
+
+
 def test_the_runs_of_the_frontier_stand_in_if_they_have_what_is_needed(work, tmp_path):
     lines = []
     for variant, key in (("ddpo-2", "ddpo-2"), ("tdpo", "tdpo"), ("seeing, no reset", "tdpo, critic sees")):
