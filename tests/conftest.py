@@ -46,8 +46,8 @@ SD1_SCHEDULE = {
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores, since tests wait for browsers and servers a quarter of the time."""
-    return (os.cpu_count() or 1) + 2
+    """Three more than there are cores, since tests wait for browsers and servers a quarter of the time."""
+    return (os.cpu_count() or 1) + 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -200,7 +200,7 @@ def test_a_run_is_evaluated_cancelled_and_evaluated_further(server):
     assert status == 200 and body.startswith(b"\x89PNG")
 
     shutil.move(folder, folder.with_name("whole"))
-    many = train | evaluate_graph(images=32, prompts="a red circle")
+    many = train | evaluate_graph(images=16, prompts="a red circle")
     prompt = server.queue(many)
     wait_until(lambda: (folder / "evaluation.jsonl").exists(), "the first line")
     server.post("/interrupt")
@@ -273,14 +273,14 @@ def test_a_loop_makes_a_run_of_each_iteration_that_differs_and_can_be_cancelled(
 
 
 def test_settings_queued_during_a_training_are_told_and_taken_by_a_graph_that_waits(server):
-    server.run(train_graph("amended", epochs=20, mode="background"))
-    server.run(train_graph("amended", epochs=22, mode="background"))
-    told = "It was queued with other settings while it trained: epochs was 20 and is 22. Queue the graph again"
+    server.run(train_graph("amended", epochs=10, mode="background"))
+    server.run(train_graph("amended", epochs=11, mode="background"))
+    told = "It was queued with other settings while it trained: epochs was 10 and is 11. Queue the graph again"
     status = server.status("amended")
-    assert (status["epochs"], told in status["message"]) == (20, True), status
-    assert server.run(train_graph("amended", epochs=22))["train"] == {"tdpo_run": ["amended"]}
+    assert (status["epochs"], told in status["message"]) == (10, True), status
+    assert server.run(train_graph("amended", epochs=11))["train"] == {"tdpo_run": ["amended"]}
     status = server.status("amended")
-    assert (status["state"], status["epoch"]) == ("finished", 22) and status["message"].startswith("Load LoRA")
+    assert (status["state"], status["epoch"]) == ("finished", 11) and status["message"].startswith("Load LoRA")
 
 
 def test_a_finished_run_is_given_from_the_cache_although_another_of_its_name_was_stopped(server):

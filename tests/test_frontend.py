@@ -1771,7 +1771,7 @@ LEAST_FONT = 8  # pixels; classic nodes drop text that would be smaller
 FONT = 14  # pixels of a node's text at 100 %
 
 
-@in_each
+@pytest.mark.parametrize("shared_tab", BOTH, indirect=True)
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "workflows").glob("*.json")))
 def test_a_workflow_is_legible_as_it_opens(shared_tab, name):
     """On a laptop's window and on a large one: nothing covers anything else, and nothing is cut off.

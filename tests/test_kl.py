@@ -115,7 +115,7 @@ def kl_by_epoch(tmp_path, make_policy, algorithm: str, form: str) -> list[float]
     return [metrics["kl/nats"] for metrics in training.epochs()]
 
 
-@pytest.mark.parametrize("algorithm", ["tdpo", "ddpo-100", "ddpo-2"])
+@pytest.mark.parametrize("algorithm", ["tdpo", "ddpo-2"])
 def test_a_policy_that_drifted_comes_back(tmp_path, make_policy, algorithm):
     """With the KL as a reward alone, exact or sampled, it grew to 1.4 to 4 times its first value in these epochs."""
     kl = kl_by_epoch(tmp_path, make_policy, algorithm, "exact")

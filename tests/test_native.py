@@ -265,6 +265,7 @@ def test_the_published_z_image_has_the_names_and_the_configuration_of_comfyuis()
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_shape_of_sd15_is_converted():
     assert ask("sd1")["unet from native"] <= 1e-5
     assert ask("sd1")["as it was before ComfyUI"] == 0

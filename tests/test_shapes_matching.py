@@ -64,6 +64,7 @@ def test_only_its_stage_can_be_trained_for_a_finished_world(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("no_report")
 def test_a_whole_build_makes_it_and_its_file_loads(tmp_path):
     world, work = tmp_path / "world", tmp_path / "work"
