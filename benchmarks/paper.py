@@ -46,6 +46,7 @@ HERE = Path(__file__).parent
 DATA = tomllib.loads((HERE / "paper.toml").read_text(encoding="utf-8"))
 SEEDS, IMAGES = 5, 4  # seeds of each variant, and images of each prompt in an evaluation
 RESETS = 10  # of a run: the paper's F is 10 of 100 epochs
+SNAPSHOT_LEVELS = (*pairs.LEVELS, 1.5, 1.75)  # snapshots gain more, in standard deviations of their own images
 PER_ROW = 6  # entries in a row of a legend
 WIDE, DPI = 1000, 75  # pixels of copied pictures, and resolution of those drawn here
 TRAINED = ""  # instead of a prompt set: the training itself, epoch by epoch
@@ -443,10 +444,15 @@ def difference(world: World, claim: Claim, both: list[Series], over: int) -> flo
 
 
 def at_equal_gain(both: list[Series], curves: list[list[float]], over: int) -> float | None:
-    """How much higher the first curve is: the mean over the levels of training reward that both runs reach."""
-    reached = []
-    for level in pairs.LEVELS:
-        ours, theirs = (pairs.at(level, gains(run, over), curve) for run, curve in zip(both, curves, strict=True))
+    """How much higher the first curve is: the mean over the levels of training reward that both runs reach.
+
+    Of snapshots, only levels beyond the first of each run count: a straight line from the base model to it would take
+    from the faster run what it may have lost only later.
+    """
+    gained, reached = [gains(run, over) for run in both], []
+    levels = pairs.LEVELS if over > 1 else [level for level in SNAPSHOT_LEVELS if level > max(run[1] for run in gained)]
+    for level in levels:
+        ours, theirs = (pairs.at(level, run, curve) for run, curve in zip(gained, curves, strict=True))
         if ours is not None and theirs is not None:
             reached.append(ours - theirs)
     return statistics.fmean(reached) if reached else None
@@ -511,8 +517,9 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         "",
         "**The rule.** A statement says that one variant has more of something than another, and the difference is "
         "taken seed by seed. At equal training reward, it is the mean over those gains of "
-        f"{', '.join(f'{level:g}' for level in pairs.LEVELS)} that both runs reach; a seed on which they reach none "
-        "does not count, nor one on which the measure is undefined. A statement is *confirmed* if the interval of the "
+        f"{listed(pairs.LEVELS)} that both runs reach; of snapshots, which are some epochs apart, over those of "
+        f"{listed(SNAPSHOT_LEVELS)} that lie beyond the first of both runs. A seed on which there is none does not "
+        "count, nor one on which the measure is undefined. A statement is *confirmed* if the interval of the "
         "differences is above 0, *contradicted* if it is below, *not seen* if it holds 0, and *undecided* with fewer "
         f"than {pairs.ENOUGH} seeds. Of {decided} intervals, {decided * (1 - CONFIDENCE):.1f} would miss 0 by chance. "
         "What is compared, the first three at equal training reward:",
@@ -547,6 +554,10 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
             "",
         ]
     return "\n".join(lines).rstrip().replace("\n\n\n", "\n\n") + "\n"
+
+
+def listed(levels: Iterable[float]) -> str:
+    return ", ".join(f"{level:g}" for level in levels)
 
 
 def rivals(world: World, there: Held) -> list[str]:

@@ -111,6 +111,17 @@ def test_what_is_left_is_compared_at_equal_training_reward():
     assert others == pytest.approx(0.0625 / 0.5)  # in standard deviations
 
 
+def test_nothing_is_said_of_a_run_before_its_first_snapshot():
+    """Both lose nothing up to a gain of 1 and then alike, but the first snapshot of one comes at 1.2 already."""
+    slow, fast = [0.0, 0.4, 0.8, 1.0, 1.2, 1.6, 2.0], [0.0, 1.2, 1.6, 2.0]
+    runs = {
+        name: {1: {"reward": gained, "std": [1.0], "shapes-gold": [0.7 - 0.2 * max(0, x - 1) for x in gained]}}
+        for name, gained in (("tdpo-r", fast), ("tdpo", slow))
+    }
+    there = {(name, "set"): seeds for name, seeds in runs.items()}
+    assert paper.differences(SHAPES, there, Claim(*MAIN, "gold", ""), "set") == [pytest.approx(0)]
+
+
 def test_fewer_queries_are_a_positive_difference():
     there = {("tdpo-r", ""): {1: finished(0.1, 2.0)}, ("tdpo", ""): {1: finished(0.1, 1.0)}}
     assert paper.differences(SHAPES, there, Claim(*MAIN, "queries", ""), "")[0] > 0
