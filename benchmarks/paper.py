@@ -311,8 +311,7 @@ class Work:
 
     def finished(self, key: str, seed: int) -> bool:
         """Whether the run's folder is there, with all epochs."""
-        path = self.path(key, seed)
-        return path.exists() and len(RunFolder.open(path).metrics()) >= self.world.config(key, seed).epochs
+        return len(RunFolder(self.path(key, seed)).metrics()) >= self.world.config(key, seed).epochs
 
     def evaluations(self, key: str, seed: int) -> Path:
         return self.runs / f"evaluation-{self.world.reward(key)}-seed{seed}"
@@ -410,11 +409,11 @@ def differences(world: World, there: Held, claim: Claim, prompts: str) -> list[f
     ours = there.get((claim.ours, prompts), {})
     theirs = there.get((claim.theirs, prompts), {}) if claim.theirs else dict.fromkeys(ours)
     names = {*series_for(claim.measure, world, claim.ours)}
-    over, found = over_in(prompts), []
+    found = []
     for seed in sorted(ours.keys() & theirs.keys()):
         both = [run for run in (ours[seed], theirs[seed]) if run is not None]
         if all(names <= run.keys() for run in both):
-            found.append(difference(world, claim, both, over))
+            found.append(difference(world, claim, both, prompts))
     return [value for value in found if value is not None]
 
 
@@ -423,16 +422,17 @@ def over_in(prompts: str) -> int:
     return pairs.SMOOTHING if prompts == TRAINED else 1
 
 
-def difference(world: World, claim: Claim, both: list[Series], over: int) -> float | None:
+def difference(world: World, claim: Claim, both: list[Series], prompts: str) -> float | None:
     """The measure of one run less that of another, or of one run alone; None where it cannot be told."""
+    over = over_in(prompts)
     if claim.measure == "queries":
-        more = at_equal_gain(both, [run["queries"] for run in both], over)
+        more = at_equal_gain(both, [run["queries"] for run in both], prompts)
         return None if more is None else -more
     if claim.measure in ("gold", "others"):
         held_out = world.held_out(claim.ours) if claim.measure == "others" else []
         parts = []
         for name in held_out or world.truth:
-            more = at_equal_gain(both, [smooth(run[name], over) for run in both], over)
+            more = at_equal_gain(both, [smooth(run[name], over) for run in both], prompts)
             spread = both[0][f"{name} std"][0] if held_out else 1.0
             if more is None or not spread:
                 return None
@@ -443,16 +443,19 @@ def difference(world: World, claim: Claim, both: list[Series], over: int) -> flo
     return known[0] - sum(known[1:]) if len(known) == len(values) else None
 
 
-def at_equal_gain(both: list[Series], curves: list[list[float]], over: int) -> float | None:
+def at_equal_gain(both: list[Series], curves: list[list[float]], prompts: str) -> float | None:
     """How much higher the first curve is: the mean over the levels of training reward that both runs reach.
 
     Of snapshots, only levels beyond the first of each run count: a straight line from the base model to it would take
     from the faster run what it may have lost only later.
     """
-    gained, reached = [gains(run, over) for run in both], []
-    levels = pairs.LEVELS if over > 1 else [level for level in SNAPSHOT_LEVELS if level > max(run[1] for run in gained)]
+    of_both = [gains(run, over_in(prompts)) for run in both]
+    levels: Iterable[float] = pairs.LEVELS
+    if prompts != TRAINED:
+        levels = [level for level in SNAPSHOT_LEVELS if level > max(gain[1] for gain in of_both)]
+    reached = []
     for level in levels:
-        ours, theirs = (pairs.at(level, run, curve) for run, curve in zip(gained, curves, strict=True))
+        ours, theirs = (pairs.at(level, gain, curve) for gain, curve in zip(of_both, curves, strict=True))
         if ours is not None and theirs is not None:
             reached.append(ours - theirs)
     return statistics.fmean(reached) if reached else None

@@ -243,6 +243,12 @@ def test_a_plan_counts_runs_that_are_trained_again_for_their_evaluations(work, m
     assert "in all 1 runs, 1440 reward queries, 768 images" in once.plan(needed)
 
 
+def test_a_run_that_was_killed_before_its_settings_were_written_is_planned_again(work):
+    work.path("tdpo", 1).mkdir(parents=True)
+    once = dataclasses.replace(work, seeds=1)
+    assert "in all 4 runs" in once.plan(needs(SHAPES, [FIGURES["13"]]))
+
+
 def test_the_runs_of_the_frontier_stand_in_if_they_have_what_is_needed(work, tmp_path):
     lines = []
     for variant, key in (("ddpo-2", "ddpo-2"), ("tdpo", "tdpo"), ("seeing, no reset", "tdpo, critic sees")):
