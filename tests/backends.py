@@ -56,7 +56,6 @@ NEWER = Backend(
     ("--disable-known-models",),
     asks=True,
 )
-BACKENDS = (OLDEST, NEWER)
 # The newest frontend, unpacked from its wheel; each of them comes with one of its own
 FRONTEND = _checkout("COMFYUI_FRONTEND_PATH", "frontend-1.58")
 
@@ -65,8 +64,12 @@ def skipped_without(backend: Backend) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(backend.missing), reason=backend.missing)
 
 
-# For `parametrize`: each of them, skipped where it is not there
-EACH = [pytest.param(backend, id=backend.name, marks=skipped_without(backend)) for backend in BACKENDS]
+def each(full: Backend | None = None) -> list[Any]:
+    """For `parametrize`: each of them, skipped where it is not there; `full` is asked with -m full alone."""
+    marks = {backend: [skipped_without(backend)] for backend in (OLDEST, NEWER)}
+    if full:
+        marks[full].append(pytest.mark.full)
+    return [pytest.param(backend, id=backend.name, marks=marks[backend]) for backend in marks]
 
 
 def ask(*question: str, backend: Backend = OLDEST) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 
 import comfyui
 import pytest
-from backends import EACH, OLDEST, ROOT, Backend, ask
+from backends import NEWER, OLDEST, ROOT, Backend, ask, each
 from comfyui import (
     Events,
     Server,
@@ -68,7 +68,9 @@ def server(servers, request):
     return servers(getattr(request, "param", OLDEST))
 
 
-in_each = pytest.mark.parametrize("server", EACH, indirect=True)
+in_each = pytest.mark.parametrize("server", each(), indirect=True)
+in_oldest = pytest.mark.parametrize("server", each(full=NEWER), indirect=True)
+in_newer = pytest.mark.parametrize("server", each(full=OLDEST), indirect=True)
 KINDS = {1: "plot", 2: "curves", 3: "pictures"}  # of what Evaluate draws
 
 
@@ -123,7 +125,7 @@ def test_train_and_sample_in_one_graph(server):
         assert status == 200 and body.startswith(b"\x89PNG")
 
 
-@in_each
+@in_oldest
 def test_the_flow_network_of_shapes_trains_and_is_sampled_in_one_graph(server):
     """By its own preset; ComfyUI's Load LoRA draws with its file what LoRA Apply draws with the run."""
     graph = train_graph("flows", learning_rate=0.01)  # large enough to be seen in a score
@@ -233,7 +235,7 @@ def test_hostile_inputs_to_evaluate_are_one_sentence(server, changes, message):
     assert message in error and "\n" not in error and len(error) < 500
 
 
-@in_each
+@in_newer
 def test_cancel_saves_and_queueing_again_goes_on(server):
     prompt = server.queue(train_graph("cancelled", epochs=500))
     server.until("cancelled", lambda status: status["epoch"] >= 1 and status["phase"] == "updating")
@@ -252,7 +254,7 @@ def cancel(server: Server, prompt: str) -> None:
         server.post("/interrupt", {"prompt_id": prompt})
 
 
-@in_each
+@in_oldest
 def test_a_loop_makes_a_run_of_each_iteration_that_differs_and_can_be_cancelled(server):
     """Its copies of the node have ids that are no numbers and are not in the workflow."""
     body, seeds = train_graph("looped", epochs=1), [{"seed": seed} for seed in (1, 2, 1)]
@@ -324,7 +326,7 @@ def test_votes_on_the_samples_of_a_run_become_a_reward(server):
     )
 
 
-@in_each
+@in_newer
 def test_a_background_run_trains_while_other_graphs_sample(server):
     graph = train_graph("behind", epochs=500, mode="background") | apply_graph(run=["train", 0])
     assert server.run(graph)["info"]["text"] == ["run behind: no LoRA yet; the model is unchanged"]
@@ -352,7 +354,7 @@ def test_a_background_run_trains_while_other_graphs_sample(server):
 def test_quitting_in_mid_run_saves_it(server, tmp_path):
     """Its folder then goes on in another ComfyUI."""
     with Server(tmp_path) as other:
-        other.run(train_graph("quit", mode="background", epochs=500, samples_per_epoch=16, steps=8))
+        other.run(train_graph("quit", mode="background", epochs=500, samples_per_epoch=8, steps=8))
         other.until("quit", lambda status: status["phase"] == "updating")
         assert other.end() == 0, other.log.read_text()
     run = tmp_path / "output" / "tdpo" / "quit"
@@ -360,7 +362,7 @@ def test_quitting_in_mid_run_saves_it(server, tmp_path):
     assert (checkpoint / "state.json").is_file() and (run / "lora" / "latest.safetensors").is_file()
     shutil.copytree(run, server.base / "output" / "tdpo" / "quit")
     assert server.status("quit")["state"] == "interrupted"
-    same = {"samples_per_epoch": 16, "steps": 8, "epochs": 1}
+    same = {"samples_per_epoch": 8, "steps": 8, "epochs": 1}
     assert server.run(train_graph("quit", **same))["train"] == {"tdpo_run": ["quit"]}
     assert server.status("quit")["state"] == "finished"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backends import EACH, ROOT, ask
+from backends import ROOT, ask, each
 
 from comfy_tdpo.nodes.comfy.needs import MODULES, NEEDS, names
 
@@ -98,13 +98,13 @@ def test_what_is_not_listed_is_found(source):
     assert [use for use in uses(source) if not is_listed(use)]
 
 
-@pytest.mark.parametrize("backend", EACH)
+@pytest.mark.parametrize("backend", each())
 def test_every_comfyui_has_what_is_listed_and_takes_our_calls(backend):
     found = ask("needs", backend=backend)
     assert found["missing"] == [] and found["calls refused"] == []
 
 
-@pytest.mark.parametrize("backend", EACH)
+@pytest.mark.parametrize("backend", each())
 def test_a_comfyui_that_lacks_something_is_told_in_one_line(backend):
     """Whatever does not need it still works; without what every node needs, there are no nodes, and no traceback."""
     lacking = ask("needs", backend=backend)["lacking"]
