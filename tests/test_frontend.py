@@ -561,7 +561,7 @@ def test_nobody_listens_when_nobody_watches(store):
 RENDERERS = {"LiteGraph": False, "Vue": True}  # the setting Comfy.VueNodes.Enabled
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.ColorPalette": "dark"}
 SMALL = {"epochs": 500, "samples_per_epoch": 8, "steps": 3, "settings": "output.grid_images = 4", "batch_size": 2}
-PATIENCE = 90_000  # milliseconds, for what takes a few seconds on a quiet machine
+PATIENCE = 300_000  # milliseconds, for what takes a few seconds on a quiet machine
 
 READY = (
     "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types?.TDPOTrain && app.canvas?.graph)"
