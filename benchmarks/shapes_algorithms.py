@@ -5,13 +5,12 @@ machine; `--algorithms` names others. Runs that are already in the folder are no
 """
 
 import argparse
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+
+from pairs import machine, train
 
 from comfy_tdpo.methods import ALGORITHMS as EVERY
 from comfy_tdpo.trainer.config import make_config
@@ -32,7 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     for seed in range(1, args.seeds + 1):
         for algorithm in args.algorithms:
-            train(args.runs / f"{algorithm}-seed{seed}", algorithm, seed)
+            print(f"--- {algorithm}, seed {seed}", flush=True)
+            train(args.runs / f"{algorithm}-seed{seed}", make_config(overrides={"algorithm": algorithm, "seed": seed}))
     command = " ".join(["python benchmarks/shapes_algorithms.py", *sys.argv[1:]])
     results = {
         name: [measure(args.runs / f"{name}-seed{s + 1}") for s in range(args.seeds)] for name in args.algorithms
@@ -40,20 +40,6 @@ def main() -> None:
     text = report(results, command)
     args.out.write_text(text, encoding="utf-8")
     print(text)
-
-
-def train(path: Path, algorithm: str, seed: int) -> None:
-    """One run at `path`, new or continued."""
-    flags = ["--run-dir", str(path), "--algorithm", algorithm, "--seed", str(seed)]
-    if (path / "config.toml").exists():
-        run = RunFolder.open(path)
-        if run.config != make_config(overrides={"algorithm": algorithm, "seed": seed}):
-            raise SystemExit(f"{path} was made with other settings than the preset has now; delete it, or give --runs")
-        if len(run.metrics()) == run.config.epochs:
-            return
-        flags = ["--resume", str(path)]
-    print(f"--- {algorithm}, seed {seed}", flush=True)
-    subprocess.run([sys.executable, "-m", "comfy_tdpo.trainer", *flags], check=True)
 
 
 def measure(path: Path) -> dict[str, float]:
@@ -80,8 +66,7 @@ def report(results: dict[str, list[dict[str, float]]], command: str) -> str:
         "",
         f"`{command}`",
         "",
-        f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python "
-        f"{platform.python_version()}. Mean ± standard deviation over {seeds} seeds: first epoch → mean of the last "
+        f"{date.today()}, {machine()}. Mean ± standard deviation over {seeds} seeds: first epoch → mean of the last "
         f"{LAST} epochs. The gain is in standard deviations of the first epoch's rewards.",
         "",
         "| algorithm | reward queries | shapes-aesthetic (trained on) | gain | shapes-judge | shapes-gold |",

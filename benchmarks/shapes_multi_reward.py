@@ -7,13 +7,12 @@ are not repeated; stopped ones are resumed.
 """
 
 import argparse
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+
+from pairs import machine, train
 
 from comfy_tdpo.trainer.config import make_config
 from comfy_tdpo.trainer.run import RunFolder
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "shapes_multi_reward.md")
     args = parser.parse_args()
     runs = {
-        (mix, seed): train(args.runs / f"{mix.replace(':', '-')}-seed{seed}", mix, seed, args.epochs)
+        (mix, seed): trained(args.runs / f"{mix.replace(':', '-')}-seed{seed}", mix, seed, args.epochs)
         for seed in range(1, args.seeds + 1)
         for mix in MIXES
     }
@@ -43,8 +42,9 @@ def main() -> None:
     print(text)
 
 
-def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
+def trained(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
     """One run at `path`, new or continued."""
+    print(f"--- {mix}, seed {seed}", flush=True)
     rewards = {name: weight for name, weight in zip((A, B), MIXES[mix], strict=True) if weight}
     scales = SCALES if len(rewards) > 1 else {}
     watched = [name for name in WATCHED if len(rewards) > 1 or name not in rewards]
@@ -56,22 +56,7 @@ def train(path: Path, mix: str, seed: int, epochs: int | None) -> RunFolder:
         "eval_rewards": watched,
     }
     overrides |= {"epochs": epochs} if epochs else {}
-    run = RunFolder(path)
-    if (path / "config.toml").exists():
-        if run.config != make_config(overrides=overrides):
-            raise SystemExit(f"{path} was made with other settings; delete it, or give --runs")
-        flags = ["--resume", str(path)]
-    else:
-        flags = ["--run-dir", str(path), "--algorithm", "tdpo-r", "--seed", str(seed)] + (
-            ["--epochs", str(epochs)] if epochs else []
-        )
-        flags += [flag for name, weight in rewards.items() for flag in ("--reward", f"{name}={weight:g}")]
-        flags += [flag for name in watched for flag in ("--eval-reward", name)]
-        flags += ["--reward-scales", ",".join(f"{name}={scale}" for name, scale in scales.items())] if scales else []
-    if not (path / "config.toml").exists() or len(run.metrics()) < run.config.epochs:
-        print(f"--- {mix}, seed {seed}", flush=True)
-        subprocess.run([sys.executable, "-m", "comfy_tdpo.trainer", *flags], check=True)
-    return run
+    return train(path, make_config(overrides=overrides))
 
 
 def change(run: RunFolder, reward: str) -> float:
@@ -88,8 +73,7 @@ def report(runs: dict[tuple[str, int], RunFolder], seeds: int, command: str) -> 
         "",
         f"`{command}`",
         "",
-        f"{date.today()}, {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python "
-        f"{platform.python_version()}. Preset `shapes`, TDPO-R, {epochs} epochs. Change from the first epoch to the "
+        f"{date.today()}, {machine()}. Preset `shapes`, TDPO-R, {epochs} epochs. Change from the first epoch to the "
         f"mean of the last {LAST}, as mean ± standard deviation over {seeds} seeds. The two rewards are in units of "
         f"the standard deviations they are divided by ({SCALES[A]} and {SCALES[B]}); shapes-gold is in its own units.",
         "",
