@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .torch_release import check_release
+
 # A block has one for every size of its inputs, and each with and without the LoRA; torch's own limit is 8.
 MOST = 256
 LIMITS = ("recompile_limit", "accumulated_recompile_limit")
 
 BLOCK = "TransformerBlock"  # ends the names of diffusers' classes of transformer blocks
 
-OLDEST = (2, 11)  # version of torch that this was tried with
 TOOLS = {
     "cpu": "a C++ compiler (g++, clang or, on Windows, Visual Studio's build tools)",
     "cuda": "triton (triton-windows on Windows), a C compiler and Python's header files",
@@ -37,11 +38,7 @@ TOOLS = {
 
 def check(device: torch.device) -> None:
     """Compile one line of code for `device`; raises ValueError if that fails."""
-    if torch.__version__ < OLDEST:
-        raise ValueError(
-            f"got compile true with torch {torch.__version__}; expected {'.'.join(map(str, OLDEST))} or newer: update "
-            "torch, or set compile to false"
-        )
+    check_release("compile")
     expected = f"expected {TOOLS.get(device.type, 'what torch.compile needs')}: install it, or set compile to false"
     if device.type == "cuda" and find_spec("triton") is None:
         raise ValueError(f"got compile true without the package triton; {expected}")

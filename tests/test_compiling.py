@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from toy import lora_of, new_run, same, timeless, toy_training
 
-from comfy_tdpo import compiling
+from comfy_tdpo import compiling, torch_release
 from comfy_tdpo.compiling import CompiledBlocks
 from comfy_tdpo.nodes.runs.wording import in_words_of_nodes
 from comfy_tdpo.swapping import swapped
@@ -21,7 +21,9 @@ from comfy_tdpo.trainer.config import make_config, override
 from comfy_tdpo.trainer.lookout import LOADING, patience
 from comfy_tdpo.trainer.run import RunFolder
 
-pytestmark = pytest.mark.skipif(torch.__version__ < compiling.OLDEST, reason="this torch is older than what was tried")
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < torch_release.OLDEST, reason="this torch is older than what was tried"
+)
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def test_the_blocks_of_every_family_are_found():
 
 
 def test_what_is_missing_is_named_before_anything_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiling, "OLDEST", (99, 0))
+    monkeypatch.setattr(torch_release, "OLDEST", (99, 0))
     with pytest.raises(ValueError, match=r"with torch 2.*; expected 99.0 or newer"):
         compiling.check(torch.device("cpu"))
     monkeypatch.undo()
@@ -137,7 +139,7 @@ def test_what_is_missing_is_named_before_anything_is_loaded(monkeypatch, tmp_pat
 def test_a_run_asks_for_it(tmp_path, without_compiler, monkeypatch):
     run = new_run(tmp_path / "run", compile=True, rewards={"jpeg-compressibility": 1.0})
     assert assemble(run.config, run, cpu=True).policy._compiled.blocks
-    monkeypatch.setattr(compiling, "OLDEST", (99, 0))
+    monkeypatch.setattr(torch_release, "OLDEST", (99, 0))
     with pytest.raises(ValueError, match="compile true"):
         assemble(run.config, run, cpu=True)
 

@@ -10,14 +10,12 @@ Shapes: P processes. Each holds its own of P chunks of a weight's rows, as torch
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..blocks import blocks_of
 from ..processes import Processes
+from ..torch_release import check_release
 from .full import AllWeights
-
-OLDEST = (2, 11)  # version of torch that this was tried with; those before 2.9 move rows to other memory later on
 
 
 class ShardedWeights(AllWeights):
@@ -60,11 +58,7 @@ class ShardedWeights(AllWeights):
 
 
 def _shard(network: nn.Module, processes: Processes) -> None:
-    if torch.__version__ < OLDEST:
-        raise ValueError(
-            f"got policy.shard with torch {torch.__version__}; expected {'.'.join(map(str, OLDEST))} or newer: update "
-            "torch, or set policy.shard to false"
-        )
+    check_release("policy.shard")  # before 2.9, rows move to other memory later on
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -1,0 +1,14 @@
+"""What only newer releases of torch do than the package as a whole asks for."""
+
+import torch
+
+OLDEST = (2, 11)  # with which torch.compile and fully sharded data parallelism were tried
+
+
+def check_release(setting: str) -> None:
+    """Raise ValueError if torch is older than `setting`, which turns such a thing on, was tried with."""
+    if torch.__version__ < OLDEST:
+        raise ValueError(
+            f"got {setting} true with torch {torch.__version__}; expected {'.'.join(map(str, OLDEST))} or newer: "
+            f"update torch, or set {setting} to false"
+        )
