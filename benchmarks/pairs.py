@@ -1,4 +1,4 @@
-"""What the benchmarks share that compare variants over paired seeds: their runs, their results, how curves are read.
+"""Shared by the benchmarks that compare variants over paired seeds: their runs, their results, how curves are read.
 
 Runs of one seed have the same prompts and noise, so that seed by seed only what a variant changes makes a difference. A
 finished run is a line of a .jsonl: its settings' fingerprint and the series of its epochs.
@@ -26,9 +26,9 @@ from comfy_tdpo.user_files import read_text
 
 SMOOTHING = 3  # epochs that a point of a curve is the mean of
 LEVELS = (0.5, 0.75, 1.0, 1.25)  # training reward gained, in standard deviations of the first epoch's
-ENOUGH = 4  # seeds for saying that a difference is one
+ENOUGH = 4  # fewest seeds on which a difference is judged
 NO_PART = {"eval_rewards", "output", "overoptimisation", "micro_batch", "decode_batch"}  # decide no result
-REMEDY = "remove what is no line of JSON"
+REMEDY = "remove the lines that are not JSON"
 THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # with one thread, results repeat exactly
 
 Series = dict[str, list[Any]]  # by name, a value for each epoch
@@ -124,7 +124,7 @@ def add(out: Path, line: Line, epochs: Series) -> None:
 
 
 def results(out: Path) -> list[Line]:
-    """The lines of `out`; none if there is no such file. ValueError if one is no JSON; the last may be cut off."""
+    """The lines of `out`; none if there is no such file. ValueError if one is no result; the last may be cut off."""
     text = read_text(out) if out.exists() else ""
     lines = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
@@ -132,6 +132,8 @@ def results(out: Path) -> list[Line]:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{out} is damaged (line {number}: {error.msg}); {REMEDY}") from error
+        if not isinstance(lines[-1], dict):
+            raise ValueError(f"{out} is damaged (line {number}: got {line[:40]}; expected an object); remove it")
     return lines
 
 
@@ -185,7 +187,8 @@ def row(*cells: str, head: bool = False) -> list[str]:
 
 
 def with_interval(values: list[float]) -> str:
+    """The mean with its interval; a single value has none."""
     if len(values) < 2:
-        return "-"
+        return f"{values[0]:+.3f}" if values else "-"
     middle, half = interval(values)
     return f"{middle:+.3f} ± {half:.3f}"

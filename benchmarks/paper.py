@@ -45,24 +45,34 @@ from comfy_tdpo.trainer.run import RunFolder
 HERE = Path(__file__).parent
 DATA = tomllib.loads((HERE / "paper.toml").read_text(encoding="utf-8"))
 SEEDS, IMAGES = 5, 4  # seeds of each variant, and images of each prompt in an evaluation
-RESETS = 10  # of a run: the paper's F is 10 of 100 epochs
+RESETS = 10  # of a run, about: the paper's F is 10 of 100 epochs
 SNAPSHOT_LEVELS = (*pairs.LEVELS, 1.5, 1.75)  # snapshots gain more, in standard deviations of their own images
-PER_ROW = 6  # entries in a row of a legend
+PER_ROW = 5  # entries in a row of a legend
+MOST_BANDS = 6  # curves of a panel that are drawn with their intervals
 WIDE, DPI = 1000, 75  # pixels of copied pictures, and resolution of those drawn here
 TRAINED = ""  # instead of a prompt set: the training itself, epoch by epoch
 MEASURES = {  # the first three at equal training reward
     "queries": "reward queries saved",
-    "gold": "how much more of the gold measure is left",
+    "gold": "how much more of the gold measure, shapes-gold, is left",
     "others": "how much more of the held-out rewards is left: their mean, in standard deviations",
     "gain": "training reward gained by the end, in standard deviations",
     "explained": "explained variance of the critic, after the first two epochs",
-    "dormant": "dormant neurons of the critic, in percent",
-    "policy dormant": "dormant neurons of the LoRA, in percent",
-    "overlap": "overlap of the critic's dormant neurons with those of the epoch before, above chance, in percent",
+    "dormant": "dormant neurons of the critic, in percent, after the first two epochs",
+    "policy dormant": "dormant neurons of the LoRA, in percent, after the first two epochs",
+    "overlap": "overlap of the critic's dormant neurons with those of the epoch before: what it has above chance, in "
+    "percent of what it could have",
     "policy overlap": "the same of the LoRA's",
 }
 WHOLE = "full-neurons.png"  # of full.py
-AXES = {"queries": "reward queries", "gain": "training reward gained (std)"}
+AXES = {
+    "queries": "reward queries",
+    "gain": "training reward gained (std)",
+    "explained": "explained variance of the critic",
+    "dormant": "dormant neurons of the critic (%)",
+    "policy dormant": "dormant neurons of the LoRA (%)",
+    "overlap": "overlap, critic (%, chance included)",
+    "policy overlap": "overlap, LoRA (%, chance included)",
+}
 EPOCHS = {  # our names of series -> keys of metrics
     "queries": "reward_queries",
     "explained": "critic/explained_variance",
@@ -85,11 +95,13 @@ class World:
 
     name: str
     preset: str
-    rewards: tuple[str, ...]
-    judges: tuple[str, ...]
-    truth: tuple[str, ...]
-    sets: tuple[str, ...]
+    rewards: list[str]
+    judges: list[str]
+    truth: list[str]
+    sets: list[str]
+    gpu: bool
     mib: float
+    notes: list[str]
     changed: dict[str, Any]
     prompts: dict[str, str]
 
@@ -227,7 +239,12 @@ class Work:
 
     def lines(self) -> list[Line]:
         """The results so far; those of frontier.py stand in for runs of the same settings."""
-        return (pairs.results(HERE / "frontier.jsonl") if self.world.truth else []) + pairs.results(self.out)
+        return (pairs.results(HERE / "frontier.jsonl") if not self.world.gpu else []) + pairs.results(self.out)
+
+    def used(self) -> list[Line]:
+        """Those of the runs that figures need."""
+        marks = {*self.marks.values()}
+        return [line for line in self.lines() if line["settings"] in marks]
 
     @cached_property
     def marks(self) -> dict[tuple[str, int], str]:
@@ -237,7 +254,7 @@ class Work:
 
     def held(self) -> Held:
         """What there is; later lines replace earlier ones."""
-        of = {(line["settings"], line.get("prompts", TRAINED)): line["epochs"] for line in self.lines()}
+        of = {(line["settings"], line.get("prompts", TRAINED)): line["epochs"] for line in self.used()}
         found: Held = {}
         for (key, seed), mark in self.marks.items():
             for prompts in (TRAINED, *self.world.sets):
@@ -297,7 +314,7 @@ class Work:
         same = [key for key in sorted(shown) if index_of(key) == index_of(keys[0]) and self.finished(key, seed)]
         keys += [key for key in same if key not in keys]
         runs = [RunFolder.open(self.path(key, seed)) for key in keys]
-        folder, judging = self.evaluations(keys[0], seed), [*world.held_out(keys[0]), *world.truth]
+        folder, judging = self.evaluations(world.reward(keys[0]), seed), [*world.held_out(keys[0]), *world.truth]
         print(f"--- evaluating {len(runs)} runs on {world.reward(keys[0])}, seed {seed}", flush=True)
         flags = {"rewards": ",".join(judging), "prompts": ",".join(world.sets), "images": str(IMAGES), "out": folder}
         options = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
@@ -313,19 +330,19 @@ class Work:
         """Whether the run's folder is there, with all epochs."""
         return len(RunFolder(self.path(key, seed)).metrics()) >= self.world.config(key, seed).epochs
 
-    def evaluations(self, key: str, seed: int) -> Path:
-        return self.runs / f"evaluation-{self.world.reward(key)}-seed{seed}"
+    def evaluations(self, reward: str, seed: int) -> Path:
+        return self.runs / f"evaluation-{reward}-seed{seed}"
 
     def plan(self, needed: dict[Place, set[str]]) -> str:
         """How much there is to do."""
         todo, text, unknown = self.missing(needed, self.held()), [], []
-        sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in self.runs.glob("*-seed*")]
+        sizes = [sum(file.stat().st_size for file in self.path(*run).rglob("*")) for run in self.marks]
         size, times = max([self.world.mib * 2**20, *sizes]), self.times()
         runs = queries = images = 0
         seconds = disk = 0.0
         for key in dict.fromkeys(key for key, *_ in todo):
             config = self.world.config(key, 1)
-            count = sum(not self.finished(key, seed) for seed in {seed for other, _, seed in todo if other == key})
+            unfinished = sum(not self.finished(key, seed) for seed in {seed for other, _, seed in todo if other == key})
             snapshots = len({*range(0, config.epochs, config.output.samples_every), config.epochs})
             drawn = [prompts for other, prompts, _ in todo if other == key and prompts != TRAINED]
             shown = snapshots * IMAGES * sum(len(PromptSet.load(prompts).prompts) for prompts in drawn)
@@ -335,11 +352,11 @@ class Work:
             if not per_epoch:
                 unknown.append(key)
             minutes = f"{config.epochs * per_epoch / 60:.1f}" if per_epoch else "?"
-            text.append(f"{self.world.label(key)}: {count} x {each} reward queries, {minutes} minutes")
-            runs, queries, images = runs + count, queries + count * each, images + shown
+            text.append(f"{self.world.label(key)}: {unfinished} x {each} reward queries, {minutes} minutes")
+            runs, queries, images = runs + unfinished, queries + unfinished * each, images + shown
             latents = config.samples_per_epoch * (config.steps + 1) * config.resolution**2 / 16 * 4  # bytes
-            disk += count * (size + getattr(config.policy, "replay", 0) * latents)
-            seconds += per_epoch * (count * config.epochs + shown / config.samples_per_epoch)
+            disk += unfinished * (size + getattr(config.policy, "replay", 0) * latents)
+            seconds += per_epoch * (unfinished * config.epochs + shown / config.samples_per_epoch)
         hours = f"{seconds / 3600 / self.jobs:.1f} hours with {self.jobs} at a time"
         if unknown:
             hours = f"hours unknown for {len(unknown)} variants: measure the seconds of an epoch, such as those in the "
@@ -462,13 +479,14 @@ def at_equal_gain(both: list[Series], curves: list[list[float]], prompts: str) -
 
 
 def of_run(measure: str, run: Series, over: int) -> float | None:
-    """The measure of one run; None if no epoch has an overlap."""
+    """The measure of one run; None if no epoch has an overlap that could be above chance."""
     if measure == "gain":
         return gains(run, over)[-1]
     if measure in OVERLAPS:  # two sets drawn at random overlap by the share of the larger one
         dormant = run[measure.replace("overlap", "dormant")]
         found = zip(run[measure], dormant, dormant[:1] + dormant, strict=False)
-        above = [overlap - max(now, before) for overlap, now, before in found if overlap is not None]
+        at_random = [(overlap, max(now, before)) for overlap, now, before in found if overlap is not None]
+        above = [100 * (overlap - chance) / (100 - chance) for overlap, chance in at_random if chance < 100]
         return statistics.fmean(above) if above else None
     return statistics.fmean(run[measure][2:] or run[measure])  # the first two epochs are too early
 
@@ -480,17 +498,16 @@ def write_page(work: Work) -> None:
     there, shown = work.held(), {}
     for name, figure in FIGURES.items():
         path = work.out.with_name(f"{work.out.stem}-{name}.png")
-        drawn = draw(work.world, figure, there, path) if figure.ys else copy(work, path)
-        if drawn or path.exists():
+        drawn = draw(work.world, figure, there, path) if figure.ys else copy(work, path) or path.exists()
+        if drawn:
             shown[name] = path.name
     work.out.with_suffix(".md").write_text(page(work, there, shown), encoding="utf-8")
 
 
 def page(work: Work, there: Held, shown: dict[str, str]) -> str:
-    world, own = work.world, pairs.results(work.out)
+    world, used = work.world, work.used()
     resetting: Any = world.config("tdpo-r", 1)
-    none = "Only runs that [frontier.py](frontier.md) has too, so far" if there else "Not run yet"
-    when = pairs.when_and_where(own) if own else none
+    when = pairs.when_and_where(used) if used else "Not run yet"
     found = {
         name: [
             (claim, differences(world, there, claim, figure.where(world)))
@@ -509,25 +526,33 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         f"{when}. Trained on {', '.join(world.rewards)}, and judged by the others and "
         f"{', '.join((*world.judges, *world.truth))}. Unseen prompts are those of {world.sets[0]}, complex ones those "
         f"of {world.sets[1]}, {IMAGES} images each. Neurons are reset after every {resetting.neurons.every} of "
-        f"{resetting.epochs} epochs, as after every 10 of 100 in the paper. Curves of rewards over training "
-        f"are means of the last {pairs.SMOOTHING} epochs; those of neurons and of snapshots are not smoothed. Gains "
-        f"are in standard deviations of the first epoch's rewards. Intervals hold {CONFIDENCE:.0%} "
-        "(Student's t over seeds).",
+        f"{resetting.epochs} epochs, about as often as in the paper, where it is every 10 of 100. Curves over training "
+        f"are means of the last {pairs.SMOOTHING} epochs, but for those of neurons; curves of snapshots are not "
+        f"smoothed. A square marks the first point; panels of more than {MOST_BANDS} curves have no intervals. Gains "
+        "are in standard deviations of the first epoch's rewards, and those of snapshots in standard deviations of the "
+        f"base model's images of the same prompts. Intervals are {CONFIDENCE:.0%} "
+        "intervals (Student's t over seeds).",
         "",
-        "The subjects and statements are those of the paper (arXiv 2402.08552), in our words; the paper may not say "
-        f"what is marked as our reading. Only figures {', '.join(numbered)} are known to have these numbers there, as "
-        "the paper's text was not at hand when the others were numbered. What has no number is not in the paper.",
+        "The subjects and statements are those of the paper (arXiv 2402.08552), in our words, but for those marked as "
+        f"our reading or our question, which may not be in it. Only figures {', '.join(numbered)} are known to have "
+        "these numbers there, as the paper's text was not at hand when the others were numbered. What has no number "
+        "is not in the paper.",
         "",
-        "**The rule.** A statement says that one variant has more of something than another, and the difference is "
-        "taken seed by seed. At equal training reward, it is the mean over those gains of "
-        f"{listed(pairs.LEVELS)} that both runs reach; of snapshots, which are some epochs apart, over those of "
-        f"{listed(SNAPSHOT_LEVELS)} that lie beyond the first of both runs. A seed on which there is none does not "
-        "count, nor one on which the measure is undefined. A statement is *confirmed* if the interval of the "
-        "differences is above 0, *contradicted* if it is below, *not seen* if it holds 0, and *undecided* with fewer "
-        f"than {pairs.ENOUGH} seeds. Of {decided} intervals, {decided * (1 - CONFIDENCE):.1f} would miss 0 by chance. "
-        "What is compared, the first three at equal training reward:",
+        "**The rule.** A statement says that one variant has more of something than another. It is judged by one or "
+        "more comparisons, and each of them takes the difference seed by seed. At equal training reward, that is the "
+        f"mean over those gains of {listed(pairs.LEVELS)} that both runs reach; of snapshots, which are some epochs "
+        f"apart, over those of {listed(SNAPSHOT_LEVELS)} that are higher than the gains of both runs' first snapshots. "
+        "A run is read where it first reaches a gain, on the line between two epochs: what it loses later at the same "
+        "gain does not count. A seed without such a gain does not count, nor one on which the measure is undefined. "
+        "What is compared is *confirmed* if the interval of the differences is above 0, *contradicted* if it is below, "
+        f"*not seen* if it holds 0, and *undecided* with fewer than {pairs.ENOUGH} seeds that count. Of {decided} "
+        f"comparisons that are decided, {decided * (1 - CONFIDENCE):.1f} would come out as confirmed or contradicted "
+        "by chance if no variants differed. What is compared, the first three at equal training reward:",
         "",
         *(f"- *{name}*: {what}" for name, what in MEASURES.items()),
+        "",
+        *(line for note in world.notes for line in (note, "")),
+        "How many comparisons of each figure came out how:",
         "",
         *row("figure", "subject", *VERDICTS, "runs and evaluations to be done", head=True),
     ]
@@ -540,13 +565,13 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         title = f"Figure {name}" if name.isdigit() else name.capitalize()
         lines += [f"## {title}: {figure.subject}", ""]
         if figure.claims:
-            lines += row("statement", "compared", "by", "difference", "seeds", "found", head=True)
+            lines += row("statement", "compared", "by", "difference", "seeds that count", "found", head=True)
         for claim, values in found[name]:
             compared = " and ".join(world.label(key) for key in (claim.ours, claim.theirs) if key)
             difference = pairs.with_interval(values)
             lines += row(claim.text, compared, claim.measure, difference, str(len(values)), verdict(values))
         lines += ["", f"![{title}]({shown[name]})" if name in shown else "Not drawn yet.", ""]
-    if work.out.with_name(WHOLE).exists():
+    if not world.gpu and work.out.with_name(WHOLE).exists():
         lines += [
             "## All weights: the neurons of a policy that is trained as a whole",
             "",
@@ -566,11 +591,13 @@ def listed(levels: Iterable[float]) -> str:
 def rivals(world: World, there: Held) -> list[str]:
     """What each algorithm reaches, and which of their aims."""
     lost = [f"{name} lost at the end" for name in world.truth]
-    head = ["aim", "seeds that reach it", "reward queries until then", "slowest, minutes", "gain at the end", *lost]
+    head = ["aim", "seeds that reach it", "reward queries until then", "slowest, minutes", "prompts in an epoch"]
+    head += ["reward queries in all", "reward at the end", "gain at the end", *lost]
     lines = [
-        f"What each algorithm reaches on {world.rewards[0]}. The aims are smoothed gains, to be reached on every seed, "
-        "and on Shapes in at most five minutes. Other work ran beside these runs. The [log](../docs/LOG.md) has what "
-        "was tried where a seed falls short:",
+        f"What each algorithm reaches on {world.rewards[0]}. The aims are smoothed gains, to be reached on every seed"
+        f"{'' if world.gpu else ' in at most five minutes'}; seeds that fall short count neither for the reward "
+        "queries nor for the minutes. Other work ran beside these runs. The [log](../docs/LOG.md) has what was tried "
+        "where an aim is missed. The fewer prompts an epoch has, the more the gain depends on those of the first:",
         "",
     ]
     lines += row("algorithm", *head, head=True)
@@ -579,7 +606,7 @@ def rivals(world: World, there: Held) -> list[str]:
         if not runs:
             lines += row(key, *["not run yet"] * len(head))
             continue
-        cells = [key, "-", "-", "-", "-"]
+        config, cells = world.config(key, 1), [key, "-", "-", "-", "-"]
         if aim:
             reached = [run for run in runs if max(gains(run)) >= aim]
             cells[1:3] = f"{aim:+.1f}", f"{len(reached)} of {len(runs)}"
@@ -587,6 +614,8 @@ def rivals(world: World, there: Held) -> list[str]:
                 queries = [pairs.at(aim, gains(run), run["queries"]) for run in reached]
                 seconds = [pairs.at(aim, gains(run), [*accumulate(run["seconds"])]) for run in reached]
                 cells[3:5] = f"{statistics.fmean(queries):.0f}", f"{max(seconds) / 60:.1f}"
+        cells += [str(config.samples_per_epoch // config.samples_per_prompt), str(runs[0]["queries"][-1])]
+        cells.append(pairs.with_interval([smooth(run["reward"])[-1] for run in runs]).lstrip("+"))
         cells.append(pairs.with_interval([gains(run)[-1] for run in runs]))
         cells += [pairs.with_interval([pairs.lost(run, name)[-1] for run in runs]) for name in world.truth]
         lines += row(*cells)
@@ -596,8 +625,9 @@ def rivals(world: World, there: Held) -> list[str]:
 def gained(world: World, there: Held) -> list[str]:
     """What the runs of each variant gain by their end, for each training reward."""
     lines = [
-        "What each variant gains of its training reward by the end, and over how many seeds. Nothing can be said at "
-        f"equal training reward of variants that gain less than {min(pairs.LEVELS):g}:",
+        "What each variant gains of its training reward by the end, and over how many seeds. Variants that gain less "
+        f"than {min(pairs.LEVELS):g} cannot be compared at equal training reward; the [log](../docs/LOG.md) has what "
+        "was tried to gain more:",
         "",
         *row("variant", *world.rewards, head=True),
     ]
@@ -615,12 +645,12 @@ def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
     """A panel for each training reward and each series, over the epochs or the snapshots; False if there are none."""
     several = {"gold": lambda key: world.truth, "others": world.held_out}
     panels: dict[tuple[str, str], dict[int, list[Point]]] = {}
-    names, place = list(dict.fromkeys(map(name_of, figure.shows))), figure.where(world)
+    numbers, place = numbers_of(figure), figure.where(world)
     for key in figure.shows:
         for y in [name for what in figure.ys for name in several.get(what, lambda key, what=what: [what])(key)]:
             runs = [run for run in there.get((key, place), {}).values() if y in {*run, "gain"}]
             if points := curve(runs, figure.x, y, over_in(place)):
-                panels.setdefault((world.reward(key), y), {})[names.index(name_of(key))] = points
+                panels.setdefault((world.reward(key), y), {})[numbers[name_of(key)]] = points
     if not panels:
         return False
     rows = -(-len(panels) // 2)
@@ -628,16 +658,28 @@ def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
     places = list(canvas.subplots(rows, 2, squeeze=False).flat)
     lines: dict[int, Line2D] = {}
     for axes, ((reward, y), curves) in zip(places, panels.items(), strict=False):
-        lines |= draw_setups(axes, curves, several=curves)
+        lines |= draw_setups(axes, curves, several=curves if len(curves) <= MOST_BANDS else ())
+        if figure.x == "queries":
+            axes.set_xlim(0, 1.02 * min(points[-1].x for points in curves.values()))  # where all have a value
         axes.set(xlabel=AXES.get(figure.x, figure.x), ylabel=AXES.get(y, y))
         axes.set_title(f"trained on {reward}", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in places[len(panels) :]:
         axes.set_axis_off()
-    labels = {names[number]: lines[number] for number in sorted(lines)}
-    canvas.legend(labels.values(), labels, loc="outside lower center", ncols=PER_ROW, fontsize=9, frameon=False)
+    labels = [name for name, number in numbers.items() if number in lines]
+    drawn = [lines[numbers[name]] for name in labels]
+    looks = [Line2D([], [], color=line.get_color(), linestyle=line.get_linestyle(), linewidth=1.8) for line in drawn]
+    look: dict[str, Any] = {"loc": "outside lower center", "ncols": PER_ROW, "handlelength": 4, "frameon": False}
+    canvas.legend(looks, labels, fontsize=9, **look)
     canvas.savefig(path)
     return True
+
+
+def numbers_of(figure: PaperFigure) -> dict[str, int]:
+    """The number that decides how a variant is drawn: the same in all figures for those of the first."""
+    main = list(dict.fromkeys(map(name_of, next(iter(FIGURES.values())).shows)))
+    others = [name for name in dict.fromkeys(map(name_of, figure.shows)) if name not in main]
+    return {name: number for number, name in enumerate(main + others) if name in {*map(name_of, figure.shows)}}
 
 
 def curve(runs: list[Series], x: str, y: str, over: int) -> list[Point]:
@@ -662,7 +704,7 @@ def curve(runs: list[Series], x: str, y: str, over: int) -> list[Point]:
 
 def copy(work: Work, path: Path) -> bool:
     """Copy the picture that `evaluate` drew of the first reward's first seed, smaller; False if there is none."""
-    source = picture(work.evaluations("tdpo", 1), EQUAL, work.world.rewards[0], work.world.sets[0])
+    source = picture(work.evaluations(work.world.rewards[0], 1), EQUAL, work.world.rewards[0], work.world.sets[0])
     if not source.exists():
         return False
     with Image.open(source) as image:
@@ -680,12 +722,12 @@ def main() -> None:
     parser.add_argument("--figure", nargs="+", choices=list(FIGURES), default=[], help="figures to work on")
     parser.add_argument("--all", action="store_true", help="work on all figures")
     parser.add_argument("--seeds", type=count, default=SEEDS, help="seeds 1 to this for every variant")
-    parser.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each; on a GPU, 1")
+    parser.add_argument("--jobs", type=count, help="runs at a time, one thread each (default: 2, or 1 on a GPU)")
     parser.add_argument("--preset", choices=list(dict.fromkeys(presets)), default="shapes", help="what to train")
     parser.add_argument("--model", help="another model than the preset's: a folder, a hub id or a checkpoint")
     parser.add_argument("--plan", action="store_true", help="only say how much there is to do")
     parser.add_argument("--page", action="store_true", help="only write the page from what there is")
-    parser.add_argument("--epoch-seconds", type=float, default=0.0, help="seconds of an epoch, for the plan")
+    parser.add_argument("--epoch-seconds", type=seconds, default=0.0, help="seconds of an epoch, for the plan")
     named: dict[str, Any] = {"nargs": "+", "type": pair, "default": []}
     parser.add_argument("--prompts", metavar="REWARD=FILE", help="training prompts of a reward", **named)
     parser.add_argument("--set", metavar="NAME=VALUE", help="settings of all runs, for trials", **named)
@@ -698,11 +740,20 @@ def main() -> None:
         for part in reversed(name.split(".")):
             value = {part: value}
         changed = merge(changed, value)
+    if changed and not args.out:
+        parser.error("got --model or --set without --out; expected a file for the results, beside which the page goes")
     runs, out = args.runs or Path("runs") / stem, args.out or HERE / f"{stem}.jsonl"
+    if out.suffix != ".jsonl" or not out.parent.is_dir():
+        parser.error(f"got --out {out}; expected a .jsonl in a folder that is there")
     world = world_of(args.preset, changed, dict(args.prompts))
     if unknown := world.prompts.keys() - {*world.rewards}:
         parser.error(f"got prompts for {', '.join(sorted(unknown))}; expected one of {', '.join(world.rewards)}")
-    work = Work(world, args.seeds, args.jobs, runs, out, args.epoch_seconds, command_of(args))
+    jobs = args.jobs or (1 if world.gpu else 2)
+    work = Work(world, args.seeds, jobs, runs, out, args.epoch_seconds, command_of(args))
+    try:
+        work.lines()
+    except ValueError as error:
+        parser.error(str(error))
     needed = needs(work.world, FIGURES.values() if args.all else [FIGURES[name] for name in args.figure])
     if not needed and not args.page:
         parser.error("got no figure; expected --figure N or --all, or --page for a page of what there is")
@@ -720,6 +771,16 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number of at least 1")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a number above 0")
+    return value
 
 
 def pair(text: str) -> tuple[str, str]:
@@ -755,7 +816,7 @@ def check_settings(world: World, needed: Iterable[Place], parser: argparse.Argum
 def check_device(world: World, parser: argparse.ArgumentParser) -> None:
     import torch
 
-    if not world.truth and not torch.cuda.is_available():
+    if world.gpu and not torch.cuda.is_available():
         parser.error(f"got {world.name} without a GPU; expected one, or --plan")
 
 
