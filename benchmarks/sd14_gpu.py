@@ -10,6 +10,7 @@ model, in a minute or, with `--compile`, in many minutes, and writes no page.
 """
 
 import argparse
+import gc
 import platform
 import sys
 import time
@@ -88,6 +89,8 @@ def main() -> int:
 def of_precision(precision: str, compiled: bool, args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """The rows of a precision, and what MemoryBudget says: nothing where memory cannot be measured, and if `compiled`,
     since it measures what is not."""
+    gc.collect()  # a compiled policy refers to itself
+    torch.cuda.empty_cache()
     policy, encoder = make_policy(precision, args), make_encoder(precision, args)
     if compiled:
         policy.compile()

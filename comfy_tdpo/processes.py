@@ -29,10 +29,12 @@ _WORDS = {
 
 
 class Parted(Exception):
-    """The processes go on no longer together; why: STOPS, LACKS (a reward), FAILS or LOST."""
+    """The processes go on no longer together; why: STOPS, LACKS (a reward), FAILS or LOST; error: by which it was seen,
+    as an earlier error of this GPU may look like a lost connection."""
 
-    def __init__(self, why: int):
-        super().__init__(_WORDS[why])
+    def __init__(self, why: int, error: Exception | None = None):
+        said = (str(error).splitlines() or [type(error).__name__])[:1] if error else []
+        super().__init__(": ".join([_WORDS[why], *said]))
         self.why = why
 
 
@@ -79,7 +81,7 @@ class Processes:
             yield
         except RuntimeError as error:  # torch and its backends raise no narrower one
             self.parted = True
-            raise Parted(LOST) from error
+            raise Parted(LOST, error) from error
         finally:
             self.waiting = False
             self.sign()

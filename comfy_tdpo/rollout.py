@@ -21,6 +21,7 @@ from .policy import DiffusionPolicy
 from .process.gaussian import gaussian_kl, log_prob
 from .randomness import Coordinates, generator_at
 from .rewards import RewardModel, embed_images, score_images, score_with_parts, scored_elsewhere, terms_of
+from .swapping import brought
 
 if TYPE_CHECKING:
     from .reading import Reading
@@ -283,9 +284,17 @@ class Sampled:
 
 def draw_noise(policy: DiffusionPolicy, seeds: Sequence[Coordinates]) -> Tensor:
     """All noise of each trajectory, (B, T + 1, C, H, W): the initial noise, then one draw per step."""
-    shape = (len(policy.process) + 1, *policy.latent_shape)
-    noise = torch.stack([torch.randn(shape, generator=generator_at(*seed)) for seed in seeds])
-    return noise.to(policy.device, non_blocking=True)
+    return brought(torch.stack([_noise_of(policy, seed) for seed in seeds]), policy.device)
+
+
+def draw_noise_of(policy: DiffusionPolicy, seeds: Sequence[Coordinates], steps: Tensor) -> Tensor:
+    """The noise of one step of each trajectory, (B, C, H, W), for the steps int64 (B,)."""
+    draws = [_noise_of(policy, seed)[step + 1] for seed, step in zip(seeds, steps.tolist(), strict=True)]
+    return brought(torch.stack(draws), policy.device)
+
+
+def _noise_of(policy: DiffusionPolicy, seed: Coordinates) -> Tensor:
+    return torch.randn((len(policy.process) + 1, *policy.latent_shape), generator=generator_at(*seed))
 
 
 class Path(NamedTuple):

@@ -179,9 +179,11 @@ class MethodSettings(Section):
     A method whose policy needs further settings overrides `policy`.
 
     needs_gradient: whether it back-propagates the training reward.
+    rows_together: of which its micro-batches are multiples, such as 2 for pairs.
     """
 
     needs_gradient: ClassVar[bool] = False
+    rows_together: ClassVar[int] = 1
 
     policy: PolicySettings = PolicySettings()
 

@@ -34,7 +34,7 @@ def swapped(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], in_
             if in_place:
                 parameter.data.copy_(values[name])
             else:
-                parameter.data = values[name].to(parameter.device, parameter.dtype)
+                parameter.data = values[name].to(parameter.device).to(parameter.dtype)  # fast if pinned
 
     live = {name: parameter.data.clone() if in_place else parameter.data for name, parameter in parameters.items()}
     try:

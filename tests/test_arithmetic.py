@@ -21,6 +21,8 @@ def seen() -> dict[str, object]:
         "benchmark": BACKENDS.cudnn.benchmark,
         "deterministic": BACKENDS.cudnn.deterministic,
         "fp16": getattr(BACKENDS.cuda.matmul, "allow_fp16_accumulation", None),
+        "fp16 reduced": BACKENDS.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "cuDNN's attention": getattr(BACKENDS.cuda, "cudnn_sdp_enabled", lambda: None)(),
     }
     for name, place in LEGACY.items():
         try:
@@ -56,7 +58,9 @@ def otherwise():
 def test_they_are_set_and_put_back(otherwise, deterministic):
     before = seen()
     with pytest.raises(KeyError), arithmetic.switched(deterministic):
-        off = dict.fromkeys(("benchmark", "fp16", "tf32 matmul", "tf32 cudnn"), False)
+        off = dict.fromkeys(
+            ("benchmark", "fp16", "fp16 reduced", "cuDNN's attention", "tf32 matmul", "tf32 cudnn"), False
+        )
         # what the user has switched on stays on
         assert seen() == before | off | {"deterministic": deterministic, "warn_only": not deterministic}
         raise KeyError

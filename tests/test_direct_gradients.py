@@ -359,6 +359,25 @@ def test_metrics_count_what_the_update_asked_for(variant, queries, tmp_path, mak
     assert 0 <= metrics["policy/saturated_pixels"] <= 1 and math.isfinite(metrics["policy/loss"])
 
 
+@pytest.mark.parametrize("variant", ["draft, K = 1", "alignprop"])
+def test_memory_that_runs_out_after_a_gradient_counts_it_once(variant, tmp_path, make_policy):
+    """Of the first images' rewards, before what else is measured of them is known."""
+    found = []
+    for short in (False, True):
+        training = training_of(tmp_path / str(short), make_policy, **VARIANTS[variant])
+        errors, measure = [torch.OutOfMemoryError("CUDA out of memory")] * short, training.method._measure
+
+        def measure_if_it_fits(*arguments, errors=errors, measure=measure):
+            if errors:
+                raise errors.pop()
+            return measure(*arguments)
+
+        training.method._measure = measure_if_it_fits
+        found.append(updated(training))
+        assert training.context.decoder.batch == training.config.decode_batch // (1 + short)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)  # float32, in another order
+
+
 def test_micro_batches_change_nothing(tmp_path, make_policy):
     whole, parts = (
         updated(training_of(tmp_path / str(rows), make_policy, **VARIANTS["alignprop"] | {"micro_batch": rows}))

@@ -11,7 +11,7 @@ import torch
 from toy import lora_of, new_run, same, timeless, toy_training
 
 from comfy_tdpo.memory.gauges import Ram
-from comfy_tdpo.memory.running_out import out_of_memory
+from comfy_tdpo.memory.running_out import largest_divisor, out_of_memory, smaller_micro_batch
 
 
 class ShortOfMemory:
@@ -87,6 +87,22 @@ def test_no_room_to_decode_one_image_says_what_to_lower(tmp_path, make_policy):
         list(training.epochs())
 
 
+@pytest.mark.parametrize(
+    ("limit", "together", "rows"), [(12, 1, 12), (5, 1, 4), (1, 1, 1), (12, 2, 12), (5, 2, 4), (3, 2, 2), (1, 2, 2)]
+)
+def test_micro_batches_divide_the_update_into_whole_groups(limit, together, rows):
+    assert largest_divisor(12, limit, together) == rows
+
+
+@pytest.mark.parametrize(("together", "number"), [(1, "one sample"), (2, "2 samples")])
+def test_the_smallest_group_is_not_divided(together, number):
+    found = [12]
+    with pytest.raises(ValueError, match=f"got out of memory with {number} at a time; expected room for {number}: "):
+        while True:
+            found.append(smaller_micro_batch(found[-1], 12, together))
+    assert found == {1: [12, 6, 3, 1], 2: [12, 6, 2]}[together]
+
+
 # --- what it looks like: as users have reported it
 
 OUT_OF_MEMORY = {
@@ -104,6 +120,8 @@ OUT_OF_MEMORY = {
     "hipBLAS": RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
     "cuDNN 8": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     "cuDNN 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "all of cuDNN's kernels": RuntimeError("GET was unable to find an engine to execute this computation"),
+    "all of its algorithms": RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
     "MIOpen": RuntimeError("miopenStatusAllocFailed"),
     "RAM": RuntimeError(
         "[enforce fail at alloc_cpu.cpp:73] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "

@@ -76,6 +76,8 @@ def test_it_keeps_the_latest_epochs(tmp_path):
             assert torch.equal(replay.samples[name], torch.cat([getattr(batch, name) for batch, _ in drawn]))
         kept = torch.cat([targets["temporal_rewards"] for _, targets in drawn])
         assert torch.equal(replay.samples["temporal_rewards"], kept)
+        for tensor in replay.samples.values():  # what was dropped is not held any more
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
         assert replay.prompts == [prompt for batch, _ in drawn for prompt in batch.prompts]
         assert [replay.prompt(drawn[-1][0], row) for row in (7, 8)] == [drawn[-1][0].prompts[7], drawn[0][0].prompts[0]]
         seeds = [replay.noise_of(context.samples + i) for i in range(len(replay.prompts))]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
+from comfy_tdpo.rewards import pixels
 from comfy_tdpo.rewards.pixels import CLIP_MEAN, CLIP_STD, pillow_pixels, torchvision_pixels
 
 # height, width: as it is, up, down, tall, wide, an odd number to cut off, tiny, a large factor, long
@@ -97,3 +98,16 @@ def at_most_another(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("size", SIZES[:10], ids=str)
+def test_the_deterministic_form_is_the_same_resizing(size):
+    """With its gradient, which the GPU's own form adds up in any order; float32 of levels to 255."""
+    found = []
+    for resize in (pixels._bicubic, pixels._bicubic_by_matrices):
+        levels = (255 * tensor(picture(size))).requires_grad_()
+        resized = resize(levels, 224, 200)
+        (gradient,) = torch.autograd.grad(resized.square().sum(), levels)
+        found.append((resized, gradient))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from toy import Brightness, drifts, new_run
 
-from comfy_tdpo.rollout import Decoder, Sampler
+from comfy_tdpo.rollout import Decoder, Sampler, draw_noise, draw_noise_of
 from comfy_tdpo.trainer.training import Training
 
 PRECISIONS = {
@@ -142,6 +142,27 @@ def test_the_gate_is_a_metric_of_all_trained_steps(make_training, step, micro_ba
     drift, after = drifts(training)
     assert drift == pytest.approx(1 - 0.990050, abs=1e-5)
     assert after == drift, "the second update is by a policy that has moved"
+
+
+def test_the_gate_sees_what_a_device_computes_only_with_gradients(make_training):
+    """As where its kernels for calls that need none are others."""
+    training = make_training(samples_per_epoch=4, samples_per_update=4)
+    sampled(training)
+    step = training.policy.step
+
+    def other_kernels(*inputs):
+        found = step(*inputs)
+        return found._replace(mean=found.mean + 0.01 * found.mean.requires_grad)
+
+    training.policy.step = other_kernels
+    assert drifts(training)[0] > 100 * GATE
+
+
+def test_the_noise_of_one_step_is_that_of_the_trajectory(make_training):
+    policy, steps = make_training().policy, torch.tensor([0, 2])
+    seeds = [(1, "noise", 0), (1, "noise", 1)]
+    whole = draw_noise(policy, seeds)
+    assert torch.equal(draw_noise_of(policy, seeds, steps), torch.stack([whole[0, 1], whole[1, 3]]))
 
 
 @pytest.mark.parametrize(("resolution", "factor"), [(16, 64.0), (32, 16.0)])

@@ -197,6 +197,8 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        if hasattr(torch, "accelerator") and hasattr(torch.accelerator, "empty_host_cache"):  # not in older releases
+            torch.accelerator.empty_host_cache()  # memory that was pinned
 
 
 def _since(metrics: list[EpochMetrics]) -> int | None:

@@ -18,7 +18,12 @@ from accelerate import Accelerator
 from comfy_tdpo import arithmetic
 from comfy_tdpo.counts import number_of
 from comfy_tdpo.interrupts import heeding
-from comfy_tdpo.memory.budget import MemoryBudget, better_in_main_memory, first_micro_batch
+from comfy_tdpo.memory.budget import (
+    MemoryBudget,
+    better_in_main_memory,
+    bytes_of_trajectories,
+    first_micro_batch,
+)
 from comfy_tdpo.memory.gauges import gauge_of
 from comfy_tdpo.memory.running_out import within_memory
 from comfy_tdpo.methods import TensorGroup, make_method
@@ -153,7 +158,7 @@ class Training:
         configured, device = self.config.micro_batch, self.policy.device
         if self.policy.trainable.sharded and device.type != "cpu":
             configured = configured or 1
-        return first_micro_batch(configured, samples_per_update, device)
+        return first_micro_batch(configured, samples_per_update, device, self.config.rows_together)
 
     def _own_share(self, samples: int) -> int:
         processes = self.processes.count
@@ -284,7 +289,8 @@ class Training:
         if not context.in_main_memory:
             reserve, elsewhere = reserve + elsewhere, 0
         most = context.samples_per_update, context.micro_batch, context.decoder.batch
-        budget = MemoryBudget(self.gauge, *most, reserve if self.gauge.exact else 0, elsewhere)
+        reserve = reserve if self.gauge.exact else 0
+        budget = MemoryBudget(self.gauge, *most, reserve, elsewhere, config.rows_together)
         with self.policy.uncompiled():  # or torch would compile for one row and for two
             choice, told = budget.settle(rehearsal)
         context.micro_batch, context.decoder.batch = choice.micro_batch, choice.decode_batch
@@ -296,9 +302,8 @@ class Training:
 
     @property
     def _trajectories(self) -> int:
-        """The bytes of an epoch's latents, which are copied when they are joined."""
-        steps = len(self.policy.process) + 1 if self.method.samples_first else 0
-        return 2 * self.context.samples * steps * self.policy.latent_size * 4
+        samples = self.context.samples if self.method.samples_first else 0
+        return bytes_of_trajectories(self.config, self.policy, samples)
 
     def _run_epoch(self) -> EpochMetrics:
         context, method, start = self.context, self.method, time.perf_counter()

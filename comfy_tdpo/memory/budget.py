@@ -8,11 +8,12 @@ memory either.
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..counts import number_of
+from ..policy import DiffusionPolicy
 from .gauges import Gauge
 from .running_out import (
     largest_divisor,
@@ -28,10 +29,17 @@ SHARE = 0.1  # of the free memory: trajectories that would take more are kept in
 GIB = 2**30
 
 
-def first_micro_batch(configured: int | None, samples_per_update: int, device: torch.device) -> int:
+def first_micro_batch(configured: int | None, samples_per_update: int, device: torch.device, together: int = 1) -> int:
     """The largest micro-batch allowed: as configured, otherwise CPU_MICRO_BATCH on a CPU or the whole update."""
     limit = configured or (CPU_MICRO_BATCH if device.type == "cpu" else samples_per_update)
-    return largest_divisor(samples_per_update, limit)
+    return largest_divisor(samples_per_update, limit, together)
+
+
+def bytes_of_trajectories(config: Any, policy: DiffusionPolicy, samples: int) -> int:
+    """The bytes of the latents of an epoch's samples in this process, which are copied when they are joined, and of
+    those that are replayed."""
+    replayed = getattr(config.policy, "replay", 0) * config.samples_per_epoch
+    return (2 * samples + replayed) * (len(policy.process) + 1) * policy.latent_size * 4
 
 
 def better_in_main_memory(trajectories: int, free: int) -> bool:
@@ -112,6 +120,7 @@ class MemoryBudget:
         micro_batch, decode_batch: the largest allowed.
         reserve: bytes that the epoch will hold besides: the optimizer's moments, the trajectories.
         in_main_memory: bytes of trajectories that are kept there instead.
+        together: of which micro-batches are multiples, as sdpo's are of pairs.
     """
 
     def __init__(
@@ -122,9 +131,10 @@ class MemoryBudget:
         decode_batch: int,
         reserve: int = 0,
         in_main_memory: int = 0,
+        together: int = 1,
     ):
         self.gauge, self.samples_per_update, self.reserve = gauge, samples_per_update, reserve
-        self.in_main_memory = in_main_memory
+        self.in_main_memory, self.together = in_main_memory, together
         self.micro_batch, self.decode_batch = micro_batch, decode_batch
 
     def settle(self, rehearsal: Rehearsal, training: bool = True) -> tuple[Choice, str]:
@@ -189,7 +199,8 @@ class MemoryBudget:
         """As many rows as fit into `room` in each phase, at least one; `needs`: of those that take micro-batches."""
         rows = min(self.micro_batch, *(need.rows(room) for need in needs))
         images = min(self.decode_batch, decoding.rows(room))
-        return Choice(largest_divisor(self.samples_per_update, max(rows, 1)), max(images, 1), checkpointing)
+        rows = largest_divisor(self.samples_per_update, rows, self.together)
+        return Choice(rows, max(images, 1), checkpointing)
 
     def need(self, work: Callable[[int], None], room: int = sys.maxsize) -> Need:
         """Measure `work`, with two rows only if these fit into `room`."""
@@ -206,7 +217,7 @@ class MemoryBudget:
         """Where memory cannot be measured: the largest that does not run out of it in training."""
 
         def shrink() -> None:
-            self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update)
+            self.micro_batch = smaller_micro_batch(self.micro_batch, self.samples_per_update, self.together)
 
         if training:
             with rehearsal.updating():

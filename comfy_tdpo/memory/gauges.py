@@ -43,16 +43,19 @@ class Cuda:
         self.device = device
 
     def free(self) -> int:
-        free, _ = torch.cuda.mem_get_info(self.device)
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        free, _ = torch.cuda.mem_get_info(index)
         return free + torch.cuda.memory_reserved(self.device) - self.held()  # the allocator's own, unused
 
     def held(self) -> int:
+        torch.cuda.synchronize(self.device)  # the driver's allocator, ComfyUI's default, frees when the GPU gets there
         return torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
 
     def reset(self) -> None:
+        torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
 
 

@@ -12,6 +12,8 @@ _FURTHER_WORDS = (  # not recognised by accelerate
     "error: out of memory",  # CUDA and HIP, outside torch's allocator
     "_STATUS_ALLOC_FAILED",  # cuBLAS, hipBLAS, cuSOLVER, cuDNN 8
     "_ALLOCATION_FAILED",  # cuDNN 9, on the device or the host
+    "nable to find an engine to execute",  # torch, when memory ran out in all of cuDNN's kernels for a convolution
+    "nable to find a valid cuDNN algorithm",
     "miopenStatusAllocFailed",
     "DefaultCPUAllocator: not enough memory",  # Windows
     "Invalid buffer size",  # MPS, for a single tensor
@@ -42,23 +44,26 @@ def within_memory(work: Callable[[], Result], shrink: Callable[[], None]) -> Res
         shrink()
 
 
-def largest_divisor(samples_per_update: int, limit: int) -> int:
-    """A divisor, because sampling and training agree to the last bit only if every forward has equally many rows."""
-    return max(d for d in range(1, samples_per_update + 1) if samples_per_update % d == 0 and d <= limit)
+def largest_divisor(samples_per_update: int, limit: int, together: int = 1) -> int:
+    """A divisor, because sampling and training agree to the last bit only if every forward has equally many rows; a
+    multiple of `together`, and that itself if the limit is lower."""
+    update, most = (max(rows // together, 1) for rows in (samples_per_update, limit))
+    return together * max(d for d in range(1, update + 1) if update % d == 0 and d <= most)
 
 
-def smaller_micro_batch(micro_batch: int, samples_per_update: int) -> int:
-    """At most half of `micro_batch`, and still a divisor of the update, whose result does not change.
+def smaller_micro_batch(micro_batch: int, samples_per_update: int, together: int = 1) -> int:
+    """At most half of `micro_batch`, and still such a divisor of the update, whose result does not change.
 
     Raises:
-        ValueError: `micro_batch` is already 1.
+        ValueError: `micro_batch` is already `together` or less.
     """
-    if micro_batch == 1:
+    if micro_batch <= together:
+        number = "one sample" if together == 1 else f"{together} samples"
         raise ValueError(
-            "got out of memory with one sample at a time; expected room for one: lower resolution, set "
+            f"got out of memory with {number} at a time; expected room for {number}: lower resolution, set "
             "policy.gradient_checkpointing to true, set precision to bf16, or close other programs that use the device"
         )
-    return largest_divisor(samples_per_update, micro_batch // 2)
+    return largest_divisor(samples_per_update, micro_batch // 2, together)
 
 
 def smaller_decode_batch(decode_batch: int) -> int:

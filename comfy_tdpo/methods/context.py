@@ -186,9 +186,8 @@ class Context:
 
     # --- updates
 
-    def update_policy(self, rows: int, accumulate: Callable[[slice], Result], together: int = 1) -> list[Result]:
-        """One gradient update of the policy on `rows` rows, one micro-batch at a time, or `together` if that is more.
-        Micro-batches are multiples of `together`.
+    def update_policy(self, rows: int, accumulate: Callable[[slice], Result]) -> list[Result]:
+        """One gradient update of the policy on `rows` rows, one micro-batch at a time.
 
         `accumulate` backpropagates the contribution of a slice of the rows to the loss, and adds its metrics. If memory
         runs out, the update starts over with a smaller micro-batch. Returns what `accumulate` returned for each
@@ -201,7 +200,7 @@ class Context:
             self.optimizer.zero_grad()
             results: list[Result] = []
             try:
-                size = self.rows_at_once(together)
+                size = self.rows_at_once
                 for begin in range(0, rows, size):
                     self.check()
                     if begin:
@@ -240,10 +239,13 @@ class Context:
                 f"got out of memory with micro_batch {rows} and policy.shard; expected room on every GPU: set "
                 "micro_batch to less, policy.gradient_checkpointing to true, or use more processes"
             )
-        return smaller_micro_batch(rows, self.samples_per_update)
+        return smaller_micro_batch(rows, self.samples_per_update, self.config.rows_together)
 
-    def rows_at_once(self, together: int = 1) -> int:
-        """How many rows `update_policy` gives to `accumulate` at once."""
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows `update_policy` gives to `accumulate` at once: the micro-batch, but for older runs of methods
+        with `rows_together`, which may have another one."""
+        together = self.config.rows_together
         return max(self.micro_batch // together, 1) * together
 
     def step(

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..swapping import brought
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -120,4 +122,4 @@ class TemporalCritic(nn.Module):
 def _drop(x: Tensor, share: float, generator: torch.Generator, part: int, parts: int) -> Tensor:
     """Inverted dropout; the mask is drawn on the CPU, so that it is the same on every device."""
     kept = torch.rand((parts * len(x), *x.shape[1:]), generator=generator).chunk(parts)[part] >= share
-    return x * kept.to(x.device, non_blocking=True) / (1 - share)
+    return x * brought(kept, x.device) / (1 - share)

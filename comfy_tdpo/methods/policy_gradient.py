@@ -23,7 +23,7 @@ from ..models.conditioning import Conditioning
 from ..process import Step
 from ..process.gaussian import gaussian_kl, log_prob, scaled_clip_range
 from ..randomness import Coordinates, generator_at
-from ..rollout import Sampled, Sampler, Trajectories, draw_noise
+from ..rollout import Sampled, Sampler, Trajectories, draw_noise_of
 from . import Metrics, TensorGroup, advantages, groups, objectives
 from .context import Context
 from .critic_training import CriticTraining
@@ -213,8 +213,7 @@ class PolicyGradient:
 
     def _noise(self, rows: Tensor, steps: Tensor) -> Tensor:
         """The noise with which B steps were sampled, (B, C, H, W), drawn again."""
-        noise = draw_noise(self.policy, [self.replay.noise_of(row) for row in rows.tolist()])
-        return noise[torch.arange(len(rows)), steps + 1]
+        return draw_noise_of(self.policy, [self.replay.noise_of(row) for row in rows.tolist()], steps)
 
     @cached_property
     def _median_std(self) -> float:

@@ -101,10 +101,13 @@ class Replay:
         added = {name: self._gathered(tensor.contiguous()) for name, tensor in kept.items()}
         added["epochs"] = torch.full_like(added["log_probs"][:, 0], self.context.epoch + 1, dtype=torch.int64)
         limit = epochs * len(added["epochs"])
-        self.load({name: torch.cat([self.samples.get(name, new[:0]), new])[-limit:] for name, new in added.items()})
+        joined = {name: torch.cat([self.samples.get(name, new[:0]), new]) for name, new in added.items()}
+        self.load({name: tensor[-limit:].clone() for name, tensor in joined.items()})  # or what is dropped would stay
 
     def _gathered(self, tensor: Tensor) -> Tensor:
         """The samples of all processes, which are exchanged between devices, where `tensor` is."""
+        if self.context.processes.count == 1:
+            return tensor
         return self.context.gather(brought(tensor, self.context.policy.device)).to(tensor.device)
 
     def load(self, samples: TensorGroup) -> None:

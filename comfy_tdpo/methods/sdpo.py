@@ -155,12 +155,12 @@ class SDPO:
         assert targets is not None, "targets are computed before the updates"
         rows, steps = _rows_of(pairs), steps.repeat_interleave(PAIR)
         if progress.updates == 0:
-            measure_drift(self.context, self._trained(self.context.epoch + 1), partial(self._log_ratio, batch), PAIR)
+            measure_drift(self.context, self._trained(self.context.epoch + 1), partial(self._log_ratio, batch))
 
         def accumulate(part: slice) -> None:
             self._accumulate(batch, targets["advantages"], rows[part], steps[part], len(rows))
 
-        self.context.update_policy(len(rows), accumulate, together=PAIR)
+        self.context.update_policy(len(rows), accumulate)
 
     def _accumulate(self, batch: Trajectories, advantages: Tensor, rows: Tensor, steps: Tensor, total: int) -> None:
         """Add the gradients and metrics of B of the update's `total` rows, partner beside partner."""

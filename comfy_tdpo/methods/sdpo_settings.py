@@ -9,6 +9,8 @@ from .sections import HistorySettings, SteppedPolicySettings
 class SDPOSettings(MethodSettings):
     """SDPO; the defaults are the authors'."""
 
+    rows_together = 2
+
     samples_per_prompt: Count = Field(
         default=2, description="images of each prompt that is drawn in an epoch; they are compared in pairs"
     )

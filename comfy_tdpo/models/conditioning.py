@@ -35,9 +35,6 @@ class Conditioning(ABC):
         """Its only row, repeated `count` times."""
 
     @abstractmethod
-    def to(self, device: torch.device | str) -> Self: ...
-
-    @abstractmethod
     def summary(self) -> Tensor:
         """One vector for each prompt, float32 (B, P), for networks that need to know roughly what the prompt says."""
 
@@ -60,9 +57,6 @@ class TensorConditioning(Conditioning):
 
     def expand(self, count: int) -> TensorConditioning:
         return self._each(lambda part: part.expand(count, *part.shape[1:]))
-
-    def to(self, device: torch.device | str) -> TensorConditioning:
-        return self._each(lambda part: part.to(device, non_blocking=True))
 
     def summary(self) -> Tensor:
         """All parts side by side, averaged over tokens."""
@@ -92,9 +86,6 @@ class ListConditioning(Conditioning):
     def expand(self, count: int) -> ListConditioning:
         (states,) = self.states
         return type(self)([states] * count)
-
-    def to(self, device: torch.device | str) -> ListConditioning:
-        return type(self)([states.to(device, non_blocking=True) for states in self.states])
 
     def summary(self) -> Tensor:
         """The states averaged over tokens."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from comfy_tdpo import arithmetic
 from comfy_tdpo.atomic_files import write_atomically
 from comfy_tdpo.counts import number_of
 from comfy_tdpo.rewards import RewardModel, load_reward, load_rewards
@@ -57,9 +58,10 @@ def evaluate(
     with locked(folder):
         results = Results(folder, asked)
         studio = _Studio(make_policy or _load_policy, device, check)
-        _score(asked, results, studio, watch, tell)
-        evaluation = Evaluation(asked, results)
-        evaluation = replace(evaluation, pictures=_draw_pictures(evaluation, studio, folder))
+        with arithmetic.switched(deterministic=False):  # as the runs' own images are drawn
+            _score(asked, results, studio, watch, tell)
+            evaluation = Evaluation(asked, results)
+            evaluation = replace(evaluation, pictures=_draw_pictures(evaluation, studio, folder))
         write_table(folder, markdown(evaluation))
         return evaluation
 

@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import torch
 
-from comfy_tdpo.memory.budget import GIB, MemoryBudget, Need, better_in_main_memory, need_of
+from comfy_tdpo.memory.budget import (
+    GIB,
+    MemoryBudget,
+    Need,
+    better_in_main_memory,
+    bytes_of_trajectories,
+    need_of,
+)
 from comfy_tdpo.memory.counting import Held
 from comfy_tdpo.memory.without_values import counted, flops_of
 from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts
@@ -97,7 +104,6 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
         training[True] = need_of(held, rehearsal.train)
         snapshot, checkpoint = bytes_of_snapshot(policy), bytes_of_checkpoint(config, policy)
         moments = bytes_of_moments(policy.count, config.policy)
-        path = config.samples_per_epoch * (config.steps + 1) * policy.latent_size * 4
         drawing = sampling
         if policy.size_of_evaluation > 1:
             with policy.drawing_for_evaluation():
@@ -107,7 +113,7 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
         texts=numbers_of_texts(sizes) * dtype.itemsize,
         rewards=bytes_of_rewards(config),
         moments=moments,
-        trajectories=2 * path,
+        trajectories=bytes_of_trajectories(config, policy, 0 if config.needs_gradient else config.samples_per_epoch),
         snapshot=snapshot,
         checkpoint=checkpoint,
         sampling=sampling,
@@ -157,7 +163,8 @@ def choice(found: Footprint, config: TrainConfig, card: int) -> str:
     """What fits a GPU of `card` GiB: samples and images at once, with a * for gradient checkpointing, or "no"."""
     free = card * GIB - CONTEXT - found.weights - found.rewards
     elsewhere = better_in_main_memory(found.trajectories, free)
-    budget = MemoryBudget(Held(), *rows_allowed(config), found.moments if elsewhere else found.reserve)
+    reserve = found.moments if elsewhere else found.reserve
+    budget = MemoryBudget(Held(), *rows_allowed(config), reserve, together=config.rows_together)
     room = budget.room(free)
     freed = 0 if config.needs_gradient else found.rewards
     if found.texts > free + found.rewards or not found.drawing.rows(room):

@@ -88,6 +88,8 @@ class DirectGradient:
         leaf, total = scored.detach().requires_grad_(), self.samples_per_update
 
         def read(images: Tensor, rows: slice) -> Tensor:
+            if leaf.grad is not None:
+                leaf.grad[rows] = 0  # where memory ran out after their gradient
             rewards = self._rewards(images, prompts[rows])
             losses = self.config.loss_weight * self.loss(rewards)
             self.context.backward(losses.sum() / total)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...models.conditioning import Conditioning
 from ...policy import DiffusionPolicy
 from ...process import Step
+from ...swapping import brought
 
 TakeStep = Callable[[Tensor, Tensor, Conditioning], Step]  # as DiffusionPolicy.step
 
@@ -40,9 +41,9 @@ def draw(
     conditioning = policy.encode_prompts(prompts)
     latents = policy.process.initial(noise[:, 0])
     clean = torch.zeros_like(latents)
-    for k, graded in enumerate(with_gradient.to(policy.device).unbind(1)):
+    for k, graded in enumerate(with_gradient.cpu().unbind(1)):  # where finding its rows waits for nothing
         check()
-        rows, parts = [graded.nonzero()[:, 0], (~graded).nonzero()[:, 0]], []
+        rows, parts = [brought(part.nonzero()[:, 0], policy.device) for part in (graded, ~graded)], []
         for part, enabled in zip(rows, (True, False), strict=True):
             if len(part):
                 positions = torch.full((len(part),), k, device=policy.device)
@@ -51,5 +52,5 @@ def draw(
                     parts.append((mean + sigma * noise[part, k + 1], predicted))
         back = torch.cat(rows).argsort()
         latents, predicted = (torch.cat(both)[back] for both in zip(*parts, strict=True))
-        clean = torch.where(graded.view(-1, 1, 1, 1), predicted, clean)
+        clean = torch.where(brought(graded, policy.device).view(-1, 1, 1, 1), predicted, clean)
     return Drawn(latents, clean)
