@@ -71,10 +71,12 @@ def run_trainer(*arguments: str) -> None:
 
 
 def train(path: Path, config: TrainConfig) -> RunFolder:
-    """The finished run at `path`, which is begun or resumed; one that is there with other settings is refused."""
+    """The finished run at `path`, which is begun or resumed; one that is there with other settings or held-out rewards
+    is refused."""
     if not (path / "config.toml").exists():
         RunFolder(path).create(config)
-    elif fingerprint(RunFolder.open(path).config) != fingerprint(config):
+    there = RunFolder.open(path).config
+    if (fingerprint(there), there.eval_rewards) != (fingerprint(config), config.eval_rewards):
         raise SystemExit(f"{path} was made with other settings; delete it, or give --runs another folder")
     run_trainer("--resume", str(path))
     return RunFolder.open(path)

@@ -53,14 +53,14 @@ WIDE, DPI = 1000, 75  # pixels of copied pictures, and resolution of those drawn
 TRAINED = ""  # instead of a prompt set: the training itself, epoch by epoch
 MEASURES = {  # the first three at equal training reward
     "queries": "reward queries saved",
-    "gold": "how much more of the gold measure, shapes-gold, is left",
+    "gold": "how much more of the gold measure is left",
     "others": "how much more of the held-out rewards is left: their mean, in standard deviations",
     "gain": "training reward gained by the end, in standard deviations",
     "explained": "explained variance of the critic, after the first two epochs",
     "dormant": "dormant neurons of the critic, in percent, after the first two epochs",
     "policy dormant": "dormant neurons of the LoRA, in percent, after the first two epochs",
-    "overlap": "overlap of the critic's dormant neurons with those of the epoch before: what it has above chance, in "
-    "percent of what it could have",
+    "overlap": "excess over chance of the overlap between the critic's dormant neurons and those of the epoch before, "
+    "as a percentage of the largest possible excess",
     "policy overlap": "the same of the LoRA's",
 }
 WHOLE = "full-neurons.png"  # of full.py
@@ -549,10 +549,10 @@ def page(work: Work, there: Held, shown: dict[str, str]) -> str:
         f"comparisons that are decided, {decided * (1 - CONFIDENCE):.1f} would come out as confirmed or contradicted "
         "by chance if no variants differed. What is compared, the first three at equal training reward:",
         "",
-        *(f"- *{name}*: {what}" for name, what in MEASURES.items()),
+        *(f"- *{name}*: {what}" for name, what in MEASURES.items() if name != "gold" or world.truth),
         "",
         *(line for note in world.notes for line in (note, "")),
-        "How many comparisons of each figure came out how:",
+        "The verdicts, by figure, as numbers of comparisons:",
         "",
         *row("figure", "subject", *VERDICTS, "runs and evaluations to be done", head=True),
     ]
@@ -597,7 +597,8 @@ def rivals(world: World, there: Held) -> list[str]:
         f"What each algorithm reaches on {world.rewards[0]}. The aims are smoothed gains, to be reached on every seed"
         f"{'' if world.gpu else ' in at most five minutes'}; seeds that fall short count neither for the reward "
         "queries nor for the minutes. Other work ran beside these runs. The [log](../docs/LOG.md) has what was tried "
-        "where an aim is missed. The fewer prompts an epoch has, the more the gain depends on those of the first:",
+        "where an aim is missed. With few prompts in an epoch, the gain depends more on which prompts the first epoch "
+        "happened to draw:",
         "",
     ]
     lines += row("algorithm", *head, head=True)
@@ -740,7 +741,7 @@ def main() -> None:
         for part in reversed(name.split(".")):
             value = {part: value}
         changed = merge(changed, value)
-    if changed and not args.out:
+    if changed and not (args.out or args.plan):
         parser.error("got --model or --set without --out; expected a file for the results, beside which the page goes")
     runs, out = args.runs or Path("runs") / stem, args.out or HERE / f"{stem}.jsonl"
     if out.suffix != ".jsonl" or not out.parent.is_dir():

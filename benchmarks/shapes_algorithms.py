@@ -66,8 +66,8 @@ def report(results: dict[str, list[dict[str, float]]], command: str) -> str:
         "",
         f"`{command}`",
         "",
-        f"{date.today()}, {machine()}. Mean ± standard deviation over {seeds} seeds: first epoch → mean of the last "
-        f"{LAST} epochs. The gain is in standard deviations of the first epoch's rewards.",
+        f"{date.today()}, {machine()}; one thread for each run. Mean ± standard deviation over {seeds} seeds: first "
+        f"epoch → mean of the last {LAST} epochs. The gain is in standard deviations of the first epoch's rewards.",
         "",
         "| algorithm | reward queries | shapes-aesthetic (trained on) | gain | shapes-judge | shapes-gold |",
         "|---|---|---|---|---|---|",

@@ -73,9 +73,10 @@ def report(runs: dict[tuple[str, int], RunFolder], seeds: int, command: str) -> 
         "",
         f"`{command}`",
         "",
-        f"{date.today()}, {machine()}. Preset `shapes`, TDPO-R, {epochs} epochs. Change from the first epoch to the "
-        f"mean of the last {LAST}, as mean ± standard deviation over {seeds} seeds. The two rewards are in units of "
-        f"the standard deviations they are divided by ({SCALES[A]} and {SCALES[B]}); shapes-gold is in its own units.",
+        f"{date.today()}, {machine()}; one thread for each run. Preset `shapes`, TDPO-R, {epochs} epochs. Change from "
+        f"the first epoch to the mean of the last {LAST}, as mean ± standard deviation over {seeds} seeds. The two "
+        f"rewards are in units of the standard deviations they are divided by ({SCALES[A]} and {SCALES[B]}); "
+        "shapes-gold is in its own units.",
         "",
         f"| {A} : {B} | {A} | {B} | shapes-gold |",
         "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""torch's process-wide switches of a GPU's arithmetic: set while a run trains, and put back after it.
+"""torch's process-wide switches of a GPU's arithmetic: set while a run trains or its images are drawn, and put back.
 
 - TF32 is off, in cuDNN too, where torch has it on: it rounds float32 to fp16's 10 bits of mantissa, which moves a step
   half as far as fp16 does (benchmarks/precision.md, docs/LOG.md). Whoever wants that speed sets precision to fp16.
@@ -11,7 +11,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,28 +36,47 @@ def check(deterministic: bool, device: torch.device) -> None:
         )
 
 
+class _Switches(NamedTuple):
+    """attributes: (where, name, value) of each; attention: whether cuDNN's is on, None where torch has no switch for
+    it; algorithms: whether only deterministic ones may be used, and whether others only cause a warning."""
+
+    attributes: list[tuple[Any, str, Any]]
+    attention: bool | None
+    algorithms: tuple[bool, bool]
+
+    def put(self) -> None:
+        for place, name, value in self.attributes:
+            setattr(place, name, value)
+        if self.attention is not None:
+            torch.backends.cuda.enable_cudnn_sdp(self.attention)
+        on, only_warned_of = self.algorithms
+        torch.use_deterministic_algorithms(on, warn_only=only_warned_of)
+
+
+_lock = Lock()
+_blocks: list[bool] = []  # `deterministic` of those that threads are in
+_before: _Switches | None = None  # the first of them
+
+
 @contextmanager
 def switched(deterministic: bool) -> Iterator[None]:
-    """Inside the block, the switches are as the top of this file says."""
-    switches = _switches(deterministic)
-    before = [(place, name, getattr(place, name)) for place, name, _ in switches]
-    cuda = torch.backends.cuda
-    attention = cuda.cudnn_sdp_enabled() if hasattr(cuda, "cudnn_sdp_enabled") else None  # from torch 2.5 on
-    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """Inside the block, the switches are as the top of this file says.
+
+    Blocks of several threads may overlap: the last one that ends puts back what was before the first.
+    """
+    global _before
+    with _lock:
+        _before = _before or _found()
+        _blocks.append(deterministic)
+        _for_a_run(_before, any(_blocks)).put()
     try:
-        for place, name, value in switches:
-            setattr(place, name, value)
-        if attention is not None:
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        if deterministic:
-            torch.use_deterministic_algorithms(True)
         yield
     finally:
-        for place, name, value in before:
-            setattr(place, name, value)
-        if attention is not None:
-            torch.backends.cuda.enable_cudnn_sdp(attention)
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        with _lock:
+            _blocks.remove(deterministic)
+            (_for_a_run(_before, any(_blocks)) if _blocks else _before).put()
+            if not _blocks:
+                _before = None
 
 
 def described(deterministic: bool, device: torch.device) -> str:
@@ -66,21 +86,40 @@ def described(deterministic: bool, device: torch.device) -> str:
     return f"TF32 off, deterministic {'on' if deterministic else 'off'}"
 
 
-def _switches(deterministic: bool) -> list[tuple[Any, str, Any]]:
-    """(where, name, value) of each; what is on for deterministic results already stays on without them."""
+def _found() -> _Switches:
+    """What is set now, of all that a run wants otherwise."""
+    cuda = torch.backends.cuda
+    return _Switches(
+        [(place, name, getattr(place, name)) for place, name in _attributes()],
+        cuda.cudnn_sdp_enabled() if hasattr(cuda, "cudnn_sdp_enabled") else None,  # from torch 2.5 on
+        (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+    )
+
+
+def _for_a_run(before: _Switches, deterministic: bool) -> _Switches:
+    """Everything off; what is on for deterministic results already stays on without them."""
+    wanted = {"fp32_precision": "ieee"}
+    attributes = [
+        (place, name, (deterministic or was) if name == "deterministic" else wanted.get(name, False))
+        for place, name, was in before.attributes
+    ]
+    attention = None if before.attention is None else False
+    return _Switches(attributes, attention, (True, False) if deterministic else before.algorithms)
+
+
+def _attributes() -> list[tuple[Any, str]]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    switches = [(cudnn, "benchmark", False), (cudnn, "deterministic", deterministic or cudnn.deterministic)]
-    switches.append((matmul, "allow_fp16_reduced_precision_reduction", False))
+    names = [(cudnn, "benchmark"), (cudnn, "deterministic"), (matmul, "allow_fp16_reduced_precision_reduction")]
     if hasattr(matmul, "allow_fp16_accumulation"):  # from torch 2.7 on
-        switches.append((matmul, "allow_fp16_accumulation", False))
-    return _float32() + switches
+        names.append((matmul, "allow_fp16_accumulation"))
+    return names + _float32()
 
 
-def _float32() -> list[tuple[Any, str, Any]]:
+def _float32() -> list[tuple[Any, str]]:
     """The switches of TF32. torch 2.9 has two sets, and reading the first raises where somebody has used the second."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
         _ = matmul.allow_tf32, cudnn.allow_tf32
     except RuntimeError:
-        return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv, cudnn.rnn)]
-    return [(place, "allow_tf32", False) for place in (matmul, cudnn)]
+        return [(place, "fp32_precision") for place in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(place, "allow_tf32") for place in (matmul, cudnn)]

@@ -29,8 +29,8 @@ _WORDS = {
 
 
 class Parted(Exception):
-    """The processes go on no longer together; why: STOPS, LACKS (a reward), FAILS or LOST; error: by which it was seen,
-    as an earlier error of this GPU may look like a lost connection."""
+    """The processes go on no longer together; why: STOPS, LACKS (a reward), FAILS or LOST; error: what torch raised,
+    which is told too, because an earlier error of this GPU may look like a lost connection."""
 
     def __init__(self, why: int, error: Exception | None = None):
         said = (str(error).splitlines() or [type(error).__name__])[:1] if error else []

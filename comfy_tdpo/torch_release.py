@@ -1,4 +1,4 @@
-"""What only newer releases of torch do than the package as a whole asks for."""
+"""Settings that need a newer torch than the package itself."""
 
 import torch
 
@@ -6,7 +6,7 @@ OLDEST = (2, 11)  # with which torch.compile and fully sharded data parallelism 
 
 
 def check_release(setting: str) -> None:
-    """Raise ValueError if torch is older than `setting`, which turns such a thing on, was tried with."""
+    """Raise ValueError if torch is older than the oldest release with which `setting` was tried."""
     if torch.__version__ < OLDEST:
         raise ValueError(
             f"got {setting} true with torch {torch.__version__}; expected {'.'.join(map(str, OLDEST))} or newer: "

@@ -67,7 +67,7 @@ def skipped_without(backend: Backend) -> pytest.MarkDecorator:
 def each(full: Backend | None = None) -> list[Any]:
     """For `parametrize`: each of them, skipped where it is not there; `full` is asked with -m full alone."""
     marks = {backend: [skipped_without(backend)] for backend in (OLDEST, NEWER)}
-    if full:
+    if full and not any(other.missing for other in marks if other is not full):
         marks[full].append(pytest.mark.full)
     return [pytest.param(backend, id=backend.name, marks=marks[backend]) for backend in marks]
 

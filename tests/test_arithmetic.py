@@ -67,6 +67,21 @@ def test_they_are_set_and_put_back(otherwise, deterministic):
     assert seen() == before
 
 
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_what_overlaps_is_put_back_by_the_last_one_out(otherwise, first_out):
+    """As an evaluation beside a training, on threads of their own."""
+    before, blocks = seen(), [arithmetic.switched(True), arithmetic.switched(False)]
+    for block in blocks:
+        block.__enter__()
+    inside = seen()
+    assert inside["algorithms"] and inside["deterministic"] and not inside["warn_only"]
+    blocks[first_out].__exit__(None, None, None)
+    left = {"deterministic": False, "warn_only": True} if first_out == 0 else {}
+    assert seen() == inside | left
+    blocks[1 - first_out].__exit__(None, None, None)
+    assert seen() == before
+
+
 @pytest.mark.skipif(not hasattr(BACKENDS.cudnn, "conv"), reason="torch before 2.9 has one set of names")
 def test_tf32_is_off_too_where_it_was_switched_on_by_the_newer_names():
     places = [BACKENDS.cuda.matmul, BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn]

@@ -115,6 +115,26 @@ def test_where_one_row_does_not_fit_blocks_are_computed_again_and_nothing_crashe
     assert card.errors == 0
 
 
+def test_where_no_pair_fits_blocks_are_computed_again(make_policy):
+    """For a method whose rows belong together, although one row would fit; and where that does not help, it is said."""
+    plain, recomputed = (measured(make_policy, gradient_checkpointing=on)["train"] for on in (False, True))
+    assert recomputed.first + recomputed.more < plain.first
+
+    def settled_in(room: int, together: int) -> tuple[int, bool]:
+        card = Card(2**40)
+        with card:
+            rehearsal = Rehearsal(make_policy(steps=3), "a cat", [])
+            rehearsal.sample(1)  # encodes the prompt
+            card.total = card.bytes + int(room / 0.9) + 2**16
+            choice, _ = MemoryBudget(card, 4, 4, 4, together=together).settle(rehearsal)
+        assert card.errors == 0
+        return choice.micro_batch, choice.checkpointing
+
+    assert [settled_in(plain.first + plain.more // 2, together) for together in (1, 2)] == [(1, False), (2, True)]
+    with pytest.raises(ValueError, match="got out of memory with 2 samples at a time"):
+        settled_in(recomputed.first, 2)
+
+
 def test_updates_may_take_what_the_rewards_leave(make_policy):
     train = measured(make_policy)["train"]
     two_rows, two_more = (int(size / 0.9) + 2**16 for size in (train.first + train.more, 2 * train.more))

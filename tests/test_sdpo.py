@@ -113,16 +113,15 @@ def test_identical_partners_have_no_gradient(tmp_path):
 
 
 def test_the_update_does_not_know_the_micro_batch(tmp_path):
-    """Partners are never parted, not even with one sample at a time, or three."""
+    """Partners are never parted, not even where one sample is asked for, or three."""
     _, batch, targets = sampled(tmp_path / "sampled", samples_per_epoch=12, samples_per_update=12)
     seen = []
-    for size, whole_pairs in ((1, 2), (3, 2), (4, 4), (12, 12)):
+    for size, used in ((1, 2), (3, 2), (4, 4), (12, 12)):
         run = new_run(
             tmp_path / str(size), **SETTINGS | {"samples_per_epoch": 12, "samples_per_update": 12, "micro_batch": size}
         )
         training, found = fast_training(run, trained=True), []
-        assert training.context.micro_batch == whole_pairs
-        training.context.micro_batch = size  # as a run of an older version may have it
+        assert training.context.micro_batch == used
         training.context.progress.parts, training.context.progress.targets = [batch], targets
         training.context.optimizer.register_step_pre_hook(
             lambda *_, training=training, found=found: found.extend(p.grad.clone() for p in training.policy.parameters)
@@ -132,6 +131,18 @@ def test_the_update_does_not_know_the_micro_batch(tmp_path):
     for found, loss in seen[:-1]:
         torch.testing.assert_close(found, seen[-1][0], rtol=1e-4, atol=1e-7)  # float32, another order of sums
         torch.testing.assert_close(loss, seen[-1][1])
+
+
+def test_a_run_that_was_saved_with_an_odd_micro_batch_goes_on_with_an_even_one(tmp_path):
+    """As older versions have chosen them."""
+    run = new_run(tmp_path / "run", **SETTINGS | {"samples_per_epoch": 12, "samples_per_update": 12, "epochs": 1})
+    training = fast_training(run)
+    list(training.epochs())
+    training.context.micro_batch = 3
+    training.state.save(run.checkpoints, 1, {})
+    again = fast_training(run)
+    list(again.epochs())
+    assert again.context.micro_batch == 2
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])

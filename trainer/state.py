@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comfy_tdpo.memory.running_out import largest_divisor
 from comfy_tdpo.methods import Method, TensorGroup
 from comfy_tdpo.methods.context import Context, Progress
 from comfy_tdpo.optimizers import load_optimizer_tensors, optimizer_tensors
@@ -128,7 +129,9 @@ class TrainState:
         kept = LARGEST if context.in_main_memory else ()
         on_device = {name: _to(context.policy.device, group, kept) for name, group in tensors.items()}
         self.method.load_state(on_device, state)
-        context.epoch, context.micro_batch, self.metrics = state["epoch"], state["micro_batch"], state["metrics"]
+        context.epoch, self.metrics, together = state["epoch"], state["metrics"], context.config.rows_together
+        # older versions have trained pairs with odd numbers
+        context.micro_batch = largest_divisor(context.samples_per_update, state["micro_batch"], together)
         context.decoder.batch = state.get("decode_batch", context.decoder.batch)  # older versions have neither
         if state.get("gradient_checkpointing") and not context.policy.checkpointing:
             context.policy.turn_on_checkpointing()

@@ -156,8 +156,8 @@ class MemoryBudget:
         if training and NO_ROOM not in needs:
             largest, freed, why = self._updating(rehearsal, sampling, free)
             needs.append(largest.less(freed))
-        if NO_ROOM in needs:
-            smaller_micro_batch(1, self.samples_per_update)  # raises
+        if NO_ROOM in needs or any(need.rows(room) < self.together for need in needs if self.together > 1):
+            smaller_micro_batch(self.together, self.samples_per_update, self.together)  # raises
         if decoding == NO_ROOM:
             smaller_decode_batch(1)  # raises
         choice = self.choose(room, needs, decoding, rehearsal.checkpointing)
@@ -183,7 +183,7 @@ class MemoryBudget:
             room = self.room(free + freed)
             kept = 0 if rehearsal.checkpointing else sampling.first + rehearsal.kept()
             found = self.need(rehearsal.train, room) if kept <= room else Need(kept, kept)
-            if not found.rows(room) and not rehearsal.checkpointing:
+            if found.rows(room) < self.together and not rehearsal.checkpointing:
                 why = f", with gradient checkpointing, without which one sample takes {found.told()}"
                 rehearsal.turn_on_checkpointing()
                 found = self.need(rehearsal.train, room)
@@ -196,7 +196,10 @@ class MemoryBudget:
         return int(free * (1 - MARGIN)) - self.reserve
 
     def choose(self, room: int, needs: list[Need], decoding: Need, checkpointing: bool) -> Choice:
-        """As many rows as fit into `room` in each phase, at least one; `needs`: of those that take micro-batches."""
+        """As many rows as fit into `room` in each phase, at least `together`.
+
+        needs: of the phases that take micro-batches.
+        """
         rows = min(self.micro_batch, *(need.rows(room) for need in needs))
         images = min(self.decode_batch, decoding.rows(room))
         rows = largest_divisor(self.samples_per_update, rows, self.together)

@@ -32,7 +32,7 @@ def out_of_memory(error: BaseException) -> bool:
 def within_memory(work: Callable[[], Result], shrink: Callable[[], None]) -> Result:
     """What `work` returns. Each time that it runs out of memory, `shrink` is called and `work` starts over.
 
-    `shrink` lowers the number of rows that `work` takes at once, and raises ValueError once that is 1.
+    `shrink` lowers the number of rows that `work` takes at once, and raises ValueError once they can't be fewer.
     """
     while True:
         try:

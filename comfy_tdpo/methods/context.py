@@ -200,7 +200,7 @@ class Context:
             self.optimizer.zero_grad()
             results: list[Result] = []
             try:
-                size = self.rows_at_once
+                size = self.micro_batch
                 for begin in range(0, rows, size):
                     self.check()
                     if begin:
@@ -232,7 +232,7 @@ class Context:
         """How many rows to try after `rows` ran out of memory.
 
         Raises:
-            ValueError: it was one, or all processes would have to take fewer together.
+            ValueError: it was the fewest that there can be, or all processes would have to take fewer.
         """
         if self.policy.trainable.sharded:
             raise ValueError(
@@ -240,13 +240,6 @@ class Context:
                 "micro_batch to less, policy.gradient_checkpointing to true, or use more processes"
             )
         return smaller_micro_batch(rows, self.samples_per_update, self.config.rows_together)
-
-    @property
-    def rows_at_once(self) -> int:
-        """How many rows `update_policy` gives to `accumulate` at once: the micro-batch, but for older runs of methods
-        with `rows_together`, which may have another one."""
-        together = self.config.rows_together
-        return max(self.micro_batch // together, 1) * together
 
     def step(
         self, optimizer: torch.optim.Optimizer, max_grad_norm: float, scaler: torch.amp.GradScaler = UNSCALED

@@ -26,9 +26,9 @@ def measure_drift(context: Context, trained: Tensor, log_ratio: Callable[[Tensor
     steps = trained.nonzero()[:, 0]
 
     def measure() -> Tensor:
-        pairs = torch.arange(-(-len(steps) // context.rows_at_once) * context.rows_at_once)  # all steps
-        found = []
-        for part in pairs.split(context.rows_at_once):  # in full micro-batches
+        size, found = context.micro_batch, []
+        pairs = torch.arange(-(-len(steps) // size) * size)  # all steps, in full micro-batches
+        for part in pairs.split(size):
             with torch.set_grad_enabled(not context.policy.trainable.sharded):
                 log_ratios = log_ratio(part % context.samples, steps[part % len(steps)]).detach()
             found.append((ratio_of(log_ratios) - 1).abs().max())

@@ -100,9 +100,9 @@ class Replay:
             kept["reference_means"] = batch.reference_means
         added = {name: self._gathered(tensor.contiguous()) for name, tensor in kept.items()}
         added["epochs"] = torch.full_like(added["log_probs"][:, 0], self.context.epoch + 1, dtype=torch.int64)
-        limit = epochs * len(added["epochs"])
-        joined = {name: torch.cat([self.samples.get(name, new[:0]), new]) for name, new in added.items()}
-        self.load({name: tensor[-limit:].clone() for name, tensor in joined.items()})  # or what is dropped would stay
+        old = {name: self.samples.get(name, new[:0]) for name, new in added.items()}
+        begin = max(0, len(old["epochs"]) - (epochs - 1) * len(added["epochs"]))
+        self.load({name: torch.cat([old[name][begin:], new]) for name, new in added.items()})
 
     def _gathered(self, tensor: Tensor) -> Tensor:
         """The samples of all processes, which are exchanged between devices, where `tensor` is."""

@@ -33,10 +33,11 @@ from . import Metrics, TensorGroup, advantages, objectives
 from .advantages import RewardMoments
 from .context import Context
 from .drift import measure_drift
+from .sdpo_settings import SDPOSettings
 from .window import trained_steps, update_order, window
 
 SIMILAR = 1e-3
-PAIR = 2  # rows
+PAIR = SDPOSettings.rows_together
 
 Pairs = tuple[Tensor, Tensor]  # pairs and the step of each, int64 (P,) each, on the CPU
 
@@ -166,8 +167,8 @@ class SDPO:
         """Add the gradients and metrics of B of the update's `total` rows, partner beside partner."""
         context, share = self.context, len(rows) / total
         log_ratio = self._log_ratio(batch, rows, steps)
-        weights = (self.config.gamma ** steps[::2].float()).to(log_ratio.device)
-        ratios, aims = log_ratio.view(-1, 2), advantages[rows, steps].view(-1, 2)
+        weights = (self.config.gamma ** steps[::PAIR].float()).to(log_ratio.device)
+        ratios, aims = log_ratio.view(-1, PAIR), advantages[rows, steps].view(-1, PAIR)
         clip_range = scaled_clip_range(self.config.policy.clip_range, self.policy.latent_size)
         loss = pair_loss(ratios, aims, weights, clip_range).sum() / (total // 2)
         context.backward(loss)

@@ -151,8 +151,8 @@ class TrainConfig(MethodSettings):
     )
     micro_batch: Annotated[Count | None, Unset] = Field(
         default=None,
-        description="largest number of samples per forward pass, rounded down to a divisor of samples_per_update; none "
-        "means as many as fit",
+        description="largest number of samples per forward pass, rounded down to a divisor of samples_per_update, with "
+        "sdpo to an even one, at least 2; none means as many as fit",
     )
     decode_batch: Count = Field(default=16, description="largest number of images decoded and embedded at once")
     steps: int = Field(default=50, ge=1, le=1000, description="denoising steps T")

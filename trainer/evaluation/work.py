@@ -58,7 +58,7 @@ def evaluate(
     with locked(folder):
         results = Results(folder, asked)
         studio = _Studio(make_policy or _load_policy, device, check)
-        with arithmetic.switched(deterministic=False):  # as the runs' own images are drawn
+        with arithmetic.switched(deterministic=False):  # with the arithmetic of a run
             _score(asked, results, studio, watch, tell)
             evaluation = Evaluation(asked, results)
             evaluation = replace(evaluation, pictures=_draw_pictures(evaluation, studio, folder))

@@ -50,7 +50,7 @@ def recommend(
         ValueError: the run has no LoRA, is in use, or cannot be drawn or scored as asked.
         RewardError: a reward failed.
     """
-    with run.lock(), arithmetic.switched(deterministic=False):  # as the run's own images are drawn
+    with run.lock(), arithmetic.switched(deterministic=False):  # with the arithmetic of a run
         config = run.config
         name = held_out_reward(config, options.held_out)
         prompts, source = unseen_prompts(config, run.prompts(config), run.grid_prompts(config), options.prompts)

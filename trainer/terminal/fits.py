@@ -171,7 +171,7 @@ def choice(found: Footprint, config: TrainConfig, card: int) -> str:
         return "no"
     for checkpointing in (True,) if config.policy.gradient_checkpointing else (False, True):
         needs = [found.sampling, found.training[checkpointing].less(freed)]
-        if all(need.rows(room) for need in (*needs, found.decoding)):
+        if all(need.rows(room) >= config.rows_together for need in needs) and found.decoding.rows(room):
             rows, images, _ = budget.choose(room, needs, found.decoding, checkpointing)
             return f"{rows}{'*' * checkpointing} / {images}"
     return "no"

@@ -89,7 +89,7 @@ class DirectGradient:
 
         def read(images: Tensor, rows: slice) -> Tensor:
             if leaf.grad is not None:
-                leaf.grad[rows] = 0  # where memory ran out after their gradient
+                leaf.grad[rows] = 0  # a retry: without the gradient of the attempt that ran out of memory
             rewards = self._rewards(images, prompts[rows])
             losses = self.config.loss_weight * self.loss(rewards)
             self.context.backward(losses.sum() / total)
