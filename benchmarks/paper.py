@@ -678,9 +678,8 @@ def draw(world: World, figure: PaperFigure, there: Held, path: Path) -> bool:
 
 def numbers_of(figure: PaperFigure) -> dict[str, int]:
     """The number that decides how a variant is drawn: the same in all figures for those of the first."""
-    main = list(dict.fromkeys(map(name_of, next(iter(FIGURES.values())).shows)))
-    others = [name for name in dict.fromkeys(map(name_of, figure.shows)) if name not in main]
-    return {name: number for number, name in enumerate(main + others) if name in {*map(name_of, figure.shows)}}
+    main, shown = (dict.fromkeys(map(name_of, each.shows)) for each in (next(iter(FIGURES.values())), figure))
+    return {name: number for number, name in enumerate(main | shown) if name in shown}
 
 
 def curve(runs: list[Series], x: str, y: str, over: int) -> list[Point]:
@@ -728,7 +727,7 @@ def main() -> None:
     parser.add_argument("--model", help="another model than the preset's: a folder, a hub id or a checkpoint")
     parser.add_argument("--plan", action="store_true", help="only say how much there is to do")
     parser.add_argument("--page", action="store_true", help="only write the page from what there is")
-    parser.add_argument("--epoch-seconds", type=seconds, default=0.0, help="seconds of an epoch, for the plan")
+    parser.add_argument("--epoch-seconds", type=positive, default=0.0, help="seconds of an epoch, for the plan")
     named: dict[str, Any] = {"nargs": "+", "type": pair, "default": []}
     parser.add_argument("--prompts", metavar="REWARD=FILE", help="training prompts of a reward", **named)
     parser.add_argument("--set", metavar="NAME=VALUE", help="settings of all runs, for trials", **named)
@@ -774,7 +773,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-def seconds(text: str) -> float:
+def positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
