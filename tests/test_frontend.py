@@ -532,6 +532,23 @@ def test_stopping(store):
     assert state == ["stopping", "stopped", "out of order"]
 
 
+def test_the_answer_to_a_stop_does_not_undo_the_end_that_an_event_told_first(store):
+    """A run that waits ends at once, and its event may come before the answer."""
+    state = store(f"""{RUNS}
+      runs.watch(() => {{}}); await settle();
+      const told = async (state) => {{
+        answers["/tdpo/runs/a/stop"] = async () => {{
+          api.tell("tdpo.progress", {{ ...S, state, metrics: null }});
+          return [200, {{ ...S, state: "stopping" }}];
+        }};
+        await runs.stop("a");
+        return runs.find("a").state;
+      }};
+      return [await told("running"), await told("stopped")];
+    """)
+    assert state == ["stopping", "stopped"]
+
+
 def test_of_a_deleted_run_nothing_is_remembered(store):
     """Another one may take its name."""
     state = store(f"""{RUNS}

@@ -13,8 +13,9 @@ from comfy_tdpo.nodes.runs.marks import MARK, mark, mark_unheeded
 from comfy_tdpo.nodes.runs.registry import finite, newest_grid
 from comfy_tdpo.nodes.runs.reward_choice import RewardChoice
 from comfy_tdpo.nodes.runs.select import choose, is_done, token
-from comfy_tdpo.nodes.runs.start import job_under_way, prepare, start, wait_for
+from comfy_tdpo.nodes.runs.start import Teller, job_under_way, prepare, start, wait_for
 from comfy_tdpo.trainer.config import override
+from comfy_tdpo.trainer.job import ENDED, Status
 from comfy_tdpo.trainer.recommend.files import write_choice
 from comfy_tdpo.trainer.run.loras import snapshots
 
@@ -440,15 +441,12 @@ def test_epochs_and_the_end_are_always_told(runs):
 
 
 def test_phases_are_told_now_and_then(runs, monkeypatch):
-    from comfy_tdpo.nodes.runs import start
-    from comfy_tdpo.trainer.job import Status
-
     clock = [0.0]
-    monkeypatch.setattr(start.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("comfy_tdpo.nodes.runs.start.time.monotonic", lambda: clock[0])
     want = wanted()
     prepare(runs, runs.folder("one"), want.config(), want.prompts())
     told = []
-    teller = start.Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
+    teller = Teller(runs, runs.folder("one"), lambda detail: told.append(clock[0]))
     for clock[0] in (1.0, 1.1, 1.19, 1.21, 1.3):
         teller("phase", Status("one", "running", 0, 2, "sampling"))
     teller("phase", Status("one", "running", 0, 2, "updating"))
@@ -456,6 +454,26 @@ def test_phases_are_told_now_and_then(runs, monkeypatch):
     assert told == [1.0, 1.21, 1.3, 1.3]
     teller("phase", Status("one", "waiting", 1, 2, "updating", waits_for="two"))
     assert told[-1] == 1.3 and len(told) == 5
+
+
+def test_what_is_told_last_is_the_newest(runs):
+    """Threads of other runs tell of one that waits, and its own may tell of its end meanwhile."""
+    want = wanted()
+    prepare(runs, runs.folder("one"), want.config(), want.prompts())
+    told = []
+
+    def tell(detail):
+        if threading.current_thread() is older:
+            newer.start()
+            newer.join(0.3)  # in vain: it waits
+        told.append(threading.current_thread())
+
+    teller = Teller(runs, runs.folder("one"), tell)
+    older, newer = (threading.Thread(target=teller, args=("end", Status("one", state, 0, 2))) for state in ENDED[:2])
+    older.start()
+    older.join()
+    newer.join()
+    assert told == [older, newer]
 
 
 def test_the_bar_of_the_graph_moves_within_an_epoch_and_never_goes_back(runs):

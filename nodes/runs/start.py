@@ -2,6 +2,7 @@
 
 import atexit
 import shutil
+import threading
 import time
 from collections.abc import Callable
 
@@ -99,8 +100,13 @@ class Teller:
         self.runs, self.run, self.tell = runs, run, tell
         self._last = 0.0
         self._seen: tuple[str, str | None] = ("", None)
+        self._lock = threading.Lock()  # what is told last is the newest
 
     def __call__(self, event: str, status: Status) -> None:
+        with self._lock:
+            self._report(event, status)
+
+    def _report(self, event: str, status: Status) -> None:
         now, seen = time.monotonic(), (status.phase, status.waits_for)
         if event == "phase" and seen == self._seen and now - self._last < SECONDS_BETWEEN_EVENTS:
             return

@@ -1,7 +1,7 @@
 // The state of the runs: read from the routes, kept current by the server's events.
 
 import { api } from "../../scripts/api.js";
-import { cursor, mergeMetrics } from "./model.js";
+import { cursor, isActive, mergeMetrics } from "./model.js";
 
 export const RETRY = 5000; // milliseconds until what failed is asked for again
 
@@ -140,7 +140,8 @@ class Runs {
   /** Ask a run to stop; throws an Error that says why it cannot. */
   async stop(id) {
     try {
-      this.#put(await ask(runRoute(id, "/stop"), { method: "POST" }));
+      const status = await ask(runRoute(id, "/stop"), { method: "POST" });
+      if (isActive(this.find(id) ?? status)) this.#put(status); // else an event has said that it ended
       this.#changed();
     } catch (error) {
       if (error.status === 409) await this.refresh(); // it has ended in the meantime
