@@ -59,7 +59,7 @@ def sizes(tmp_path_factory):
     ("reward", "precision", "recompute"),
     [
         ("aesthetic", "fp32", memory.OFF),
-        ("hpsv2", "bf16", memory.ALL),
+        pytest.param("hpsv2", "bf16", memory.ALL, marks=pytest.mark.full),
     ],
 )
 def test_tensors_without_values_take_what_tensors_with_values_do(monkeypatch, sizes, reward, precision, recompute):

@@ -702,7 +702,7 @@ def screenshot(tab: Tab, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shown", BOTH)
+@pytest.mark.parametrize("shown", NEWEST)
 def test_the_curve_moves_comes_back_after_a_reload_and_stops(browser, servers, shown):
     frontend, renderer = shown
     server = servers(frontend)

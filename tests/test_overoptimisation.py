@@ -166,7 +166,7 @@ def test_noise_rarely_rings():
     assert share(0.05 * torch.arange(15.0), RISING[:15], 300) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_noise_rarely_rings_in_long_runs():
     """The same of 100 epochs: of flat curves at most 15 %, of rising ones none."""
     assert share(torch.zeros(100), RISING, 100) <= 0.15
