@@ -1,8 +1,9 @@
 """What the critic's cheaper ways of reading keep: `python benchmarks/critic_reading.py`.
 
-Trains TDPO-R on Shapes over paired seeds (the same prompts and noise) with a critic that reads full images, small ones,
-those of the tiny decoder, or some steps only. The page compares the variance of the returns that the critic explains,
-the training reward, what is left of shapes-gold, and the seconds. Writes critic_reading.jsonl (one line per run: the
+Trains on Shapes over paired seeds (the same prompts and noise) with a critic that reads full images, small ones, those
+of the tiny decoder, or some steps only: TDPO-R, whose critic reads noisy images, and TDPO-G, whose critic reads the
+clean images that are predicted of them. The page compares the variance of the returns that the critic explains, the
+training reward, what is left of shapes-gold, and the seconds. Writes critic_reading.jsonl (one line per run: the
 series of each epoch) and critic_reading.md beside this file.
 
 A run that the .jsonl holds already is not repeated, and a stopped one is resumed. Seconds compare only runs on a quiet
@@ -38,7 +39,7 @@ REWARD, GOLD = "shapes-aesthetic", "shapes-gold"
 SEEDS = 5
 FROM = 2  # epochs of which the critic has learned too little to be compared
 FULL: dict[str, Any] = {"image_size": "none"}
-VARIANTS: dict[str, dict[str, Any]] = {
+READINGS: dict[str, dict[str, Any]] = {
     "full": FULL,
     "32 px": {"image_size": 32},
     "16 px": {"image_size": 16},
@@ -49,6 +50,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tiny, 32 px, every 5th": {"image_size": 32, "decoder": "tiny", "read_every": 5},
 }
 BASELINE = "full"
+ALGORITHMS = {"tdpo-r": "whose critic reads noisy images", "tdpo-g": "whose critic reads predicted clean images"}
+VARIANTS = {  # (algorithm, reading)
+    reading if algorithm == "tdpo-r" else f"{algorithm}, {reading}": (algorithm, reading)
+    for algorithm in ALGORITHMS
+    for reading in READINGS
+}
+COLUMNS = ("explained variance", "first third", "last third", "gain", "gold lost", "seconds", "sampling")
 QUICK = {"epochs": 2, "samples_per_epoch": 6, "samples_per_update": 6, "output": {"grid_images": 1}}
 NAMES = {
     "reward": f"reward/{REWARD}/mean",
@@ -85,41 +93,51 @@ def main() -> None:
 
 @cache
 def config_of(name: str, seed: int, quick: bool = False) -> TrainConfig:
-    values: dict[str, Any] = {"algorithm": "tdpo-r", "seed": seed, "critic": VARIANTS[name], "eval_rewards": [GOLD]}
+    algorithm, reading = VARIANTS[name]
+    values: dict[str, Any] = {"algorithm": algorithm, "seed": seed, "critic": READINGS[reading], "eval_rewards": [GOLD]}
     return make_config("shapes", overrides=values | (QUICK if quick else {}))
 
 
 def page(runs: Runs, found: list[Line]) -> str:
-    head = ["variant", "seeds", "explained variance", "first third", "last third", "gain", "gold lost", "seconds"]
     lines = [
         "# What the critic's cheaper ways of reading keep",
         "",
         "`python benchmarks/critic_reading.py`",
         "",
-        f"{when_and_where(found)}; one thread for each run. TDPO-R with the preset `shapes`; runs of one seed share "
-        f"prompts and noise. Explained variance is the mean of epochs {FROM + 1} to the last. The gain of {REWARD}, in "
-        "standard deviations of the first epoch's rewards, and the gold lost are those of the end. The seconds are "
-        "those of an epoch, and of its sampling, in which the critic reads.",
+        f"{when_and_where(found)}; one thread for each run. Preset `shapes`; runs of one seed share prompts and "
+        f"noise. Explained variance is the mean of epochs {FROM + 1} to the last. The gain of {REWARD}, in standard "
+        "deviations of the first epoch's rewards, and the gold lost are those of the end. The seconds are those of an "
+        "epoch, and of its sampling, in which the critic reads. Differences are taken seed by seed; their intervals "
+        f"hold {CONFIDENCE:.0%} (Student's t over seeds).",
         "",
         "Where the critic reads every 5th step, the others have the embedding of the last one read. Interpolated, they "
         "know some of the noise of the steps that follow; variance explained by that is no merit.",
         "",
-        *row(*head, "sampling", head=True),
     ]
+    for algorithm, told in ALGORITHMS.items():
+        of_algorithm = {
+            reading: runs[name] for name, (its, reading) in VARIANTS.items() if its == algorithm and name in runs
+        }
+        if of_algorithm:
+            lines += [f"## {algorithm}, {told}", "", *tables(of_algorithm)]
+    return "\n".join(lines)
+
+
+def tables(runs: Runs) -> list[str]:
+    """The figures of each way of reading, and its differences from the full one."""
+    lines = row("critic reads", "seeds", *COLUMNS, head=True)
     for name, seeds in runs.items():
         cells = [f"{statistics.fmean(values.values()):{form}}" for values, form in figures(seeds)]
         lines += row(name, str(len(seeds)), *cells)
-    lines += [
-        "",
-        f"Differences from `{BASELINE}`, seed by seed; intervals hold {CONFIDENCE:.0%} (Student's t over seeds):",
-        "",
-        *row("variant", *head[2:], "sampling", head=True),
-    ]
+    lines += ["", f"Differences from `{BASELINE}`:", "", *row("critic reads", "pairs", *COLUMNS, head=True)]
     for name, seeds in runs.items():
         if name != BASELINE and BASELINE in runs:
             pairs = zip(figures(seeds), figures(runs[BASELINE]), strict=True)
-            lines += row(name, *(with_interval(differences(ours, theirs)) for (ours, _), (theirs, _) in pairs))
-    return "\n".join(lines) + "\n"
+            count = len(seeds.keys() & runs[BASELINE].keys())
+            lines += row(
+                name, str(count), *(with_interval(differences(ours, theirs)) for (ours, _), (theirs, _) in pairs)
+            )
+    return [*lines, ""]
 
 
 def figures(seeds: dict[int, Series]) -> list[tuple[dict[int, float], str]]:
