@@ -17,7 +17,7 @@ from comfy_tdpo.trainer.terminal.fits import CARDS, GIB, choice, footprint
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- memory-table: begin -->", "<!-- memory-table: end -->"
 MODELS = [  # preset, its name, resolution
-    ("sd14-aesthetic", "SD 1.x", 512),
+    ("sd15", "SD 1.x", 512),
     ("sdxl", "SDXL", 1024),
     ("sd3", "SD 3.5 medium", 1024),
     ("flux-dev", "FLUX.1 dev", 1024),
@@ -32,7 +32,8 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=[preset for preset, _, _ in MODELS])
+    names = [preset for preset, _, _ in MODELS]
+    parser.add_argument("--presets", nargs="+", default=names, choices=names, help="count these alone, and print them")
     args = parser.parse_args()
     needed = ["| | weights | texts | optimizer, paths | sample | sample* | image |", "|---|---|---|---|---|---|---|"]
     fitting = [f"| | {' | '.join(f'{card} GB' for card in CARDS)} |", "|---" * (len(CARDS) + 1) + "|"]
@@ -42,8 +43,7 @@ def main() -> None:
         config, sizes = make_config(preset), sizes_of(make_config(preset).model)
         assert sizes is not None, "the presets' models come with their configurations"
         for kind, policy in KINDS.items():
-            plain = policy | {"gradient_checkpointing": False}
-            of_kind = override(config, {"resolution": resolution, "precision": "bf16", "policy": plain})
+            of_kind = override(config, {"resolution": resolution, "precision": "bf16", "policy": policy})
             found = footprint(of_kind, sizes)
             training = (found.training[on].first for on in (False, True))
             parts = (found.weights, found.texts, found.reserve, *training, found.decoding.first)
