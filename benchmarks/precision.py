@@ -60,9 +60,9 @@ CONCLUSION = (
     "fp16, rarely. TF32 rounds what a product or a convolution takes to fp16's 10 bits of mantissa, and nothing else; "
     "simulated on the network of Shapes, it moves a step about half as far as fp16 does. So a float32 run has it "
     "off, in cuDNN too. Models of flow matching overflow in fp16 and stay in bf16. The mean error is -r^2 / 2, so "
-    "larger latents do not help bf16. Half precision without autocast is less exact than with it, and is not "
-    "offered. These numbers cannot say how a trained network rounds, how CUDA's kernels do, and how well a run "
-    "learns from such ratios: a good sample that rounding makes look less likely keeps its gradient."
+    "larger latents do not help bf16. Half precision without autocast has the larger errors, and is not offered. "
+    "These numbers cannot say how a trained network or CUDA's kernels round, nor how well a run learns from such "
+    "ratios: a good sample that rounding makes look less likely keeps its gradient."
 )
 Means = dict[int, Tensor]  # updates -> (S, C, H, W), of each state's step
 

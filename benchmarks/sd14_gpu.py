@@ -70,6 +70,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.small:
         vars(args).update(SMALL)
+    elif not torch.cuda.is_available():
+        parser.error("there is no GPU here; expected one, or --small for a tiny model on the CPU")
     rows, chosen = [], []
     for precision in args.precisions:
         for compiled in (False, True) if args.compile else (False,):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tiny_models import SHIPPED
 
 from comfy_tdpo.methods.window import window
+from comfy_tdpo.models.sizes import sizes_of
 from comfy_tdpo.process import make_process
 from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
 from comfy_tdpo.trainer.__main__ import main
@@ -98,7 +99,8 @@ def test_a_plan_of_a_single_file_reads_its_header(tmp_path):
     }
     save_file(weights, tmp_path / "sd.safetensors")
     config = make_config(overrides={"model": str(tmp_path / "sd.safetensors"), "algorithm": "tdpo-r"})
-    assert [row[1] for row in rows("\n".join(plan(config)))] == [f"{1 + 50 * k:.1f}" for k in range(19, -1, -1)]
+    assert [row[1] for row in rows(next(plan(config)))] == [f"{1 + 50 * k:.1f}" for k in range(19, -1, -1)]
+    assert sizes_of(config.model) == SHIPPED / "sd1", "of which the rest is counted"
 
 
 @pytest.mark.parametrize(

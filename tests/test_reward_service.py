@@ -529,6 +529,24 @@ def test_a_port_in_use_is_told_in_one_line(capsys):
     assert f"--port {port}, where nothing can listen: Address already in use" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", ""], "got an empty address; expected one of this machine, such as 127.0.0.1"),
+        (["--reward-weights", "x"], "got --reward-weights 'x'; expected NAME=PATH,... for rewards given by --reward"),
+        (["--reward-weights", "hpsv2=/x"], "got --reward-weights 'hpsv2=/x'; expected NAME=PATH"),
+        (["--reward", "http://127.0.0.1:9"], "which is a service itself; expected one that is computed here"),
+    ],
+)
+def test_what_cannot_be_served_is_told_in_one_line(capsys, options, message):
+    try:
+        status = main(["serve", "--reward", "shapes-gold", *options])
+    except SystemExit as error:
+        status = error.code
+    (*_, line) = capsys.readouterr().err.splitlines()
+    assert status == 2 and message in line
+
+
 # --- a judge
 
 

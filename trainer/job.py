@@ -218,7 +218,8 @@ def _sentence(error: Exception) -> str:
     if out_of_memory(error):
         return (
             "out of memory: lower resolution, micro_batch or decode_batch, set policy.gradient_checkpointing to true, "
-            "set precision to bf16, or close other programs that use the device; everything saved so far is intact"
+            "set precision to fp16 or bf16, set reward_precision to bf16, or close other programs that use the device; "
+            "everything saved so far is intact"
         )
     text = (
         str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -61,7 +61,8 @@ def smaller_micro_batch(micro_batch: int, samples_per_update: int, together: int
         number = "one sample" if together == 1 else f"{together} samples"
         raise ValueError(
             f"got out of memory with {number} at a time; expected room for {number}: lower resolution, set "
-            "policy.gradient_checkpointing to true, set precision to bf16, or close other programs that use the device"
+            "policy.gradient_checkpointing to true, set precision to fp16 or bf16, set guidance to 1, or close other "
+            "programs that use the device"
         )
     return largest_divisor(samples_per_update, micro_batch // 2, together)
 
@@ -75,6 +76,6 @@ def smaller_decode_batch(decode_batch: int) -> int:
     if decode_batch == 1:
         raise ValueError(
             "got out of memory decoding one image at a time; expected room for one: lower resolution, set precision to "
-            "bf16, or close other programs that use the device"
+            "fp16 or bf16, set reward_precision to bf16, or close other programs that use the device"
         )
     return decode_batch // 2

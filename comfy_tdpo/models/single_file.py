@@ -88,6 +88,12 @@ def outline_file(path: Path, prediction_type: str | None) -> tuple[DDIMScheduler
     return _scheduler(configs, prediction_type), latent_factor(configs)
 
 
+def configs_of(path: Path) -> Path:
+    """The shipped configurations of the model in `path`."""
+    _, _, configs, _ = _opened(path, None)
+    return configs
+
+
 def _scheduler(configs: Path, prediction_type: str) -> DDIMScheduler:
     return load_scheduler(configs / "scheduler" / "scheduler_config.json", prediction_type)
 

@@ -1,5 +1,6 @@
 """Parses setting values given as text: NAME,NAME and NAME=VALUE,NAME=VALUE."""
 
+from collections.abc import Collection
 from typing import Any
 
 from comfy_tdpo.settings import NONE
@@ -21,6 +22,18 @@ def named_values(text: str) -> dict[str, str]:
     """The pairs in NAME=VALUE,NAME=VALUE; a name without a value gets an empty one."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def reward_files(text: str, rewards: Collection[str]) -> dict[str, str]:
+    """The paths in NAME=PATH,NAME=PATH of some of the `rewards`.
+
+    Raises:
+        ValueError: a path is missing, or a name is none of theirs.
+    """
+    files = named_values(text)
+    if not all(name in rewards and path for name, path in files.items()):
+        raise ValueError(f"got --reward-weights {text!r}; expected NAME=PATH,... for rewards given by --reward")
+    return files
 
 
 def weighted(texts: list[str]) -> dict[str, float]:

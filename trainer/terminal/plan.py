@@ -65,7 +65,8 @@ def _costs(config: TrainConfig, process: Process) -> list[str]:
     if sizes is None:
         counted = "time and memory" if measured is None else "memory"
         own = [] if measured is None else [measured]
-        return [*lines, *own, f"{counted}: counted only for the models of the presets, and for diffusers folders"]
+        kinds = "models of the presets, diffusers folders, and files of Stable Diffusion, FLUX.1 and Z-Image"
+        return [*lines, *own, f"{counted}: counted only for {kinds}, but not for Stable Diffusion 3's"]
     from .fits import fits, footprint  # imports diffusers' networks
 
     found = footprint(config, sizes)

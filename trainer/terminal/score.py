@@ -27,7 +27,7 @@ from comfy_tdpo.rewards import (
     score_images,
 )
 
-from ..config.parsing import named_values
+from ..config.parsing import reward_files
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
 from .image_files import check_image, read_image
 from .tastes import Paths
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score(args: argparse.Namespace) -> None:
     paths = _paths(args.images)
-    tastes, prompt, device = Paths(_weights(args)), _prompt(args.prompt), Accelerator().device
+    tastes = Paths(reward_files(args.reward_weights, args.reward))
+    prompt, device = _prompt(args.prompt), Accelerator().device
     names = [tastes.named(name) for name in args.reward]
     models = [load_reward(name, device, args.reward_precision, tastes.known) for name in names]
     for model in models:
@@ -110,16 +111,6 @@ def _without_tilde(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise ValueError(f"got {path}, whose home folder cannot be found; write the full path") from error
-
-
-def _weights(args: argparse.Namespace) -> dict[str, str]:
-    weights = named_values(args.reward_weights)
-    for name, path in weights.items():
-        if name not in args.reward or not path:
-            raise ValueError(
-                f"got --reward-weights {args.reward_weights!r}; expected NAME=PATH,... for rewards given by --reward"
-            )
-    return weights
 
 
 def _prompt(text: str) -> str:

@@ -107,8 +107,10 @@ def _seen(config: TrainConfig, process: Process) -> float:
 
 
 def rate_here(dtype: torch.dtype) -> tuple[str, float]:
-    """This machine's device, and the floating-point operations per second that it reaches in a product of matrices."""
+    """This machine's device, and the floating-point operations per second that it reaches in a product of matrices;
+    on the CPU in float32, as many CPUs emulate half precision."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype if device == "cuda" else torch.float32
     side = SIDES[device]
     a = torch.randn(side, side, device=device).to(dtype)
 

@@ -5,14 +5,16 @@ import sys
 from collections.abc import Sequence
 
 from comfy_tdpo.rewards import PRECISIONS, load_reward, reward_names
+from comfy_tdpo.rewards.remote import is_remote
 from comfy_tdpo.rewards.remote.protocol import PORT
+from comfy_tdpo.tastes.names import is_taste
 
-from ..config.parsing import named_values
+from ..config.parsing import reward_files
 from .command_parser import CommandParser, status_of
 from .streams import say
 from .tastes import Paths
 
-HOST = "127.0.0.1"
+HOST, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(reward_names())}, taste:FOLDER, or python:module:function",
     )
     parser.add_argument(
-        "--host", default=HOST, help=f"address to listen on (default: {HOST}, which only this machine reaches)"
+        "--host",
+        type=_host,
+        default=HOST,
+        help=f"address to listen on (default: {HOST}, which only this machine reaches; 0.0.0.0: all of its addresses)",
     )
     parser.add_argument(
         "--port", type=_port, default=PORT, metavar="N", help=f"port to listen on (default: {PORT}; 0: any free one)"
@@ -49,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _host(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(f"got an empty address; expected one of this machine, such as {HOST}")
+    return text
+
+
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 2**16):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a number below 65536")
@@ -56,8 +67,11 @@ def _port(text: str) -> int:
 
 
 def _serve(args: argparse.Namespace) -> str:
-    tastes = Paths(named_values(args.reward_weights))
+    # a taste reads through the encoder of another reward, which its folder names
+    tastes = Paths(reward_files(args.reward_weights, [args.reward, *(reward_names() if is_taste(args.reward) else [])]))
     name = tastes.named(args.reward)
+    if is_remote(name):
+        raise ValueError(f"got --reward {name!r}, which is a service itself; expected one that is computed here")
     from accelerate import Accelerator  # takes seconds to import
 
     from ..serving import RewardServer
@@ -71,6 +85,9 @@ def _serve(args: argparse.Namespace) -> str:
             f"got --host {args.host} --port {args.port}, where nothing can listen: {error.strerror}; expected an "
             "address of this machine and a free port: choose another"
         ) from error
-    say(f"serving {name} on {device} at {server.url}; train with --reward {server.url}; Ctrl-C ends it", sys.stderr)
+    everywhere = args.host == EVERYWHERE
+    address = server.url.replace(EVERYWHERE, "ADDRESS") if everywhere else server.url
+    where = " on all addresses of this machine, without a password" if everywhere else ""
+    say(f"serving {name} on {device}{where}; train with --reward {address}; Ctrl-C ends it", sys.stderr)
     server.work()
     return "ended"

@@ -75,8 +75,8 @@ def ask(name: str, requests: list[Request[Answer]], patience: Patience | None = 
             tried = f" in {failed} attempts and {time.monotonic() - began:.0f} s, the last" if failed > 1 else ""
             raise RewardError(
                 f"reward {name!r} gave no valid answer{tried}: {problem}; expected scores of "
-                f"{number_of(len(requests), 'request')}: see whether its server runs and what it prints, and if it "
-                "is too slow, lower micro_batch"
+                f"{number_of(len(requests), 'request')}: see whether its server runs and what it prints; if it is too "
+                "slow, lower micro_batch"
             )
         pause = patience.pauses[failed - 1]
         logger.warning(
