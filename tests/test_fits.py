@@ -203,4 +203,4 @@ def test_operations_are_counted_as_by_hand():
 
 def test_a_model_of_unknown_size_is_planned_without_its_memory(sd3, capsys):
     assert main(["plan", "--model", str(sd3)]) == 0
-    assert "memory: counted only for the models of the presets" in capsys.readouterr().out
+    assert "memory: counted only for models of the presets" in capsys.readouterr().out
