@@ -109,6 +109,7 @@ def test_a_plan_of_a_single_file_reads_its_header(tmp_path):
         (["--process", "ddim"], "expected flow-ddim, flow-sde or cps: choose another process"),
         (["--resolution", "520"], "got resolution 520; expected a positive multiple of 16 pixels"),
         (["--steps", "1"], "got 1 denoising steps, of which none has noise"),
+        (["--algorithm", "tdpo-r", "--critic.decoder", "no.pth"], "no.pth"),
     ],
 )
 def test_a_plan_of_no_run_says_why(sd3, capsys, options, message):

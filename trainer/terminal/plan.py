@@ -60,6 +60,9 @@ def _costs(config: TrainConfig, process: Process) -> list[str]:
         f"{grids * config.output.grid_images * drawn['steps'] * halves_of_grid} more draw {grids} sample grids "
         f"({config.drawn_with_told})",
     ]
+    from .fits import decoder_of, fits, footprint  # imports diffusers' networks
+
+    decoder_of(config)  # which may be missing
     measured = seconds.measured(config)
     sizes = sizes_of(config.model)
     if sizes is None:
@@ -67,8 +70,6 @@ def _costs(config: TrainConfig, process: Process) -> list[str]:
         own = [] if measured is None else [measured]
         kinds = "models of the presets, diffusers folders, and files of Stable Diffusion, FLUX.1 and Z-Image"
         return [*lines, *own, f"{counted}: counted only for {kinds}, but not for Stable Diffusion 3's"]
-    from .fits import fits, footprint  # imports diffusers' networks
-
     found = footprint(config, sizes)
     disk = bytes_of_run(config, found.checkpoint, found.snapshot)
     lines.append(measured or seconds.estimated(config, process, found.flops))
