@@ -41,6 +41,7 @@ FROM = 2  # epochs of which the critic has learned too little to be compared
 FULL: dict[str, Any] = {"image_size": "none"}
 READINGS: dict[str, dict[str, Any]] = {
     "full": FULL,
+    "48 px": {"image_size": 48},
     "32 px": {"image_size": 32},
     "16 px": {"image_size": 16},
     "tiny": FULL | {"decoder": "tiny"},
@@ -108,7 +109,7 @@ def page(runs: Runs, found: list[Line]) -> str:
         f"noise. Explained variance is the mean of epochs {FROM + 1} to the last. The gain of {REWARD}, in standard "
         "deviations of the first epoch's rewards, and the gold lost are those of the end. The seconds are those of an "
         "epoch, and of its sampling, in which the critic reads. Differences are taken seed by seed; their intervals "
-        f"hold {CONFIDENCE:.0%} (Student's t over seeds).",
+        f"hold {CONFIDENCE:.0%} (Student's t over seeds). Rows with other numbers of seeds compare by these alone.",
         "",
         "Where the critic reads every 5th step, the others have the embedding of the last one read. Interpolated, they "
         "know some of the noise of the steps that follow; variance explained by that is no merit.",
