@@ -70,7 +70,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.small:
         vars(args).update(SMALL)
-    elif not torch.cuda.is_available():
+    elif torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; expected one, or --small for a tiny model on the CPU")
     rows, chosen = [], []
     for precision in args.precisions:

@@ -62,10 +62,10 @@ def _costs(config: TrainConfig, process: Process) -> list[str]:
     ]
     from .fits import decoder_of, fits, footprint  # imports diffusers' networks
 
-    decoder_of(config)  # which may be missing
     measured = seconds.measured(config)
     sizes = sizes_of(config.model)
     if sizes is None:
+        decoder_of(config)  # which may be missing
         counted = "time and memory" if measured is None else "memory"
         own = [] if measured is None else [measured]
         kinds = "models of the presets, diffusers folders, and files of Stable Diffusion, FLUX.1 and Z-Image"
