@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from comfy_tdpo.models.sizes import sizes_of
+from comfy_tdpo.models import outline
 from comfy_tdpo.trainer.config import make_config, override
 from comfy_tdpo.trainer.terminal.fits import CARDS, GIB, choice, footprint
 
@@ -40,7 +40,7 @@ def main() -> None:
     for preset, name, resolution in MODELS:
         if preset not in args.presets:
             continue
-        config, sizes = make_config(preset), sizes_of(make_config(preset).model)
+        config, sizes = make_config(preset), outline(make_config(preset).model).configs
         assert sizes is not None, "the presets' models come with their configurations"
         for kind, policy in KINDS.items():
             of_kind = override(config, {"resolution": resolution, "precision": "bf16", "policy": policy})

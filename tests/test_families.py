@@ -167,7 +167,9 @@ def test_a_hub_id_loads_in_half_precision_and_offline_from_its_cache(folder_of, 
         assert {weight.dtype for weight in network.parameters()} == {torch.bfloat16}
         assert not any(weight.requires_grad for weight in network.parameters())
     assert denoiser_name(got) == denoiser_name(expected)
-    assert str(outline("owner/mine")) == str(outline(str(folder_of(kind))))
+    outlined = outline("owner/mine")
+    assert outlined.configs == repo / "snapshots" / commit, "counted like a folder"
+    assert str(outlined._replace(configs=folder_of(kind))) == str(outline(str(folder_of(kind))))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_a_folder_begins_from_its_own_preset(folder_of, kind, schedule):
     assert config == make_config(kind, overrides=overrides)
     assert config.critic.reads == "clean" and config.process is None
     assert config.embedded_guidance == (3.5 if kind == "flux-dev" else None)
-    assert outline(config.model) == (schedule, "flow-ddim", 2, 2)
+    assert outline(config.model) == (schedule, "flow-ddim", 2, 2, folder_of(kind))
     published = make_config(kind)
     assert make_config(overrides={"model": published.model}) == published
 

@@ -13,7 +13,7 @@ from tiny_models import SHIPPED
 from comfy_tdpo.memory.budget import GIB, Need, need_of
 from comfy_tdpo.memory.counting import Held
 from comfy_tdpo.memory.without_values import counted, flops_of
-from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts, sizes_of
+from comfy_tdpo.models.sizes import model_without_weights, numbers_of_texts
 from comfy_tdpo.models.tiny_decoder import load_tiny_decoder
 from comfy_tdpo.policy import DiffusionPolicy
 from comfy_tdpo.rehearsal import Rehearsal
@@ -78,8 +78,7 @@ def test_what_is_counted_is_what_the_cpu_allocates(sizes, train):
 
 
 def test_the_published_sizes_are_those_of_the_models():
-    assert numbers_of_texts(sizes_of("CompVis/stable-diffusion-v1-4")) == 123_060_480  # CLIP ViT-L/14's text model
-    assert sizes_of("someone/elses-model") is None
+    assert numbers_of_texts(SHIPPED / "sd1") == 123_060_480  # CLIP ViT-L/14's text model
 
 
 @pytest.mark.parametrize(
@@ -203,4 +202,4 @@ def test_operations_are_counted_as_by_hand():
 
 def test_a_model_of_unknown_size_is_planned_without_its_memory(sd3, capsys):
     assert main(["plan", "--model", str(sd3)]) == 0
-    assert "memory: counted only for models of the presets" in capsys.readouterr().out
+    assert "time and memory: not counted, since the sizes" in capsys.readouterr().out

@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 from tiny_models import SHIPPED
 
 from comfy_tdpo.methods.window import window
-from comfy_tdpo.models.sizes import sizes_of
+from comfy_tdpo.models import diffusers_folder, outline
+from comfy_tdpo.models.sizes import is_countable
 from comfy_tdpo.process import make_process
 from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
 from comfy_tdpo.trainer.__main__ import main
-from comfy_tdpo.trainer.config import make_config
+from comfy_tdpo.trainer.assemble import model_source
+from comfy_tdpo.trainer.config import make_config, presets
 from comfy_tdpo.trainer.terminal.plan import SENSITIVE, plan
 
 FLOW_PRESETS = {
@@ -100,7 +102,32 @@ def test_a_plan_of_a_single_file_reads_its_header(tmp_path):
     save_file(weights, tmp_path / "sd.safetensors")
     config = make_config(overrides={"model": str(tmp_path / "sd.safetensors"), "algorithm": "tdpo-r"})
     assert [row[1] for row in rows(next(plan(config)))] == [f"{1 + 50 * k:.1f}" for k in range(19, -1, -1)]
-    assert sizes_of(config.model) == SHIPPED / "sd1", "of which the rest is counted"
+    assert outline(config.model).configs == SHIPPED / "sd1", "of which the rest is counted"
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_presets_model_is_outlined_without_a_network(monkeypatch, preset):
+    """By the package's own configurations, of which the networks are counted too."""
+    monkeypatch.setattr(diffusers_folder, "hf_hub_download", pytest.fail)
+    monkeypatch.setattr(diffusers_folder, "snapshot_download", pytest.fail)
+    config = make_config(preset)
+    outlined = outline(model_source(config), config.prediction_type)
+    assert outlined.factor == 8
+    if preset in FLOW_PRESETS:
+        assert outlined.scheduler == FLOW_PRESETS[preset] and outlined.patch == 2
+    if "turbo" in preset and preset not in FLOW_PRESETS:
+        assert outlined.scheduler.config.timestep_spacing == "trailing"
+    assert preset == "shapes-flow" or is_countable(outlined.configs)
+
+
+def test_a_folder_named_like_a_model_on_the_hub_is_that_folder(sd3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = "stabilityai/stable-diffusion-3.5-medium"
+    (tmp_path / "stabilityai").mkdir()
+    shutil.copytree(sd3, tmp_path / model, ignore=shutil.ignore_patterns("stabilityai"))
+    change = tmp_path / model / "scheduler" / "scheduler_config.json"
+    change.write_text(change.read_text().replace("3.0", "2.0"))
+    assert outline(model).scheduler == FlowSchedule(2.0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from family_training import trained_lora
 from safetensors.torch import load_file, save_file
 from tiny_models import MODEL, change, make_tiny_sd3, make_tiny_sd3_file
 
-from comfy_tdpo.models import load_model, outline
+from comfy_tdpo.models import load_model, outline, shipped
 from comfy_tdpo.models.scheduler import load_flow_schedule
 from comfy_tdpo.models.stable_diffusion_3 import LORA_MODULES, T5_TOKENS
 from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
@@ -184,9 +184,21 @@ def test_single_file_and_folder_are_one_model(single, whole, tmp_path, missing, 
     inputs = latents, torch.tensor([900.5, 30.0]), conditioning
     assert torch.equal(got.denoise(*inputs), expected.denoise(*inputs))
     assert torch.equal(got.decode(latents), expected.decode(latents))
-    assert outline(str(path)) == outline(str(folder)) == (FlowSchedule(3.0), "flow-ddim", 8, 2)
+    assert outline(str(path)) == (FlowSchedule(3.0), "flow-ddim", 8, 2, None)
+    assert outline(str(folder)) == outline(str(path))._replace(configs=folder)
     config = make_config(overrides={"model": str(path)})
     assert config == make_config("sd3", overrides={"model": str(path)})
+
+
+def test_a_file_is_counted_by_the_published_sizes_if_it_has_them(single, configs, tmp_path, monkeypatch):
+    folder, weights = single
+    path = tmp_path / "model.safetensors"
+    save_file(without(weights, T5), path)
+    assert outline(str(path)).configs is None
+    published = shutil.copytree(configs, tmp_path / "configs")
+    shutil.copytree(folder / "transformer", published / "sd3" / "transformer", dirs_exist_ok=True)
+    monkeypatch.setattr(shipped, "CONFIGS", published)
+    assert outline(str(path)).configs == published / "sd3"
 
 
 @pytest.mark.usefixtures("tiny")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from ..registry import look_up
+from .published import published
 
 if TYPE_CHECKING:
     import torch
@@ -114,13 +115,17 @@ class DiffusionModel(Protocol):
 
 
 class Outline(NamedTuple):
-    """What the configurations of a model tell without its weights: `scheduler`, `process` and `patch` as in
-    DiffusionModel, and `factor` as in LatentDecoder."""
+    """What the configurations of a model tell without its weights.
+
+    scheduler, process, patch: as in DiffusionModel; factor: as in LatentDecoder.
+    configs: a folder with the configurations of its networks, one folder for each, unless these are unknown.
+    """
 
     scheduler: Any
     process: str
     factor: int
     patch: int
+    configs: Path | None = None
 
 
 class Family(Protocol):
@@ -205,5 +210,7 @@ def outline(source: str, prediction_type: str | None = None) -> Outline:
 
 
 def _family(source: str) -> Family:
+    if known := published(source):
+        return look_up(FAMILIES[known.family])
     families: list[Family] = [look_up(place) for place in FAMILIES.values()]
     return next(family for family in families if family.recognizes(source))

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .diffusers_folder import download, latent_factor, load_folder, local_folder, pipeline_class
+from .diffusers_folder import configurations, download, load_folder, pipeline_class
 from .files import required
 from .scheduler import PREDICTION_TYPES, load_scheduler
 from .single_file import load_file, outline_file
@@ -47,15 +47,14 @@ def load_components(model: str, dtype: torch.dtype = torch.float32, prediction_t
     return Components(**parts, source=model)
 
 
-def outline(model: str, prediction_type: str | None = None) -> tuple[DDIMScheduler, int]:
-    """Its noise schedule, and its pixels for each element of a latent; arguments and errors as of `load_components`."""
+def outline(model: str, prediction_type: str | None = None) -> tuple[DDIMScheduler, Path]:
+    """Its noise schedule, and a folder with its configurations; arguments and errors as of `load_components`."""
     _check(prediction_type)
     path = Path(model).expanduser()
     if path.is_file():
         return outline_file(path, prediction_type)
-    folder = local_folder(model)
-    scheduler = required(folder, "scheduler/scheduler_config.json")
-    return load_scheduler(scheduler, prediction_type), latent_factor(folder)
+    configs, of_schedule = configurations(model)
+    return load_scheduler(required(of_schedule, "scheduler/scheduler_config.json"), prediction_type), configs
 
 
 def _check(prediction_type: str | None) -> None:

@@ -21,8 +21,10 @@ from transformers import (
 )
 
 from ..quiet import quiet_loading
+from . import shipped
 from .files import EXPECTED, PICKLE_SUFFIXES, naming, read_json, refused, required
 from .names import folder_names
+from .published import published
 from .scheduler import load_scheduler
 from .unsupported import LCM, of_class
 from .weights import Weights, check_channels, check_weights, fill
@@ -68,6 +70,15 @@ def local_folder(source: str) -> Path:
         return path
     with _hub(source):
         return Path(snapshot_download(source, allow_patterns=["model_index.json", "*/*config.json"]))
+
+
+def configurations(source: str) -> tuple[Path, Path]:
+    """The folder with the configurations of the networks of `source`, a folder or a hub id, and the one with that of
+    its noise schedule. Those of a preset's model come with the package."""
+    if known := published(source):
+        return shipped.CONFIGS / known.networks, shipped.CONFIGS / known.schedule
+    folder = local_folder(source)
+    return folder, folder
 
 
 def index_on_hub(source: str) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from ..process.flow_schedule import PATCH, FlowSchedule
 from . import Outline
-from .diffusers_folder import check_index, download, latent_factor, load_parts, local_folder
+from .diffusers_folder import check_index, configurations, download, latent_factor, load_parts, local_folder
 from .files import read_json, required
 from .flow_transformer import FlowTransformer, check_no_prediction
 from .model_file import Layout, ModelFile
@@ -42,12 +42,12 @@ class FlowFamily(ABC):
         check_no_prediction(prediction_type, self.layout.family)
         path = Path(source).expanduser()
         if path.is_file():
-            schedule, factor = self.open_file(path).outline()
+            schedule, factor, configs = self.open_file(path).outline()
         else:
-            folder = local_folder(source)
-            self._check_transformer(folder)
-            schedule, factor = flow_schedule_in(folder), latent_factor(folder)
-        return Outline(schedule, FlowTransformer.process, factor, PATCH)
+            configs, of_schedule = configurations(source)
+            self._check_transformer(configs)
+            schedule, factor = flow_schedule_in(of_schedule), latent_factor(configs)
+        return Outline(schedule, FlowTransformer.process, factor, PATCH, configs)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> FlowTransformer:
         check_no_prediction(prediction_type, self.layout.family)

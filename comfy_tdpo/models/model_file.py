@@ -35,6 +35,10 @@ class Part(NamedTuple):
     read: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]
 
 
+def shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in network.named_parameters()}
+
+
 def text_encoder(weights: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     rename = below_text_model(network)
     return {rename(name): weight for name, weight in weights.items()}
@@ -72,7 +76,7 @@ class ModelFile:
 
     weights: the transformer's are named without a prefix.
     configs: the shipped configurations of its model.
-    networks: empty ones, by name, for those of another size than the shipped configurations have.
+    networks: empty ones, by name, for those whose size the file tells, which may not be that of the configurations.
     """
 
     layout: Layout
@@ -80,14 +84,19 @@ class ModelFile:
     configs: Path
     networks: dict[str, nn.Module] = field(default_factory=dict)
 
-    def outline(self) -> tuple[FlowSchedule, int]:
-        """Its noise schedule, and its pixels for each element of a latent.
+    def outline(self) -> tuple[FlowSchedule, int, Path | None]:
+        """Its noise schedule, its pixels for each element of a latent, and the configurations if all networks have the
+        sizes that these say.
 
         Raises:
             ValueError: a component is missing.
         """
         self._beside()
-        return self._schedule(), latent_factor(self.configs)
+        usual = all(
+            shapes(network) == shapes(empty_network(self.configs / name, self.layout.classes[name]))
+            for name, network in self.networks.items()
+        )
+        return self._schedule(), latent_factor(self.configs), self.configs if usual else None
 
     def load(self, dtype: torch.dtype) -> tuple[FlowSchedule, dict[str, Any]]:
         """Its noise schedule, and its components, named as in a diffusers folder.

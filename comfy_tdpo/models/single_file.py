@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from . import shipped
-from .diffusers_folder import latent_factor
 from .files import EXPECTED, refused
 from .names import below_text_model, ldm_names
 from .scheduler import load_scheduler
@@ -82,16 +81,10 @@ def load_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> di
     return filled | tokenizers | {"scheduler": _scheduler(configs, prediction_type)}
 
 
-def outline_file(path: Path, prediction_type: str | None) -> tuple[DDIMScheduler, int]:
-    """The noise schedule of the model in `path`, and its pixels for each element of a latent."""
+def outline_file(path: Path, prediction_type: str | None) -> tuple[DDIMScheduler, Path]:
+    """The noise schedule of the model in `path`, and its shipped configurations."""
     _, _, configs, prediction_type = _opened(path, prediction_type)
-    return _scheduler(configs, prediction_type), latent_factor(configs)
-
-
-def configs_of(path: Path) -> Path:
-    """The shipped configurations of the model in `path`."""
-    _, _, configs, _ = _opened(path, None)
-    return configs
+    return _scheduler(configs, prediction_type), configs
 
 
 def _scheduler(configs: Path, prediction_type: str) -> DDIMScheduler:

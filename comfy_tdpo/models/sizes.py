@@ -25,31 +25,16 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, Qwen3Model, T5EncoderModel
 
 from ..process.flow_schedule import FlowSchedule
-from . import DiffusionModel, flux_file, single_file, z_image_file
+from . import DiffusionModel
 from .conditioning import Conditioning, ListConditioning, TensorConditioning
 from .diffusers_folder import empty_network
 from .files import read_json
 from .flux import T5_TOKENS, Flux
-from .kind import is_flux, is_sd3, is_z_image
-from .shipped import CONFIGS
 from .stable_diffusion import Autoencoder, StableDiffusion
 from .stable_diffusion_3 import T5_TOKENS as T5_TOKENS_OF_SD3
 from .stable_diffusion_3 import StableDiffusion3
 from .z_image import ZImage
 
-# hub ids of the presets -> folder of their configurations
-PUBLISHED = {
-    "CompVis/stable-diffusion-v1-4": "sd1",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd1",
-    "stabilityai/sd-turbo": "sd2",
-    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
-    "stabilityai/sdxl-turbo": "sdxl",
-    "stabilityai/stable-diffusion-3.5-medium": "sd3",
-    "black-forest-labs/FLUX.1-dev": "flux-dev",
-    "black-forest-labs/FLUX.1-schnell": "flux-schnell",
-    "Tongyi-MAI/Z-Image": "z-image",
-    "Tongyi-MAI/Z-Image-Turbo": "z-image",
-}
 CLIP_TOKENS = 77  # read of a prompt
 QWEN_TOKENS = 96  # of a prompt of some 70 words with its template
 
@@ -102,30 +87,10 @@ _DENOISERS: dict[str, tuple[Any, Callable[..., DiffusionModel], Callable[[Any], 
 }
 
 
-def sizes_of(model: str) -> Path | None:
-    """The configurations of `model`: those that come with the package for a preset's model or a file, or those in its
-    own folder; None otherwise.
-
-    Raises:
-        ValueError: it is a file, and not of a model known here.
-    """
-    if model in PUBLISHED:
-        return CONFIGS / PUBLISHED[model]
-    folder = Path(model).expanduser()
-    if folder.is_file():
-        return _sizes_of_file(folder)
-    configs = [folder / name / "config.json" for name in ("unet", "transformer")]
-    known = any(path.is_file() and read_json(path).get("_class_name") in _DENOISERS for path in configs)
-    return folder if known else None
-
-
-def _sizes_of_file(path: Path) -> Path | None:
-    if is_sd3(str(path)):  # its blocks may be others than the shipped ones
-        return None
-    for recognizes, file in ((is_flux, flux_file), (is_z_image, z_image_file)):
-        if recognizes(str(path)):
-            return file.open_file(path).configs
-    return single_file.configs_of(path)
+def is_countable(configs: Path) -> bool:
+    """Whether `model_without_weights` can make the model that is configured in the folder `configs`."""
+    denoisers = [configs / name / "config.json" for name in ("unet", "transformer")]
+    return any(path.is_file() and read_json(path).get("_class_name") in _DENOISERS for path in denoisers)
 
 
 def model_without_weights(folder: Path, weights: torch.dtype, denoiser: torch.dtype) -> DiffusionModel:

@@ -163,9 +163,11 @@ class StableDiffusionFamily:
 
     def outline(self, source: str, prediction_type: str | None) -> Outline:
         from .components import outline
+        from .diffusers_folder import latent_factor
 
-        scheduler, factor = outline(source, prediction_type)
-        return Outline(scheduler, StableDiffusion.process, factor, StableDiffusion.patch)
+        scheduler, configs = outline(source, prediction_type)
+        factor = latent_factor(configs)
+        return Outline(scheduler, StableDiffusion.process, factor, StableDiffusion.patch, configs)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion:
         from .components import load_components

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from comfy_tdpo.counts import rounded
 from comfy_tdpo.memory.budget import (
     GIB,
     MemoryBudget,
@@ -179,12 +180,13 @@ def choice(found: Footprint, config: TrainConfig, card: int) -> str:
 
 def described(found: Footprint) -> str:
     """One line of what a run needs, in GiB."""
-    plain, recomputed = (found.training[on].first / GIB for on in (False, True))
+    parts = [found.weights, found.texts, found.rewards, found.reserve]
+    parts += [*(found.training[on].first for on in (False, True)), found.decoding.first]
+    weights, texts, rewards, reserve, plain, recomputed, image = (rounded(part / GIB) for part in parts)
     return (
-        f"weights {found.weights / GIB:.1f}, text encoders until prompts are encoded {found.texts / GIB:.1f}, rewards "
-        f"at most {found.rewards / GIB:.1f}, optimizer and trajectories {found.reserve / GIB:.1f}; one sample in "
-        f"training {plain:.1f}, or {recomputed:.1f} with gradient checkpointing; one image decoded "
-        f"{found.decoding.first / GIB:.1f}"
+        f"weights {weights}, text encoders until prompts are encoded {texts}, rewards at most {rewards}, optimizer and "
+        f"trajectories {reserve}; one sample in training {plain}, or {recomputed} with gradient checkpointing; one "
+        f"image decoded {image}"
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from comfy_tdpo.counts import number_of
+from comfy_tdpo.counts import number_of, rounded
 from comfy_tdpo.methods.sections import ClippedPolicySettings, SteppedPolicySettings
 from comfy_tdpo.methods.window import steps_read, trained_steps
 from comfy_tdpo.process import Process
@@ -74,9 +74,10 @@ def estimated(config: TrainConfig, process: Process, flops: Flops) -> str:
     least, most = (total / rate / share for share in (MOST, LEAST))
     left_out = "" if trained else ", without that of back-propagation"
     return (
-        f"time: the networks' arithmetic is {total / 1e15:,.1f} PFLOP{left_out}, {drawn / 1e12:.1f} TFLOP to draw a "
-        f"sample and {trained / 1e12:.1f} to train on it; at {LEAST:g} to {MOST:g} of the {rate / 1e12:.2g} TFLOP/s "
-        f"that a product of matrices reaches on {device} here, {told(least)} to {told(most)}; a rough estimate"
+        f"time: the networks' arithmetic is {rounded(total / 1e15)} PFLOP{left_out}, {rounded(drawn / 1e12)} TFLOP to "
+        f"draw a sample and {rounded(trained / 1e12)} to train on it; at {LEAST:g} to {MOST:g} of the "
+        f"{rate / 1e12:.2g} TFLOP/s that a product of matrices reaches on {device} here, {told(least)} to "
+        f"{told(most)}; a rough estimate"
     )
 
 
