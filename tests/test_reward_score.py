@@ -154,7 +154,7 @@ WRONG = {
     ),
     "weights of another": (
         ["--reward", "shapes-judge", "--reward-weights", "hpsv2=hps.pt", "{image}"],
-        "got --reward-weights 'hpsv2=hps.pt'; expected NAME=PATH,... for rewards given by --reward",
+        "got --reward-weights hpsv2=hps.pt; expected NAME=PATH,... for rewards that are used here: ",
     ),
     "weights of nothing": (["--reward", "hpsv2", "--reward-weights", "hpsv2", "{image}"], "expected NAME=PATH,..."),
     "floats": (["--reward", "shapes-judge", "{folder}/floats.tiff"], "has 32-bit pixels, which define no white"),

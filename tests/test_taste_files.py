@@ -94,6 +94,7 @@ def test_lines_cut_off_in_mid_write_are_counted(capsys):
             "got encoder 'shapes-gold'; expected a reward with an image",
         ),
         (["--ratings", "nowhere.csv"], "'nowhere.csv' cannot be read"),
+        (["--liked", "liked", "--reward-weights", "beauty=x"], "got --reward-weights beauty=x; expected NAME=PATH,..."),
         (["--likes", "liked"], "unrecognized arguments: --likes liked; `taste --help` lists all options"),
     ],
 )

@@ -1,9 +1,11 @@
 """Parses setting values given as text: NAME,NAME and NAME=VALUE,NAME=VALUE."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from comfy_tdpo.rewards import reward_names
 from comfy_tdpo.settings import NONE
+from comfy_tdpo.tastes.names import is_taste
 
 
 def split_names(value: Any) -> Any:
@@ -24,16 +26,23 @@ def named_values(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def reward_files(text: str, rewards: Collection[str]) -> dict[str, str]:
-    """The paths in NAME=PATH,NAME=PATH of some of the `rewards`.
-
-    Raises:
-        ValueError: a path is missing, or a name is none of theirs.
-    """
+def reward_files(text: str, used: Collection[str]) -> dict[str, str]:
+    """The paths in NAME=PATH,NAME=PATH of some of the rewards that are `used`; ValueError as of the check."""
     files = named_values(text)
-    if not all(name in rewards and path for name, path in files.items()):
-        raise ValueError(f"got --reward-weights {text!r}; expected NAME=PATH,... for rewards given by --reward")
+    check_reward_files(files, used)
     return files
+
+
+def check_reward_files(files: Mapping[str, str], used: Collection[str]) -> None:
+    """Raise ValueError if a reward's path is empty, or if the reward is neither among those `used` nor, where one of
+    these is a taste, one through whose encoder a taste may read."""
+    known = {*used, *(reward_names() if any(map(is_taste, used)) else [])}
+    for name, path in files.items():
+        if name not in known or not path:
+            got = f"{name}={path}" if path else name
+            raise ValueError(
+                f"got --reward-weights {got}; expected NAME=PATH,... for rewards that are used here: {', '.join(used)}"
+            )
 
 
 def weighted(texts: list[str]) -> dict[str, float]:

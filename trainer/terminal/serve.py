@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from comfy_tdpo.rewards import PRECISIONS, load_reward, reward_names
 from comfy_tdpo.rewards.remote import is_remote
 from comfy_tdpo.rewards.remote.protocol import PORT
-from comfy_tdpo.tastes.names import is_taste
 
 from ..config.parsing import reward_files
 from .command_parser import CommandParser, status_of
@@ -67,8 +66,7 @@ def _port(text: str) -> int:
 
 
 def _serve(args: argparse.Namespace) -> str:
-    # a taste reads through the encoder of another reward, which its folder names
-    tastes = Paths(reward_files(args.reward_weights, [args.reward, *(reward_names() if is_taste(args.reward) else [])]))
+    tastes = Paths(reward_files(args.reward_weights, [args.reward]))
     name = tastes.named(args.reward)
     if is_remote(name):
         raise ValueError(f"got --reward {name!r}, which is a service itself; expected one that is computed here")

@@ -10,7 +10,7 @@ from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import name_of, usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb, Vote
 
-from ..config.parsing import named_values
+from ..config.parsing import reward_files
 from .command_parser import CommandParser, path_argument, status_of
 from .image_files import read_image
 from .tastes import TASTES, taste_path
@@ -24,8 +24,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _told(args: argparse.Namespace) -> str:
+    weights = reward_files(args.reward_weights, reward_names())
     taste, new = _vote(args)
-    return "\n".join([*_about(taste, new), *_sureness(taste, named_values(args.reward_weights))])
+    return "\n".join([*_about(taste, new), *_sureness(taste, weights)])
 
 
 def _parser() -> argparse.ArgumentParser:
