@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from toy import new_run, same, toy_config, toy_training
 
 from comfy_tdpo.atomic_files import write_atomically
+from comfy_tdpo.memory.budget import bytes_of_trajectories
 from comfy_tdpo.models.stable_diffusion import StableDiffusion
 from comfy_tdpo.nodes.runs.outputs import lora_weights
 from comfy_tdpo.nodes.runs.registry import Runs, advice, plan_of
@@ -186,6 +187,17 @@ def test_the_kl_measured_after_sampling_is_that_of_every_step(form, tmp_path, ma
     assert (expected.abs() > 1e-2).all()
     # means recovered from samples are off by 1e-7 of a latent's size, and steps differ from them by 1e-2 and more
     torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_kl_keeps_beside_the_latents_counts_as_trajectories(tmp_path, make_policy):
+    settings = {"algorithm": "ddpo-100", "policy": {"train": "full", "replay": 1}, "epochs": 1}
+    run = new_run(tmp_path / "run", **settings, kl={"coefficient": 0.1})
+    training = toy_training(run, make_policy)
+    list(training.epochs())
+    latents, means = (training.method.replay.samples[name].nbytes for name in ("latents", "reference_means"))
+    assert 0.5 * latents < means < latents, "there are none of the last latent"
+    assert bytes_of_trajectories(training.config, training.policy, samples=0) == 2 * latents
+    assert bytes_of_trajectories(toy_config(**settings), training.policy, samples=0) == latents
 
 
 # --- the disk
