@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=names, choices=names, help="count these alone, and print them")
     args = parser.parse_args()
     needed = ["| | weights | texts | optimizer, paths | sample | sample* | image |", "|---|---|---|---|---|---|---|"]
-    fitting = [f"| | {' | '.join(f'{card} GB' for card in CARDS)} |", "|---" * (len(CARDS) + 1) + "|"]
+    fitting = [f"| | {' | '.join(f'{card} GiB' for card in CARDS)} |", "|---" * (len(CARDS) + 1) + "|"]
     for preset, name, resolution in MODELS:
         if preset not in args.presets:
             continue

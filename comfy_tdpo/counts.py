@@ -6,6 +6,6 @@ def number_of(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def rounded(amount: float) -> str:
-    """An amount with one decimal, or with two significant digits where that would be 0.0."""
-    return f"{amount:,.1f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
+def in_tenths(amount: float) -> str:
+    """An amount with one decimal, such as "3.5", or "below 0.1" where that would be "0.0" of something."""
+    return f"{amount:,.1f}" if amount >= 0.05 or amount == 0 else "below 0.1"

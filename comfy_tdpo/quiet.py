@@ -1,9 +1,11 @@
-"""Loading models without the progress bars and log messages of diffusers and transformers; errors are still raised."""
+"""Loading models without the progress bars and log messages of diffusers, transformers and the hub's client; errors are
+still raised."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import diffusers.utils.logging as diffusers_logging
+import huggingface_hub.utils.logging as hub_logging
 import transformers.utils.logging as transformers_logging
 
 
@@ -22,3 +24,14 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(levels[1])
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Silence the hub's client inside the block, which tells of every failed attempt, but for its progress bars."""
+    level = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)

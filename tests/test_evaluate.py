@@ -106,7 +106,7 @@ def with_loras(run: RunFolder) -> RunFolder:
         (["--images", "many"], "argument --images: invalid int value: 'many'"),
         (["--epochs", "3,4"], "run 'mine' has no snapshot of epoch 4; expected some of those it has (3, 6)"),
         (["--epochs", "first"], "expected numbers of epochs with commas between them, such as 5,10, or 'last'"),
-        (["--reward-weights", "hpsv2=/x"], "hpsv2=/x; expected NAME=PATH,... for rewards that are used here: shapes-"),
+        (["--reward-weights", "hpsv2=/x"], "--reward-weights for hpsv2; expected a reward that is used here (shapes-"),
         (["--reward-weights", "hpsv2=/nowhere", "--rewards", "taste:x"], "got reward 'taste:x', but 'tastes/x' does"),
     ],
 )

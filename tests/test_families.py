@@ -189,7 +189,7 @@ def test_a_folder_begins_from_its_own_preset(folder_of, kind, schedule):
     assert config == make_config(kind, overrides=overrides)
     assert config.critic.reads == "clean" and config.process is None
     assert config.embedded_guidance == (3.5 if kind == "flux-dev" else None)
-    assert outline(config.model) == (schedule, "flow-ddim", 2, 2, folder_of(kind))
+    assert outline(config.model) == (schedule, "flow-ddim", 2, 2, folder_of(kind), ())
     published = make_config(kind)
     assert make_config(overrides={"model": published.model}) == published
 

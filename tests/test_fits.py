@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from test_plan import sd3 as sd3
 from tiny_models import SHIPPED
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from comfy_tdpo.memory.budget import GIB, Need, need_of
 from comfy_tdpo.memory.counting import Held
@@ -49,6 +51,14 @@ def sizes(tmp_path_factory):
     edit(folder / "unet" / "config.json", **few, **kinds, cross_attention_dim=32)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     edit(folder / "vae" / "config.json", **few | {"block_out_channels": [32, 32]}, **kinds)
+    parts = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "tokenizer": CLIPTokenizer,
+    }
+    index = {name: [cls.__module__.partition(".")[0], cls.__name__] for name, cls in parts.items()}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -61,7 +71,7 @@ def test_what_is_counted_is_what_the_cpu_allocates(sizes, train):
     config = make_config("sd14-aesthetic", overrides=SETTINGS | {"precision": "fp32", "policy": {"train": train}})
     found = footprint(config, sizes)
     with Held() as held:
-        model = model_without_weights(sizes, torch.float32, torch.float32)
+        model = model_without_weights(sizes, torch.float32, torch.float32, config.model)
         policy = DiffusionPolicy(model, settings=config.policy, **SETTINGS)
         weights = sum(weight.nbytes for net in policy.model.networks.values() for weight in net.parameters())
         rehearsal = Rehearsal(policy, "", [])
@@ -75,6 +85,32 @@ def test_what_is_counted_is_what_the_cpu_allocates(sizes, train):
         # oneDNN may copy a tensor into a layout of its own, which tensors without values do not
         assert count.first == pytest.approx(truth.first, rel=0.05)
         assert count.more == pytest.approx(truth.more, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"in_channels": 9}, "takes 9 channels (inpainting, depth or editing)"),
+        ("unet", {"block_out_channels": "x"}, "unet/config.json cannot be loaded: "),
+        ("vae", {"block_out_channels": []}, "vae/config.json cannot be loaded"),
+        (
+            "text_encoder",
+            {"architectures": ["RobertaModel"]},
+            "text_encoder/config.json cannot be loaded: 'RobertaModel'",
+        ),
+    ],
+)
+def test_damaged_sizes_are_told_in_one_line(sizes, tmp_path, capsys, part, changes, message):
+    folder = shutil.copytree(sizes, tmp_path / "model")
+    edit(folder / part / "config.json", **changes)
+    assert main(["plan", "--preset", "sd14-aesthetic", "--model", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_text_encoder_that_a_model_is_without_does_not_count():
+    parts = [numbers_of_texts(SHIPPED / "sd3", absent) for absent in ((), ("text_encoder_3", "tokenizer_3"))]
+    assert parts[0] - parts[1] == 4_762_310_656  # T5 XXL's encoder
 
 
 def test_the_published_sizes_are_those_of_the_models():
@@ -167,8 +203,8 @@ def test_a_plan_tells_what_a_run_takes(sizes, capsys):
     assert main(["plan", "--preset", "sd14-aesthetic", "--model", str(sizes), *settings]) == 0
     text = capsys.readouterr().out
     assert "\n800 reward queries in 100 epochs\n" in text
-    assert "\n4800 rows go through the network to draw the samples, two for each step, because of guidance\n" in text
-    assert "memory, counted without a GPU, in GiB: weights 0." in text
+    assert "\n4800 latents go through the network to draw the samples, two for each step, because of guidance\n" in text
+    assert "memory, counted without a GPU, in GiB: weights below 0.1," in text
     assert "80 GiB: 4 / 16" in text and "6 GiB: 4 / 8" not in text
     assert "\ntime: the networks' arithmetic is " in text and text.count("a rough estimate") == 1
     assert "\n2016 more draw 21 sample grids (3 steps, guidance 5, 32 px)\n" in text

@@ -194,10 +194,14 @@ def test_what_the_kl_keeps_beside_the_latents_counts_as_trajectories(tmp_path, m
     run = new_run(tmp_path / "run", **settings, kl={"coefficient": 0.1})
     training = toy_training(run, make_policy)
     list(training.epochs())
-    latents, means = (training.method.replay.samples[name].nbytes for name in ("latents", "reference_means"))
-    assert 0.5 * latents < means < latents, "there are none of the last latent"
-    assert bytes_of_trajectories(training.config, training.policy, samples=0) == 2 * latents
-    assert bytes_of_trajectories(toy_config(**settings), training.policy, samples=0) == latents
+    config, policy, kept = training.config, training.policy, training.method.replay.samples
+    latents, means = kept["latents"].nbytes, kept["reference_means"].nbytes
+    assert means > 0 and bytes_of_trajectories(config, policy, samples=0) == latents + means
+    joined = bytes_of_trajectories(config, policy, samples=config.samples_per_epoch) - latents - means
+    assert joined == latents + 2 * means, "the means are joined once the latents are"
+    without_kl = toy_config(**settings)
+    assert bytes_of_trajectories(without_kl, policy, samples=0) == latents
+    assert bytes_of_trajectories(without_kl, policy, samples=config.samples_per_epoch) == 3 * latents
 
 
 # --- the disk

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from tiny_models import SHIPPED
 
 from comfy_tdpo.methods.window import window
-from comfy_tdpo.models import diffusers_folder, outline
+from comfy_tdpo.models import diffusers_folder, flux_file, outline, sd3_file
+from comfy_tdpo.models.model_file import Layout
 from comfy_tdpo.models.sizes import is_countable
 from comfy_tdpo.process import make_process
 from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
@@ -28,11 +29,15 @@ FLOW_PRESETS = {
 }
 
 
+def index_of(layout: Layout) -> dict[str, list[str]]:
+    return {name: [cls.__module__.partition(".")[0], cls.__name__] for name, cls in layout.classes.items()}
+
+
 @pytest.fixture
 def sd3(tmp_path) -> Path:
     """The configurations of Stable Diffusion 3's folder that a plan needs, without weights."""
     files = {
-        "model_index.json": {"transformer": ["diffusers", "SD3Transformer2DModel"]},
+        "model_index.json": index_of(sd3_file.LAYOUT),
         "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
         "vae/config.json": {"block_out_channels": [128, 256, 512, 512]},
     }
@@ -62,8 +67,7 @@ def test_a_plan_of_sd3(sd3, capsys):
 
 def test_a_plan_of_flux_dev_has_noise_levels_by_the_size_of_the_image(sd3, capsys):
     """By hand: 1,024 tokens at 512 px are mu 0.63, so t = 5/6 becomes 5 m / (5 m + 1), m = e^0.63."""
-    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"]}
-    (sd3 / "model_index.json").write_text(json.dumps(parts))
+    (sd3 / "model_index.json").write_text(json.dumps(index_of(flux_file.LAYOUT)))
     (sd3 / "transformer").mkdir()
     (sd3 / "transformer" / "config.json").write_text(json.dumps({"guidance_embeds": True}))
     shutil.copy(SHIPPED / "flux-dev" / "scheduler" / "scheduler_config.json", sd3 / "scheduler")
@@ -118,6 +122,20 @@ def test_a_presets_model_is_outlined_without_a_network(monkeypatch, preset):
     if "turbo" in preset and preset not in FLOW_PRESETS:
         assert outlined.scheduler.config.timestep_spacing == "trailing"
     assert preset == "shapes-flow" or is_countable(outlined.configs)
+
+
+def test_the_hub_is_asked_once_for_a_model_that_it_does_not_have(monkeypatch, capsys):
+    asked = []
+
+    def unreachable(repo, name):
+        asked.append(name)
+        raise OSError("no connection")
+
+    monkeypatch.setattr(diffusers_folder, "hf_hub_download", unreachable)
+    assert main(["plan", "--model", "nobody/nothing"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'nobody/nothing' is not a file or folder here, and cannot be downloaded from the hub: no connection" in line
+    assert asked == ["model_index.json"]
 
 
 def test_a_folder_named_like_a_model_on_the_hub_is_that_folder(sd3, tmp_path, monkeypatch):

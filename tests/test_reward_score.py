@@ -154,9 +154,20 @@ WRONG = {
     ),
     "weights of another": (
         ["--reward", "shapes-judge", "--reward-weights", "hpsv2=hps.pt", "{image}"],
-        "got --reward-weights hpsv2=hps.pt; expected NAME=PATH,... for rewards that are used here: ",
+        "got --reward-weights for hpsv2; expected a reward that is used here (shapes-judge): remove it",
     ),
-    "weights of nothing": (["--reward", "hpsv2", "--reward-weights", "hpsv2", "{image}"], "expected NAME=PATH,..."),
+    "weights of an unknown reward": (
+        ["--reward", "beauty", "--reward-weights", "beauty=x", "{image}"],
+        "got reward 'beauty'; expected one of",
+    ),
+    "weights twice": (
+        ["--reward", "hpsv2", "--reward-weights", "hpsv2=a.pt,hpsv2=b.pt", "{image}"],
+        "got --reward-weights with hpsv2 twice, 'a.pt' and 'b.pt'; expected it once",
+    ),
+    "weights of nothing": (
+        ["--reward", "hpsv2", "--reward-weights", "hpsv2", "{image}"],
+        "expected a reward with its",
+    ),
     "floats": (["--reward", "shapes-judge", "{folder}/floats.tiff"], "has 32-bit pixels, which define no white"),
     "a folder": (["--reward", "shapes-judge", "{folder}"], "it is a folder; give the files in it"),
     "an image twice": (["--reward", "shapes-judge", "{image}", "{image}"], "the same file; give each image once"),

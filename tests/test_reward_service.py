@@ -533,8 +533,14 @@ def test_a_port_in_use_is_told_in_one_line(capsys):
     ("options", "message"),
     [
         (["--host", ""], "got an empty address; expected one of this machine, such as 127.0.0.1"),
-        (["--reward-weights", "x"], "got --reward-weights x; expected NAME=PATH,... for rewards that are used here: "),
-        (["--reward-weights", "hpsv2=/x"], "got --reward-weights hpsv2=/x; expected NAME=PATH"),
+        (
+            ["--reward-weights", "x"],
+            "got --reward-weights 'x'; expected a reward with its file or folder: write NAME=PATH",
+        ),
+        (
+            ["--reward-weights", "hpsv2=/x"],
+            "got --reward-weights for hpsv2; expected a reward that is used here (shapes-",
+        ),
         (["--reward", "http://127.0.0.1:9"], "which is a service itself; expected one that is computed here"),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_model_of_the_world_is_named_like_its_preset(name):
 
 
 def test_what_it_draws_with_is_told_without_loading_it():
-    assert outline(str(FLOW)) == (FlowSchedule(1.0), "flow-ddim", 8, 2, None)
+    assert outline(str(FLOW)) == (FlowSchedule(1.0), "flow-ddim", 8, 2, None, ())
     with pytest.raises(ValueError, match="and the flow model of Shapes predicts the flow.*remove prediction_type"):
         outline(str(FLOW), "epsilon")
 

@@ -94,7 +94,10 @@ def test_lines_cut_off_in_mid_write_are_counted(capsys):
             "got encoder 'shapes-gold'; expected a reward with an image",
         ),
         (["--ratings", "nowhere.csv"], "'nowhere.csv' cannot be read"),
-        (["--liked", "liked", "--reward-weights", "beauty=x"], "got --reward-weights beauty=x; expected NAME=PATH,..."),
+        (
+            ["--liked", "liked", "--encoder", "shapes-aesthetic", "--reward-weights", "hpsv2=x"],
+            "got --reward-weights for hpsv2; expected a reward that is used here (shapes-aesthetic)",
+        ),
         (["--likes", "liked"], "unrecognized arguments: --likes liked; `taste --help` lists all options"),
     ],
 )

@@ -230,7 +230,7 @@ def test_a_file_in_the_folder_is_the_folders_model(loaded, file, request):
             # float8 has 3 bits after the first
             torch.testing.assert_close(weight, expected[key], rtol=2**-4 if codes else 0, atol=2**-10 if codes else 0)
     assert all(map(torch.equal, model.encode(PROMPTS).states, loaded.encode(PROMPTS).states))
-    assert outline(str(file)) == (FlowSchedule(3.0), "flow-ddim", 2, 2, shipped.CONFIGS / "z-image")
+    assert outline(str(file)) == (FlowSchedule(3.0), "flow-ddim", 2, 2, shipped.CONFIGS / "z-image", ())
     assert make_config(overrides={"model": str(file)}).steps == make_config("z-image-turbo").steps
 
 

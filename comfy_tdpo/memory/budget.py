@@ -36,13 +36,13 @@ def first_micro_batch(configured: int | None, samples_per_update: int, device: t
 
 
 def bytes_of_trajectories(config: Any, policy: DiffusionPolicy, samples: int) -> int:
-    """The bytes of the latents of an epoch's samples in this process, which are copied when they are joined, of those
-    that are replayed, and of the reference's means beside them, see `KLPenalty.measure`."""
-    replayed = getattr(config.policy, "replay", 0) * config.samples_per_epoch
+    """The bytes of the latents of an epoch's samples in this process and of those that are replayed, and of the
+    reference's means beside them, see `KLPenalty.measure`. What is joined last of an epoch's samples is copied."""
+    steps, replayed = len(policy.process), getattr(config.policy, "replay", 0) * config.samples_per_epoch
     kl = getattr(config, "kl", None)
-    with_means = kl is not None and kl.coefficient > 0 and policy.kl_reference.costly
-    kept = (samples + replayed) * (2 if with_means else 1)
-    return (kept + samples) * (len(policy.process) + 1) * policy.latent_size * 4
+    means = steps if kl is not None and kl.measures_afterwards(policy.kl_reference) else 0
+    kept = steps + 1 + means
+    return (samples * (kept + (means or steps + 1)) + replayed * kept) * policy.latent_size * 4
 
 
 def better_in_main_memory(trajectories: int, free: int) -> bool:

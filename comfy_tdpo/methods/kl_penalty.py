@@ -52,13 +52,13 @@ class KLPenalty:
     @property
     def form(self) -> str:
         """What sampling measures, see `rollout.denoise`."""
-        if not self.enabled or self.policy.kl_reference.costly:
+        if not self.enabled or self.config.measures_afterwards(self.policy.kl_reference):
             return "none"
         return "exact" if self.in_loss else "sampled"
 
     def measure(self, batch: Trajectories) -> None:
         """Measure what sampling left out, because it would have swapped the reference in at every step."""
-        if not self.enabled or not self.policy.kl_reference.costly:
+        if not self.config.measures_afterwards(self.policy.kl_reference):
             return
         context, size = self.context, self.context.micro_batch
         context.optimizer.zero_grad()  # the gradients' memory is needed for the reference

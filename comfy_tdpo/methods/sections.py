@@ -1,12 +1,15 @@
 """The settings of the policy-gradient methods; the defaults are those of the paper's TDPO-R (arXiv 2402.08552)."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from ..settings import Count, OptimizerSettings, PolicySettings, Positive, Rate, Section, Unset
 from ..user_files import user_path
 from .decoder import FULL, TINY
+
+if TYPE_CHECKING:
+    from ..reference import Reference
 
 CriticArchitecture = Literal["authors", "standardised", "dpok"]
 CriticActivation = Literal["identity", "relu", "leaky_relu"]
@@ -291,6 +294,11 @@ class KLSettings(Section):
         description="epochs with which kl.gate compares the disagreement of reward and guards: above all of them, its "
         "share grows by a tenth, and below all of them it shrinks by a tenth",
     )
+
+    def measures_afterwards(self, reference: "Reference") -> bool:
+        """Whether the KL is measured once an epoch is sampled, since swapping the `reference` in for each step would
+        copy all weights of the network."""
+        return self.coefficient > 0 and reference.costly
 
 
 class HistorySettings(Section):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from ..registry import look_up
+from ..user_files import user_path
 from .published import published
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ class Outline(NamedTuple):
     """What the configurations of a model tell without its weights.
 
     scheduler, process, patch: as in DiffusionModel; factor: as in LatentDecoder.
-    configs: a folder with the configurations of its networks, one folder for each, unless these are unknown.
+    configs: a folder with the configurations of its networks, one folder for each; None if they are not known.
+    absent: the names of those configured there that this model is without.
     """
 
     scheduler: Any
@@ -126,13 +128,17 @@ class Outline(NamedTuple):
     factor: int
     patch: int
     configs: Path | None = None
+    absent: tuple[str, ...] = ()
 
 
 class Family(Protocol):
     """Loads models of one kind."""
 
     def recognizes(self, source: str) -> bool:
-        """Whether `source`, a model as a user names it, belongs to this family; cheap, and never raises."""
+        """Whether `source` belongs to this family; cheap, and never raises.
+
+        source: a model as a user names it, or for a hub id, a folder with the index of its pipeline.
+        """
         ...
 
     def outline(self, source: str, prediction_type: str | None) -> Outline:
@@ -212,5 +218,8 @@ def outline(source: str, prediction_type: str | None = None) -> Outline:
 def _family(source: str) -> Family:
     if known := published(source):
         return look_up(FAMILIES[known.family])
+    from .diffusers_folder import index_on_hub, is_hub_id  # imports diffusers
+
     families: list[Family] = [look_up(place) for place in FAMILIES.values()]
-    return next(family for family in families if family.recognizes(source))
+    found = index_on_hub(source) if is_hub_id(source) and not user_path(source).exists() else source
+    return next(family for family in families if family.recognizes(found))

@@ -7,8 +7,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .diffusers_folder import configurations, download, load_folder, pipeline_class
+from .diffusers_folder import checked_classes, configurations, download, load_folder, pipeline_class
 from .files import required
+from .published import published
 from .scheduler import PREDICTION_TYPES, load_scheduler
 from .single_file import load_file, outline_file
 
@@ -54,6 +55,8 @@ def outline(model: str, prediction_type: str | None = None) -> tuple[DDIMSchedul
     if path.is_file():
         return outline_file(path, prediction_type)
     configs, of_schedule = configurations(model)
+    if not published(model):
+        checked_classes(configs)
     return load_scheduler(required(of_schedule, "scheduler/scheduler_config.json"), prediction_type), configs
 
 

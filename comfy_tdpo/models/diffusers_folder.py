@@ -20,7 +20,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from ..quiet import quiet_loading
+from ..quiet import quiet_hub, quiet_loading
 from . import shipped
 from .files import EXPECTED, PICKLE_SUFFIXES, naming, read_json, refused, required
 from .names import folder_names
@@ -82,11 +82,13 @@ def configurations(source: str) -> tuple[Path, Path]:
 
 
 def index_on_hub(source: str) -> str:
-    """The folder in the hub's cache with the index of the hub id `source`; empty if there is none. Never raises."""
-    try:
-        return str(Path(hf_hub_download(source, "model_index.json")).parent) if is_hub_id(source) else ""
-    except (OSError, ValueError):  # explained where it is loaded
-        return ""
+    """The folder in the hub's cache with the index of the hub id `source`.
+
+    Raises:
+        ValueError: it cannot be downloaded.
+    """
+    with _hub(source):
+        return str(Path(hf_hub_download(source, "model_index.json")).parent)
 
 
 @contextmanager
@@ -95,7 +97,8 @@ def _hub(repo: str) -> Iterator[None]:
     if not is_hub_id(repo):
         raise ValueError(f"no file or folder {repo!r}; {EXPECTED}; check the path")
     try:
-        yield
+        with quiet_hub():
+            yield
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -108,9 +111,15 @@ def pipeline_class(index: Path) -> Any:
     return StableDiffusionXLPipeline if "text_encoder_2" in _classes(index) else StableDiffusionPipeline
 
 
-def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
+def checked_classes(folder: Path) -> dict[str, Any]:
+    """The classes of the components in `folder`; raises ValueError if they are not those of Stable Diffusion."""
     classes = _classes(required(folder, "model_index.json"))
     _check_unet(read_json(required(folder, "unet/config.json")), folder, is_xl="text_encoder_2" in classes)
+    return classes
+
+
+def load_folder(folder: Path, dtype: torch.dtype, prediction_type: str | None) -> dict:
+    classes = checked_classes(folder)
     scheduler = required(folder, "scheduler/scheduler_config.json")
     return load_parts(folder, classes, dtype) | {"scheduler": load_scheduler(scheduler, prediction_type)}
 

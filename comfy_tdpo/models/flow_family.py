@@ -12,6 +12,7 @@ from .diffusers_folder import check_index, configurations, download, latent_fact
 from .files import read_json, required
 from .flow_transformer import FlowTransformer, check_no_prediction
 from .model_file import Layout, ModelFile
+from .published import published
 from .scheduler import flow_schedule_in
 
 
@@ -42,12 +43,14 @@ class FlowFamily(ABC):
         check_no_prediction(prediction_type, self.layout.family)
         path = Path(source).expanduser()
         if path.is_file():
-            schedule, factor, configs = self.open_file(path).outline()
+            schedule, factor, configs, absent = self.open_file(path).outline()
         else:
             configs, of_schedule = configurations(source)
-            self._check_transformer(configs)
+            if not published(source):
+                self._classes_in(configs)
             schedule, factor = flow_schedule_in(of_schedule), latent_factor(configs)
-        return Outline(schedule, FlowTransformer.process, factor, PATCH, configs)
+            absent = ()
+        return Outline(schedule, FlowTransformer.process, factor, PATCH, configs, absent)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> FlowTransformer:
         check_no_prediction(prediction_type, self.layout.family)

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..process.flow_schedule import PATCH, FlowSchedule
 from . import LatentDecoder, PromptEncoder
 from .conditioning import Conditioning, TensorConditioning
-from .diffusers_folder import index_on_hub
 from .files import AGAIN
 from .flow_family import FlowFamily
 from .flow_transformer import FlowTransformer
@@ -115,7 +114,7 @@ class FluxFamily(FlowFamily):
     layout, pipeline = LAYOUT, FluxPipeline
 
     def recognizes(self, source: str) -> bool:
-        return is_flux(source) or is_flux(index_on_hub(source))
+        return is_flux(source)
 
     def open_file(self, path: Path) -> ModelFile:
         return open_file(path)

@@ -35,7 +35,7 @@ class Part(NamedTuple):
     read: Callable[[dict[str, Tensor], Any], dict[str, Tensor]]
 
 
-def shapes(network: nn.Module) -> dict[str, torch.Size]:
+def _weight_shapes(network: nn.Module) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in network.named_parameters()}
 
 
@@ -84,19 +84,19 @@ class ModelFile:
     configs: Path
     networks: dict[str, nn.Module] = field(default_factory=dict)
 
-    def outline(self) -> tuple[FlowSchedule, int, Path | None]:
-        """Its noise schedule, its pixels for each element of a latent, and the configurations if all networks have the
-        sizes that these say.
+    def outline(self) -> tuple[FlowSchedule, int, Path | None, tuple[str, ...]]:
+        """Its noise schedule, its pixels for each element of a latent, its configurations, or None if a network has
+        other sizes than these say, and the components that it is without.
 
         Raises:
             ValueError: a component is missing.
         """
         self._beside()
         usual = all(
-            shapes(network) == shapes(empty_network(self.configs / name, self.layout.classes[name]))
+            _weight_shapes(network) == _weight_shapes(empty_network(self.configs / name, self.layout.classes[name]))
             for name, network in self.networks.items()
         )
-        return self._schedule(), latent_factor(self.configs), self.configs if usual else None
+        return self._schedule(), latent_factor(self.configs), self.configs if usual else None, self._absent()
 
     def load(self, dtype: torch.dtype) -> tuple[FlowSchedule, dict[str, Any]]:
         """Its noise schedule, and its components, named as in a diffusers folder.
@@ -135,12 +135,16 @@ class ModelFile:
     def _shipped(self) -> list[str]:
         return [name for name, cls in self.layout.classes.items() if cls is CLIPTokenizer]
 
+    def _absent(self) -> tuple[str, ...]:
+        """The optional components that neither the file nor its folder has."""
+        optional = self.layout.optional
+        present = optional and (optional[0] in self._inside() or (self._folder / optional[0]).is_dir())
+        return () if present else optional
+
     def _beside(self) -> list[str]:
         """The components that are read from the folder, without the scheduler."""
         layout, inside = self.layout, self._inside()
-        known = {*inside, *self._shipped()}
-        if layout.optional and not (layout.optional[0] in known or (self._folder / layout.optional[0]).is_dir()):
-            known |= {*layout.optional}
+        known = {*inside, *self._shipped(), *self._absent()}
         beside = [name for name in layout.classes if name not in known]
         needed = [*beside, "scheduler"] if layout.scheduler else beside
         if missing := [name for name in needed if not (self._folder / name).is_dir()]:

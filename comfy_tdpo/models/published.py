@@ -35,4 +35,4 @@ PUBLISHED = {
 
 def published(source: str) -> Published | None:
     """What is known of the model `source` if it is a hub id of these, and no file or folder of that name."""
-    return PUBLISHED.get(source) if not user_path(source).exists() else None
+    return PUBLISHED[source] if source in PUBLISHED and not user_path(source).exists() else None

@@ -1,4 +1,4 @@
-"""What a single-file checkpoint lacks and the package supplies: configurations and CLIP's tokenizer.
+"""What the package supplies of published models: configurations and CLIP's tokenizer, which a single file lacks.
 
 The configurations in configs/ are those published with the models, and CLIP's vocabulary comes from open_clip, so a
 file can be loaded offline.

@@ -7,7 +7,7 @@ Shapes: B batch, L tokens, E text width, P pooled width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..process.flow_schedule import FlowSchedule
 from . import DiffusionModel
 from .conditioning import Conditioning, ListConditioning, TensorConditioning
 from .diffusers_folder import empty_network
-from .files import read_json
+from .files import naming, read_json
 from .flux import T5_TOKENS, Flux
 from .stable_diffusion import Autoencoder, StableDiffusion
 from .stable_diffusion_3 import T5_TOKENS as T5_TOKENS_OF_SD3
@@ -46,14 +46,14 @@ _TEXTS: dict[str, Any] = {
 }
 
 
-def _unet(folder: Path, unet: Any, encode: Any, decode: Any) -> DiffusionModel:
+def _unet(folder: Path, unet: Any, encode: Any, decode: Any, source: str) -> DiffusionModel:
     with unset_fake_temporarily():
         scheduler = DDIMScheduler.from_config(DDIMScheduler.load_config(folder / "scheduler"))
-    return StableDiffusion(unet, scheduler, encode, decode, folder.name)
+    return StableDiffusion(unet, scheduler, encode, decode, source)
 
 
 def _flow(cls: Any) -> Callable[..., DiffusionModel]:
-    return lambda folder, transformer, encode, decode: cls(transformer, FlowSchedule(), encode, decode, folder.name)
+    return lambda _, transformer, encode, decode, source: cls(transformer, FlowSchedule(), encode, decode, source)
 
 
 def _states_of_unet(config: Any) -> Conditioning:
@@ -90,37 +90,48 @@ _DENOISERS: dict[str, tuple[Any, Callable[..., DiffusionModel], Callable[[Any], 
 def is_countable(configs: Path) -> bool:
     """Whether `model_without_weights` can make the model that is configured in the folder `configs`."""
     denoisers = [configs / name / "config.json" for name in ("unet", "transformer")]
-    return any(path.is_file() and read_json(path).get("_class_name") in _DENOISERS for path in denoisers)
+    return any(path.is_file() and str(read_json(path).get("_class_name")) in _DENOISERS for path in denoisers)
 
 
-def model_without_weights(folder: Path, weights: torch.dtype, denoiser: torch.dtype) -> DiffusionModel:
-    """The model configured in `folder`, whose text encoders are left out, its `denoiser` and other `weights` in these
-    dtypes.
+def model_without_weights(folder: Path, weights: torch.dtype, denoiser: torch.dtype, source: str) -> DiffusionModel:
+    """The model `source`, configured in `folder`, whose text encoders are left out, its `denoiser` and other `weights`
+    in these dtypes.
 
     Call it under FakeTensorMode, where weights take no memory.
+
+    Raises:
+        ValueError: a configuration is damaged.
     """
-    part = "unet" if (folder / "unet").is_dir() else "transformer"
-    config = UNet2DConditionModel.load_config(folder / part)
-    cls, made_of, states = _DENOISERS[config["_class_name"]]
-    with weights_of_dtype(denoiser):
-        network = cls.from_config(config)
-    with weights_of_dtype(weights):
+    part = folder / ("unet" if (folder / "unet").is_dir() else "transformer")
+    with naming(part / "config.json"):
+        config = UNet2DConditionModel.load_config(part)
+        cls, made_of, states = _DENOISERS[config["_class_name"]]
+        with weights_of_dtype(denoiser):
+            network = cls.from_config(config)
+        conditioning = states(network.config)
+    with naming(folder / "vae" / "config.json"), weights_of_dtype(weights):
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae"))
-    conditioning = states(network.config)
 
     def encode(prompts: list[str]) -> Conditioning:
         return conditioning.expand(len(prompts))
 
-    return made_of(folder, network, encode, Autoencoder(vae.requires_grad_(False).eval()))
+    return made_of(folder, network, encode, Autoencoder(vae.requires_grad_(False).eval()), source)
 
 
-def numbers_of_texts(folder: Path) -> int:
-    """How many numbers the weights of the text encoders are that are configured in `folder`."""
-    networks = [
-        empty_network(path.parent, _TEXTS[UNet2DConditionModel.load_config(path.parent)["architectures"][0]])
-        for path in sorted(folder.glob("text_encoder*/config.json"))
-    ]
-    return sum(weight.numel() for network in networks for weight in network.parameters())
+def numbers_of_texts(folder: Path, absent: Container[str] = ()) -> int:
+    """How many numbers the weights of the text encoders are that are configured in `folder`, without those `absent`.
+
+    Raises:
+        ValueError: a configuration is damaged.
+    """
+    count = 0
+    for path in folder.glob("text_encoder*/config.json"):
+        if path.parent.name not in absent:
+            with naming(path):
+                network = empty_network(path.parent, _TEXTS[read_json(path)["architectures"][0]])
+                network.tie_weights()  # a weight with two names counts once
+            count += sum(weight.numel() for weight in network.parameters())
+    return count
 
 
 @contextmanager

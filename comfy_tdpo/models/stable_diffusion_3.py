@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..process.flow_schedule import PATCH, FlowSchedule
 from .conditioning import Conditioning, TensorConditioning
-from .diffusers_folder import index_on_hub
 from .files import AGAIN, refused
 from .flow_family import FlowFamily
 from .flow_transformer import FlowTransformer
@@ -91,7 +90,7 @@ class StableDiffusion3Family(FlowFamily):
     layout, pipeline = LAYOUT, StableDiffusion3Pipeline
 
     def recognizes(self, source: str) -> bool:
-        return is_sd3(source) or is_sd3(index_on_hub(source))
+        return is_sd3(source)
 
     def open_file(self, path: Path) -> ModelFile:
         return open_file(path)

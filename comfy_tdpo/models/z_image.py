@@ -24,7 +24,6 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 from ..process.flow_schedule import FlowSchedule
 from ..prompts.length import CutPrompt, describe_cut
 from .conditioning import Conditioning, ListConditioning
-from .diffusers_folder import index_on_hub
 from .files import AGAIN
 from .flow_family import FlowFamily
 from .flow_transformer import FlowTransformer
@@ -99,7 +98,7 @@ class ZImageFamily(FlowFamily):
     layout, pipeline = LAYOUT, ZImagePipeline
 
     def recognizes(self, source: str) -> bool:
-        return is_z_image(source) or is_z_image(index_on_hub(source))
+        return is_z_image(source)
 
     def open_file(self, path: Path) -> ModelFile:
         return open_file(path)

@@ -1,9 +1,9 @@
 """Parses setting values given as text: NAME,NAME and NAME=VALUE,NAME=VALUE."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from comfy_tdpo.rewards import reward_names
+from comfy_tdpo.rewards import check_reward, reward_names
 from comfy_tdpo.settings import NONE
 from comfy_tdpo.tastes.names import is_taste
 
@@ -26,22 +26,39 @@ def named_values(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def reward_files(text: str, used: Collection[str]) -> dict[str, str]:
-    """The paths in NAME=PATH,NAME=PATH of some of the rewards that are `used`; ValueError as of the check."""
-    files = named_values(text)
-    check_reward_files(files, used)
+def reward_files(text: str) -> dict[str, str]:
+    """The paths in NAME=PATH,NAME=PATH.
+
+    Raises:
+        ValueError: a name or a path is missing, or a name occurs twice.
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    files: dict[str, str] = {}
+    for name, path in ((name.strip(), path.strip()) for name, _, path in pairs):
+        if not name or not path:
+            raise ValueError(
+                f"got --reward-weights {text!r}; expected a reward with its file or folder: write NAME=PATH"
+            )
+        if files.setdefault(name, path) != path:
+            raise ValueError(
+                f"got --reward-weights with {name} twice, '{files[name]}' and '{path}'; expected it once: remove one"
+            )
     return files
 
 
-def check_reward_files(files: Mapping[str, str], used: Collection[str]) -> None:
-    """Raise ValueError if a reward's path is empty, or if the reward is neither among those `used` nor, where one of
-    these is a taste, one through whose encoder a taste may read."""
-    known = {*used, *(reward_names() if any(map(is_taste, used)) else [])}
-    for name, path in files.items():
-        if name not in known or not path:
-            got = f"{name}={path}" if path else name
+def check_used(files: Iterable[str], rewards: Collection[str]) -> None:
+    """Raise ValueError if one of the `rewards` does not exist, or if a reward with `files` of its own is none of them.
+
+    With a taste among them, files of any reward are allowed, since a taste reads through the encoder of one.
+    """
+    for name in rewards:
+        check_reward(name)
+    known = {*rewards, *(reward_names() if any(map(is_taste, rewards)) else [])}
+    for name in files:
+        if name not in known:
             raise ValueError(
-                f"got --reward-weights {got}; expected NAME=PATH,... for rewards that are used here: {', '.join(used)}"
+                f"got --reward-weights for {name}; expected a reward that is used here ({', '.join(rewards)}): remove "
+                "it, or use that reward"
             )
 
 

@@ -16,7 +16,7 @@ from comfy_tdpo.user_files import user_path
 
 from ..config import TrainConfig
 from ..config.loadable import check_loadable
-from ..config.parsing import check_reward_files
+from ..config.parsing import check_used
 from ..recommend.files import LATEST, Cell, Draw, cells_of
 from ..recommend.options import SHAPES, counterpart, is_of_shapes
 from ..run import RunFolder
@@ -160,7 +160,7 @@ def ask(runs: Sequence[RunFolder], options: Options, in_graph: bool = False) -> 
     sets = options.sets or usual_sets(configs[0], runs[0].prompts(configs[0]))
     rewards = tuple(dict.fromkeys([*(subject.training for subject in subjects), *judging]))
     trained_on = [name for config in configs for name in config.trained_on]
-    check_reward_files(options.weights, tuple(dict.fromkeys([*trained_on, *judging])))
+    check_used(options.weights, tuple(dict.fromkeys([*trained_on, *judging])))
     weights = _weights(subjects, options.weights)
     for name in judging:
         if is_taste(name) and name not in weights:

@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy_tdpo.prompts import prompt_sets
 from comfy_tdpo.rewards import FORMS, reward_names
 
-from ..config.parsing import named_values, split_names
+from ..config.parsing import reward_files, split_names
 from ..evaluation.asked import IMAGES, LAST, SEED, Options, PromptSet, ask, usual_folder
 from ..evaluation.files import RESULTS, TABLE
 from ..evaluation.numbers import Evaluation
@@ -90,7 +90,7 @@ def _epochs(text: str) -> tuple[int | str, ...]:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    tastes = Paths(named_values(args.reward_weights))
+    tastes = Paths(reward_files(args.reward_weights))
     rewards = None if args.rewards is None else tuple(tastes.named(name) for name in split_names(args.rewards))
     sets = tuple(PromptSet.load(source) for source in split_names(args.prompts or "none"))
     return Options(rewards, sets, args.images, args.epochs, tastes.known)

@@ -5,6 +5,7 @@ chosen here is what MemoryBudget would choose on such a GPU. Rewards count as wh
 and their work as none, since a decoder needs more.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from comfy_tdpo.counts import rounded
+from comfy_tdpo.counts import in_tenths
 from comfy_tdpo.memory.budget import (
     GIB,
     MemoryBudget,
@@ -82,14 +83,15 @@ class Flops(NamedTuple):
     seen: int
 
 
-def footprint(config: TrainConfig, sizes: Path) -> Footprint:
-    """What a run of `config` needs, whose model is configured in the folder `sizes`."""
+def footprint(config: TrainConfig, configs: Path, absent: Container[str] = ()) -> Footprint:
+    """What a run of `config` needs, whose model's networks are configured in the folder `configs`, without those
+    `absent`; raises ValueError if a configuration is damaged."""
     dtype = DTYPES[config.precision]
     whole_in_float32 = config.policy.trains_all and config.policy.optimizer == "adamw"
     config = override(config, {"policy": {"gradient_checkpointing": False}})
     decoder = decoder_of(config)
     with counted() as held:
-        model = model_without_weights(sizes, dtype, torch.float32 if whole_in_float32 else dtype)
+        model = model_without_weights(configs, dtype, torch.float32 if whole_in_float32 else dtype, config.model)
         policy = DiffusionPolicy(model, **policy_settings(config, torch.device("cpu")))
         weights = held.bytes - sum(weight.nbytes for weight in policy.trainable.base.values())  # on the CPU
         rehearsal = Rehearsal(policy, "", [])
@@ -111,7 +113,7 @@ def footprint(config: TrainConfig, sizes: Path) -> Footprint:
                 drawing = max(need_of(held, work) for work in (rehearsal.sample, rehearsal.decode))
     return Footprint(
         weights=weights + bytes_of_decoder(decoder),
-        texts=numbers_of_texts(sizes) * dtype.itemsize,
+        texts=numbers_of_texts(configs, absent) * dtype.itemsize,
         rewards=bytes_of_rewards(config),
         moments=moments,
         trajectories=bytes_of_trajectories(config, policy, 0 if config.needs_gradient else config.samples_per_epoch),
@@ -182,7 +184,7 @@ def described(found: Footprint) -> str:
     """One line of what a run needs, in GiB."""
     parts = [found.weights, found.texts, found.rewards, found.reserve]
     parts += [*(found.training[on].first for on in (False, True)), found.decoding.first]
-    weights, texts, rewards, reserve, plain, recomputed, image = (rounded(part / GIB) for part in parts)
+    weights, texts, rewards, reserve, plain, recomputed, image = (in_tenths(part / GIB) for part in parts)
     return (
         f"weights {weights}, text encoders until prompts are encoded {texts}, rewards at most {rewards}, optimizer and "
         f"trajectories {reserve}; one sample in training {plain}, or {recomputed} with gradient checkpointing; one "

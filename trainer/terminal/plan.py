@@ -1,15 +1,14 @@
 """Shows the steps of a run and what it takes: `python -m comfy_tdpo.trainer plan [--SETTING VALUE ...]`."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from comfy_tdpo.counts import number_of, rounded
+from comfy_tdpo.counts import number_of
 from comfy_tdpo.methods.sections import SteppedPolicySettings
 from comfy_tdpo.methods.window import window
-from comfy_tdpo.models import outline
+from comfy_tdpo.models import Outline, outline
 from comfy_tdpo.models.sizes import is_countable
 from comfy_tdpo.process import Process, make_process
 from comfy_tdpo.resolution import latent_sides
@@ -45,18 +44,18 @@ def plan(config: TrainConfig) -> Iterator[str]:
         head += f", embedded guidance {config.embedded_guidance:g}"
     lines = [head, "", *_table(process, trained), *_remarks(process, trained, config.algorithm)]
     yield "\n".join(lines)
-    yield "\n".join(["", *_costs(config, process, model.configs)])
+    yield "\n".join(["", *_costs(config, process, model)])
 
 
-def _costs(config: TrainConfig, process: Process, configs: Path | None) -> list[str]:
+def _costs(config: TrainConfig, process: Process, model: Outline) -> list[str]:
     """What a run takes: reward queries and passes of the network, seconds where a run has measured them or the model's
-    sizes are known from its `configs`, and with these, memory and disk."""
+    sizes are known from its configurations, and with these, memory and disk."""
     samples, drawn = config.epochs * config.samples_per_epoch, config.drawn_with
     halves, grids = 1 if config.guidance == 1 else 2, 1 + -(-config.epochs // config.output.samples_every)
     halves_of_grid = 1 if drawn["guidance"] == 1 else 2
     lines = [
         f"{samples * config.queries_per_sample} reward queries in {number_of(config.epochs, 'epoch')}",
-        f"{samples * len(process) * halves} rows go through the network to draw the samples"
+        f"{samples * len(process) * halves} latents go through the network to draw the samples"
         + (", two for each step, because of guidance" if halves == 2 else ""),
         f"{grids * config.output.grid_images * drawn['steps'] * halves_of_grid} more draw {grids} sample grids "
         f"({config.drawn_with_told})",
@@ -64,15 +63,15 @@ def _costs(config: TrainConfig, process: Process, configs: Path | None) -> list[
     from .fits import decoder_of, fits, footprint  # imports diffusers' networks
 
     measured = seconds.measured(config)
-    if configs is None or not is_countable(configs):
+    if model.configs is None or not is_countable(model.configs):
         decoder_of(config)  # which may be missing
         counted = "time and memory" if measured is None else "memory"
         own = [] if measured is None else [measured]
         return [*lines, *own, f"{counted}: not counted, since the sizes of this model's networks are not known"]
-    found = footprint(config, configs)
-    disk = bytes_of_run(config, found.checkpoint, found.snapshot)
+    found = footprint(config, model.configs, model.absent)
+    disk = max(bytes_of_run(config, found.checkpoint, found.snapshot) / 1e9, 0.1)
     lines.append(measured or seconds.estimated(config, process, found.flops))
-    lines.append(f"disk: up to {rounded(disk / 1e9)} GB, for snapshots and checkpoints")
+    lines.append(f"disk: up to {disk:.1f} GB, for snapshots and checkpoints")
     whole = (
         ["memory is that of a process that holds the whole model, without policy.shard"] if config.policy.shard else []
     )

@@ -27,7 +27,7 @@ from comfy_tdpo.rewards import (
     score_images,
 )
 
-from ..config.parsing import reward_files
+from ..config.parsing import check_used, reward_files
 from . import FAILED, FINISHED, STOPPED, WRONG_INPUT
 from .image_files import check_image, read_image
 from .tastes import Paths
@@ -78,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _score(args: argparse.Namespace) -> None:
     paths = _paths(args.images)
-    tastes = Paths(reward_files(args.reward_weights, args.reward))
+    tastes = Paths(reward_files(args.reward_weights))
     prompt, device = _prompt(args.prompt), Accelerator().device
     names = [tastes.named(name) for name in args.reward]
+    check_used(tastes.known, names)
     models = [load_reward(name, device, args.reward_precision, tastes.known) for name in names]
     for model in models:
         model.check_prompts([prompt])

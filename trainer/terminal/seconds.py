@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from comfy_tdpo.counts import number_of, rounded
+from comfy_tdpo.counts import in_tenths, number_of
 from comfy_tdpo.methods.sections import ClippedPolicySettings, SteppedPolicySettings
 from comfy_tdpo.methods.window import steps_read, trained_steps
 from comfy_tdpo.process import Process
@@ -73,11 +73,11 @@ def estimated(config: TrainConfig, process: Process, flops: Flops) -> str:
     device, rate = rate_here(DTYPES[config.precision])
     least, most = (total / rate / share for share in (MOST, LEAST))
     left_out = "" if trained else ", without that of back-propagation"
+    whole, to_draw, to_train = in_tenths(total / 1e15), in_tenths(drawn / 1e12), in_tenths(trained / 1e12)
     return (
-        f"time: the networks' arithmetic is {rounded(total / 1e15)} PFLOP{left_out}, {rounded(drawn / 1e12)} TFLOP to "
-        f"draw a sample and {rounded(trained / 1e12)} to train on it; at {LEAST:g} to {MOST:g} of the "
-        f"{rate / 1e12:.2g} TFLOP/s that a product of matrices reaches on {device} here, {told(least)} to "
-        f"{told(most)}; a rough estimate"
+        f"time: the networks' arithmetic is {whole} PFLOP{left_out}, {to_draw} TFLOP to draw a sample and {to_train} "
+        f"to train on it; at {LEAST:g} to {MOST:g} of the {rate / 1e12:.2g} TFLOP/s that a product of matrices reaches "
+        f"on {device} here, {told(least)} to {told(most)}; a rough estimate"
     )
 
 

@@ -8,7 +8,7 @@ from comfy_tdpo.rewards import PRECISIONS, load_reward, reward_names
 from comfy_tdpo.rewards.remote import is_remote
 from comfy_tdpo.rewards.remote.protocol import PORT
 
-from ..config.parsing import reward_files
+from ..config.parsing import check_used, reward_files
 from .command_parser import CommandParser, status_of
 from .streams import say
 from .tastes import Paths
@@ -66,8 +66,9 @@ def _port(text: str) -> int:
 
 
 def _serve(args: argparse.Namespace) -> str:
-    tastes = Paths(reward_files(args.reward_weights, [args.reward]))
+    tastes = Paths(reward_files(args.reward_weights))
     name = tastes.named(args.reward)
+    check_used(tastes.known, [name])
     if is_remote(name):
         raise ValueError(f"got --reward {name!r}, which is a service itself; expected one that is computed here")
     from accelerate import Accelerator  # takes seconds to import

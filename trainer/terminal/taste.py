@@ -10,7 +10,7 @@ from comfy_tdpo.tastes.folder import TasteFolder, file_of
 from comfy_tdpo.tastes.names import name_of, usual_encoder
 from comfy_tdpo.tastes.votes import Pair, Thumb, Vote
 
-from ..config.parsing import reward_files
+from ..config.parsing import check_used, reward_files
 from .command_parser import CommandParser, path_argument, status_of
 from .image_files import read_image
 from .tastes import TASTES, taste_path
@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _told(args: argparse.Namespace) -> str:
-    weights = reward_files(args.reward_weights, reward_names())
-    taste, new = _vote(args)
+    weights = reward_files(args.reward_weights)
+    taste, new = _vote(args, weights)
     return "\n".join([*_about(taste, new), *_sureness(taste, weights)])
 
 
@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 # --- votes ------------------------------------------------------------------------------------------------------------
 
 
-def _vote(args: argparse.Namespace) -> tuple[TasteFolder, int]:
-    """The taste, and how many votes were added."""
+def _vote(args: argparse.Namespace, weights: dict[str, str]) -> tuple[TasteFolder, int]:
+    """The taste, and how many votes were added; `weights` are files or folders of its encoder's reward."""
     opinions = [opinion for folder in args.liked for opinion in opinions_in(folder, 1.0)]
     opinions += [opinion for folder in args.disliked for opinion in opinions_in(folder, 0.0)]
     opinions += [opinion for table in args.ratings for opinion in opinions_of(table)]
@@ -86,19 +86,22 @@ def _vote(args: argparse.Namespace) -> tuple[TasteFolder, int]:
         from comfy_tdpo.rewards.taste import check_encoder  # takes seconds to import
 
         check_encoder(args.encoder)
-    return keep_opinions(taste.path, opinions, args.encoder)
+    encoder = args.encoder or _usual_encoder(taste, opinions)
+    check_used(weights, [encoder])
+    return keep_opinions(taste.path, opinions, encoder)
 
 
 def keep_opinions(path: Path, opinions: list[Opinion], encoder: str | None = None) -> tuple[TasteFolder, int]:
     """Add `opinions` to the taste at `path`, made if there is none; returns it, and how many votes were new."""
     votes = _votes_of(opinions)
-    taste = TasteFolder(path)
-    if not taste.exists:
-        encoder = encoder or usual_encoder(*read_image(opinions[0].path).shape[-2:])
-    taste = TasteFolder.create(path, encoder or taste.encoder)
+    taste = TasteFolder.create(path, encoder or _usual_encoder(TasteFolder(path), opinions))
     for opinion in opinions:
         taste.keep(read_image(opinion.path)[0])
     return taste, taste.append(votes)
+
+
+def _usual_encoder(taste: TasteFolder, opinions: list[Opinion]) -> str:
+    return taste.encoder if taste.exists else usual_encoder(*read_image(opinions[0].path).shape[-2:])
 
 
 def _votes_of(opinions: list[Opinion]) -> list[Vote]:
