@@ -155,6 +155,7 @@ def test_a_folder_named_like_a_model_on_the_hub_is_that_folder(sd3, tmp_path, mo
         (["--resolution", "520"], "got resolution 520; expected a positive multiple of 16 pixels"),
         (["--steps", "1"], "got 1 denoising steps, of which none has noise"),
         (["--algorithm", "tdpo-r", "--critic.decoder", "no.pth"], "no.pth"),
+        (["--model", "a" * 300], "aaa': File name too long; expected Stable Diffusion"),
     ],
 )
 def test_a_plan_of_no_run_says_why(sd3, capsys, options, message):

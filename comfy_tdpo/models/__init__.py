@@ -219,7 +219,12 @@ def _family(source: str) -> Family:
     if known := published(source):
         return look_up(FAMILIES[known.family])
     from .diffusers_folder import index_on_hub, is_hub_id  # imports diffusers
+    from .files import EXPECTED
 
     families: list[Family] = [look_up(place) for place in FAMILIES.values()]
-    found = index_on_hub(source) if is_hub_id(source) and not user_path(source).exists() else source
+    try:
+        is_here = user_path(source).exists()
+    except OSError as error:
+        raise ValueError(f"got model {source[:80]!r}: {error.strerror}; {EXPECTED}; check the path") from error
+    found = index_on_hub(source) if is_hub_id(source) and not is_here else source
     return next(family for family in families if family.recognizes(found))
