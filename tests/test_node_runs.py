@@ -442,7 +442,7 @@ def test_epochs_and_the_end_are_always_told(runs):
 
 def test_phases_are_told_now_and_then(runs, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("comfy_tdpo.nodes.runs.start.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
     want = wanted()
     prepare(runs, runs.folder("one"), want.config(), want.prompts())
     told = []

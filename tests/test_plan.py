@@ -79,14 +79,12 @@ def test_a_plan_of_flux_dev_has_noise_levels_by_the_size_of_the_image(sd3, capsy
     assert [row[4] for row in table] == ["yes"] * 5 + ["no"] and "drowns" not in text
 
 
-def test_a_plan_names_trained_steps_that_drown_the_others(capsys):
+def test_a_plan_names_trained_steps_that_drown_the_others():
     """On Shapes, the last but one, whose noise is small; docs/recipe.md has what the recipe does about it."""
-    assert main(["plan"]) == 0
-    text = capsys.readouterr().out
+    text = next(plan(make_config()))
     table = rows(text)
     assert [row[0] for row in table if float(row[3]) > SENSITIVE] == ["9"] and "Above 5 (step 9), a step drowns" in text
-    assert main(["plan", "--policy.train-from", "0.5", "--policy.train-until", "0.8"]) == 0
-    text = capsys.readouterr().out
+    text = next(plan(make_config(overrides={"policy": {"train_from": 0.5, "train_until": 0.8}})))
     assert [row[4] for row in rows(text)] == ["no"] * 5 + ["yes"] * 3 + ["no"] * 2 and "drowns" not in text
 
 

@@ -92,9 +92,10 @@ class ModelFile:
             ValueError: a component is missing.
         """
         self._beside()
+        with torch.device("meta"):
+            published = {name: empty_network(self.configs / name, self.layout.classes[name]) for name in self.networks}
         usual = all(
-            _weight_shapes(network) == _weight_shapes(empty_network(self.configs / name, self.layout.classes[name]))
-            for name, network in self.networks.items()
+            _weight_shapes(network) == _weight_shapes(self.networks[name]) for name, network in published.items()
         )
         return self._schedule(), latent_factor(self.configs), self.configs if usual else None, self._absent()
 
