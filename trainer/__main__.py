@@ -79,9 +79,9 @@ def _command(argv: Sequence[str]) -> int:
     planning = argv[:1] == ["plan"]
     args = parse(argv[1:] if planning else argv)
     try:
-        if planning:
-            return _plan(args)
-        return _print_config(args) if args.print_config else _train(args)
+        if args.print_config:
+            return _print_config(args)
+        return _plan(args) if planning else _train(args)
     except KeyboardInterrupt:  # outside the block of _stopping_on_signals
         return _complain("stopped", STOPPED)
     except ValueError as error:
