@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from test_plan import index_of
 from test_plan import sd3 as sd3
 from tiny_models import SHIPPED
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -57,8 +58,7 @@ def sizes(tmp_path_factory):
         "text_encoder": CLIPTextModel,
         "tokenizer": CLIPTokenizer,
     }
-    index = {name: [cls.__module__.partition(".")[0], cls.__name__] for name, cls in parts.items()}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index_of(parts)))
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from tiny_models import SHIPPED
 
 from comfy_tdpo.methods.window import window
 from comfy_tdpo.models import diffusers_folder, flux_file, outline, sd3_file
-from comfy_tdpo.models.model_file import Layout
 from comfy_tdpo.models.sizes import is_countable
 from comfy_tdpo.process import make_process
 from comfy_tdpo.process.flow_schedule import DynamicShift, FlowSchedule
@@ -29,15 +29,16 @@ FLOW_PRESETS = {
 }
 
 
-def index_of(layout: Layout) -> dict[str, list[str]]:
-    return {name: [cls.__module__.partition(".")[0], cls.__name__] for name, cls in layout.classes.items()}
+def index_of(classes: dict[str, Any]) -> dict[str, list[str]]:
+    """What model_index.json says of a model's components, given their classes."""
+    return {name: [cls.__module__.partition(".")[0], cls.__name__] for name, cls in classes.items()}
 
 
 @pytest.fixture
 def sd3(tmp_path) -> Path:
     """The configurations of Stable Diffusion 3's folder that a plan needs, without weights."""
     files = {
-        "model_index.json": index_of(sd3_file.LAYOUT),
+        "model_index.json": index_of(sd3_file.LAYOUT.classes),
         "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
         "vae/config.json": {"block_out_channels": [128, 256, 512, 512]},
     }
@@ -67,7 +68,7 @@ def test_a_plan_of_sd3(sd3, capsys):
 
 def test_a_plan_of_flux_dev_has_noise_levels_by_the_size_of_the_image(sd3, capsys):
     """By hand: 1,024 tokens at 512 px are mu 0.63, so t = 5/6 becomes 5 m / (5 m + 1), m = e^0.63."""
-    (sd3 / "model_index.json").write_text(json.dumps(index_of(flux_file.LAYOUT)))
+    (sd3 / "model_index.json").write_text(json.dumps(index_of(flux_file.LAYOUT.classes)))
     (sd3 / "transformer").mkdir()
     (sd3 / "transformer" / "config.json").write_text(json.dumps({"guidance_embeds": True}))
     shutil.copy(SHIPPED / "flux-dev" / "scheduler" / "scheduler_config.json", sd3 / "scheduler")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from ..registry import look_up
 from ..user_files import user_path
+from .files import EXPECTED
 from .published import published
 
 if TYPE_CHECKING:
@@ -219,7 +220,6 @@ def _family(source: str) -> Family:
     if known := published(source):
         return look_up(FAMILIES[known.family])
     from .diffusers_folder import index_on_hub, is_hub_id  # imports diffusers
-    from .files import EXPECTED
 
     families: list[Family] = [look_up(place) for place in FAMILIES.values()]
     try:

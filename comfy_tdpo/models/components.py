@@ -9,7 +9,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from .diffusers_folder import checked_classes, configurations, download, load_folder, pipeline_class
 from .files import required
-from .published import published
 from .scheduler import PREDICTION_TYPES, load_scheduler
 from .single_file import load_file, outline_file
 
@@ -54,9 +53,7 @@ def outline(model: str, prediction_type: str | None = None) -> tuple[DDIMSchedul
     path = Path(model).expanduser()
     if path.is_file():
         return outline_file(path, prediction_type)
-    configs, of_schedule = configurations(model)
-    if not published(model):
-        checked_classes(configs)
+    configs, of_schedule = configurations(model, checked_classes)
     return load_scheduler(required(of_schedule, "scheduler/scheduler_config.json"), prediction_type), configs
 
 

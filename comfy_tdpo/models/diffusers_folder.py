@@ -72,12 +72,16 @@ def local_folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=["model_index.json", "*/*config.json"]))
 
 
-def configurations(source: str) -> tuple[Path, Path]:
+def configurations(source: str, check: Callable[[Path], Any]) -> tuple[Path, Path]:
     """The folder with the configurations of the networks of `source`, a folder or a hub id, and the one with that of
-    its noise schedule. Those of a preset's model come with the package."""
+    its noise schedule. Those of a preset's model come with the package.
+
+    check: raises ValueError if a folder that does not come with the package is of another model.
+    """
     if known := published(source):
         return shipped.CONFIGS / known.networks, shipped.CONFIGS / known.schedule
     folder = local_folder(source)
+    check(folder)
     return folder, folder
 
 

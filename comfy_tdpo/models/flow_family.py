@@ -12,7 +12,6 @@ from .diffusers_folder import check_index, configurations, download, latent_fact
 from .files import read_json, required
 from .flow_transformer import FlowTransformer, check_no_prediction
 from .model_file import Layout, ModelFile
-from .published import published
 from .scheduler import flow_schedule_in
 
 
@@ -45,9 +44,7 @@ class FlowFamily(ABC):
         if path.is_file():
             schedule, factor, configs, absent = self.open_file(path).outline()
         else:
-            configs, of_schedule = configurations(source)
-            if not published(source):
-                self._classes_in(configs)
+            configs, of_schedule = configurations(source, self._classes_in)
             schedule, factor = flow_schedule_in(of_schedule), latent_factor(configs)
             absent = ()
         return Outline(schedule, FlowTransformer.process, factor, PATCH, configs, absent)

@@ -166,8 +166,7 @@ class StableDiffusionFamily:
         from .diffusers_folder import latent_factor
 
         scheduler, configs = outline(source, prediction_type)
-        factor = latent_factor(configs)
-        return Outline(scheduler, StableDiffusion.process, factor, StableDiffusion.patch, configs)
+        return Outline(scheduler, StableDiffusion.process, latent_factor(configs), StableDiffusion.patch, configs)
 
     def load(self, source: str, dtype: torch.dtype, prediction_type: str | None) -> StableDiffusion:
         from .components import load_components

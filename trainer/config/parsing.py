@@ -1,6 +1,6 @@
 """Parses setting values given as text: NAME,NAME and NAME=VALUE,NAME=VALUE."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from comfy_tdpo.rewards import check_reward, reward_names
@@ -22,8 +22,14 @@ def split_names(value: Any) -> Any:
 
 def named_values(text: str) -> dict[str, str]:
     """The pairs in NAME=VALUE,NAME=VALUE; a name without a value gets an empty one."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    return dict(_pairs(text))
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    for part in text.split(","):
+        if part.strip():
+            name, _, value = part.partition("=")
+            yield name.strip(), value.strip()
 
 
 def reward_files(text: str) -> dict[str, str]:
@@ -32,9 +38,8 @@ def reward_files(text: str) -> dict[str, str]:
     Raises:
         ValueError: a name or a path is missing, or a name occurs twice.
     """
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     files: dict[str, str] = {}
-    for name, path in ((name.strip(), path.strip()) for name, _, path in pairs):
+    for name, path in _pairs(text):
         if not name or not path:
             raise ValueError(
                 f"got --reward-weights {text!r}; expected a reward with its file or folder: write NAME=PATH"

@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         "--host",
         type=_host,
         default=HOST,
-        help=f"address to listen on (default: {HOST}, which only this machine reaches; 0.0.0.0: all of its addresses)",
+        help=f"address to listen on (default: {HOST}, which only this machine reaches; {EVERYWHERE}: all of its "
+        "addresses)",
     )
     parser.add_argument(
         "--port", type=_port, default=PORT, metavar="N", help=f"port to listen on (default: {PORT}; 0: any free one)"
